@@ -1,1 +1,117 @@
-//! (skeleton)
+//! CUDA sources of bcg, their compiler and the cubin cache.
+//!
+//! Owns one `src/<op>.cu` per op and the headers they include. Nothing is built when this crate is built: [`compile()`]
+//! makes a cubin at run time, by NVRTC, for the architecture of the device at hand, and keeps it on disk.
+//!
+//! - A kernel takes one `#[repr(C)]` struct by value; its Rust twin stands in the op's file.
+//! - Addresses are computed in 64 bits, sums in f32 and in one fixed order, so a result depends on nothing but its inputs.
+//! - The sources need no CUDA header, only NVRTC.
+//!
+//! Called by the runtime's CUDA device. Must never decide *when* to compile, nor touch a GPU.
+//!
+//! # Example
+//! ```
+//! use bcg_kernels::{Arch, CompileError, RMS_NORM, compile};
+//!
+//! match compile(&RMS_NORM, Arch::new(9, 0)) {
+//!     Ok(cubin) => assert!(!cubin.is_empty()),
+//!     Err(CompileError::NoCompiler { message }) => println!("a machine without CUDA: {message}"),
+//!     Err(error) => panic!("{error}"),
+//! }
+//! ```
+
+mod cache;
+mod compile;
+mod nvrtc;
+
+pub use compile::{Arch, CompileError, compile, compile_all, compile_uncached};
+
+/// The text of one CUDA source file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Source {
+    /// The file's name, such as `rms_norm.cu`; used in messages and in the cache.
+    pub name: &'static str,
+    /// The file's text. `#include "bcg.cuh"` finds the headers in [`HEADERS`].
+    pub text: &'static str,
+}
+
+impl Source {
+    /// Names a CUDA source.
+    pub const fn new(name: &'static str, text: &'static str) -> Self {
+        Self { name, text }
+    }
+}
+
+/// The headers that every source may include: name and text.
+pub const HEADERS: &[(&str, &str)] = &[
+    ("bcg.cuh", include_str!("../include/bcg.cuh")),
+    ("paged_attention.cuh", include_str!("../include/paged_attention.cuh")),
+];
+
+/// Declares one static per source file, and [`ALL`].
+macro_rules! sources {
+    ($($(#[$doc:meta])* $name:ident = $file:literal),* $(,)?) => {
+        $($(#[$doc])* pub static $name: Source = Source::new($file, include_str!($file));)*
+
+        /// Every source of this crate.
+        pub static ALL: &[&Source] = &[$(&$name),*];
+    };
+}
+
+sources! {
+    /// Residual add and RMS norm in one pass.
+    ADD_RMS_NORM = "add_rms_norm.cu",
+    /// Index of the largest logit.
+    ARGMAX = "argmax.cu",
+    /// Attention of one query per sequence over paged keys and values.
+    ATTENTION_DECODE = "attention_decode.cu",
+    /// Causal attention of new tokens over paged keys and values.
+    ATTENTION_PREFILL = "attention_prefill.cu",
+    /// Strided copy of rows.
+    COPY_ROWS = "copy_rows.cu",
+    /// Table lookup.
+    EMBEDDING = "embedding.cu",
+    /// One value everywhere.
+    FILL = "fill.cu",
+    /// Rows by index.
+    GATHER_ROWS = "gather_rows.cu",
+    /// Matrix product with a transposed weight.
+    LINEAR = "linear.cu",
+    /// Query and key norm, rotary embedding, key-value write.
+    QK_NORM_ROPE_KV_WRITE = "qk_norm_rope_kv_write.cu",
+    /// RMS norm.
+    RMS_NORM = "rms_norm.cu",
+    /// Random choice of a token.
+    SAMPLE = "sample.cu",
+    /// Zeros in the padded tail.
+    SCRUB_TAIL = "scrub_tail.cu",
+    /// Gated activation.
+    SILU_MUL = "silu_mul.cu",
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_source_file_is_listed_once() {
+        let mut files: Vec<String> = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/src"))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .filter(|name| name.ends_with(".cu"))
+            .collect();
+        files.sort();
+        let listed: Vec<&str> = ALL.iter().map(|source| source.name).collect();
+        assert_eq!(listed, files);
+    }
+
+    #[test]
+    fn no_source_needs_a_header_that_is_not_embedded() {
+        for source in ALL {
+            for line in source.text.lines().filter(|line| line.trim_start().starts_with("#include")) {
+                let known = HEADERS.iter().any(|(name, _)| line.contains(&format!("\"{name}\"")));
+                assert!(known, "{}: {line}", source.name);
+            }
+        }
+    }
+}

@@ -1,0 +1,96 @@
+// What every kernel shares: element types that compute in f32, sums over warps and blocks, copies of rows.
+// Needs no CUDA header. Rust twins of the conversions: bcg-models/src/ops/float.rs.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef int i32;
+typedef long long i64;
+
+#define BCG_DEVICE __device__ __forceinline__
+
+struct bf16 {
+    u16 bits;
+};
+struct f16 {
+    u16 bits;
+};
+
+BCG_DEVICE float to_f32(float v) { return v; }
+BCG_DEVICE float to_f32(bf16 v) { return __uint_as_float((u32)v.bits << 16); }
+BCG_DEVICE float to_f32(f16 v) {
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v.bits));
+    return f;
+}
+
+// Rounds to the nearest even value of T.
+template <typename T> BCG_DEVICE T from_f32(float v);
+template <> BCG_DEVICE float from_f32<float>(float v) { return v; }
+template <> BCG_DEVICE bf16 from_f32<bf16>(float v) {
+    bf16 r;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r.bits) : "f"(v));
+    return r;
+}
+template <> BCG_DEVICE f16 from_f32<f16>(float v) {
+    f16 r;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r.bits) : "f"(v));
+    return r;
+}
+
+// The f32 value nearest to v that T can hold.
+template <typename T> BCG_DEVICE float round_to(float v) { return to_f32(from_f32<T>(v)); }
+
+BCG_DEVICE float minus_infinity() { return __int_as_float(0xff800000); }
+
+constexpr u32 FULL_WARP = 0xffffffffu;
+
+struct Sum {
+    template <typename V> BCG_DEVICE V operator()(V a, V b) const { return a + b; }
+};
+struct Max {
+    template <typename V> BCG_DEVICE V operator()(V a, V b) const { return a > b ? a : b; }
+};
+
+// Every lane gets the result; the order is fixed.
+template <typename V, typename Op> BCG_DEVICE V warp_reduce(V v, Op op) {
+    for (int offset = 16; offset > 0; offset /= 2) v = op(v, __shfl_xor_sync(FULL_WARP, v, offset));
+    return v;
+}
+
+// Every thread gets the result; the order is fixed. For blocks of whole warps, called by all threads of the block.
+template <typename V, typename Op> BCG_DEVICE V block_reduce(V v, V identity, Op op) {
+    __shared__ V partial[32];
+    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    v = warp_reduce(v, op);
+    __syncthreads();  // the call before may still be read
+    if (lane == 0) partial[warp] = v;
+    __syncthreads();
+    return warp_reduce(lane < warps ? partial[lane] : identity, op);
+}
+
+template <typename W> BCG_DEVICE void copy_words(u8* dst, const u8* src, i64 bytes) {
+    W* d = (W*)dst;
+    const W* s = (const W*)src;
+    for (i64 i = threadIdx.x; i < bytes / (i64)sizeof(W); i += blockDim.x) d[i] = s[i];
+}
+
+// Copies bytes by all threads of the block, in the widest words that both addresses allow.
+BCG_DEVICE void block_copy(u8* dst, const u8* src, i64 bytes) {
+    u64 low = (u64)dst | (u64)src | (u64)bytes;
+    if (low % 16 == 0) copy_words<uint4>(dst, src, bytes);
+    else if (low % 4 == 0) copy_words<u32>(dst, src, bytes);
+    else if (low % 2 == 0) copy_words<u16>(dst, src, bytes);
+    else copy_words<u8>(dst, src, bytes);
+}
+
+// Zeroes bytes by all threads of the block.
+BCG_DEVICE void block_zero(u8* dst, i64 bytes) {
+    if (((u64)dst | (u64)bytes) % 4 == 0) {
+        for (i64 i = threadIdx.x; i < bytes / 4; i += blockDim.x) ((u32*)dst)[i] = 0;
+    } else {
+        for (i64 i = threadIdx.x; i < bytes; i += blockDim.x) dst[i] = 0;
+    }
+}

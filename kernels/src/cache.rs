@@ -1,0 +1,197 @@
+//! The cubins on disk.
+//!
+//! - An entry is complete or absent: it is written beside its place and renamed.
+//! - An entry carries a checksum; a damaged one is ignored with a warning and written again.
+//! - Nothing here is an error: without a usable folder every kernel is compiled again, once per process.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::{HEADERS, Source};
+
+const MAGIC: &[u8; 8] = b"BCGCUB01";
+const HEADER_BYTES: usize = MAGIC.len() + 16;
+
+/// A folder of cubins.
+#[derive(Clone, Debug)]
+pub(crate) struct Cache {
+    dir: PathBuf,
+}
+
+impl Cache {
+    /// Returns the user's cache, if the environment names one.
+    pub(crate) fn of_user() -> Option<Self> {
+        let named = |variable: &str| std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let dir = named("BCG_CACHE_DIR")
+            .or_else(|| named("XDG_CACHE_HOME").map(|dir| dir.join("bcg")))
+            .or_else(|| named("HOME").map(|dir| dir.join(".cache").join("bcg")))?;
+        Some(Self { dir })
+    }
+
+    /// Returns an entry, or `None` if it is absent or damaged.
+    pub(crate) fn load(&self, entry: &str) -> Option<Vec<u8>> {
+        let path = self.dir.join(entry);
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
+            Err(error) => {
+                tracing::warn!(path = %path.display(), %error, "cubin cache: cannot read, compiling again");
+                return None;
+            }
+        };
+        let cubin = verified(&bytes);
+        if cubin.is_none() {
+            tracing::warn!(path = %path.display(), "cubin cache: damaged entry, compiling again");
+        }
+        cubin.map(<[u8]>::to_vec)
+    }
+
+    /// Writes an entry; a failure is a warning.
+    pub(crate) fn store(&self, entry: &str, cubin: &[u8]) {
+        let path = self.dir.join(entry);
+        if let Err(error) = self.write(&path, cubin) {
+            tracing::warn!(path = %path.display(), %error, "cubin cache: cannot write");
+        }
+    }
+
+    fn write(&self, path: &Path, cubin: &[u8]) -> io::Result<()> {
+        static WRITES: AtomicU64 = AtomicU64::new(0);
+        fs::create_dir_all(&self.dir)?;
+        let unique = WRITES.fetch_add(1, Ordering::Relaxed);
+        let partial = path.with_extension(format!("partial-{}-{unique}", std::process::id()));
+        let mut bytes = Vec::with_capacity(HEADER_BYTES + cubin.len());
+        bytes.extend_from_slice(MAGIC);
+        bytes.extend_from_slice(&checksum(cubin));
+        bytes.extend_from_slice(cubin);
+        let written = fs::write(&partial, bytes).and_then(|()| fs::rename(&partial, path));
+        if written.is_err() {
+            let _ = fs::remove_file(&partial); // the first error is the one to report
+        }
+        written
+    }
+}
+
+fn verified(bytes: &[u8]) -> Option<&[u8]> {
+    let (header, cubin) = bytes.split_at_checked(HEADER_BYTES)?;
+    let sound = header[..MAGIC.len()] == *MAGIC && header[MAGIC.len()..] == checksum(cubin) && !cubin.is_empty();
+    sound.then_some(cubin)
+}
+
+fn checksum(bytes: &[u8]) -> [u8; 16] {
+    let mut hash = Fnv128::new();
+    hash.add(bytes);
+    hash.0.to_le_bytes()
+}
+
+/// What a cubin depends on, hashed.
+#[derive(Clone, Debug)]
+pub(crate) struct Key(Fnv128);
+
+impl Key {
+    /// Hashes the compiler's version, `source` and all headers.
+    pub(crate) fn new(version: (i32, i32), source: &Source) -> Self {
+        let mut key = Self(Fnv128::new());
+        key.add(format!("nvrtc {}.{}", version.0, version.1).as_bytes());
+        key.add(source.name.as_bytes());
+        key.add(source.text.as_bytes());
+        for (name, text) in HEADERS {
+            key.add(name.as_bytes());
+            key.add(text.as_bytes());
+        }
+        key
+    }
+
+    /// Adds one more part; its length is hashed too, so that parts cannot run into each other.
+    pub(crate) fn add(&mut self, part: &[u8]) {
+        self.0.add(&(part.len() as u64).to_le_bytes());
+        self.0.add(part);
+    }
+
+    /// Returns the key in hexadecimal.
+    pub(crate) fn finish(&self) -> String {
+        format!("{:032x}", self.0.0)
+    }
+}
+
+/// FNV-1a of 128 bits: stable across Rust versions, and wide enough that names never meet by chance.
+#[derive(Clone, Debug)]
+struct Fnv128(u128);
+
+impl Fnv128 {
+    const fn new() -> Self {
+        Self(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d)
+    }
+
+    fn add(&mut self, bytes: &[u8]) {
+        const PRIME: u128 = 0x0000_0000_0100_0000_0000_0000_0000_013b;
+        for byte in bytes {
+            self.0 = (self.0 ^ u128::from(*byte)).wrapping_mul(PRIME);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cache(name: &str) -> Cache {
+        let dir = std::env::temp_dir().join(format!("bcg-cache-{name}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&dir);
+        Cache { dir }
+    }
+
+    #[test]
+    fn an_entry_reads_back_as_written() {
+        let cache = cache("round-trip");
+        assert_eq!(cache.load("a.cubin"), None);
+        cache.store("a.cubin", b"cubin");
+        assert_eq!(cache.load("a.cubin").as_deref(), Some(&b"cubin"[..]));
+        assert_eq!(fs::read_dir(&cache.dir).unwrap().count(), 1, "no partial file stays behind");
+        fs::remove_dir_all(&cache.dir).unwrap();
+    }
+
+    #[test]
+    fn a_damaged_entry_is_ignored() {
+        let cache = cache("damaged");
+        cache.store("a.cubin", b"cubin");
+        let path = cache.dir.join("a.cubin");
+        let mut bytes = fs::read(&path).unwrap();
+        for len in 0..bytes.len() {
+            fs::write(&path, &bytes[..len]).unwrap();
+            assert_eq!(cache.load("a.cubin"), None, "cut to {len} bytes");
+        }
+        *bytes.last_mut().unwrap() ^= 1;
+        fs::write(&path, &bytes).unwrap();
+        assert_eq!(cache.load("a.cubin"), None, "one bit flipped");
+        fs::remove_dir_all(&cache.dir).unwrap();
+    }
+
+    #[test]
+    fn an_unusable_folder_costs_nothing_but_the_cache() {
+        let cache = Cache { dir: PathBuf::from("/dev/null/bcg") };
+        cache.store("a.cubin", b"cubin");
+        assert_eq!(cache.load("a.cubin"), None);
+    }
+
+    #[test]
+    fn every_part_of_a_key_counts() {
+        let key = |version, name, text, parts: &[&str]| {
+            let mut key = Key::new(version, &Source::new(name, text));
+            parts.iter().for_each(|part| key.add(part.as_bytes()));
+            key.finish()
+        };
+        let keys = [
+            key((13, 0), "a.cu", "text", &["x", "y"]),
+            key((12, 9), "a.cu", "text", &["x", "y"]),
+            key((13, 0), "b.cu", "text", &["x", "y"]),
+            key((13, 0), "a.cu", "test", &["x", "y"]),
+            key((13, 0), "a.cu", "text", &["xy"]),
+            key((13, 0), "a.cu", "text", &["x", "z"]),
+        ];
+        for (i, a) in keys.iter().enumerate() {
+            assert!(keys[i + 1..].iter().all(|b| a != b), "{i}");
+        }
+    }
+}

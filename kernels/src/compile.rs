@@ -1,0 +1,224 @@
+//! From CUDA source to cubin: disk cache first, NVRTC second.
+//!
+//! - The same source, headers, options and compiler version give the same cache entry, whatever the process.
+//! - A machine without NVRTC gets an error that says what was looked for; a cached cubin needs NVRTC only for its version.
+//!
+//! Called by the runtime when a kernel is first used, and by CI for every kernel and architecture.
+
+use std::ffi::CString;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use crate::cache::{Cache, Key};
+use crate::nvrtc::{Nvrtc, nvrtc};
+use crate::{HEADERS, Source};
+
+/// A GPU architecture, by its compute capability.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Arch {
+    /// The major number, such as 9 for Hopper.
+    pub major: u32,
+    /// The minor number.
+    pub minor: u32,
+}
+
+impl Arch {
+    /// Names an architecture by its compute capability.
+    pub const fn new(major: u32, minor: u32) -> Self {
+        Self { major, minor }
+    }
+
+    /// Parses `sm_80`, `sm_90a`, `sm_100a`, or the bare number.
+    ///
+    /// # Example
+    /// ```
+    /// use bcg_kernels::Arch;
+    /// assert_eq!(Arch::parse("sm_90a"), Some(Arch::new(9, 0)));
+    /// assert_eq!(Arch::parse("sm_100a").unwrap().to_string(), "sm_100a");
+    /// assert_eq!(Arch::parse("80").unwrap().to_string(), "sm_80");
+    /// assert_eq!(Arch::parse("sm_x"), None);
+    /// ```
+    pub fn parse(text: &str) -> Option<Self> {
+        let digits = text.strip_prefix("sm_").unwrap_or(text);
+        let number: u32 = digits.strip_suffix('a').unwrap_or(digits).parse().ok()?;
+        (number >= 10).then_some(Self { major: number / 10, minor: number % 10 })
+    }
+}
+
+impl fmt::Display for Arch {
+    /// Writes the NVRTC name, with the `a` of the architecture-specific instructions from Hopper on.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let suffix = if self.major >= 9 { "a" } else { "" };
+        f.pad(&format!("sm_{}{}{suffix}", self.major, self.minor))
+    }
+}
+
+/// Why a kernel could not be compiled.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CompileError {
+    /// NVRTC is not on this machine.
+    #[error("NVRTC not found: {message}; install CUDA 12.4 or newer, or name the library in BCG_NVRTC")]
+    NoCompiler {
+        /// What was looked for.
+        message: String,
+    },
+    /// NVRTC refused the source.
+    #[error("{source_name} for {arch}: {log}")]
+    Rejected {
+        /// The source file's name.
+        source_name: &'static str,
+        /// The architecture compiled for.
+        arch: Arch,
+        /// The compiler's words.
+        log: String,
+    },
+    /// NVRTC itself failed.
+    #[error("{source_name} for {arch}: {message}")]
+    Nvrtc {
+        /// The source file's name.
+        source_name: &'static str,
+        /// The architecture compiled for.
+        arch: Arch,
+        /// The call and its status.
+        message: String,
+    },
+}
+
+/// Compiles `source` for `arch` to a cubin, or takes it from the cache on disk.
+///
+/// The cache is the folder `BCG_CACHE_DIR`, else `$XDG_CACHE_HOME/bcg`, else `~/.cache/bcg`. An entry is found by source,
+/// headers, options and compiler version. A cache that cannot be read or written costs a warning and a compilation.
+///
+/// # Errors
+/// [`CompileError::NoCompiler`] without NVRTC; [`CompileError::Rejected`] with the compiler's log for a wrong source.
+pub fn compile(source: &Source, arch: Arch) -> Result<Vec<u8>, CompileError> {
+    let nvrtc = nvrtc()?;
+    let options = options(arch);
+    let mut key = Key::new(nvrtc.version(), source);
+    options.iter().for_each(|option| key.add(option.as_bytes()));
+    let cache = Cache::of_user();
+    let entry = format!("{}-{arch}-{}.cubin", source.name.trim_end_matches(".cu"), key.finish());
+    if let Some(cubin) = cache.as_ref().and_then(|cache| cache.load(&entry)) {
+        return Ok(cubin);
+    }
+    let cubin = compile_with(nvrtc, source, arch, &options)?;
+    if let Some(cache) = cache {
+        cache.store(&entry, &cubin);
+    }
+    Ok(cubin)
+}
+
+/// Compiles `source` for `arch` to a cubin, without any cache.
+///
+/// # Errors
+/// Those of [`compile`].
+pub fn compile_uncached(source: &Source, arch: Arch) -> Result<Vec<u8>, CompileError> {
+    compile_with(nvrtc()?, source, arch, &options(arch))
+}
+
+/// Compiles many sources for `arch` in parallel, through the cache; the results are in the order of `sources`.
+pub fn compile_all(sources: &[&Source], arch: Arch) -> Vec<Result<Vec<u8>, CompileError>> {
+    parallel(sources, |source| compile(source, arch))
+}
+
+/// Applies `f` to every item on all processors and returns the results in order.
+pub(crate) fn parallel<T: Sync, R: Send>(items: &[T], f: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    let next = AtomicUsize::new(0);
+    let done = Mutex::new(Vec::with_capacity(items.len()));
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(items.len());
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                loop {
+                    let index = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(item) = items.get(index) else { break };
+                    let result = f(item);
+                    done.lock().unwrap_or_else(PoisonError::into_inner).push((index, result));
+                }
+            });
+        }
+    });
+    let mut done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
+    done.sort_by_key(|(index, _)| *index);
+    done.into_iter().map(|(_, result)| result).collect()
+}
+
+fn compile_with(nvrtc: &Nvrtc, source: &Source, arch: Arch, options: &[String]) -> Result<Vec<u8>, CompileError> {
+    let source_name = source.name;
+    let failed = |message: String| CompileError::Nvrtc { source_name, arch, message };
+    let text = |value: &str| CString::new(value).map_err(|_| failed("holds a NUL byte".to_owned()));
+    let mut headers = Vec::new();
+    for (name, header) in HEADERS {
+        headers.push((text(name)?, text(header)?));
+    }
+    let options = options.iter().map(|option| text(option)).collect::<Result<Vec<_>, _>>()?;
+    let span = tracing::debug_span!("compile", source = source_name, %arch);
+    let _entered = span.enter();
+    nvrtc
+        .compile(&text(source.name)?, &text(source.text)?, &headers, &options)
+        .map_err(failed)?
+        .map_err(|log| CompileError::Rejected { source_name, arch, log })
+}
+
+fn options(arch: Arch) -> Vec<String> {
+    static INCLUDES: OnceLock<Vec<PathBuf>> = OnceLock::new();
+    let mut options = vec![format!("--gpu-architecture={arch}"), "--std=c++17".to_owned()];
+    let includes = INCLUDES.get_or_init(include_dirs);
+    options.extend(includes.iter().map(|dir| format!("--include-path={}", dir.display())));
+    options
+}
+
+/// Returns the folders in which CUDA may be installed.
+pub(crate) fn cuda_roots() -> Vec<PathBuf> {
+    let named = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(std::env::var_os).map(PathBuf::from);
+    named.chain([PathBuf::from("/usr/local/cuda")]).collect()
+}
+
+/// Returns the folders with CUDA's headers: `BCG_CUDA_INCLUDE`, CUDA's folders, and those beside the libraries.
+///
+/// The kernels of this crate need none of them; kernels of the runtime's users may.
+fn include_dirs() -> Vec<PathBuf> {
+    if let Some(dirs) = std::env::var_os("BCG_CUDA_INCLUDE") {
+        return std::env::split_paths(&dirs).collect();
+    }
+    let mut dirs: Vec<PathBuf> = cuda_roots().iter().map(|root| root.join("include")).collect();
+    if let Some(libraries) = std::env::var_os("LD_LIBRARY_PATH") {
+        dirs.extend(std::env::split_paths(&libraries).filter_map(|dir| Some(dir.parent()?.join("include"))));
+    }
+    dirs.retain(|dir| has_cuda_headers(dir));
+    dirs.dedup();
+    dirs
+}
+
+fn has_cuda_headers(dir: &Path) -> bool {
+    dir.join("cuda_fp16.h").is_file()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn architectures_have_the_names_that_nvrtc_knows() {
+        assert_eq!(Arch::new(8, 0).to_string(), "sm_80");
+        assert_eq!(Arch::new(8, 9).to_string(), "sm_89");
+        assert_eq!(Arch::new(9, 0).to_string(), "sm_90a");
+        assert_eq!(Arch::new(10, 0).to_string(), "sm_100a");
+    }
+
+    #[test]
+    fn a_machine_without_a_compiler_gets_an_error_that_names_it() {
+        static WRONG: Source = Source::new("wrong.cu", "this is not CUDA");
+        let error = compile_uncached(&WRONG, Arch::new(8, 0)).unwrap_err().to_string();
+        assert!(error.contains("libnvrtc.so") || error.contains("wrong.cu"), "{error}");
+    }
+
+    #[test]
+    fn parallel_work_keeps_its_order() {
+        let items: Vec<usize> = (0..100).collect();
+        assert_eq!(parallel(&items, |i| i * 2), items.iter().map(|i| i * 2).collect::<Vec<_>>());
+    }
+}

@@ -1,0 +1,15 @@
+// One block per row. Host reference, shapes and geometry: bcg-models/src/ops/copy_rows.rs.
+#include "bcg.cuh"
+
+struct CopyRowsArgs {
+    const u8* src;
+    u8* dst;
+    i64 src_stride_bytes;
+    i64 dst_stride_bytes;
+    i64 row_bytes;
+};
+
+extern "C" __global__ void copy_rows(CopyRowsArgs a) {
+    i64 row = blockIdx.x;
+    block_copy(a.dst + row * a.dst_stride_bytes, a.src + row * a.src_stride_bytes, a.row_bytes);
+}
