@@ -1,0 +1,174 @@
+//! The host device: a strict emulation of a CUDA device, and the oracle of every test.
+//!
+//! It queues work and runs it late, in any order that streams and events allow (seeded); it checks each access to
+//! memory, fills fresh memory with NaN, refuses what CUDA refuses during a capture, and fails any driver call on
+//! request. Where CUDA leaves behaviour undefined (overlapping copies, stale addresses) it reports an error.
+//!
+//! One lock guards the whole device, and the thread that waits for work runs it under that lock, so operations of one
+//! device never run at the same time. A kernel's host reference must therefore not call the device again.
+//!
+//! Files are named by the trait that they implement: `memory`, `stream`, `event`, `graph`. Under them lie `regions`
+//! (addresses), `backing` (bytes), `queue` (order) and `work` (one operation); `fault` is the tests' control.
+
+mod backing;
+mod event;
+mod fault;
+mod graph;
+mod memory;
+mod queue;
+mod regions;
+mod stream;
+#[cfg(test)]
+mod testing;
+mod work;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::ThreadId;
+
+pub use fault::HostControl;
+pub use memory::HostMemory;
+
+use super::traits::Backend;
+use crate::launch::AnyKernel;
+use crate::{DeviceKind, Result};
+use event::EventState;
+use fault::Faults;
+use graph::{Capture, Exec, GraphNodes};
+use memory::Release;
+use queue::Queue;
+use regions::Memory;
+use stream::StreamState;
+
+/// Options of a host device.
+///
+/// # Example
+/// ```
+/// use bcg_runtime::{Device, HostOptions};
+/// let device = Device::host_with(HostOptions { seed: 7, ordinal: 1, ..HostOptions::default() });
+/// assert_eq!(device.name(), "host:1");
+/// ```
+#[derive(Clone, Debug)]
+pub struct HostOptions {
+    /// Seed of the random order in which work runs.
+    pub seed: u64,
+    /// Memory of the device, in bytes. Host memory is used only for what is touched.
+    pub memory_bytes: usize,
+    /// Number in the device's name, `host:0`.
+    pub ordinal: usize,
+    /// Operations that may be queued; beyond it, a random number of them runs at the next enqueuing.
+    pub max_pending: usize,
+}
+
+impl Default for HostOptions {
+    fn default() -> Self {
+        Self { seed: 0, memory_bytes: 8 << 30, ordinal: 0, max_pending: 4096 }
+    }
+}
+
+/// How many host devices this process has made.
+static NUM_INSTANCES: AtomicU64 = AtomicU64::new(0);
+
+/// The emulated device.
+pub(crate) struct HostBackend {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    name: String,
+    state: Mutex<State>,
+}
+
+impl Shared {
+    /// Locks the device. A panic of another thread leaves it usable: kernels that panic are caught, and all else
+    /// changes the state only after its checks.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// All of a device that changes.
+struct State {
+    memory: Memory,
+    queue: Queue,
+    faults: Faults,
+    streams: HashMap<u64, StreamState>,
+    events: HashMap<u64, EventState>,
+    captures: HashMap<u64, Capture>,
+    graphs: HashMap<u64, Arc<GraphNodes>>,
+    execs: HashMap<u64, Exec>,
+    last_handle: u64,
+    /// Names of streams; a lane is an index into this. Bounded by the number of different names.
+    lanes: Vec<Arc<str>>,
+    /// Memory to give back when its thread's captures end.
+    deferred: Vec<(ThreadId, Release)>,
+}
+
+impl State {
+    fn new_handle(&mut self) -> u64 {
+        self.last_handle += 1;
+        self.last_handle
+    }
+
+    fn lane(&mut self, name: &str) -> u32 {
+        let known = self.lanes.iter().position(|lane| **lane == *name);
+        let lane = known.unwrap_or_else(|| {
+            self.lanes.push(name.into());
+            self.lanes.len() - 1
+        });
+        lane as u32
+    }
+}
+
+impl HostBackend {
+    pub(crate) fn new(options: HostOptions) -> Self {
+        let HostOptions { seed, memory_bytes, ordinal, max_pending } = options;
+        let name = format!("host:{ordinal}");
+        let instance = NUM_INSTANCES.fetch_add(1, Ordering::Relaxed);
+        let state = State {
+            memory: Memory::new(&name, instance, memory_bytes),
+            queue: Queue::new(seed, max_pending),
+            faults: Faults::default(),
+            streams: HashMap::new(),
+            events: HashMap::new(),
+            captures: HashMap::new(),
+            graphs: HashMap::new(),
+            execs: HashMap::new(),
+            last_handle: 0,
+            lanes: Vec::new(),
+            deferred: Vec::new(),
+        };
+        Self { shared: Arc::new(Shared { name, state: Mutex::new(state) }) }
+    }
+
+    pub(crate) fn control(&self) -> HostControl {
+        HostControl::new(Arc::clone(&self.shared))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.shared.lock()
+    }
+}
+
+impl Backend for HostBackend {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Host
+    }
+
+    fn name(&self) -> &str {
+        &self.shared.name
+    }
+
+    /// Does nothing: host references are compiled into the program.
+    fn prepare(&self, _kernels: &[&'static dyn AnyKernel]) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl fmt::Debug for HostBackend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "HostBackend({})", self.shared.name)
+    }
+}
