@@ -1,1 +1,95 @@
-//! (skeleton)
+//! bcg-runtime: breakable CUDA graphs.
+//!
+//! A CUDA graph removes launch overhead but cannot hold code that decides on the host. Here, a function annotated with
+//! [`#[eager_on_graph]`](eager_on_graph) *breaks* the capture: the open segment ends, the function runs eagerly, a new
+//! segment begins. A [`BreakableCudaGraph`] replays the segments and the breaks in order.
+//!
+//! # In the order of the flow
+//! 1. Annotate: [`eager_on_graph`], [`Context`], [`Eager`], [`Freeze`], [`Bridge`], [`Live`].
+//! 2. Run: [`Device`], [`Tensor`], [`Kernel`], [`CaptureStream`], [`Runner`].
+//! 3. Capture and replay: [`BreakableCudaGraph`], [`Description`].
+//! 4. Many sizes: [`Ladder`], [`GraphCache`], [`EagerReason`].
+//!
+//! # Shape letters
+//! T tokens, B sequences, C hidden, Hq/Hkv query/key-value heads, D head dim, N state, E experts, K chosen experts,
+//! V vocabulary.
+//!
+//! # Example
+//! ```
+//! use std::sync::Arc;
+//! use bcg_runtime::{BreakableCudaGraph, Context, Device, Eager, LiveBatch, Result, Runner, RunnerOptions, Tensor, eager_on_graph};
+//!
+//! struct Batch { scale: f32 }
+//! impl LiveBatch for Batch {}
+//!
+//! #[eager_on_graph]
+//! fn scaled(cx: &mut Eager<'_, Batch>, x: &Tensor) -> Result<Tensor> {
+//!     let scale = cx.live().scale; // the batch of this run, never the captured one
+//!     let values: Vec<f32> = cx.read::<f32>(x)?.iter().map(|v| v * scale).collect();
+//!     let out = cx.empty(x.shape(), x.dtype())?;
+//!     cx.upload(&out, &values)?;
+//!     Ok(out)
+//! }
+//!
+//! let device = Device::host();
+//! let mut runner = Runner::new(&device, RunnerOptions::default())?;
+//! let x = device.tensor(&[2], &[1.0f32, 2.0])?;
+//! let mut graph = BreakableCudaGraph::new("scaled");
+//! let out = graph.capture(&mut runner, &Batch { scale: 2.0 }, move |cx: &mut Context<'_, Batch>| {
+//!     let copy = cx.empty(x.shape(), x.dtype())?;
+//!     cx.copy(&copy, &x)?; // segment 0
+//!     scaled(cx, &copy) // the break; segment 1 is empty and costs nothing
+//! })?;
+//! assert_eq!(runner.read::<f32>(&out)?, [2.0, 4.0]); // a capture is also a run
+//! let out = graph.replay(&mut runner, &Batch { scale: 10.0 })?;
+//! assert_eq!(runner.read::<f32>(&out)?, [10.0, 20.0]);
+//! # Ok::<(), bcg_runtime::Error>(())
+//! ```
+
+mod arena;
+mod bridge;
+mod cache;
+mod capture;
+mod context;
+mod device;
+mod dtype;
+mod eager;
+mod error;
+mod freeze;
+mod generation;
+mod graph;
+mod ladder;
+mod launch;
+mod replay;
+mod runner;
+mod segment;
+mod shape;
+mod stream;
+mod tensor;
+
+pub use arena::ArenaStats;
+pub use bcg_kernels::Source;
+pub use bcg_macros::{Bridge, Freeze, eager_on_graph};
+pub use bridge::{Bridge, Carrier};
+pub use cache::{CacheOptions, GraphCache, GraphCacheStats};
+pub use context::{Context, LiveBatch, Rows};
+pub use device::host::{HostControl, HostMemory, HostOptions};
+pub use device::{Device, DeviceKind, Event, LiveObjects, MemoryInfo, PinnedBuffer, Stream};
+pub use dtype::{DType, Element};
+pub use eager::{Eager, Live};
+pub use error::{Error, Result};
+pub use freeze::{Claims, Freeze, Thaw};
+pub use generation::Generation;
+pub use graph::{BreakDescription, BreakableCudaGraph, Description, GraphOptions, SegmentDescription};
+pub use ladder::{Decision, EagerReason, Ladder};
+pub use launch::{ARG_BYTES_MAX, AnyKernel, ArgBytes, DevicePtr, Dims, HostFn, Kernel, KernelArgs, Launch};
+pub use runner::{Runner, RunnerOptions, RunnerStats};
+pub use stream::{CaptureStream, SideStream};
+pub use tensor::Tensor;
+
+/// What the macros expand to. Not part of the public interface.
+#[doc(hidden)]
+pub mod __private {
+    pub use crate::capture::breaks::{BreakSite, eager_break, eager_break_stubbed, plain_call};
+    pub use crate::freeze::assert_freeze;
+}

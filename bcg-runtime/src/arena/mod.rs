@@ -1,0 +1,478 @@
+//! Graph memory: one arena for all sizes and all segments of a runner (laws L9 and L10).
+//!
+//! The arena owns a range of reserved addresses. A *forward* (an eager run, a capture or a replay) starts with all of
+//! it free; blocks are handed out lowest address first, and a block is free again as soon as its last handle drops,
+//! since everything that reads it was enqueued before. Across forwards everything overlaps.
+//!
+//! Invariants:
+//! - A block belongs to one forward. Handles of earlier forwards are inert: they read as stale and free nothing.
+//! - While side streams are open, freed blocks are kept back until they are joined.
+//! - At replay, the extent of the captured forward is taken as a whole. The allocations of a break are served in the
+//!   recorded order at the recorded addresses (law L3); one that does not fit lies above that extent.
+//! - Inside a segment the arena does not grow (law L7).
+//!
+//! Called by [`crate::CaptureStream`] alone. The arena never enqueues work.
+
+mod ranges;
+
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use ranges::{ALIGNMENT, FreeRanges};
+
+use crate::device::Reservation;
+use crate::shape::Shape;
+use crate::tensor::{Storage, Tensor, foreign};
+use crate::{DType, Device, DevicePtr, Error, Result};
+
+/// The arena grows by at least this much at a time.
+const GROWTH_BYTES: usize = 32 << 20;
+
+/// What an arena holds, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ArenaStats {
+    /// Reserved addresses.
+    pub reserved_bytes: usize,
+    /// Memory behind them.
+    pub mapped_bytes: usize,
+    /// Blocks held by the forward that runs now.
+    pub in_use_bytes: usize,
+    /// The end of the highest block of that forward.
+    pub extent_bytes: usize,
+}
+
+/// One allocation that a break made at capture.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct BlockRecord {
+    offset: usize,
+    bytes: usize,
+}
+
+/// A shared handle to an arena.
+#[derive(Clone)]
+pub(crate) struct Arena(Arc<Shared>);
+
+struct Shared {
+    device: Device,
+    base: DevicePtr,
+    state: Mutex<State>,
+}
+
+struct State {
+    reservation: Reservation,
+    free: FreeRanges,
+    blocks: Vec<Block>,
+    unused_slots: Vec<u32>,
+    forward: u64,
+    extent: usize,
+    in_use: usize,
+    /// Bytes mapped when the memory was released; `None` while it is there.
+    released: Option<usize>,
+    may_grow: bool,
+    keep_back: bool,
+    kept_back: Vec<(usize, usize)>,
+    serving: Serving,
+}
+
+/// How allocations are served.
+#[derive(Debug, Default)]
+enum Serving {
+    /// From the free ranges.
+    #[default]
+    Free,
+    /// From the free ranges, and written down: a break at capture.
+    Recording(Vec<BlockRecord>),
+    /// At recorded addresses: a break at replay.
+    Recorded { records: Arc<[BlockRecord]>, next: usize },
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Block {
+    offset: usize,
+    bytes: usize,
+    handles: u32,
+    /// Served at a recorded address, so not part of the free ranges.
+    recorded: bool,
+}
+
+impl Arena {
+    pub(crate) fn new(device: &Device, bytes: usize, bytes_max: usize) -> Result<Self> {
+        let mut reservation = Reservation::new(device, bytes_max.max(bytes).max(1))?;
+        if bytes > 0 {
+            reservation.grow(bytes)?;
+        }
+        let base = reservation.base();
+        let mut free = FreeRanges::default();
+        free.reset(0, reservation.mapped_bytes());
+        let state = State {
+            reservation,
+            free,
+            blocks: Vec::new(),
+            unused_slots: Vec::new(),
+            forward: 0,
+            extent: 0,
+            in_use: 0,
+            released: None,
+            may_grow: true,
+            keep_back: false,
+            kept_back: Vec::new(),
+            serving: Serving::Free,
+        };
+        Ok(Self(Arc::new(Shared { device: device.clone(), base, state: Mutex::new(state) })))
+    }
+
+    /// Begins a forward: every block of earlier ones is stale, and all but the first `extent` bytes are free.
+    pub(crate) fn begin_forward(&self, extent: usize) -> Result<()> {
+        let mut state = self.0.lock();
+        if state.released.is_some() {
+            let message = "the arena's memory is released; call Runner::restore_memory first".to_owned();
+            return Err(Error::Option { option: "Runner::release_memory", message });
+        }
+        state.forward += 1;
+        state.blocks.clear();
+        state.unused_slots.clear();
+        state.kept_back.clear();
+        state.keep_back = false;
+        state.may_grow = true;
+        state.serving = Serving::Free;
+        state.extent = extent;
+        state.in_use = extent;
+        let mapped = state.reservation.mapped_bytes();
+        state.free.reset(extent, mapped);
+        Ok(())
+    }
+
+    pub(crate) fn alloc(&self, shape: Shape, dtype: DType) -> Result<Tensor> {
+        let bytes = (shape.num_elements() * dtype.size_bytes()).max(1).next_multiple_of(ALIGNMENT);
+        let mut state = self.0.lock();
+        let (offset, recorded) = match state.serve_recorded(bytes) {
+            Some(offset) => (offset, true),
+            None => (state.take_free(bytes)?, false),
+        };
+        let slot = state.add_block(Block { offset, bytes, handles: 1, recorded });
+        let forward = state.forward;
+        drop(state);
+        let block = ArenaBlock { arena: self.clone(), forward, slot: Some(slot) };
+        Ok(Tensor::in_arena(self.0.base.offset_bytes(offset), shape, dtype, block))
+    }
+
+    /// Checks that a block may be used in the forward that runs now.
+    pub(crate) fn check(&self, block: &ArenaBlock) -> Result<()> {
+        if !self.is(&block.arena) {
+            return Err(foreign(&format!("{:?}", block.arena), &format!("{self:?}")));
+        }
+        let current = self.0.lock().forward;
+        if block.forward == current { Ok(()) } else { Err(Error::Stale { tensor: block.forward, current }) }
+    }
+
+    /// Returns a handle to memory that the running replay keeps: it neither owns nor frees anything.
+    pub(crate) fn bridge(&self) -> ArenaBlock {
+        ArenaBlock { arena: self.clone(), forward: self.0.lock().forward, slot: None }
+    }
+
+    pub(crate) fn set_may_grow(&self, may_grow: bool) {
+        self.0.lock().may_grow = may_grow;
+    }
+
+    /// Keeps freed blocks back while side streams may still read them; gives them back when that ends.
+    pub(crate) fn set_keep_back(&self, keep_back: bool) {
+        let mut state = self.0.lock();
+        state.keep_back = keep_back;
+        if !keep_back {
+            while let Some((offset, bytes)) = state.kept_back.pop() {
+                state.free.free(offset, bytes);
+            }
+        }
+    }
+
+    pub(crate) fn begin_record(&self) {
+        self.0.lock().serving = Serving::Recording(Vec::new());
+    }
+
+    pub(crate) fn end_record(&self) -> Arc<[BlockRecord]> {
+        match std::mem::take(&mut self.0.lock().serving) {
+            Serving::Recording(records) => records.into(),
+            Serving::Free | Serving::Recorded { .. } => Arc::new([]),
+        }
+    }
+
+    pub(crate) fn begin_recorded(&self, records: &Arc<[BlockRecord]>) {
+        self.0.lock().serving = Serving::Recorded { records: Arc::clone(records), next: 0 };
+    }
+
+    pub(crate) fn end_recorded(&self) {
+        self.0.lock().serving = Serving::Free;
+    }
+
+    pub(crate) fn stats(&self) -> ArenaStats {
+        let state = self.0.lock();
+        ArenaStats {
+            reserved_bytes: state.reservation.reserved_bytes(),
+            mapped_bytes: state.reservation.mapped_bytes(),
+            in_use_bytes: state.in_use,
+            extent_bytes: state.extent,
+        }
+    }
+
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// Returns where the arena's memory begins.
+    pub(crate) fn base(&self) -> DevicePtr {
+        self.0.base
+    }
+
+    /// Gives the physical memory back. The addresses, and so all graphs, stay.
+    pub(crate) fn release(&self) {
+        let mut state = self.0.lock();
+        if state.released.is_none() {
+            state.released = Some(state.reservation.mapped_bytes());
+            state.forward += 1;
+            state.reservation.unmap_all();
+        }
+    }
+
+    /// Puts memory behind the addresses again.
+    pub(crate) fn restore(&self) -> Result<()> {
+        let mut state = self.0.lock();
+        if let Some(bytes) = state.released {
+            if bytes > 0 {
+                state.reservation.grow(bytes)?;
+            }
+            state.released = None;
+        }
+        Ok(())
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Serves the next recorded address, if it fits and no live block of this break lies there.
+    fn serve_recorded(&mut self, bytes: usize) -> Option<usize> {
+        let Serving::Recorded { records, next } = &mut self.serving else { return None };
+        let record = *records.get(*next)?;
+        *next += 1;
+        let is_taken = self.blocks.iter().any(|block| {
+            let overlaps = block.offset < record.offset + bytes && record.offset < block.offset + block.bytes;
+            block.handles > 0 && block.recorded && overlaps
+        });
+        (bytes <= record.bytes && !is_taken).then_some(record.offset)
+    }
+
+    fn take_free(&mut self, bytes: usize) -> Result<usize> {
+        let offset = match self.free.alloc(bytes) {
+            Some(offset) => offset,
+            None => {
+                self.grow(bytes)?;
+                self.free.alloc(bytes).expect("the arena grew by what was missing")
+            }
+        };
+        self.extent = self.extent.max(offset + bytes);
+        self.in_use += bytes;
+        if let Serving::Recording(records) = &mut self.serving {
+            records.push(BlockRecord { offset, bytes });
+        }
+        Ok(offset)
+    }
+
+    fn grow(&mut self, bytes: usize) -> Result<()> {
+        if !self.may_grow {
+            return Err(Error::ArenaFull {
+                requested_bytes: bytes,
+                in_use_bytes: self.in_use,
+                limit_bytes: self.reservation.mapped_bytes(),
+                hint: "; the arena cannot grow inside a segment: run the forward eagerly once before its capture, or \
+                       raise RunnerOptions::arena_bytes",
+            });
+        }
+        let missing = self.free.missing(bytes);
+        let left = self.reservation.reserved_bytes() - self.reservation.mapped_bytes();
+        self.reservation.grow(missing.max(GROWTH_BYTES.min(left)))?;
+        self.free.extend(self.reservation.mapped_bytes());
+        Ok(())
+    }
+
+    fn add_block(&mut self, block: Block) -> u32 {
+        if let Some(slot) = self.unused_slots.pop() {
+            self.blocks[slot as usize] = block;
+            return slot;
+        }
+        self.blocks.push(block);
+        self.blocks.len() as u32 - 1
+    }
+
+    fn drop_handle(&mut self, slot: u32) {
+        let block = &mut self.blocks[slot as usize];
+        block.handles -= 1;
+        if block.handles > 0 {
+            return;
+        }
+        let Block { offset, bytes, recorded, .. } = *block;
+        self.unused_slots.push(slot);
+        if recorded {
+            return;
+        }
+        self.in_use -= bytes;
+        if self.keep_back {
+            self.kept_back.push((offset, bytes));
+        } else {
+            self.free.free(offset, bytes);
+        }
+    }
+}
+
+impl fmt::Debug for Arena {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the arena at {:#x} of {}", self.0.base.as_u64(), self.0.device.name())
+    }
+}
+
+/// A handle to a block of one forward, or to a bridge that a replay keeps (`slot` is `None`).
+pub(crate) struct ArenaBlock {
+    arena: Arena,
+    forward: u64,
+    slot: Option<u32>,
+}
+
+impl Clone for ArenaBlock {
+    fn clone(&self) -> Self {
+        if let Some(slot) = self.slot {
+            let mut state = self.arena.0.lock();
+            if state.forward == self.forward {
+                state.blocks[slot as usize].handles += 1;
+            }
+        }
+        Self { arena: self.arena.clone(), forward: self.forward, slot: self.slot }
+    }
+}
+
+impl Drop for ArenaBlock {
+    fn drop(&mut self) {
+        if let Some(slot) = self.slot {
+            let mut state = self.arena.0.lock();
+            if state.forward == self.forward {
+                state.drop_handle(slot);
+            }
+        }
+    }
+}
+
+/// A tensor's place, without a claim on its memory. Only a running replay turns it into a tensor again (law L10).
+#[derive(Clone)]
+pub(crate) struct FrozenTensor {
+    pub(crate) ptr: DevicePtr,
+    pub(crate) shape: Shape,
+    pub(crate) row_stride: usize,
+    pub(crate) dtype: DType,
+    persistent: Option<Arc<crate::tensor::PersistentBuffer>>,
+}
+
+impl FrozenTensor {
+    pub(crate) fn new(tensor: &Tensor) -> Self {
+        let persistent = match &tensor.storage {
+            Storage::Persistent(buffer) => Some(Arc::clone(buffer)),
+            Storage::Arena(_) => None,
+        };
+        let Tensor { ptr, shape, row_stride, dtype, .. } = *tensor;
+        Self { ptr, shape, row_stride, dtype, persistent }
+    }
+
+    pub(crate) fn thaw(&self, arena: &Arena) -> Tensor {
+        let storage = match &self.persistent {
+            Some(buffer) => Storage::Persistent(Arc::clone(buffer)),
+            None => Storage::Arena(arena.bridge()),
+        };
+        Tensor { ptr: self.ptr, shape: self.shape, row_stride: self.row_stride, dtype: self.dtype, storage }
+    }
+
+    pub(crate) fn size_bytes(&self) -> usize {
+        self.shape.num_elements() * self.dtype.size_bytes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Device;
+
+    fn shape(bytes: usize) -> Shape {
+        Shape::new("test", &[bytes]).unwrap()
+    }
+
+    fn arena(bytes: usize) -> Arena {
+        let arena = Arena::new(&Device::host(), bytes, 1 << 30).unwrap();
+        arena.begin_forward(0).unwrap();
+        arena
+    }
+
+    #[test]
+    fn a_block_is_reused_as_soon_as_its_last_handle_drops() {
+        let arena = arena(1 << 20);
+        let a = arena.alloc(shape(1000), DType::U8).unwrap();
+        let at = a.ptr;
+        let view = a.rows(10..20).unwrap();
+        drop(a);
+        assert_ne!(arena.alloc(shape(1000), DType::U8).unwrap().ptr, at, "a view holds the block");
+        drop(view);
+        assert_eq!(arena.alloc(shape(1000), DType::U8).unwrap().ptr, at);
+    }
+
+    #[test]
+    fn handles_of_an_earlier_forward_are_inert() {
+        let arena = arena(1 << 20);
+        let old = arena.alloc(shape(100), DType::U8).unwrap();
+        arena.begin_forward(0).unwrap();
+        let new = arena.alloc(shape(100), DType::U8).unwrap();
+        assert_eq!(new.ptr, old.ptr);
+        drop(old.clone());
+        drop(old);
+        assert_ne!(arena.alloc(shape(100), DType::U8).unwrap().ptr, new.ptr, "the old handle freed nothing");
+    }
+
+    #[test]
+    fn growth_inside_a_segment_is_refused_and_changes_nothing() {
+        let arena = arena(1 << 20);
+        arena.set_may_grow(false);
+        let before = arena.stats();
+        let refused = arena.alloc(shape(8 << 20), DType::U8);
+        assert!(matches!(refused, Err(Error::ArenaFull { .. })));
+        assert_eq!(arena.stats(), before);
+        arena.set_may_grow(true);
+        arena.alloc(shape(8 << 20), DType::U8).unwrap();
+    }
+
+    #[test]
+    fn recorded_blocks_return_at_their_addresses_and_misfits_lie_above_the_extent() {
+        let arena = arena(1 << 20);
+        arena.begin_record();
+        let places: Vec<_> = [512, 256, 256].map(|bytes| arena.alloc(shape(bytes), DType::U8).unwrap()).into();
+        let records = arena.end_record();
+        let extent = arena.stats().extent_bytes;
+        arena.begin_forward(extent).unwrap();
+        arena.begin_recorded(&records);
+        let first = arena.alloc(shape(300), DType::U8).unwrap();
+        let too_big = arena.alloc(shape(1000), DType::U8).unwrap();
+        let third = arena.alloc(shape(256), DType::U8).unwrap();
+        arena.end_recorded();
+        assert_eq!((first.ptr, third.ptr), (places[0].ptr, places[2].ptr));
+        assert!(too_big.ptr >= arena.base().offset_bytes(extent));
+    }
+
+    #[test]
+    fn blocks_freed_while_side_streams_run_are_kept_back() {
+        let arena = arena(1 << 20);
+        let a = arena.alloc(shape(100), DType::U8).unwrap();
+        let at = a.ptr;
+        arena.set_keep_back(true);
+        drop(a);
+        assert_ne!(arena.alloc(shape(100), DType::U8).unwrap().ptr, at);
+        arena.set_keep_back(false);
+        assert_eq!(arena.alloc(shape(100), DType::U8).unwrap().ptr, at);
+    }
+}

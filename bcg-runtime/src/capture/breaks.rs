@@ -1,0 +1,166 @@
+//! What a call of an annotated function does: a plain call outside a capture, a break inside of one.
+
+use super::catch_panic;
+use super::recorder::{Recorder, place};
+use crate::bridge::{Carrier, output_tensors, scrub};
+use crate::freeze::{Claims, Thaw};
+use crate::generation::Stamp;
+use crate::segment::Break;
+use crate::{Bridge, CaptureStream, Context, Eager, Error, LiveBatch, Result};
+
+/// Where an annotated function stands.
+#[derive(Debug)]
+pub struct BreakSite {
+    /// The function's name.
+    pub name: &'static str,
+    /// Its file.
+    pub file: &'static str,
+    /// Its line.
+    pub line: u32,
+}
+
+/// The body of a break at replay: thaws `F` and runs.
+pub type ReplayFn<L, F, R> = fn(&mut Eager<'_, L>, &F, &Thaw<'_>) -> Result<R>;
+
+/// Calls the body of a function whose annotation is switched off.
+pub fn plain_call<L: LiveBatch, R>(cx: &mut Context<'_, L>, run: impl FnOnce(&mut Eager<'_, L>) -> Result<R>) -> Result<R> {
+    // Inside a segment the body's work is captured like that of any other function.
+    run(&mut Eager::from_parts(cx.stream, cx.live))
+}
+
+/// Calls an annotated function.
+pub fn eager_break<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
+    cx: &mut Context<'_, L>,
+    site: &'static BreakSite,
+    freeze: impl FnOnce(&mut Claims<'_>) -> Result<F>,
+    run: impl FnOnce(&mut Eager<'_, L>) -> Result<R>,
+    replay: ReplayFn<L, F, R>,
+) -> Result<R> {
+    match cx.recorder.take() {
+        None => call(cx, site, freeze, run),
+        Some(recorder) => {
+            let result = record(recorder, cx, site, freeze, run, replay);
+            cx.recorder = Some(recorder);
+            result
+        }
+    }
+}
+
+/// Calls an annotated function that has a stub: the stub runs at capture, the body at every other time.
+pub fn eager_break_stubbed<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
+    cx: &mut Context<'_, L>,
+    site: &'static BreakSite,
+    freeze: impl FnOnce(&mut Claims<'_>) -> Result<F>,
+    run: impl FnOnce(&mut Eager<'_, L>) -> Result<R>,
+    stub: impl FnOnce(&mut Eager<'_, L>) -> Result<R>,
+    replay: ReplayFn<L, F, R>,
+) -> Result<R> {
+    if cx.recorder.is_some() {
+        eager_break(cx, site, freeze, stub, replay)
+    } else {
+        eager_break(cx, site, freeze, run, replay)
+    }
+}
+
+/// Outside a capture: a plain call, with the same padding rule as at replay.
+fn call<L: LiveBatch, F, R: Bridge>(
+    cx: &mut Context<'_, L>,
+    site: &'static BreakSite,
+    freeze: impl FnOnce(&mut Claims<'_>) -> Result<F>,
+    run: impl FnOnce(&mut Eager<'_, L>) -> Result<R>,
+) -> Result<R> {
+    // A nested break is not a place of its own in the comparison of a replay with an eager run.
+    let mut probe = cx.stream.probe.take();
+    if let Some(probe) = &mut probe {
+        let mut claims = Claims::new(cx.stream);
+        freeze(&mut claims)?;
+        let args = claims.tensors;
+        probe.snapshot(cx.stream, place(site), &args)?;
+    }
+    let result = run(&mut Eager::new(cx));
+    cx.stream.probe = probe;
+    let output = result?;
+    let rows = cx.live.rows();
+    if rows.is_some_and(|rows| rows.valid < rows.padded) {
+        let outputs = output_tensors(cx.stream, &output)?;
+        scrub(cx.stream, &outputs, rows)?;
+    }
+    Ok(output)
+}
+
+/// During a capture: ends the segment, runs the body eagerly, keeps what a replay needs, begins the next segment.
+fn record<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
+    recorder: &mut Recorder<L>,
+    cx: &mut Context<'_, L>,
+    site: &'static BreakSite,
+    freeze: impl FnOnce(&mut Claims<'_>) -> Result<F>,
+    run: impl FnOnce(&mut Eager<'_, L>) -> Result<R>,
+    replay: ReplayFn<L, F, R>,
+) -> Result<R> {
+    recorder.begin_break(cx.stream, &place(site))?;
+    let segment = recorder.segment_index();
+    let span = tracing::debug_span!("break", name = site.name, segment);
+    let recorded = span.in_scope(|| run_recorded(cx, site, freeze, run, replay));
+    match recorded {
+        Ok((output, step, stamps)) => {
+            recorder.stamps.extend(stamps);
+            recorder.end_break(cx.stream, Some(step))?;
+            Ok(output)
+        }
+        Err(error) => {
+            recorder.abort(cx.stream);
+            Err(error.in_break(site, segment))
+        }
+    }
+}
+
+fn run_recorded<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
+    cx: &mut Context<'_, L>,
+    site: &'static BreakSite,
+    freeze: impl FnOnce(&mut Claims<'_>) -> Result<F>,
+    run: impl FnOnce(&mut Eager<'_, L>) -> Result<R>,
+    replay: ReplayFn<L, F, R>,
+) -> Result<(R, Break<L>, Vec<Stamp>)> {
+    let mut claims = Claims::new(cx.stream);
+    let frozen = freeze(&mut claims)?;
+    let (args, stamps) = (claims.tensors, claims.stamps);
+    let launches_before = cx.stream.counts.launches;
+    cx.stream.arena().begin_record();
+    let output = catch_panic(|| run(&mut Eager::new(cx)));
+    let blocks = cx.stream.arena().end_record();
+    let output = output?;
+    cx.stream.check_joined(&format!("the end of {}", place(site)))?;
+    let mut claims = Claims::new(cx.stream);
+    let frozen_output = output.freeze(&mut claims)?;
+    let outputs = claims.tensors;
+    scrub(cx.stream, &outputs, cx.live.rows())?;
+    let run = move |eager: &mut Eager<'_, L>| {
+        let arena = eager.arena().clone();
+        let output = replay(eager, &frozen, &Thaw { arena: &arena })?;
+        check_joined_at_replay(eager, site)?;
+        output.carry(&frozen_output, &mut Carrier::new(eager))
+    };
+    let launches = cx.stream.counts.launches - launches_before;
+    Ok((output, Break { site, run: Box::new(run), blocks, args, outputs, launches }, stamps))
+}
+
+/// As [`CaptureStream::check_joined`], without making the place's name when all is well.
+fn check_joined_at_replay(stream: &CaptureStream, site: &BreakSite) -> Result<()> {
+    match stream.check_joined("") {
+        Ok(()) => Ok(()),
+        Err(_) => stream.check_joined(&format!("the end of {}", place(site))),
+    }
+}
+
+impl Error {
+    /// Says at which break the error happened.
+    pub(crate) fn in_break(self, site: &'static BreakSite, segment: usize) -> Self {
+        match self {
+            located @ Self::Break { .. } => located,
+            source => {
+                let BreakSite { name, file, line } = *site;
+                Self::Break { name, segment, file, line, source: Box::new(source) }
+            }
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! Drives the device through a capture: one stream capture for each segment, launched as soon as it is instantiated.
+//!
+//! Invariants:
+//! - While the state is `Segment`, the main stream captures and [`CaptureStream::segment`] is there; in every other
+//!   state neither is true.
+//! - [`CaptureGuard`] aborts an open capture when it is dropped, so that an early return or a panic leaves the stream
+//!   usable (law L5).
+
+use std::cell::Cell;
+use std::sync::Arc;
+
+use super::breaks::BreakSite;
+use super::state::CaptureState;
+use crate::device::{Graph, PinnedBuffer};
+use crate::generation::Stamp;
+use crate::segment::{Break, Segment, Step};
+use crate::stream::SegmentLog;
+use crate::tensor::PersistentBuffer;
+use crate::{CaptureStream, Error, Result};
+
+thread_local! {
+    /// A capture is open on this thread.
+    static IS_CAPTURING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// What a capture has recorded so far.
+pub(crate) struct Recorder<L> {
+    pub(crate) state: CaptureState,
+    pub(crate) steps: Vec<Step<L>>,
+    pub(crate) retained: Vec<Arc<PersistentBuffer>>,
+    pub(crate) pinned: Vec<Arc<PinnedBuffer>>,
+    pub(crate) stamps: Vec<Stamp>,
+}
+
+impl<L> Recorder<L> {
+    fn new() -> Self {
+        Self {
+            state: CaptureState::Idle,
+            steps: Vec::new(),
+            retained: Vec::new(),
+            pinned: Vec::new(),
+            stamps: Vec::new(),
+        }
+    }
+
+    /// Returns the index of the segment that is open, or that ended last.
+    pub(crate) fn segment_index(&self) -> usize {
+        let ended = self.steps.iter().filter(|step| matches!(step, Step::Segment(_))).count();
+        if self.state == CaptureState::Segment { ended } else { ended.saturating_sub(1) }
+    }
+
+    pub(crate) fn begin(&mut self, stream: &mut CaptureStream) -> Result<()> {
+        self.state.begin()?;
+        self.begin_segment(stream)
+    }
+
+    /// Ends the open segment and launches it, so that the break sees real data (law L6).
+    pub(crate) fn begin_break(&mut self, stream: &mut CaptureStream, place: &str) -> Result<()> {
+        let segment = self.segment_index();
+        self.state.begin_break()?;
+        self.end_segment(stream, place).inspect_err(|_| self.abort(stream)).map_err(|error| error.in_segment(segment))
+    }
+
+    pub(crate) fn end_break(&mut self, stream: &mut CaptureStream, step: Option<Break<L>>) -> Result<()> {
+        self.state.end_break()?;
+        self.steps.extend(step.map(Step::Break));
+        let segment = self.segment_index();
+        self.begin_segment(stream).inspect_err(|_| self.abort(stream)).map_err(|error| error.in_segment(segment))
+    }
+
+    /// Ends the open segment and begins another one.
+    pub(crate) fn split(&mut self, stream: &mut CaptureStream) -> Result<()> {
+        self.begin_break(stream, "break_graph()")?;
+        self.end_break(stream, None)
+    }
+
+    pub(crate) fn end(&mut self, stream: &mut CaptureStream) -> Result<()> {
+        let segment = self.segment_index();
+        let mut sealed = self.state;
+        sealed.end()?;
+        self.end_segment(stream, "the end of the capture")
+            .inspect_err(|_| self.abort(stream))
+            .map_err(|error| error.in_segment(segment))?;
+        self.state = sealed;
+        Ok(())
+    }
+
+    /// Gives the capture up: discards it and returns the stream to use.
+    pub(crate) fn abort(&mut self, stream: &mut CaptureStream) {
+        self.state.abort();
+        if stream.segment.take().is_some() {
+            stream.device().backend().abort_capture(stream.main().handle());
+        }
+        stream.arena().set_may_grow(true);
+        stream.arena().end_record();
+        stream.reset_forks();
+    }
+
+    fn begin_segment(&mut self, stream: &mut CaptureStream) -> Result<()> {
+        stream.device().backend().begin_capture(stream.main().handle())?;
+        stream.segment = Some(SegmentLog::default());
+        stream.arena().set_may_grow(false);
+        Ok(())
+    }
+
+    fn end_segment(&mut self, stream: &mut CaptureStream, place: &str) -> Result<()> {
+        stream.check_joined(place)?;
+        // From here on the driver's capture is over, whether `end_capture` succeeds or fails.
+        let log = stream.segment.take().ok_or(Error::CaptureState { transition: "end a segment", state: "none is open" })?;
+        let graph = Graph::end_capture(stream.main())?;
+        stream.arena().set_may_grow(true);
+        let nodes = graph.node_counts()?;
+        if log.is_broken {
+            let what = "a call failed in this segment and its error was ignored; the segment misses work".to_owned();
+            return Err(Error::CaptureForbidden { what });
+        }
+        if nodes.memory > 0 {
+            let what = format!("{} memory nodes were captured; allocate through CaptureStream::empty", nodes.memory);
+            return Err(Error::CaptureForbidden { what });
+        }
+        let exec = (nodes.kernels + nodes.copies + nodes.fills > 0).then(|| graph.instantiate()).transpose()?;
+        let segment = Segment { exec, nodes, kernels: log.kernels };
+        segment.launch(stream.main())?;
+        tracing::debug!(segment = self.segment_index(), kernels = nodes.kernels, nodes = nodes.total(), "segment captured");
+        self.steps.push(Step::Segment(segment));
+        self.retained.extend(log.retained);
+        self.pinned.extend(log.pinned);
+        self.stamps.extend(log.stamps);
+        Ok(())
+    }
+}
+
+/// Owns an open capture and aborts it on drop.
+pub(crate) struct CaptureGuard<'a, L> {
+    pub(crate) stream: &'a mut CaptureStream,
+    pub(crate) recorder: Recorder<L>,
+}
+
+impl<'a, L> CaptureGuard<'a, L> {
+    pub(crate) fn begin(stream: &'a mut CaptureStream) -> Result<Self> {
+        if IS_CAPTURING.replace(true) {
+            let state = "another capture is open on this thread";
+            return Err(Error::CaptureState { transition: "begin", state });
+        }
+        let mut guard = Self { stream, recorder: Recorder::new() };
+        guard.recorder.begin(guard.stream)?;
+        Ok(guard)
+    }
+
+    /// Ends the capture and returns what it recorded.
+    pub(crate) fn seal(mut self) -> Result<Recorder<L>> {
+        self.recorder.end(self.stream)?;
+        let mut sealed = Recorder::new();
+        sealed.state = CaptureState::Sealed;
+        Ok(std::mem::replace(&mut self.recorder, sealed))
+    }
+}
+
+impl<L> Drop for CaptureGuard<'_, L> {
+    fn drop(&mut self) {
+        IS_CAPTURING.set(false);
+        if self.recorder.state != CaptureState::Sealed {
+            self.recorder.abort(self.stream);
+        }
+    }
+}
+
+/// Names a break's place for messages.
+pub(crate) fn place(site: &BreakSite) -> String {
+    format!("break `{}` ({}:{})", site.name, site.file, site.line)
+}

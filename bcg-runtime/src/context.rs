@@ -1,0 +1,83 @@
+//! What captured code holds: a queue, and no way to the live batch (law L1).
+
+use std::fmt;
+use std::ops::{Deref, DerefMut};
+
+use crate::capture::recorder::Recorder;
+use crate::{CaptureStream, Result};
+
+/// The rows of a forward: how many are real, and how many the tensors have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rows {
+    /// Real rows, at most `padded`.
+    pub valid: usize,
+    /// Rows of the tensors: the capture size.
+    pub padded: usize,
+}
+
+/// The host and device state of the batch being run now; differs at every replay.
+///
+/// Only breaks can read it, through [`crate::Eager::live`].
+pub trait LiveBatch: 'static {
+    /// Returns the valid and padded rows of this run, if rows can be padded.
+    ///
+    /// The runtime zeroes the rows `[valid, padded)` of every bridge that has `padded` rows, after its break, and
+    /// tells the device how many rows are valid (law L11).
+    fn rows(&self) -> Option<Rows> {
+        None
+    }
+}
+
+impl LiveBatch for () {}
+
+/// What captured code sees: a [`CaptureStream`], to which it derefs.
+///
+/// It has no access to the live batch, so a live value cannot be baked into a graph: that does not compile.
+///
+/// # Example
+/// ```compile_fail
+/// use bcg_runtime::{Context, LiveBatch};
+/// struct Batch { num_sequences: usize }
+/// impl LiveBatch for Batch {}
+/// fn captured(cx: &mut Context<'_, Batch>) -> usize {
+///     cx.live().num_sequences // no such method: only `Eager` has it
+/// }
+/// ```
+pub struct Context<'a, L> {
+    pub(crate) stream: &'a mut CaptureStream,
+    pub(crate) live: &'a L,
+    pub(crate) recorder: Option<&'a mut Recorder<L>>,
+}
+
+impl<L: LiveBatch> Context<'_, L> {
+    /// Ends the open segment and begins another one, without a break between them. Outside a capture it does nothing.
+    ///
+    /// # Errors
+    /// Those of ending and beginning a segment.
+    pub fn break_graph(&mut self) -> Result<()> {
+        match self.recorder.as_deref_mut() {
+            Some(recorder) => recorder.split(self.stream),
+            None => Ok(()),
+        }
+    }
+}
+
+impl<L> Deref for Context<'_, L> {
+    type Target = CaptureStream;
+
+    fn deref(&self) -> &CaptureStream {
+        self.stream
+    }
+}
+
+impl<L> DerefMut for Context<'_, L> {
+    fn deref_mut(&mut self) -> &mut CaptureStream {
+        self.stream
+    }
+}
+
+impl<L> fmt::Debug for Context<'_, L> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Context").field("is_capturing", &self.is_capturing()).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,383 @@
+//! The guards that own every object of a backend, written once for all devices.
+//!
+//! Invariant: each handle is destroyed exactly once, by the `Drop` of the guard that created it, and `Drop` never
+//! panics. [`LiveObjects`] counts the guards that are alive, which is how tests see leaks.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::Device;
+use super::traits::{EventHandle, ExecHandle, GraphHandle, NodeCounts, StreamHandle};
+use crate::{DevicePtr, Element, Error, Result};
+
+/// How many objects of a device are alive.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LiveObjects {
+    /// Memory allocations and mappings.
+    pub allocations: usize,
+    /// Bytes of those.
+    pub allocated_bytes: usize,
+    /// Streams.
+    pub streams: usize,
+    /// Events.
+    pub events: usize,
+    /// Captured graphs.
+    pub graphs: usize,
+    /// Executable graphs.
+    pub execs: usize,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    allocations: AtomicUsize,
+    allocated_bytes: AtomicUsize,
+    streams: AtomicUsize,
+    events: AtomicUsize,
+    graphs: AtomicUsize,
+    execs: AtomicUsize,
+}
+
+impl Counters {
+    pub(crate) fn snapshot(&self) -> LiveObjects {
+        let get = |counter: &AtomicUsize| counter.load(Ordering::Relaxed);
+        LiveObjects {
+            allocations: get(&self.allocations),
+            allocated_bytes: get(&self.allocated_bytes),
+            streams: get(&self.streams),
+            events: get(&self.events),
+            graphs: get(&self.graphs),
+            execs: get(&self.execs),
+        }
+    }
+
+    fn add_memory(&self, bytes: usize) {
+        self.allocations.fetch_add(1, Ordering::Relaxed);
+        self.allocated_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn sub_memory(&self, bytes: usize) {
+        self.allocations.fetch_sub(1, Ordering::Relaxed);
+        self.allocated_bytes.fetch_sub(bytes, Ordering::Relaxed);
+    }
+}
+
+/// A plain allocation of device memory.
+#[derive(Debug)]
+pub(crate) struct Allocation {
+    device: Device,
+    ptr: DevicePtr,
+    bytes: usize,
+}
+
+impl Allocation {
+    pub(crate) fn new(device: &Device, bytes: usize) -> Result<Self> {
+        let ptr = device.backend().alloc(bytes.max(1))?;
+        device.counters().add_memory(bytes);
+        Ok(Self { device: device.clone(), ptr, bytes })
+    }
+
+    pub(crate) fn ptr(&self) -> DevicePtr {
+        self.ptr
+    }
+
+    pub(crate) fn device(&self) -> &Device {
+        &self.device
+    }
+}
+
+impl Drop for Allocation {
+    fn drop(&mut self) {
+        self.device.backend().free(self.ptr);
+        self.device.counters().sub_memory(self.bytes);
+    }
+}
+
+/// Page-locked host memory that a captured copy may read (law L7).
+///
+/// # Example
+/// ```
+/// use bcg_runtime::{Device, PinnedBuffer};
+/// let device = Device::host();
+/// let pinned = PinnedBuffer::new(&device, 8)?;
+/// pinned.write(&[1.0f32, 2.0])?;
+/// assert_eq!(pinned.len_bytes(), 8);
+/// # Ok::<(), bcg_runtime::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct PinnedBuffer {
+    device: Device,
+    ptr: DevicePtr,
+    bytes: usize,
+}
+
+impl PinnedBuffer {
+    /// Allocates `bytes` of page-locked memory.
+    ///
+    /// # Errors
+    /// The driver's, if it has no more such memory.
+    pub fn new(device: &Device, bytes: usize) -> Result<Self> {
+        let ptr = device.backend().alloc_pinned(bytes.max(1))?;
+        device.counters().add_memory(bytes);
+        Ok(Self { device: device.clone(), ptr, bytes })
+    }
+
+    /// Writes `data` to the start of the buffer, at once. Work that still reads the buffer sees either contents: order
+    /// it with a synchronisation.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if `data` is longer than the buffer.
+    pub fn write<T: Element>(&self, data: &[T]) -> Result<()> {
+        let bytes: &[u8] = bytemuck::cast_slice(data);
+        if bytes.len() > self.bytes {
+            let expected = format!("at most {} bytes", self.bytes);
+            return Err(Error::shape("PinnedBuffer::write", expected, format!("{} bytes", bytes.len())));
+        }
+        self.device.backend().write_pinned(self.ptr, bytes)
+    }
+
+    /// Returns the size in bytes.
+    pub fn len_bytes(&self) -> usize {
+        self.bytes
+    }
+
+    pub(crate) fn ptr(&self) -> DevicePtr {
+        self.ptr
+    }
+}
+
+impl Drop for PinnedBuffer {
+    fn drop(&mut self) {
+        self.device.backend().free_pinned(self.ptr);
+        self.device.counters().sub_memory(self.bytes);
+    }
+}
+
+/// A range of reserved addresses whose memory comes and goes in chunks (law L9).
+#[derive(Debug)]
+pub(crate) struct Reservation {
+    device: Device,
+    base: DevicePtr,
+    bytes: usize,
+    /// Mapped chunks in order, without gaps: sizes in bytes.
+    chunks: Vec<usize>,
+}
+
+impl Reservation {
+    pub(crate) fn new(device: &Device, bytes: usize) -> Result<Self> {
+        let bytes = bytes.next_multiple_of(device.backend().map_granularity());
+        let base = device.backend().reserve(bytes)?;
+        Ok(Self { device: device.clone(), base, bytes, chunks: Vec::new() })
+    }
+
+    pub(crate) fn base(&self) -> DevicePtr {
+        self.base
+    }
+
+    pub(crate) fn reserved_bytes(&self) -> usize {
+        self.bytes
+    }
+
+    pub(crate) fn mapped_bytes(&self) -> usize {
+        self.chunks.iter().sum()
+    }
+
+    /// Maps at least `bytes` more at the end.
+    pub(crate) fn grow(&mut self, bytes: usize) -> Result<()> {
+        let mapped = self.mapped_bytes();
+        let bytes = bytes.next_multiple_of(self.device.backend().map_granularity());
+        if mapped + bytes > self.bytes {
+            return Err(Error::ArenaFull {
+                requested_bytes: bytes,
+                in_use_bytes: mapped,
+                limit_bytes: self.bytes,
+                hint: "; raise RunnerOptions::arena_bytes_max or lower the largest capture size",
+            });
+        }
+        self.device.backend().map(self.base, mapped, bytes)?;
+        self.device.counters().add_memory(bytes);
+        self.chunks.push(bytes);
+        Ok(())
+    }
+
+    /// Gives all memory back; the addresses stay reserved.
+    pub(crate) fn unmap_all(&mut self) {
+        let mut end = self.mapped_bytes();
+        while let Some(bytes) = self.chunks.pop() {
+            end -= bytes;
+            self.device.backend().unmap(self.base, end, bytes);
+            self.device.counters().sub_memory(bytes);
+        }
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        self.unmap_all();
+        self.device.backend().unreserve(self.base, self.bytes);
+    }
+}
+
+/// A queue of device work that runs in order. Named, so that errors can tell which one was meant.
+///
+/// # Example
+/// ```
+/// use bcg_runtime::{Device, Stream};
+/// let stream = Stream::new(&Device::host(), "copies")?;
+/// stream.synchronize()?;
+/// assert_eq!(stream.name(), "copies");
+/// # Ok::<(), bcg_runtime::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Stream {
+    device: Device,
+    handle: StreamHandle,
+    name: Arc<str>,
+}
+
+impl Stream {
+    /// Creates a stream.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn new(device: &Device, name: &str) -> Result<Self> {
+        let handle = device.backend().create_stream(name)?;
+        device.counters().streams.fetch_add(1, Ordering::Relaxed);
+        Ok(Self { device: device.clone(), handle, name: name.into() })
+    }
+
+    /// Returns the stream's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Waits until all work of the stream has run.
+    ///
+    /// # Errors
+    /// The first error of that work; [`Error::CaptureForbidden`] (or the driver's) while the stream captures.
+    pub fn synchronize(&self) -> Result<()> {
+        self.device.backend().synchronize_stream(self.handle)
+    }
+
+    pub(crate) fn handle(&self) -> StreamHandle {
+        self.handle
+    }
+
+    pub(crate) fn device(&self) -> &Device {
+        &self.device
+    }
+
+    pub(crate) fn shared_name(&self) -> Arc<str> {
+        Arc::clone(&self.name)
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.device.backend().destroy_stream(self.handle);
+        self.device.counters().streams.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A point in a stream's order, for other streams to wait on.
+///
+/// # Example
+/// ```
+/// use bcg_runtime::{Device, Event};
+/// let event = Event::new(&Device::host())?;
+/// event.synchronize()?; // never recorded: nothing to wait for
+/// # Ok::<(), bcg_runtime::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Event {
+    device: Device,
+    handle: EventHandle,
+}
+
+impl Event {
+    /// Creates an event that was never recorded.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn new(device: &Device) -> Result<Self> {
+        let handle = device.backend().create_event()?;
+        device.counters().events.fetch_add(1, Ordering::Relaxed);
+        Ok(Self { device: device.clone(), handle })
+    }
+
+    /// Waits until the work before the latest record has run.
+    ///
+    /// # Errors
+    /// The first error of that work.
+    pub fn synchronize(&self) -> Result<()> {
+        self.device.backend().synchronize_event(self.handle)
+    }
+
+    pub(crate) fn handle(&self) -> EventHandle {
+        self.handle
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        self.device.backend().destroy_event(self.handle);
+        self.device.counters().events.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A captured graph, before it is instantiated.
+#[derive(Debug)]
+pub(crate) struct Graph {
+    device: Device,
+    handle: GraphHandle,
+}
+
+impl Graph {
+    /// Ends the capture of `stream` and owns what was captured.
+    pub(crate) fn end_capture(stream: &Stream) -> Result<Self> {
+        let device = stream.device.clone();
+        let handle = device.backend().end_capture(stream.handle)?;
+        device.counters().graphs.fetch_add(1, Ordering::Relaxed);
+        Ok(Self { device, handle })
+    }
+
+    pub(crate) fn node_counts(&self) -> Result<NodeCounts> {
+        self.device.backend().node_counts(self.handle)
+    }
+
+    pub(crate) fn instantiate(&self) -> Result<GraphExec> {
+        let handle = self.device.backend().instantiate(self.handle)?;
+        self.device.counters().execs.fetch_add(1, Ordering::Relaxed);
+        Ok(GraphExec { device: self.device.clone(), handle })
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        self.device.backend().destroy_graph(self.handle);
+        self.device.counters().graphs.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// An executable graph.
+#[derive(Debug)]
+pub(crate) struct GraphExec {
+    device: Device,
+    handle: ExecHandle,
+}
+
+impl GraphExec {
+    pub(crate) fn upload(&self, stream: &Stream) -> Result<()> {
+        self.device.backend().upload(self.handle, stream.handle)
+    }
+
+    pub(crate) fn launch(&self, stream: &Stream) -> Result<()> {
+        self.device.backend().launch_graph(self.handle, stream.handle)
+    }
+}
+
+impl Drop for GraphExec {
+    fn drop(&mut self) {
+        self.device.backend().destroy_exec(self.handle);
+        self.device.counters().execs.fetch_sub(1, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,226 @@
+//! Devices: the emulated host device and CUDA, side by side behind the same small traits.
+//!
+//! [`Device`] is a cheap handle that the rest of the runtime uses; [`traits`] is the contract; [`guard`] owns every
+//! object that a backend creates. `host` and `cuda` have the same file names, one for each trait.
+
+pub(crate) mod cuda;
+mod guard;
+pub mod host;
+pub(crate) mod traits;
+
+use std::fmt;
+use std::sync::Arc;
+
+pub(crate) use guard::{Allocation, Graph, GraphExec, Reservation};
+pub use guard::{Event, LiveObjects, PinnedBuffer, Stream};
+
+use crate::launch::AnyKernel;
+use crate::{DType, Element, Error, Result, Tensor};
+use host::{HostBackend, HostControl, HostOptions};
+use traits::Backend;
+
+/// The two kinds of device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DeviceKind {
+    /// The emulated device: runs anywhere, stricter than CUDA, the oracle of every test.
+    Host,
+    /// An NVIDIA GPU.
+    Cuda,
+}
+
+/// A device's memory, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryInfo {
+    /// Free now.
+    pub free_bytes: usize,
+    /// In all.
+    pub total_bytes: usize,
+}
+
+/// A handle to one device. Cloning is cheap; all clones mean the same device.
+///
+/// # Example
+/// ```
+/// use bcg_runtime::{DType, Device};
+/// let device = Device::host();
+/// let x = device.tensor(&[2, 2], &[1.0f32, 2.0, 3.0, 4.0])?;
+/// assert_eq!((x.dtype(), x.shape()), (DType::F32, &[2, 2][..]));
+/// assert_eq!(device.read::<f32>(&x.rows(1..2)?)?, [3.0, 4.0]);
+/// # Ok::<(), bcg_runtime::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct Device {
+    backend: Arc<dyn Backend>,
+    counters: Arc<guard::Counters>,
+    host: Option<HostControl>,
+}
+
+impl Device {
+    /// Makes a host device with default options; each call makes another device.
+    pub fn host() -> Self {
+        Self::host_with(HostOptions::default())
+    }
+
+    /// Makes a host device.
+    pub fn host_with(options: HostOptions) -> Self {
+        let backend = Arc::new(HostBackend::new(options));
+        let host = Some(backend.control());
+        Self { backend, counters: Arc::default(), host }
+    }
+
+    /// Opens the CUDA device with this ordinal.
+    ///
+    /// # Errors
+    /// [`Error::NoDevice`] if there is no driver, no such device, or one too old; never a panic.
+    pub fn cuda(ordinal: usize) -> Result<Self> {
+        let backend = cuda::CudaBackend::new(ordinal)?;
+        Ok(Self { backend: Arc::new(backend), counters: Arc::default(), host: None })
+    }
+
+    /// Opens the first CUDA device if it is usable, else makes a host device; the line says which and why.
+    pub fn auto() -> (Self, String) {
+        match Self::cuda(0) {
+            Ok(device) => {
+                let line = format!("device auto: using {}", device.name());
+                (device, line)
+            }
+            Err(why) => (Self::host(), format!("device auto: using the host device, because {why}")),
+        }
+    }
+
+    /// Returns the kind of this device.
+    pub fn kind(&self) -> DeviceKind {
+        self.backend.kind()
+    }
+
+    /// Returns the device's name, such as `host:0` or `cuda:0 NVIDIA H200`.
+    pub fn name(&self) -> &str {
+        self.backend.name()
+    }
+
+    /// Waits until all work of the device has run.
+    ///
+    /// # Errors
+    /// The first error of that work.
+    pub fn synchronize(&self) -> Result<()> {
+        self.backend.synchronize()
+    }
+
+    /// Returns free and total memory.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn memory_info(&self) -> Result<MemoryInfo> {
+        self.backend.memory_info()
+    }
+
+    /// Returns how many objects of this device are alive, to find leaks.
+    pub fn live_objects(&self) -> LiveObjects {
+        self.counters.snapshot()
+    }
+
+    /// Returns the controls of a host device (schedule, faults), and nothing for other kinds.
+    pub fn host_control(&self) -> Option<&HostControl> {
+        self.host.as_ref()
+    }
+
+    /// Compiles and loads kernels ahead of their first launch, in parallel. Does nothing on the host device.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`] with the compiler's words.
+    pub fn prepare(&self, kernels: &[&'static dyn AnyKernel]) -> Result<()> {
+        self.backend.prepare(kernels)
+    }
+
+    /// Allocates a persistent tensor with undefined contents (NaN on the host device).
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]; [`Error::Shape`] for a rank above 4.
+    pub fn empty(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        Tensor::persistent(self, shape, dtype)
+    }
+
+    /// Allocates a persistent tensor of zeros.
+    ///
+    /// # Errors
+    /// As [`Device::empty`].
+    pub fn zeros(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        let tensor = self.empty(shape, dtype)?;
+        let bytes = vec![0; tensor.num_elements() * dtype.size_bytes()];
+        self.write_bytes(&tensor, &bytes)?;
+        Ok(tensor)
+    }
+
+    /// Allocates a persistent tensor that holds `data`, in row-major order.
+    ///
+    /// # Errors
+    /// As [`Device::empty`]; [`Error::Shape`] if `data` has another length.
+    pub fn tensor<T: Element>(&self, shape: &[usize], data: &[T]) -> Result<Tensor> {
+        self.tensor_from_bytes(shape, T::DTYPE, bytemuck::cast_slice(data))
+    }
+
+    /// Allocates a persistent tensor from the raw bytes of its elements, in row-major order.
+    ///
+    /// # Errors
+    /// As [`Device::tensor`].
+    pub fn tensor_from_bytes(&self, shape: &[usize], dtype: DType, bytes: &[u8]) -> Result<Tensor> {
+        let tensor = self.empty(shape, dtype)?;
+        self.write_bytes(&tensor, bytes)?;
+        Ok(tensor)
+    }
+
+    /// Reads a persistent tensor, in row-major order, after all work of the device.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if `T` is not its dtype; [`Error::Foreign`] for a tensor of an arena (read that through its
+    /// runner) or of another device; the first error of the work waited for.
+    pub fn read<T: Element>(&self, tensor: &Tensor) -> Result<Vec<T>> {
+        tensor.check_dtype("Device::read", T::DTYPE)?;
+        let ptr = tensor.persistent_addr(self)?;
+        let stream = Stream::new(self, "device read")?;
+        self.synchronize()?;
+        crate::tensor::read_rows(&stream, tensor, ptr)
+    }
+
+    /// Writes a persistent tensor, in row-major order, after all work of the device and before any later work.
+    ///
+    /// # Errors
+    /// As [`Device::read`]; [`Error::Shape`] if `data` has another length.
+    pub fn write<T: Element>(&self, tensor: &Tensor, data: &[T]) -> Result<()> {
+        tensor.check_dtype("Device::write", T::DTYPE)?;
+        self.write_bytes(tensor, bytemuck::cast_slice(data))
+    }
+
+    fn write_bytes(&self, tensor: &Tensor, bytes: &[u8]) -> Result<()> {
+        let ptr = tensor.persistent_addr(self)?;
+        let stream = Stream::new(self, "device write")?;
+        self.synchronize()?;
+        crate::tensor::write_rows("Device::write", &stream, tensor, ptr, bytes)?;
+        stream.synchronize()
+    }
+
+    pub(crate) fn backend(&self) -> &dyn Backend {
+        &*self.backend
+    }
+
+    pub(crate) fn counters(&self) -> &guard::Counters {
+        &self.counters
+    }
+
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.counters, &other.counters)
+    }
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Device({})", self.name())
+    }
+}
+
+impl Error {
+    /// Makes the error of a failed driver call.
+    pub(crate) fn driver(call: &'static str, code: i32, name: impl Into<String>) -> Self {
+        Self::Driver { call, code, name: name.into() }
+    }
+}

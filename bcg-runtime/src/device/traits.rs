@@ -1,0 +1,152 @@
+//! The small traits that a device implements, and their contract in prose.
+//!
+//! A backend is driven only by the guards of [`super::guard`], which own every handle that they create and destroy it
+//! exactly once. So an implementation may rely on this: a handle passed in was returned by the same backend and was not
+//! destroyed; an address range passed to an enqueuing call was checked against its tensor.
+//!
+//! Ordering: work on one stream runs in the order of its enqueuing; work of different streams is ordered only through
+//! events. Every enqueuing call may return before the work has run.
+//!
+//! While a stream captures, enqueuing calls on it (and on streams that joined the capture through an event) add nodes
+//! to the graph and run nothing. Refused then, with [`Error::CaptureForbidden`](crate::Error::CaptureForbidden), or by
+//! the driver's own error: synchronising the stream, pageable copies, waiting for an event that was recorded outside.
+//!
+//! `destroy_*`, `free*`, `unmap` and `abort_capture` never fail: they log what the driver says and go on.
+
+use std::fmt;
+
+use crate::launch::Launch;
+use crate::{DeviceKind, DevicePtr, MemoryInfo, Result};
+
+macro_rules! handles {
+    ($($(#[$doc:meta])* $name:ident),*) => { $(
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub(crate) struct $name(pub(crate) u64);
+    )* };
+}
+
+handles!(
+    /// A stream of the backend.
+    StreamHandle,
+    /// An event of the backend.
+    EventHandle,
+    /// A graph that was captured.
+    GraphHandle,
+    /// An executable graph.
+    ExecHandle
+);
+
+/// What a captured graph consists of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct NodeCounts {
+    pub(crate) kernels: usize,
+    pub(crate) copies: usize,
+    pub(crate) fills: usize,
+    /// Allocation and free nodes: refused at the end of a capture (law L7).
+    pub(crate) memory: usize,
+    /// Events, empty nodes, child graphs.
+    pub(crate) other: usize,
+}
+
+impl NodeCounts {
+    pub(crate) fn total(&self) -> usize {
+        self.kernels + self.copies + self.fills + self.memory + self.other
+    }
+}
+
+/// Memory of a device.
+pub(crate) trait MemoryBackend {
+    fn memory_info(&self) -> Result<MemoryInfo>;
+    /// Allocates `bytes` (> 0), aligned to at least 256 bytes. The contents are undefined (NaN on the host device).
+    /// A plain allocation, never stream-ordered: peers can read it and no capture records it.
+    fn alloc(&self, bytes: usize) -> Result<DevicePtr>;
+    /// Frees an allocation, after the work that was enqueued before has run.
+    fn free(&self, ptr: DevicePtr);
+    /// Allocates page-locked host memory, which both host and device can reach at the returned address.
+    fn alloc_pinned(&self, bytes: usize) -> Result<DevicePtr>;
+    fn free_pinned(&self, ptr: DevicePtr);
+    /// Writes `data` into pinned memory at once, from the host.
+    fn write_pinned(&self, ptr: DevicePtr, data: &[u8]) -> Result<()>;
+    /// Reserves a range of addresses with no memory behind it; `bytes` is a multiple of the granularity.
+    fn reserve(&self, bytes: usize) -> Result<DevicePtr>;
+    /// Puts memory behind `[base + offset, base + offset + bytes)`, which has none. Multiples of the granularity.
+    fn map(&self, base: DevicePtr, offset: usize, bytes: usize) -> Result<()>;
+    /// Takes the memory behind a range away that one call of `map` put there, after the work enqueued before has run.
+    fn unmap(&self, base: DevicePtr, offset: usize, bytes: usize);
+    fn unreserve(&self, base: DevicePtr, bytes: usize);
+    /// The unit of `reserve` and `map`, in bytes.
+    fn map_granularity(&self) -> usize;
+}
+
+/// Streams and the work on them.
+pub(crate) trait StreamBackend {
+    fn create_stream(&self, name: &str) -> Result<StreamHandle>;
+    fn destroy_stream(&self, stream: StreamHandle);
+    /// Waits until all work of the stream has run.
+    fn synchronize_stream(&self, stream: StreamHandle) -> Result<()>;
+    /// Waits until all work of the device has run.
+    fn synchronize(&self) -> Result<()>;
+    /// Enqueues a kernel; `launch.dims` is not empty.
+    fn launch(&self, stream: StreamHandle, launch: &Launch) -> Result<()>;
+    fn fill_u8(&self, stream: StreamHandle, dst: DevicePtr, value: u8, bytes: usize) -> Result<()>;
+    fn fill_u32(&self, stream: StreamHandle, dst: DevicePtr, value: u32, count: usize) -> Result<()>;
+    /// Copies `rows` rows of `row_bytes` within the device; pitches in bytes. One row is a plain copy.
+    fn copy_rows(&self, stream: StreamHandle, copy: RowCopy) -> Result<()>;
+    /// Copies pageable host memory to the device; `src` may be reused when the call returns. Refused during a capture.
+    fn copy_from_host(&self, stream: StreamHandle, dst: DevicePtr, src: &[u8]) -> Result<()>;
+    /// Copies device memory to the host and waits for it. Refused during a capture.
+    fn copy_to_host(&self, stream: StreamHandle, dst: &mut [u8], src: DevicePtr) -> Result<()>;
+    /// Copies from pinned memory, read when the work runs; legal during a capture.
+    fn copy_from_pinned(&self, stream: StreamHandle, dst: DevicePtr, src: DevicePtr, bytes: usize) -> Result<()>;
+}
+
+/// A copy of rows within a device, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RowCopy {
+    pub(crate) dst: DevicePtr,
+    pub(crate) dst_pitch: usize,
+    pub(crate) src: DevicePtr,
+    pub(crate) src_pitch: usize,
+    pub(crate) row_bytes: usize,
+    pub(crate) rows: usize,
+}
+
+/// Events: points in a stream's order.
+pub(crate) trait EventBackend {
+    fn create_event(&self) -> Result<EventHandle>;
+    fn destroy_event(&self, event: EventHandle);
+    fn record_event(&self, event: EventHandle, stream: StreamHandle) -> Result<()>;
+    /// Makes later work of `stream` wait for the event's latest record. During a capture of `stream`, an event that
+    /// was recorded outside of it is an error, never dropped.
+    fn wait_event(&self, stream: StreamHandle, event: EventHandle) -> Result<()>;
+    fn synchronize_event(&self, event: EventHandle) -> Result<()>;
+}
+
+/// Captures and graphs.
+pub(crate) trait GraphBackend {
+    /// Begins to capture a stream, without disturbing the work of other threads and streams.
+    fn begin_capture(&self, stream: StreamHandle) -> Result<()>;
+    /// Ends the capture. On an error the stream no longer captures and nothing is left to destroy.
+    fn end_capture(&self, stream: StreamHandle) -> Result<GraphHandle>;
+    /// Ends the capture, if the stream captures, and discards it.
+    fn abort_capture(&self, stream: StreamHandle);
+    fn node_counts(&self, graph: GraphHandle) -> Result<NodeCounts>;
+    fn instantiate(&self, graph: GraphHandle) -> Result<ExecHandle>;
+    /// Moves an executable graph to the device ahead of its first launch.
+    fn upload(&self, exec: ExecHandle, stream: StreamHandle) -> Result<()>;
+    fn launch_graph(&self, exec: ExecHandle, stream: StreamHandle) -> Result<()>;
+    fn destroy_graph(&self, graph: GraphHandle);
+    /// Destroys an executable graph; one that still runs finishes first.
+    fn destroy_exec(&self, exec: ExecHandle);
+}
+
+/// All that a device does.
+pub(crate) trait Backend:
+    MemoryBackend + StreamBackend + EventBackend + GraphBackend + fmt::Debug + Send + Sync + 'static
+{
+    fn kind(&self) -> DeviceKind;
+    fn name(&self) -> &str;
+    /// Compiles and loads kernels ahead of their first launch, in parallel where that helps.
+    fn prepare(&self, kernels: &[&'static dyn crate::launch::AnyKernel]) -> Result<()>;
+}

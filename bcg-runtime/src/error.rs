@@ -1,0 +1,227 @@
+//! What failed, in which segment, at which break, with the driver's code kept.
+
+use std::fmt::Display;
+
+/// A result whose error is [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Everything that can go wrong in the runtime.
+///
+/// An error is reported once, where it first happened: later failures that it causes never replace it (law L5).
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A call of the device's driver failed.
+    #[error("{call} failed: {name} (code {code})")]
+    Driver {
+        /// The driver's function, such as `cuGraphLaunch`.
+        call: &'static str,
+        /// The driver's result code, such as 700.
+        code: i32,
+        /// The code's name, such as `CUDA_ERROR_ILLEGAL_ADDRESS`.
+        name: String,
+    },
+    /// The device has too little free memory.
+    #[error("{device}: out of memory: {requested_bytes} bytes requested, {free_bytes} free; lower the model's memory use (KV cache tokens, largest capture size)")]
+    OutOfMemory {
+        /// The device's name.
+        device: String,
+        /// Bytes asked for.
+        requested_bytes: usize,
+        /// Bytes the driver reports free.
+        free_bytes: usize,
+    },
+    /// No device of the wanted kind can be used.
+    #[error("no usable device: {0}")]
+    NoDevice(String),
+    /// A kernel's source did not compile or load.
+    #[error("kernel {kernel}: {message}")]
+    Kernel {
+        /// The kernel's entry name.
+        kernel: String,
+        /// The compiler's or the driver's words.
+        message: String,
+    },
+    /// A kernel of the host device touched memory that it must not touch.
+    #[error("kernel {kernel}: {message}")]
+    Memory {
+        /// The kernel, copy or fill at fault.
+        kernel: String,
+        /// The address, its length and what is there.
+        message: String,
+    },
+    /// A tensor has another shape or dtype than an operation needs.
+    #[error("{op}: expected {expected}, got {got}")]
+    Shape {
+        /// The operation.
+        op: &'static str,
+        /// What it needs.
+        expected: String,
+        /// What it was given.
+        got: String,
+    },
+    /// A tensor is used outside the forward that owns its memory.
+    #[error("stale tensor: it belongs to forward {tensor} of its arena, which now runs forward {current}; keep a copy in a persistent tensor (Device::empty) to use it later")]
+    Stale {
+        /// The forward in which the tensor was made.
+        tensor: u64,
+        /// The forward that the arena runs now.
+        current: u64,
+    },
+    /// A tensor of another arena or device is used.
+    #[error("foreign tensor: it lives on {tensor}, but the work goes to {current}")]
+    Foreign {
+        /// Where the tensor lives.
+        tensor: String,
+        /// Where the work is enqueued.
+        current: String,
+    },
+    /// Something that a graph was captured with was replaced since (law L12).
+    #[error("{what} changed after the capture (generation {captured} captured, {current} now); capture the graph again")]
+    Generation {
+        /// The resource's name, such as `kv cache`.
+        what: String,
+        /// Its generation at capture.
+        captured: u64,
+        /// Its generation now.
+        current: u64,
+    },
+    /// The arena would have to grow inside a segment, or beyond its bound.
+    #[error("arena: {requested_bytes} bytes do not fit: {in_use_bytes} of {limit_bytes} bytes in use{hint}")]
+    ArenaFull {
+        /// Bytes asked for.
+        requested_bytes: usize,
+        /// Bytes in use.
+        in_use_bytes: usize,
+        /// Bytes that may be used now.
+        limit_bytes: usize,
+        /// What to do.
+        hint: &'static str,
+    },
+    /// A transition that the capture's state machine refuses.
+    #[error("capture: cannot {transition} while {state}")]
+    CaptureState {
+        /// The refused transition.
+        transition: &'static str,
+        /// The state, unchanged by the refusal.
+        state: &'static str,
+    },
+    /// Something that CUDA forbids during a capture.
+    #[error("not allowed during a capture: {what}")]
+    CaptureForbidden {
+        /// The call and the remedy.
+        what: String,
+    },
+    /// A side stream was not joined before its segment or break ended.
+    #[error("side stream `{stream}` was not joined before {place}; wait on its event from the capturing stream, or use a scope")]
+    UnjoinedStream {
+        /// The side stream's name.
+        stream: String,
+        /// Where the join was missing.
+        place: String,
+    },
+    /// A break failed.
+    #[error("break `{name}` after segment {segment} ({file}:{line}): {source}")]
+    Break {
+        /// The annotated function.
+        name: &'static str,
+        /// Index of the segment that the break ended.
+        segment: usize,
+        /// Source file of the annotated function.
+        file: &'static str,
+        /// Its line.
+        line: u32,
+        /// What failed.
+        source: Box<Error>,
+    },
+    /// A segment failed to end, instantiate or launch.
+    #[error("segment {segment}: {source}")]
+    Segment {
+        /// Index of the segment.
+        segment: usize,
+        /// What failed.
+        source: Box<Error>,
+    },
+    /// A function panicked.
+    #[error("panicked: {message}")]
+    Panic {
+        /// The panic's message.
+        message: String,
+    },
+    /// A break returned something else than at capture.
+    #[error("output {path}: expected {expected}, got {got}")]
+    Output {
+        /// Which output, such as `.0`.
+        path: String,
+        /// What was captured.
+        expected: String,
+        /// What was returned at replay.
+        got: String,
+    },
+    /// The number of breaks is not the stated one.
+    #[error("break census: expected {expected} breaks, captured {got} ({names}); annotate the missing function, or correct the expected number")]
+    Census {
+        /// The stated number, or that of the other sizes.
+        expected: usize,
+        /// The captured number.
+        got: usize,
+        /// The captured breaks.
+        names: String,
+    },
+    /// A replay of a graph that holds no capture.
+    #[error("graph `{name}` holds no capture: {reason}")]
+    NotCaptured {
+        /// The graph.
+        name: String,
+        /// Why there is none.
+        reason: &'static str,
+    },
+    /// Verification found a replay that differs from the eager run.
+    #[error("graph `{graph}`: replay differs from eager first in {place}: {detail}")]
+    Mismatch {
+        /// The graph.
+        graph: String,
+        /// The first segment or output that differs.
+        place: String,
+        /// Which tensor, how many bytes.
+        detail: String,
+    },
+    /// An option has a value that cannot work.
+    #[error("{option}: {message}")]
+    Option {
+        /// The option's name.
+        option: &'static str,
+        /// What is wrong and what to do.
+        message: String,
+    },
+    /// An error of the model author's own.
+    #[error(transparent)]
+    Other(#[from] Box<dyn std::error::Error + Send + Sync>),
+}
+
+impl Error {
+    /// Makes an [`Error::Shape`].
+    pub fn shape(op: &'static str, expected: impl Display, got: impl Display) -> Self {
+        Self::Shape { op, expected: expected.to_string(), got: got.to_string() }
+    }
+
+    /// Wraps an error, or a message, of the caller's own.
+    pub fn other(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self::Other(error.into())
+    }
+
+    /// Returns the error at the root of a chain of breaks and segments.
+    pub fn root(&self) -> &Self {
+        match self {
+            Self::Break { source, .. } | Self::Segment { source, .. } => source.root(),
+            other => other,
+        }
+    }
+
+    pub(crate) fn in_segment(self, segment: usize) -> Self {
+        match self {
+            located @ (Self::Break { .. } | Self::Segment { .. }) => located,
+            source => Self::Segment { segment, source: Box::new(source) },
+        }
+    }
+}

@@ -1,0 +1,331 @@
+//! A breakable CUDA graph: segments and breaks, in order.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::capture::catch_panic;
+use crate::capture::recorder::{CaptureGuard, Recorder};
+use crate::device::PinnedBuffer;
+use crate::freeze::Claims;
+use crate::generation::Stamp;
+use crate::replay::{chain, verify};
+use crate::segment::Step;
+use crate::tensor::{PersistentBuffer, foreign};
+use crate::{CaptureStream, Context, Error, Freeze, LiveBatch, Result, Runner};
+
+/// The forward that a graph captures.
+pub(crate) type Forward<L, O> = dyn Fn(&mut Context<'_, L>) -> Result<O> + Send + Sync;
+
+/// How a graph captures and replays.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GraphOptions {
+    /// The whole forward is one break: nothing is captured, but everything else takes the path of a replay.
+    pub debug_eager: bool,
+    /// The number of breaks that a capture must have; any other number is an error. It catches a function that
+    /// somebody forgot to annotate.
+    pub expected_breaks: Option<usize>,
+}
+
+/// A forward captured as segments with eager breaks between them.
+///
+/// `L` is the live batch and `O` the forward's output. The output's tensors are valid until the next forward of the
+/// runner begins.
+///
+/// # Example
+/// ```
+/// use bcg_runtime::{BreakableCudaGraph, Context, DType, Device, Eager, LiveBatch, Result, Runner, RunnerOptions, Tensor, eager_on_graph};
+///
+/// struct Batch(u8);
+/// impl LiveBatch for Batch {}
+///
+/// #[eager_on_graph]
+/// fn fill_live(cx: &mut Eager<'_, Batch>, x: &Tensor) -> Result<()> {
+///     let byte = cx.live().0;
+///     cx.fill_bytes(x, byte)
+/// }
+///
+/// let mut runner = Runner::new(&Device::host(), RunnerOptions::default())?;
+/// let mut graph = BreakableCudaGraph::new("fill");
+/// graph.capture(&mut runner, &Batch(1), |cx: &mut Context<'_, Batch>| {
+///     let x = cx.empty(&[4], DType::U8)?;
+///     fill_live(cx, &x)?;
+///     Ok(x)
+/// })?;
+/// let x = graph.replay(&mut runner, &Batch(7))?;
+/// assert_eq!(runner.read::<u8>(&x)?, [7; 4]);
+/// assert_eq!(graph.describe().breaks[0].name, "fill_live");
+/// # Ok::<(), bcg_runtime::Error>(())
+/// ```
+pub struct BreakableCudaGraph<L: LiveBatch, O: Freeze> {
+    name: String,
+    options: GraphOptions,
+    captured: Result<Captured<L, O>, &'static str>,
+}
+
+/// What a successful capture keeps.
+pub(crate) struct Captured<L, O: Freeze> {
+    pub(crate) forward: Box<Forward<L, O>>,
+    /// `None` in debug-eager mode.
+    pub(crate) recording: Option<Recording<L, O>>,
+}
+
+/// Steps and what they point at. Field order is teardown order: executables before the memory they use.
+pub(crate) struct Recording<L, O: Freeze> {
+    pub(crate) steps: Vec<Step<L>>,
+    pub(crate) output: O::Frozen,
+    pub(crate) stamps: Vec<Stamp>,
+    pub(crate) extent_bytes: usize,
+    /// The stream whose arena the addresses belong to.
+    pub(crate) arena: crate::arena::Arena,
+    pub(crate) capture_time: Duration,
+    _retained: Vec<Arc<PersistentBuffer>>,
+    _pinned: Vec<Arc<PinnedBuffer>>,
+}
+
+impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
+    /// Names a graph that holds no capture yet.
+    pub fn new(name: impl Into<String>) -> Self {
+        Self::with_options(name, GraphOptions::default())
+    }
+
+    /// As [`BreakableCudaGraph::new`], with options.
+    pub fn with_options(name: impl Into<String>, options: GraphOptions) -> Self {
+        Self { name: name.into(), options, captured: Err("it was never captured") }
+    }
+
+    /// Returns the graph's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Captures `forward` and runs it: each segment is launched as soon as it is complete and each break runs on real
+    /// data, so the returned output is that of `live`.
+    ///
+    /// An earlier capture of this graph is dropped first.
+    ///
+    /// # Errors
+    /// The first error, located by segment or break; what was captured is discarded and the runner stays usable.
+    /// [`Error::ArenaFull`] if a segment needs more memory than the arena has: run the forward eagerly once before.
+    pub fn capture(
+        &mut self,
+        runner: &mut Runner,
+        live: &L,
+        forward: impl Fn(&mut Context<'_, L>) -> Result<O> + Send + Sync + 'static,
+    ) -> Result<O> {
+        self.captured = Err("its last capture failed");
+        let span = tracing::info_span!("capture", graph = %self.name);
+        let _entered = span.enter();
+        if self.options.debug_eager {
+            let output = runner.eager(live, &forward)?;
+            self.captured = Ok(Captured { forward: Box::new(forward), recording: None });
+            return Ok(output);
+        }
+        let (recording, output) = record(runner.stream_mut(), live, self.options.expected_breaks, &forward)?;
+        tracing::info!(
+            steps = recording.steps.len(),
+            micros = recording.capture_time.as_micros() as u64,
+            extent_bytes = recording.extent_bytes,
+            "captured"
+        );
+        self.captured = Ok(Captured { forward: Box::new(forward), recording: Some(recording) });
+        Ok(output)
+    }
+
+    /// Replays the segments and breaks in order, on the live batch of this run.
+    ///
+    /// # Errors
+    /// [`Error::NotCaptured`] without a successful capture; [`Error::Generation`] if something the graph uses was
+    /// replaced; [`Error::Break`] or [`Error::Segment`] for what fails on the way. After an error there is no output.
+    pub fn replay(&self, runner: &mut Runner, live: &L) -> Result<O> {
+        let captured = self.captured()?;
+        match &captured.recording {
+            None => runner.eager(live, &captured.forward),
+            Some(recording) => {
+                self.check_arena(recording, runner)?;
+                chain::replay(recording, runner.stream_mut(), live)
+            }
+        }
+    }
+
+    /// Replays, then runs the same forward eagerly, and compares them bit for bit at every break and at the end.
+    ///
+    /// The output is that of the eager run, which is the same.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] naming the first segment or output that differs; those of both runs.
+    pub fn replay_verified(&self, runner: &mut Runner, live: &L) -> Result<O> {
+        let captured = self.captured()?;
+        match &captured.recording {
+            None => runner.eager(live, &captured.forward),
+            Some(recording) => {
+                self.check_arena(recording, runner)?;
+                verify::replay(&self.name, captured, recording, runner, live)
+            }
+        }
+    }
+
+    /// Drops the capture: its executables, its frozen arguments and its share of what they use.
+    pub fn reset(&mut self) {
+        self.captured = Err("it was reset");
+    }
+
+    /// Tells whether a replay is possible.
+    pub fn is_captured(&self) -> bool {
+        self.captured.is_ok()
+    }
+
+    /// Describes segments, breaks and memory.
+    pub fn describe(&self) -> Description {
+        let mut description = Description { name: self.name.clone(), ..Description::default() };
+        if let Ok(Captured { recording: Some(recording), .. }) = &self.captured {
+            recording.describe(&mut description);
+        }
+        description
+    }
+
+    fn captured(&self) -> Result<&Captured<L, O>> {
+        self.captured.as_ref().map_err(|&reason| Error::NotCaptured { name: self.name.clone(), reason })
+    }
+
+    fn check_arena(&self, recording: &Recording<L, O>, runner: &mut Runner) -> Result<()> {
+        let arena = runner.stream_mut().arena();
+        if arena.is(&recording.arena) {
+            return Ok(());
+        }
+        Err(foreign(&format!("graph `{}` on {:?}", self.name, recording.arena), &format!("{arena:?}")))
+    }
+}
+
+impl<L: LiveBatch, O: Freeze> fmt::Debug for BreakableCudaGraph<L, O> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BreakableCudaGraph")
+            .field("name", &self.name)
+            .field("is_captured", &self.is_captured())
+            .finish_non_exhaustive()
+    }
+}
+
+fn record<L: LiveBatch, O: Freeze>(
+    stream: &mut CaptureStream,
+    live: &L,
+    expected_breaks: Option<usize>,
+    forward: &Forward<L, O>,
+) -> Result<(Recording<L, O>, O)> {
+    let begun = Instant::now();
+    stream.begin_forward(live.rows(), 0)?;
+    let mut guard = CaptureGuard::begin(stream)?;
+    let run = || {
+        let mut cx = Context { stream: guard.stream, live, recorder: Some(&mut guard.recorder) };
+        forward(&mut cx)
+    };
+    let output = catch_panic(run).map_err(|error| error.in_segment(guard.recorder.segment_index()))?;
+    let mut claims = Claims::new(guard.stream);
+    let frozen_output = output.freeze(&mut claims).map_err(|error| error.in_segment(guard.recorder.segment_index()))?;
+    let arena = guard.stream.arena().clone();
+    let Recorder { steps, retained, pinned, stamps, .. } = guard.seal()?;
+    check_census(&steps, expected_breaks)?;
+    let recording = Recording {
+        steps,
+        output: frozen_output,
+        stamps,
+        extent_bytes: arena.stats().extent_bytes,
+        arena,
+        capture_time: begun.elapsed(),
+        _retained: retained,
+        _pinned: pinned,
+    };
+    Ok((recording, output))
+}
+
+fn check_census<L>(steps: &[Step<L>], expected: Option<usize>) -> Result<()> {
+    let names: Vec<&str> = steps
+        .iter()
+        .filter_map(|step| match step {
+            Step::Break(step) => Some(step.site.name),
+            Step::Segment(_) => None,
+        })
+        .collect();
+    match expected {
+        Some(expected) if expected != names.len() => {
+            Err(Error::Census { expected, got: names.len(), names: names.join(", ") })
+        }
+        _ => Ok(()),
+    }
+}
+
+impl<L: LiveBatch, O: Freeze> Recording<L, O> {
+    fn describe(&self, description: &mut Description) {
+        description.extent_bytes = self.extent_bytes;
+        description.capture_time = self.capture_time;
+        for step in &self.steps {
+            match step {
+                Step::Segment(segment) => description.segments.push(SegmentDescription {
+                    is_empty: segment.exec.is_none(),
+                    num_nodes: segment.nodes.total(),
+                    num_copies: segment.nodes.copies,
+                    num_fills: segment.nodes.fills,
+                    kernels: segment.kernels.clone(),
+                }),
+                Step::Break(step) => description.breaks.push(BreakDescription {
+                    name: step.site.name,
+                    file: step.site.file,
+                    line: step.site.line,
+                    after_segment: description.segments.len() - 1,
+                    num_launches: step.launches,
+                    num_args: step.args.len(),
+                    bridge_bytes: step.outputs.iter().map(crate::arena::FrozenTensor::size_bytes).sum(),
+                }),
+            }
+        }
+    }
+}
+
+/// What a graph consists of.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Description {
+    /// The graph's name.
+    pub name: String,
+    /// The segments, in order.
+    pub segments: Vec<SegmentDescription>,
+    /// The breaks, in order.
+    pub breaks: Vec<BreakDescription>,
+    /// Arena bytes that a replay uses.
+    pub extent_bytes: usize,
+    /// Host time of the capture, its run included.
+    pub capture_time: Duration,
+}
+
+/// One segment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SegmentDescription {
+    /// No work was captured; the segment costs no launch.
+    pub is_empty: bool,
+    /// Graph nodes in all.
+    pub num_nodes: usize,
+    /// Copies among them.
+    pub num_copies: usize,
+    /// Fills among them.
+    pub num_fills: usize,
+    /// The captured kernels, in order.
+    pub kernels: Vec<&'static str>,
+}
+
+/// One eager break.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BreakDescription {
+    /// The annotated function.
+    pub name: &'static str,
+    /// Its file.
+    pub file: &'static str,
+    /// Its line.
+    pub line: u32,
+    /// Index of the segment before it.
+    pub after_segment: usize,
+    /// Kernels that it launched at capture.
+    pub num_launches: usize,
+    /// Frozen tensors among its arguments.
+    pub num_args: usize,
+    /// Bytes of its outputs.
+    pub bridge_bytes: usize,
+}

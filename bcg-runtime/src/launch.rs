@@ -1,0 +1,260 @@
+//! Kernel + geometry + argument bytes: the one description of a launch.
+//!
+//! Eager runs, captures, recorded launches and the host device all use this description, so it holds everything that a
+//! launch needs and nothing that a device adds. A kernel takes one `#[repr(C)]` argument struct by value.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use bcg_kernels::Source;
+
+use crate::Result;
+use crate::device::host::HostMemory;
+
+/// The largest argument struct of a kernel, in bytes.
+pub const ARG_BYTES_MAX: usize = 256;
+
+/// The number of different kernels that one process may launch.
+pub(crate) const KERNELS_MAX: usize = 1024;
+
+/// An address in a device's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(transparent)]
+pub struct DevicePtr(pub(crate) u64);
+
+impl DevicePtr {
+    /// The address that no memory has; stands for an absent argument.
+    pub const NULL: Self = Self(0);
+
+    /// Returns the address `bytes` further on.
+    pub const fn offset_bytes(self, bytes: usize) -> Self {
+        Self(self.0 + bytes as u64)
+    }
+
+    /// Returns the address as a number, for messages.
+    pub const fn as_u64(self) -> u64 {
+        self.0
+    }
+
+    /// Tells whether this is [`DevicePtr::NULL`].
+    pub const fn is_null(self) -> bool {
+        self.0 == 0
+    }
+}
+
+/// A kernel's argument struct: `#[repr(C)]`, plain old data without implicit padding.
+///
+/// Implemented for every type that derives bytemuck's `NoUninit` and `AnyBitPattern` (or `Pod`).
+pub trait KernelArgs: bytemuck::NoUninit + bytemuck::AnyBitPattern + Send + Sync + 'static {}
+
+impl<A: bytemuck::NoUninit + bytemuck::AnyBitPattern + Send + Sync + 'static> KernelArgs for A {}
+
+/// The geometry of a launch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Dims {
+    /// Thread blocks in x, y, z.
+    pub grid: [u32; 3],
+    /// Threads of a block in x, y, z.
+    pub block: [u32; 3],
+    /// Dynamic shared memory of a block, in bytes.
+    pub shared_bytes: u32,
+}
+
+impl Dims {
+    /// Makes a one-dimensional geometry without dynamic shared memory.
+    pub const fn linear(grid: u32, block: u32) -> Self {
+        Self { grid: [grid, 1, 1], block: [block, 1, 1], shared_bytes: 0 }
+    }
+
+    /// Makes the one-dimensional geometry with one thread for each of `items`, in blocks of `block` threads.
+    pub const fn per_item(items: usize, block: u32) -> Self {
+        Self::linear((items as u64).div_ceil(block as u64) as u32, block)
+    }
+
+    /// Tells whether the geometry holds no thread; such a launch is skipped, since CUDA refuses it.
+    pub fn is_empty(&self) -> bool {
+        self.grid.contains(&0) || self.block.contains(&0)
+    }
+}
+
+/// A kernel's host reference: does on the host device what the CUDA source does on a GPU.
+pub type HostFn<A> = fn(&A, &Dims, &HostMemory<'_>) -> Result<()>;
+
+/// A kernel: its CUDA source and its host reference, under one entry name.
+///
+/// # Example
+/// ```
+/// use bcg_runtime::{Device, DevicePtr, Dims, Kernel, Runner, RunnerOptions, Source};
+///
+/// #[repr(C)]
+/// #[derive(Clone, Copy, bytemuck::NoUninit, bytemuck::AnyBitPattern)]
+/// struct DoubleArgs { x: DevicePtr, out: DevicePtr, len: u64 }
+///
+/// static SOURCE: Source = Source::new("double.cu", r#"
+/// struct DoubleArgs { const float* x; float* out; unsigned long long len; };
+/// extern "C" __global__ void double_f32(DoubleArgs a) {
+///     unsigned long long i = blockIdx.x * (unsigned long long)blockDim.x + threadIdx.x;
+///     if (i < a.len) a.out[i] = 2.0f * a.x[i];
+/// }"#);
+///
+/// static DOUBLE: Kernel<DoubleArgs> = Kernel::new("double_f32", &SOURCE, |a, _, memory| {
+///     let x = memory.view::<f32>(a.x, a.len as usize)?;
+///     let out = memory.view::<f32>(a.out, a.len as usize)?;
+///     out.iter().zip(x).for_each(|(o, x)| o.set(2.0 * x.get()));
+///     Ok(())
+/// });
+///
+/// let device = Device::host();
+/// let mut runner = Runner::new(&device, RunnerOptions::default())?;
+/// let x = device.tensor(&[3], &[1.0f32, 2.0, 3.0])?;
+/// let doubled = runner.eager(&(), |cx| {
+///     let out = cx.empty(&[3], x.dtype())?;
+///     let args = DoubleArgs { x: cx.addr(&x)?, out: cx.addr(&out)?, len: 3 };
+///     cx.launch(&DOUBLE, Dims::per_item(3, 128), args)?;
+///     Ok(out)
+/// })?;
+/// assert_eq!(runner.read::<f32>(&doubled)?, [2.0, 4.0, 6.0]);
+/// # Ok::<(), bcg_runtime::Error>(())
+/// ```
+pub struct Kernel<A: KernelArgs> {
+    name: &'static str,
+    source: &'static Source,
+    host: HostFn<A>,
+    id: KernelId,
+}
+
+impl<A: KernelArgs> Kernel<A> {
+    /// Names a kernel by its `extern "C"` entry point, its CUDA source and its host reference.
+    ///
+    /// # Panics
+    /// At compile time, if `A` is larger than [`ARG_BYTES_MAX`] or aligned to more than 16 bytes.
+    pub const fn new(name: &'static str, source: &'static Source, host: HostFn<A>) -> Self {
+        const {
+            assert!(size_of::<A>() <= ARG_BYTES_MAX, "the argument struct is larger than ARG_BYTES_MAX");
+            assert!(align_of::<A>() <= 16, "the argument struct is aligned to more than 16 bytes");
+        }
+        Self { name, source, host, id: KernelId::new() }
+    }
+
+    /// Returns the entry point's name.
+    pub const fn name(&self) -> &'static str {
+        self.name
+    }
+}
+
+impl<A: KernelArgs> fmt::Debug for Kernel<A> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Kernel").field("name", &self.name).field("source", &self.source.name).finish_non_exhaustive()
+    }
+}
+
+/// A [`Kernel`] whose argument type is erased.
+pub trait AnyKernel: Send + Sync + fmt::Debug {
+    /// Returns the entry point's name.
+    fn name(&self) -> &'static str;
+    /// Returns the CUDA source.
+    fn source(&self) -> &'static Source;
+    /// Returns the kernel's index in this process, below the number of kernels launched so far.
+    ///
+    /// # Errors
+    /// [`crate::Error::Kernel`] if the process launches more different kernels than the runtime has room for.
+    fn index(&self) -> Result<usize>;
+    /// Runs the host reference.
+    ///
+    /// # Errors
+    /// Those of the host reference.
+    fn run_host(&self, args: &ArgBytes, dims: &Dims, memory: &HostMemory<'_>) -> Result<()>;
+}
+
+impl<A: KernelArgs> AnyKernel for Kernel<A> {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn source(&self) -> &'static Source {
+        self.source
+    }
+
+    fn index(&self) -> Result<usize> {
+        self.id.get(self.name)
+    }
+
+    fn run_host(&self, args: &ArgBytes, dims: &Dims, memory: &HostMemory<'_>) -> Result<()> {
+        let args: A = bytemuck::pod_read_unaligned(args.as_slice());
+        (self.host)(&args, dims, memory)
+    }
+}
+
+/// A kernel's index, given out at its first launch.
+struct KernelId(AtomicU32);
+
+static NEXT_KERNEL: AtomicU32 = AtomicU32::new(1);
+
+impl KernelId {
+    const fn new() -> Self {
+        Self(AtomicU32::new(0))
+    }
+
+    fn get(&self, name: &str) -> Result<usize> {
+        let mut id = self.0.load(Ordering::Acquire);
+        if id == 0 {
+            let fresh = NEXT_KERNEL.fetch_add(1, Ordering::Relaxed);
+            id = match self.0.compare_exchange(0, fresh, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => fresh,
+                Err(winner) => winner,
+            };
+        }
+        let index = id as usize - 1;
+        if index >= KERNELS_MAX {
+            let message = format!("more than {KERNELS_MAX} different kernels in one process");
+            return Err(crate::Error::Kernel { kernel: name.to_owned(), message });
+        }
+        Ok(index)
+    }
+}
+
+/// The bytes of an argument struct, inline, so that a recorded launch needs no allocation.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(C, align(16))]
+pub struct ArgBytes {
+    bytes: [u8; ARG_BYTES_MAX],
+    len: u16,
+}
+
+impl ArgBytes {
+    fn new<A: KernelArgs>(args: &A) -> Self {
+        let source = bytemuck::bytes_of(args);
+        let mut bytes = [0; ARG_BYTES_MAX];
+        bytes[..source.len()].copy_from_slice(source);
+        Self { bytes, len: source.len() as u16 }
+    }
+
+    /// Returns the argument struct's bytes.
+    pub fn as_slice(&self) -> &[u8] {
+        &self.bytes[..usize::from(self.len)]
+    }
+}
+
+impl fmt::Debug for ArgBytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes", self.len)
+    }
+}
+
+/// One launch, complete: what a device needs to run it now, to capture it, or to run it later.
+#[derive(Clone, Debug)]
+pub struct Launch {
+    /// The kernel.
+    pub kernel: &'static dyn AnyKernel,
+    /// Its geometry.
+    pub dims: Dims,
+    /// Its argument struct.
+    pub args: ArgBytes,
+}
+
+impl Launch {
+    /// Describes a launch of `kernel` with `args`.
+    pub fn new<A: KernelArgs>(kernel: &'static Kernel<A>, dims: Dims, args: &A) -> Self {
+        Self { kernel, dims, args: ArgBytes::new(args) }
+    }
+}
