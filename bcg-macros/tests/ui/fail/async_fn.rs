@@ -1,0 +1,8 @@
+use bcg_runtime::{Eager, Result, Tensor, eager_on_graph};
+
+#[eager_on_graph]
+async fn attention(cx: &mut Eager<'_, ()>, q: &Tensor) -> Result<Tensor> {
+    Ok(q.clone())
+}
+
+fn main() {}

@@ -1,0 +1,6 @@
+use bcg_runtime::{Eager, Tensor, eager_on_graph};
+
+#[eager_on_graph]
+fn attention(cx: &mut Eager<'_, ()>, q: &Tensor) {}
+
+fn main() {}

@@ -1,0 +1,11 @@
+use bcg_runtime::{Eager, Result, Tensor, eager_on_graph};
+
+struct Scratch(Vec<u8>);
+
+#[eager_on_graph]
+fn attention(cx: &mut Eager<'_, ()>, q: &Tensor, scratch: &Scratch) -> Result<Tensor> {
+    assert!(scratch.0.is_empty());
+    Ok(q.clone())
+}
+
+fn main() {}

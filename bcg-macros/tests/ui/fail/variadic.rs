@@ -1,0 +1,8 @@
+use bcg_runtime::{Eager, Result, eager_on_graph};
+
+#[eager_on_graph]
+fn plan(cx: &mut Eager<'_, ()>, ...) -> Result<()> {
+    Ok(())
+}
+
+fn main() {}
