@@ -8,9 +8,11 @@
 //! device never run at the same time. A kernel's host reference must therefore not call the device again.
 //!
 //! Files are named by the trait that they implement: `memory`, `stream`, `event`, `graph`. Under them lie `regions`
-//! (addresses), `backing` (bytes), `queue` (order) and `work` (one operation); `fault` is the tests' control.
+//! (addresses), `backing` (bytes), `queue` (order), `work` (one operation) and `capture` (open captures); `fault` is
+//! the tests' control.
 
 mod backing;
+mod capture;
 mod event;
 mod fault;
 mod graph;
@@ -34,9 +36,10 @@ pub use memory::HostMemory;
 use super::traits::Backend;
 use crate::launch::AnyKernel;
 use crate::{DeviceKind, Result};
+use capture::Capture;
 use event::EventState;
 use fault::Faults;
-use graph::{Capture, Exec, GraphNodes};
+use graph::{Exec, GraphNodes};
 use memory::Release;
 use queue::Queue;
 use regions::Memory;
@@ -78,6 +81,7 @@ pub(crate) struct HostBackend {
 
 struct Shared {
     name: String,
+    options: HostOptions,
     state: Mutex<State>,
 }
 
@@ -124,12 +128,11 @@ impl State {
 
 impl HostBackend {
     pub(crate) fn new(options: HostOptions) -> Self {
-        let HostOptions { seed, memory_bytes, ordinal, max_pending } = options;
-        let name = format!("host:{ordinal}");
+        let name = format!("host:{}", options.ordinal);
         let instance = NUM_INSTANCES.fetch_add(1, Ordering::Relaxed);
         let state = State {
-            memory: Memory::new(&name, instance, memory_bytes),
-            queue: Queue::new(seed, max_pending),
+            memory: Memory::new(&name, instance, options.memory_bytes),
+            queue: Queue::new(options.seed, options.max_pending),
             faults: Faults::default(),
             streams: HashMap::new(),
             events: HashMap::new(),
@@ -140,7 +143,7 @@ impl HostBackend {
             lanes: Vec::new(),
             deferred: Vec::new(),
         };
-        Self { shared: Arc::new(Shared { name, state: Mutex::new(state) }) }
+        Self { shared: Arc::new(Shared { name, options, state: Mutex::new(state) }) }
     }
 
     pub(crate) fn control(&self) -> HostControl {
@@ -169,6 +172,6 @@ impl Backend for HostBackend {
 
 impl fmt::Debug for HostBackend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "HostBackend({})", self.shared.name)
+        f.debug_tuple("HostBackend").field(&self.shared.options).finish()
     }
 }
