@@ -110,7 +110,7 @@ extern "C" __global__ void sample(SampleArgs a) {
     for (u32 c = threadIdx.x; c < row.columns; c += blockDim.x) {
         float z = row.scaled(c);
         u32 key = order(z);
-        if (key == 0 || key < threshold || weight(z, max) < min_p) continue;
+        if (key == 0 || key < threshold || (z != max && weight(z, max) < min_p)) continue;
         float score = greedy ? z : z - logf(-logf(uniform(stream, c)));
         if (score > best || (score == best && c < index)) {
             best = score;

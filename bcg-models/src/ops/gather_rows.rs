@@ -1,0 +1,96 @@
+//! Rows by index; CUDA source: `kernels/src/gather_rows.cu`.
+
+use bcg_runtime::{CaptureStream, DType, DevicePtr, Dims, HostMemory, Kernel, Result, Tensor};
+use bytemuck::{AnyBitPattern, NoUninit};
+
+use super::check::{Check, row_bytes, row_stride_bytes};
+use super::float::{byte_row, copy_cells};
+
+const CHECK: Check = Check::new("gather_rows");
+
+#[repr(C)]
+#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+struct GatherRowsArgs {
+    x: DevicePtr,
+    index: DevicePtr,
+    out: DevicePtr,
+    x_stride_bytes: i64,
+    row_bytes: i64,
+    x_rows: i64,
+}
+
+static GATHER_ROWS: Kernel<GatherRowsArgs> = Kernel::new("gather_rows", &bcg_kernels::GATHER_ROWS, host);
+
+/// Gathers rows of `x` by index, such as the last token of each sequence.
+///
+/// `out[b] = x[index[b]]`; an index outside `x` gives a row of zeros.
+///
+/// # Shapes
+/// - `x`: `[T, C]`, any dtype, may be row-sliced.   - `index`: `[B]` i32.   - `out`: `[B, C]`.
+///
+/// # Capture
+/// Records one kernel. Frozen: shapes and addresses. Read again at each replay: `x` and `index`.
+///
+/// # Errors
+/// [`bcg_runtime::Error::Shape`] if a shape or dtype differs; those of enqueuing.
+///
+/// # Example
+/// ```
+/// use bcg_models::ops;
+/// use bcg_runtime::{Device, Runner, RunnerOptions};
+///
+/// let device = Device::host();
+/// let mut runner = Runner::new(&device, RunnerOptions::default())?;
+/// let x = device.tensor(&[3, 2], &[0.0f32, 1.0, 10.0, 11.0, 20.0, 21.0])?;
+/// let last = device.tensor(&[2], &[0, 2])?;
+/// let out = runner.eager(&(), |cx| ops::gather_rows(cx, &x, &last))?;
+/// assert_eq!(runner.read::<f32>(&out)?, [0.0, 1.0, 20.0, 21.0]);
+/// # Ok::<(), bcg_runtime::Error>(())
+/// ```
+pub fn gather_rows(cx: &mut CaptureStream, x: &Tensor, index: &Tensor) -> Result<Tensor> {
+    CHECK.rank("x", x, &["T", "C"])?;
+    CHECK.rank("index", index, &["B"])?;
+    CHECK.dense("index", index, index.shape(), DType::I32)?;
+    let dims = CHECK.block_per_row(index, 128)?;
+    let out = cx.empty(&[index.dim(0), x.dim(1)], x.dtype())?;
+    let args = GatherRowsArgs {
+        x: cx.addr(x)?,
+        index: cx.addr(index)?,
+        out: cx.addr(&out)?,
+        x_stride_bytes: row_stride_bytes(x),
+        row_bytes: row_bytes(x),
+        x_rows: x.dim(0) as i64,
+    };
+    cx.launch(&GATHER_ROWS, dims, args)?;
+    Ok(out)
+}
+
+fn host(a: &GatherRowsArgs, dims: &Dims, memory: &HostMemory<'_>) -> Result<()> {
+    let index = memory.view::<i32>(a.index, dims.grid[0] as usize)?;
+    for (b, row) in index.iter().enumerate() {
+        let out = byte_row(memory, a.out, a.row_bytes, b, a.row_bytes)?;
+        match usize::try_from(row.get()) {
+            Ok(row) if (row as i64) < a.x_rows => {
+                copy_cells(out, byte_row(memory, a.x, a.x_stride_bytes, row, a.row_bytes)?);
+            }
+            _ => out.iter().for_each(|byte| byte.set(0)),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::check::testing::refusal;
+    use bcg_runtime::Device;
+
+    #[test]
+    fn wrong_tensors_are_refused_by_name() -> Result<()> {
+        let device = Device::host();
+        let (index, x) = (device.zeros(&[2], DType::F32)?, device.zeros(&[3, 4], DType::F32)?);
+        assert!(refusal(&device, |cx| gather_rows(cx, &x, &index)).contains("`index` i32, got f32"));
+        assert!(refusal(&device, |cx| gather_rows(cx, &index, &index)).contains("`x` [T, C], got [2]"));
+        Ok(())
+    }
+}

@@ -1,0 +1,49 @@
+//! The ops that models are made of: shape checks, launch geometry and host reference of every kernel.
+//!
+//! One file per op, named like its CUDA source in `kernels/src`. An op takes the stream first, checks its tensors,
+//! takes its output from the arena and enqueues one kernel; it works the same eagerly, under capture and inside breaks.
+//!
+//! - A host reference rounds exactly where the CUDA kernel does, and sums in f32.
+//! - A row of an output depends on the same row of the inputs only, never on how many rows there are. So padding
+//!   changes no valid row, and NaN in padded rows stays there.
+//! - No op reads anything back, synchronises or looks at a live value.
+//!
+//! A new op is four files: `kernels/src/x.cu`, `ops/x.rs`, a line here, a test in `tests/src/ops/x.rs`.
+//!
+//! Shape letters: T tokens, B sequences, C hidden, I intermediate, Hq/Hkv query/key-value heads, D head dim, V
+//! vocabulary, P pages, S page size.
+
+mod check;
+mod float;
+mod paged_kv;
+
+mod add_rms_norm;
+mod argmax;
+mod attention_decode;
+mod attention_prefill;
+mod copy_rows;
+mod embedding;
+mod fill;
+mod gather_rows;
+mod linear;
+mod qk_norm_rope_kv_write;
+mod rms_norm;
+mod sample;
+mod scrub_tail;
+mod silu_mul;
+
+pub use add_rms_norm::add_rms_norm;
+pub use argmax::argmax;
+pub use attention_decode::attention_decode;
+pub use attention_prefill::attention_prefill;
+pub use copy_rows::copy_rows;
+pub use embedding::embedding;
+pub use fill::fill;
+pub use gather_rows::gather_rows;
+pub use linear::{linear, linear_to};
+pub use paged_kv::PagedKv;
+pub use qk_norm_rope_kv_write::{QkNormRopeKvWrite, qk_norm_rope_kv_write, rope_inv_freq};
+pub use rms_norm::rms_norm;
+pub use sample::{SampleInputs, sample};
+pub use scrub_tail::scrub_tail;
+pub use silu_mul::silu_mul;

@@ -1,0 +1,222 @@
+//! Random choice of a token; CUDA source: `kernels/src/sample.cu`.
+
+use bcg_runtime::{CaptureStream, DType, DevicePtr, Dims, HostMemory, Kernel, Result, Tensor};
+use bytemuck::{AnyBitPattern, NoUninit};
+
+use super::argmax::largest;
+use super::check::Check;
+use super::float::row;
+
+const CHECK: Check = Check::new("sample");
+
+#[repr(C)]
+#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+struct SampleArgs {
+    logits: DevicePtr,
+    temperature: DevicePtr,
+    top_k: DevicePtr,
+    top_p: DevicePtr,
+    min_p: DevicePtr,
+    seed: DevicePtr,
+    step: DevicePtr,
+    out: DevicePtr,
+    stride: i64,
+    columns: u32,
+    _padding: u32,
+}
+
+static SAMPLE: Kernel<SampleArgs> = Kernel::new("sample", &bcg_kernels::SAMPLE, host);
+
+/// The parameters of [`sample()`], one per row.
+#[derive(Clone, Copy, Debug)]
+pub struct SampleInputs<'a> {
+    /// `[B]` f32: divides the logits; 0 or less takes the largest logit.
+    pub temperature: &'a Tensor,
+    /// `[B]` i32: keeps so many of the likeliest tokens; 0 or less keeps all.
+    pub top_k: &'a Tensor,
+    /// `[B]` f32: keeps the likeliest tokens whose probabilities first reach this sum; 1 keeps all.
+    pub top_p: &'a Tensor,
+    /// `[B]` f32: keeps tokens at least this fraction as likely as the likeliest; 0 keeps all.
+    pub min_p: &'a Tensor,
+    /// `[B]` i64: the seed of the row's sequence.
+    pub seed: &'a Tensor,
+    /// `[B]` i64: how many tokens the sequence has drawn before, so that each draw is another one.
+    pub step: &'a Tensor,
+}
+
+/// Draws one token for each row.
+///
+/// The filters apply in this order: temperature, top-k, top-p (over the mass that top-k kept), min-p. Tokens that tie
+/// with the last kept one are kept; the likeliest always is; NaN never is. Of the kept tokens the one with the largest
+/// `logit / temperature + gumbel(seed, step, token)` is drawn: a choice by probability that depends on nothing but the
+/// row and its counters, the same on the host and on CUDA.
+///
+/// # Shapes
+/// - `logits`: `[B, V]` f32, may be row-sliced.   - `out`: `[B]` i32.   - The rest as [`SampleInputs`] says.
+///
+/// # Capture
+/// Records one kernel. Frozen: shapes and addresses. Read again at each replay: the contents of all tensors.
+///
+/// # Errors
+/// [`bcg_runtime::Error::Shape`] if a shape or dtype differs; those of enqueuing.
+///
+/// # Example
+/// ```
+/// use bcg_models::ops::{self, SampleInputs};
+/// use bcg_runtime::{Device, Runner, RunnerOptions};
+///
+/// let device = Device::host();
+/// let mut runner = Runner::new(&device, RunnerOptions::default())?;
+/// let logits = device.tensor(&[2, 3], &[1.0f32, 2.0, 3.0, 1.0, 2.0, 3.0])?;
+/// let inputs = SampleInputs {
+///     temperature: &device.tensor(&[2], &[0.0f32, 0.8])?, // the first row is greedy
+///     top_k: &device.tensor(&[2], &[0, 2])?,
+///     top_p: &device.tensor(&[2], &[1.0f32, 1.0])?,
+///     min_p: &device.tensor(&[2], &[0.0f32, 0.0])?,
+///     seed: &device.tensor(&[2], &[7i64, 7])?,
+///     step: &device.tensor(&[2], &[0i64, 0])?,
+/// };
+/// let tokens = runner.eager(&(), |cx| ops::sample(cx, &logits, &inputs))?;
+/// let tokens = runner.read::<i32>(&tokens)?;
+/// assert_eq!(tokens[0], 2);
+/// assert!([1, 2].contains(&tokens[1]));
+/// # Ok::<(), bcg_runtime::Error>(())
+/// ```
+pub fn sample(cx: &mut CaptureStream, logits: &Tensor, inputs: &SampleInputs<'_>) -> Result<Tensor> {
+    CHECK.rank("logits", logits, &["B", "V"])?;
+    CHECK.dtype("logits", logits, DType::F32)?;
+    let rows = [logits.dim(0)];
+    CHECK.dense("temperature", inputs.temperature, &rows, DType::F32)?;
+    CHECK.dense("top_k", inputs.top_k, &rows, DType::I32)?;
+    CHECK.dense("top_p", inputs.top_p, &rows, DType::F32)?;
+    CHECK.dense("min_p", inputs.min_p, &rows, DType::F32)?;
+    CHECK.dense("seed", inputs.seed, &rows, DType::I64)?;
+    CHECK.dense("step", inputs.step, &rows, DType::I64)?;
+    let dims = CHECK.block_per_row(logits, 1024)?;
+    let out = cx.empty(&rows, DType::I32)?;
+    let args = SampleArgs {
+        logits: cx.addr(logits)?,
+        temperature: cx.addr(inputs.temperature)?,
+        top_k: cx.addr(inputs.top_k)?,
+        top_p: cx.addr(inputs.top_p)?,
+        min_p: cx.addr(inputs.min_p)?,
+        seed: cx.addr(inputs.seed)?,
+        step: cx.addr(inputs.step)?,
+        out: cx.addr(&out)?,
+        stride: logits.row_stride() as i64,
+        columns: CHECK.u32("V", logits.dim(1))?,
+        _padding: 0,
+    };
+    cx.launch(&SAMPLE, dims, args)?;
+    Ok(out)
+}
+
+fn host(a: &SampleArgs, dims: &Dims, memory: &HostMemory<'_>) -> Result<()> {
+    let rows = dims.grid[0] as usize;
+    let temperature = memory.load::<f32>(a.temperature, rows)?;
+    let (top_k, top_p) = (memory.load::<i32>(a.top_k, rows)?, memory.load::<f32>(a.top_p, rows)?);
+    let min_p = memory.load::<f32>(a.min_p, rows)?;
+    let (seed, step) = (memory.load::<i64>(a.seed, rows)?, memory.load::<i64>(a.step, rows)?);
+    let out = memory.view::<i32>(a.out, rows)?;
+    for b in 0..rows {
+        let logits = row::<f32>(memory, a.logits, a.stride, b, a.columns as usize)?;
+        let scaled: Vec<f32> = if temperature[b] > 0.0 {
+            logits.iter().map(|v| v.get() / temperature[b]).collect()
+        } else {
+            out[b].set(largest(logits.iter().map(std::cell::Cell::get).enumerate()));
+            continue;
+        };
+        let kept = kept(&scaled, top_k[b], top_p[b], min_p[b]);
+        let stream = mix((seed[b] as u64).wrapping_add(GOLDEN.wrapping_mul((step[b] as u64).wrapping_add(1))));
+        out[b].set(largest(kept.into_iter().map(|token| {
+            let gumbel = -(-uniform(stream, token).ln()).ln();
+            (token, scaled[token] + gumbel)
+        })));
+    }
+    Ok(())
+}
+
+/// The tokens that the filters keep, ascending.
+fn kept(scaled: &[f32], top_k: i32, top_p: f32, min_p: f32) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..scaled.len()).filter(|token| !scaled[*token].is_nan()).collect();
+    order.sort_by(|a, b| scaled[*b].total_cmp(&scaled[*a]));
+    let Some(&first) = order.first() else { return order };
+    let max = scaled[first];
+    let weight = |token: usize| if scaled[token] == max { 1.0 } else { (scaled[token] - max).exp() };
+    if let Some(last) = usize::try_from(top_k).ok().and_then(|k| k.checked_sub(1)).and_then(|last| order.get(last)) {
+        let least = scaled[*last];
+        order.retain(|token| scaled[*token] >= least);
+    }
+    if top_p < 1.0 {
+        let wanted = f64::from(top_p) * order.iter().map(|token| f64::from(weight(*token))).sum::<f64>();
+        let mut mass = 0.0;
+        let reached = order.iter().position(|token| {
+            mass += f64::from(weight(*token));
+            mass >= wanted
+        });
+        let least = reached.map_or(f32::NEG_INFINITY, |place| scaled[order[place]]);
+        order.retain(|token| scaled[*token] >= least);
+    }
+    order.retain(|token| weight(*token) >= min_p || scaled[*token] == max);
+    order.sort_unstable();
+    order
+}
+
+const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// The output function of SplitMix64.
+fn mix(mut z: u64) -> u64 {
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// A number in (0, 1) for each stream and token, with 23 random bits.
+fn uniform(stream: u64, token: usize) -> f32 {
+    let bits = mix(stream.wrapping_add(GOLDEN.wrapping_mul(token as u64 + 1))) >> 41;
+    (bits as f32 + 0.5) * (1.0 / 8_388_608.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::check::testing::refusal;
+    use bcg_runtime::Device;
+
+    #[test]
+    fn wrong_tensors_are_refused_by_name() -> Result<()> {
+        let device = Device::host();
+        let logits = device.zeros(&[2, 3], DType::F32)?;
+        let (float, int, long) =
+            (device.zeros(&[2], DType::F32)?, device.zeros(&[2], DType::I32)?, device.zeros(&[2], DType::I64)?);
+        let inputs =
+            SampleInputs { temperature: &float, top_k: &int, top_p: &float, min_p: &float, seed: &long, step: &int };
+        assert!(refusal(&device, |cx| sample(cx, &logits, &inputs)).contains("`step` i64, got i32"));
+        Ok(())
+    }
+
+    #[test]
+    fn filters_keep_what_they_promise() {
+        let scaled = [0.1f32, 0.4, 0.3, 0.2].map(f32::ln);
+        assert_eq!(kept(&scaled, 0, 1.0, 0.0), [0, 1, 2, 3]);
+        assert_eq!(kept(&scaled, 2, 1.0, 0.0), [1, 2]);
+        assert_eq!(kept(&scaled, 9, 1.0, 0.0), [0, 1, 2, 3]);
+        assert_eq!(kept(&scaled, 0, 0.35, 0.0), [1]);
+        assert_eq!(kept(&scaled, 0, 0.65, 0.0), [1, 2]);
+        assert_eq!(kept(&scaled, 0, 0.0, 0.0), [1]);
+        assert_eq!(kept(&scaled, 0, 1.0, 0.6), [1, 2]);
+        assert_eq!(kept(&scaled, 2, 0.5, 0.0), [1], "top-p counts the mass that top-k kept");
+        assert_eq!(kept(&[1.0, 1.0, f32::NAN, 0.0], 1, 1.0, 0.0), [0, 1], "ties are kept, NaN is not");
+        assert_eq!(kept(&scaled, 0, 1.0, 2.0), [1], "the likeliest always stays");
+    }
+
+    #[test]
+    fn uniform_numbers_stay_between_0_and_1_and_differ_by_every_counter() {
+        let numbers: Vec<f32> = (0..1000).map(|token| uniform(mix(3), token)).collect();
+        assert!(numbers.iter().all(|u| *u > 0.0 && *u < 1.0));
+        let mean = numbers.iter().sum::<f32>() / 1000.0;
+        assert!((mean - 0.5).abs() < 0.05, "{mean}");
+        assert!((0..1000).filter(|token| uniform(mix(4), *token) == numbers[*token]).count() < 3);
+        assert!((8_388_607.0f32 + 0.5) * (1.0 / 8_388_608.0) < 1.0);
+    }
+}
