@@ -19,22 +19,19 @@ pub struct BreakSite {
     pub line: u32,
 }
 
-/// The body of a break at replay: thaws `F` and runs.
-pub type ReplayFn<L, F, R> = fn(&mut Eager<'_, L>, &F, &Thaw<'_>) -> Result<R>;
-
 /// Calls the body of a function whose annotation is switched off.
 pub fn plain_call<L: LiveBatch, R>(cx: &mut Context<'_, L>, run: impl FnOnce(&mut Eager<'_, L>) -> Result<R>) -> Result<R> {
     // Inside a segment the body's work is captured like that of any other function.
     run(&mut Eager::from_parts(cx.stream, cx.live))
 }
 
-/// Calls an annotated function.
+/// Calls an annotated function. `replay` thaws the arguments and calls the body.
 pub fn eager_break<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
     cx: &mut Context<'_, L>,
     site: &'static BreakSite,
     freeze: impl FnOnce(&mut Claims<'_>) -> Result<F>,
     run: impl FnOnce(&mut Eager<'_, L>) -> Result<R>,
-    replay: ReplayFn<L, F, R>,
+    replay: impl Fn(&mut Eager<'_, L>, &F, &Thaw<'_>) -> Result<R> + Send + Sync + 'static,
 ) -> Result<R> {
     match cx.recorder.take() {
         None => call(cx, site, freeze, run),
@@ -53,7 +50,7 @@ pub fn eager_break_stubbed<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
     freeze: impl FnOnce(&mut Claims<'_>) -> Result<F>,
     run: impl FnOnce(&mut Eager<'_, L>) -> Result<R>,
     stub: impl FnOnce(&mut Eager<'_, L>) -> Result<R>,
-    replay: ReplayFn<L, F, R>,
+    replay: impl Fn(&mut Eager<'_, L>, &F, &Thaw<'_>) -> Result<R> + Send + Sync + 'static,
 ) -> Result<R> {
     if cx.recorder.is_some() {
         eager_break(cx, site, freeze, stub, replay)
@@ -95,7 +92,7 @@ fn record<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
     site: &'static BreakSite,
     freeze: impl FnOnce(&mut Claims<'_>) -> Result<F>,
     run: impl FnOnce(&mut Eager<'_, L>) -> Result<R>,
-    replay: ReplayFn<L, F, R>,
+    replay: impl Fn(&mut Eager<'_, L>, &F, &Thaw<'_>) -> Result<R> + Send + Sync + 'static,
 ) -> Result<R> {
     recorder.begin_break(cx.stream, &place(site))?;
     let segment = recorder.segment_index();
@@ -119,7 +116,7 @@ fn run_recorded<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
     site: &'static BreakSite,
     freeze: impl FnOnce(&mut Claims<'_>) -> Result<F>,
     run: impl FnOnce(&mut Eager<'_, L>) -> Result<R>,
-    replay: ReplayFn<L, F, R>,
+    replay: impl Fn(&mut Eager<'_, L>, &F, &Thaw<'_>) -> Result<R> + Send + Sync + 'static,
 ) -> Result<(R, Break<L>, Vec<Stamp>)> {
     let mut claims = Claims::new(cx.stream);
     let frozen = freeze(&mut claims)?;
