@@ -192,7 +192,8 @@ impl<L: LiveBatch, O: Freeze> GraphCache<L, O> {
         self.uses += 1;
         *last_used = self.uses;
         self.stats.num_replays += 1;
-        let is_verified = self.options.verify_every.is_some_and(|n| self.stats.num_replays.is_multiple_of(u64::from(n.max(1))));
+        let is_verified =
+            self.options.verify_every.is_some_and(|n| self.stats.num_replays.is_multiple_of(u64::from(n.max(1))));
         if !is_verified {
             return graph.replay(runner, live);
         }

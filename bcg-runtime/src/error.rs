@@ -22,7 +22,9 @@ pub enum Error {
         name: String,
     },
     /// The device has too little free memory.
-    #[error("{device}: out of memory: {requested_bytes} bytes requested, {free_bytes} free; lower the model's memory use (KV cache tokens, largest capture size)")]
+    #[error(
+        "{device}: out of memory: {requested_bytes} bytes requested, {free_bytes} free; lower the model's memory use (KV cache tokens, largest capture size)"
+    )]
     OutOfMemory {
         /// The device's name.
         device: String,
@@ -61,7 +63,9 @@ pub enum Error {
         got: String,
     },
     /// A tensor is used outside the forward that owns its memory.
-    #[error("stale tensor: it belongs to forward {tensor} of its arena, which now runs forward {current}; keep a copy in a persistent tensor (Device::empty) to use it later")]
+    #[error(
+        "stale tensor: it belongs to forward {tensor} of its arena, which now runs forward {current}; keep a copy in a persistent tensor (Device::empty) to use it later"
+    )]
     Stale {
         /// The forward in which the tensor was made.
         tensor: u64,
@@ -77,7 +81,9 @@ pub enum Error {
         current: String,
     },
     /// Something that a graph was captured with was replaced since (law L12).
-    #[error("{what} changed after the capture (generation {captured} captured, {current} now); capture the graph again")]
+    #[error(
+        "{what} changed after the capture (generation {captured} captured, {current} now); capture the graph again"
+    )]
     Generation {
         /// The resource's name, such as `kv cache`.
         what: String,
@@ -113,7 +119,9 @@ pub enum Error {
         what: String,
     },
     /// A side stream was not joined before its segment or break ended.
-    #[error("side stream `{stream}` was not joined before {place}; wait on its event from the capturing stream, or use a scope")]
+    #[error(
+        "side stream `{stream}` was not joined before {place}; wait on its event from the capturing stream, or use a scope"
+    )]
     UnjoinedStream {
         /// The side stream's name.
         stream: String,
@@ -159,7 +167,9 @@ pub enum Error {
         got: String,
     },
     /// The number of breaks is not the stated one.
-    #[error("break census: expected {expected} breaks, captured {got} ({names}); annotate the missing function, or correct the expected number")]
+    #[error(
+        "break census: expected {expected} breaks, captured {got} ({names}); annotate the missing function, or correct the expected number"
+    )]
     Census {
         /// The stated number, or that of the other sizes.
         expected: usize,

@@ -142,8 +142,27 @@ macro_rules! freeze_copies {
 }
 
 freeze_copies!(
-    (), bool, char, i8, i16, i32, i64, i128, isize, u8, u16, u32, u64, u128, usize, f32, f64, half::bf16, half::f16,
-    &'static str, crate::DType
+    (),
+    bool,
+    char,
+    i8,
+    i16,
+    i32,
+    i64,
+    i128,
+    isize,
+    u8,
+    u16,
+    u32,
+    u64,
+    u128,
+    usize,
+    f32,
+    f64,
+    half::bf16,
+    half::f16,
+    &'static str,
+    crate::DType
 );
 
 impl<T: Freeze> Freeze for Option<T> {

@@ -42,7 +42,9 @@ impl Ladder {
             size += 1 << (size / 8).ilog2();
         }
         sizes.push(max);
-        Self::explicit(sizes.into_iter().map(|size| size.next_multiple_of(alignment)).filter(|&size| size <= max).collect())
+        Self::explicit(
+            sizes.into_iter().map(|size| size.next_multiple_of(alignment)).filter(|&size| size <= max).collect(),
+        )
     }
 
     /// Makes a ladder of the given sizes, in any order.
@@ -181,7 +183,9 @@ mod tests {
 
     #[test]
     fn an_empty_ladder_is_an_error() {
-        for refused in [Ladder::explicit(vec![]), Ladder::explicit(vec![0]), Ladder::explicit(vec![0, 4]), Ladder::relative(0, 1)] {
+        for refused in
+            [Ladder::explicit(vec![]), Ladder::explicit(vec![0]), Ladder::explicit(vec![0, 4]), Ladder::relative(0, 1)]
+        {
             assert!(matches!(refused, Err(Error::Option { .. })), "{refused:?}");
         }
         assert!(Ladder::explicit(vec![64]).unwrap().clamped(32).is_err());

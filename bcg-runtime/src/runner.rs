@@ -62,7 +62,7 @@ impl Runner {
     /// # Errors
     /// The driver's; [`Error::OutOfMemory`] if `arena_bytes` are not free.
     pub fn new(device: &Device, options: RunnerOptions) -> Result<Self> {
-        Ok(Self { stream: CaptureStream::new(device, &options)? })
+        Ok(Self { stream: CaptureStream::new(device, options)? })
     }
 
     /// Returns the device.

@@ -47,7 +47,7 @@ pub struct CaptureStream {
     scope_depth: usize,
     valid_rows: Allocation,
     valid_rows_now: Option<u32>,
-    poison: bool,
+    options: RunnerOptions,
     pub(crate) segment: Option<SegmentLog>,
     pub(crate) probe: Option<Probe>,
     pub(crate) counts: WorkCounts,
@@ -99,7 +99,7 @@ pub struct SideStream {
 }
 
 impl CaptureStream {
-    pub(crate) fn new(device: &Device, options: &RunnerOptions) -> Result<Self> {
+    pub(crate) fn new(device: &Device, options: RunnerOptions) -> Result<Self> {
         let main = Arc::new(Stream::new(device, &options.name)?);
         let bytes_max = match options.arena_bytes_max {
             Some(bytes) => bytes,
@@ -116,7 +116,7 @@ impl CaptureStream {
             scope_depth: 0,
             valid_rows: Allocation::new(device, size_of::<u32>())?,
             valid_rows_now: None,
-            poison: options.poison,
+            options,
             segment: None,
             probe: None,
             counts: WorkCounts::default(),
@@ -140,7 +140,7 @@ impl CaptureStream {
     /// a rank above 4.
     pub fn empty(&mut self, shape: &[usize], dtype: DType) -> Result<Tensor> {
         let tensor = self.arena.alloc(Shape::new("CaptureStream::empty", shape)?, dtype)?;
-        if self.poison {
+        if self.options.poison {
             self.fill_bytes(&tensor, 0xFF)?;
         }
         Ok(tensor)
@@ -374,7 +374,7 @@ impl CaptureStream {
     }
 
     pub(crate) fn is_poisoned(&self) -> bool {
-        self.poison
+        self.options.poison
     }
 
     /// Fails if a side stream was not joined before `place`.
@@ -408,7 +408,13 @@ impl CaptureStream {
     }
 
     /// Zeroes the rows of a bridge in `rows`.
-    pub(crate) fn scrub_rows(&mut self, ptr: DevicePtr, row_bytes: usize, pitch: usize, rows: Range<usize>) -> Result<()> {
+    pub(crate) fn scrub_rows(
+        &mut self,
+        ptr: DevicePtr,
+        row_bytes: usize,
+        pitch: usize,
+        rows: Range<usize>,
+    ) -> Result<()> {
         if row_bytes == pitch {
             return self.fill_range(ptr.offset_bytes(rows.start * pitch), 0, rows.len() * pitch);
         }

@@ -148,7 +148,11 @@ impl Tensor {
     /// [`Error::Shape`] if the range is not within dimension 0.
     pub fn rows(&self, range: Range<usize>) -> Result<Self> {
         if range.start > range.end || range.end > self.dim(0) {
-            return Err(Error::shape("Tensor::rows", format!("a range within 0..{}", self.dim(0)), format!("{range:?}")));
+            return Err(Error::shape(
+                "Tensor::rows",
+                format!("a range within 0..{}", self.dim(0)),
+                format!("{range:?}"),
+            ));
         }
         let mut rows = self.clone();
         rows.ptr = self.ptr.offset_bytes(range.start * self.row_stride * self.dtype.size_bytes());
@@ -225,7 +229,13 @@ pub(crate) fn read_rows<T: Element>(stream: &Stream, tensor: &Tensor, ptr: Devic
 }
 
 /// Copies rows of `row_bytes` that lie `pitch` bytes apart to the host, and waits for them.
-pub(crate) fn read_bytes(stream: &Stream, into: &mut [u8], ptr: DevicePtr, row_bytes: usize, pitch: usize) -> Result<()> {
+pub(crate) fn read_bytes(
+    stream: &Stream,
+    into: &mut [u8],
+    ptr: DevicePtr,
+    row_bytes: usize,
+    pitch: usize,
+) -> Result<()> {
     let backend = stream.device().backend();
     if into.is_empty() {
         return backend.synchronize_stream(stream.handle());
@@ -240,7 +250,13 @@ pub(crate) fn read_bytes(stream: &Stream, into: &mut [u8], ptr: DevicePtr, row_b
 }
 
 /// Enqueues a copy of `bytes`, in row-major order, into a tensor.
-pub(crate) fn write_rows(op: &'static str, stream: &Stream, tensor: &Tensor, ptr: DevicePtr, bytes: &[u8]) -> Result<()> {
+pub(crate) fn write_rows(
+    op: &'static str,
+    stream: &Stream,
+    tensor: &Tensor,
+    ptr: DevicePtr,
+    bytes: &[u8],
+) -> Result<()> {
     if bytes.len() != tensor.size_bytes() {
         let expected = format!("{} bytes for {:?} {}", tensor.size_bytes(), tensor.shape, tensor.dtype);
         return Err(Error::shape(op, expected, format!("{} bytes", bytes.len())));

@@ -72,6 +72,7 @@ impl FreeRanges {
     }
 
     /// Returns the number of free bytes.
+    #[cfg(test)]
     pub(crate) fn free_bytes(&self) -> usize {
         self.free.iter().map(|range| range.end - range.start).sum()
     }
@@ -97,7 +98,8 @@ mod tests {
         }
 
         fn first_fit(&self, len: usize) -> Option<usize> {
-            (0..(self.0.len() + 1).saturating_sub(len)).find(|&start| self.0[start..start + len].iter().all(|used| !used))
+            (0..(self.0.len() + 1).saturating_sub(len))
+                .find(|&start| self.0[start..start + len].iter().all(|used| !used))
         }
     }
 

@@ -20,7 +20,10 @@ pub struct BreakSite {
 }
 
 /// Calls the body of a function whose annotation is switched off.
-pub fn plain_call<L: LiveBatch, R>(cx: &mut Context<'_, L>, run: impl FnOnce(&mut Eager<'_, L>) -> Result<R>) -> Result<R> {
+pub fn plain_call<L: LiveBatch, R>(
+    cx: &mut Context<'_, L>,
+    run: impl FnOnce(&mut Eager<'_, L>) -> Result<R>,
+) -> Result<R> {
     // Inside a segment the body's work is captured like that of any other function.
     run(&mut Eager::from_parts(cx.stream, cx.live))
 }

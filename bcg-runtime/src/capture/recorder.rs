@@ -106,7 +106,8 @@ impl<L> Recorder<L> {
     fn end_segment(&mut self, stream: &mut CaptureStream, place: &str) -> Result<()> {
         stream.check_joined(place)?;
         // From here on the driver's capture is over, whether `end_capture` succeeds or fails.
-        let log = stream.segment.take().ok_or(Error::CaptureState { transition: "end a segment", state: "none is open" })?;
+        let log =
+            stream.segment.take().ok_or(Error::CaptureState { transition: "end a segment", state: "none is open" })?;
         let graph = Graph::end_capture(stream.main())?;
         stream.arena().set_may_grow(true);
         let nodes = graph.node_counts()?;
@@ -121,7 +122,12 @@ impl<L> Recorder<L> {
         let exec = (nodes.kernels + nodes.copies + nodes.fills > 0).then(|| graph.instantiate()).transpose()?;
         let segment = Segment { exec, nodes, kernels: log.kernels };
         segment.launch(stream.main())?;
-        tracing::debug!(segment = self.segment_index(), kernels = nodes.kernels, nodes = nodes.total(), "segment captured");
+        tracing::debug!(
+            segment = self.segment_index(),
+            kernels = nodes.kernels,
+            nodes = nodes.total(),
+            "segment captured"
+        );
         self.steps.push(Step::Segment(segment));
         self.retained.extend(log.retained);
         self.pinned.extend(log.pinned);

@@ -366,10 +366,6 @@ pub(crate) struct GraphExec {
 }
 
 impl GraphExec {
-    pub(crate) fn upload(&self, stream: &Stream) -> Result<()> {
-        self.device.backend().upload(self.handle, stream.handle)
-    }
-
     pub(crate) fn launch(&self, stream: &Stream) -> Result<()> {
         self.device.backend().launch_graph(self.handle, stream.handle)
     }

@@ -5,7 +5,7 @@
 
 pub(crate) mod cuda;
 mod guard;
-pub mod host;
+pub(crate) mod host;
 pub(crate) mod traits;
 
 use std::fmt;

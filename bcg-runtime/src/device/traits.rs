@@ -133,8 +133,6 @@ pub(crate) trait GraphBackend {
     fn abort_capture(&self, stream: StreamHandle);
     fn node_counts(&self, graph: GraphHandle) -> Result<NodeCounts>;
     fn instantiate(&self, graph: GraphHandle) -> Result<ExecHandle>;
-    /// Moves an executable graph to the device ahead of its first launch.
-    fn upload(&self, exec: ExecHandle, stream: StreamHandle) -> Result<()>;
     fn launch_graph(&self, exec: ExecHandle, stream: StreamHandle) -> Result<()>;
     fn destroy_graph(&self, graph: GraphHandle);
     /// Destroys an executable graph; one that still runs finishes first.

@@ -23,7 +23,12 @@ struct Snapshot {
 
 impl Probe {
     /// Copies `tensors` to the host, after the work enqueued so far.
-    pub(crate) fn snapshot(&mut self, stream: &mut CaptureStream, place: String, tensors: &[FrozenTensor]) -> Result<()> {
+    pub(crate) fn snapshot(
+        &mut self,
+        stream: &mut CaptureStream,
+        place: String,
+        tensors: &[FrozenTensor],
+    ) -> Result<()> {
         let tensors = tensors
             .iter()
             .map(|tensor| {

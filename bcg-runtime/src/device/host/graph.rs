@@ -88,13 +88,6 @@ impl GraphBackend for HostBackend {
         Ok(ExecHandle(handle))
     }
 
-    fn upload(&self, exec: ExecHandle, stream: StreamHandle) -> Result<()> {
-        let state = &mut *self.enter("cuGraphUpload")?;
-        state.refuse_on_capturing(stream, "cuGraphUpload to a capturing stream; upload before the capture")?;
-        debug_assert!(state.execs.contains_key(&exec.0), "guards pass live executables only");
-        Ok(())
-    }
-
     fn launch_graph(&self, exec: ExecHandle, stream: StreamHandle) -> Result<()> {
         let state = &mut *self.enter("cuGraphLaunch")?;
         let exec = state.execs.get_mut(&exec.0).expect("guards pass live executables only");
@@ -132,7 +125,6 @@ mod tests {
         let exec = rig.capture(stream, || (0..3).for_each(|v| rig.append(stream, log, v).unwrap())).unwrap();
         assert_eq!(rig.read_log(log), []);
         rig.append(stream, log, 9).unwrap();
-        rig.backend.upload(exec, stream).unwrap();
         rig.backend.launch_graph(exec, stream).unwrap();
         rig.backend.launch_graph(exec, stream).unwrap();
         rig.append(stream, log, 10).unwrap();

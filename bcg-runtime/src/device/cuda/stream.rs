@@ -1,0 +1,130 @@
+//! Streams and the work on them.
+//!
+//! Streams never wait for the legacy default stream (`CU_STREAM_NON_BLOCKING`). On the launch path a call is one driver
+//! call: no lock, no allocation, no hashing.
+
+use std::sync::atomic::Ordering;
+
+use super::super::traits::{RowCopy, StreamBackend, StreamHandle};
+use super::CudaBackend;
+use crate::launch::Launch;
+use crate::{DevicePtr, Error, Result};
+
+impl StreamBackend for CudaBackend {
+    fn create_stream(&self, _name: &str) -> Result<StreamHandle> {
+        let _relaxed = self.enter()?;
+        let stream = self.driver.create_stream()?;
+        self.gate().streams.push(stream);
+        Ok(StreamHandle(stream))
+    }
+
+    fn destroy_stream(&self, stream: StreamHandle) {
+        self.gate().streams.retain(|known| *known != stream.0);
+        self.enter_and_log(|driver| driver.destroy_stream(stream.0));
+    }
+
+    fn synchronize_stream(&self, stream: StreamHandle) -> Result<()> {
+        self.bind()?;
+        self.refuse_while_capturing(
+            stream.0,
+            "synchronising a stream that captures; end the segment with a break first",
+        )?;
+        self.driver.synchronize_stream(stream.0)
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        let gate = self.gate();
+        let thread = std::thread::current().id();
+        if gate.captures.iter().any(|(_, capturing)| *capturing == thread) {
+            let what = "synchronising the device; end the segment with a break first".to_owned();
+            return Err(Error::CaptureForbidden { what });
+        }
+        let _relaxed = self.enter()?;
+        self.wait_for_all(&gate)
+    }
+
+    fn launch(&self, stream: StreamHandle, launch: &Launch) -> Result<()> {
+        self.bind()?;
+        let function = self.function(launch.kernel)?;
+        let args = launch.args.as_slice();
+        if args.len() != function.arg_bytes || launch.dims.shared_bytes > function.shared_bytes.load(Ordering::Acquire)
+        {
+            self.settle_launch(function, launch)?;
+        }
+        // SAFETY: the comparison above (or `settle_launch`, which refuses it) establishes that `args` is as long as the
+        // kernel's parameter; its addresses come from `CaptureStream::addr`, which checks that their tensors are alive.
+        let launched = unsafe { self.driver.launch(function.raw, &launch.dims, args, stream.0) };
+        launched.inspect_err(|error| {
+            tracing::error!(kernel = launch.kernel.name(), dims = ?launch.dims, %error, "a launch failed");
+        })
+    }
+
+    fn fill_u8(&self, stream: StreamHandle, dst: DevicePtr, value: u8, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        self.driver.fill_u8(dst.0, value, bytes, stream.0)
+    }
+
+    fn fill_u32(&self, stream: StreamHandle, dst: DevicePtr, value: u32, count: usize) -> Result<()> {
+        if count == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        self.driver.fill_u32(dst.0, value, count, stream.0)
+    }
+
+    fn copy_rows(&self, stream: StreamHandle, copy: RowCopy) -> Result<()> {
+        if copy.rows == 0 || copy.row_bytes == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        let is_dense = copy.dst_pitch == copy.row_bytes && copy.src_pitch == copy.row_bytes;
+        if copy.rows == 1 || is_dense {
+            return self.driver.copy(copy.dst.0, copy.src.0, copy.rows * copy.row_bytes, stream.0);
+        }
+        self.driver.copy_2d(&copy, stream.0)
+    }
+
+    fn copy_from_host(&self, stream: StreamHandle, dst: DevicePtr, src: &[u8]) -> Result<()> {
+        if src.is_empty() {
+            return Ok(());
+        }
+        self.bind()?;
+        self.refuse_while_capturing(stream.0, "copying pageable host memory; fill a PinnedBuffer before the capture")?;
+        // SAFETY: `src` is borrowed until the end of this function. If it is pageable, the driver has copied it into its
+        // own staging memory when the call returns (CUDA driver API, "API synchronization behavior", memcpy, async); if
+        // it is page-locked, the wait below outlasts the copy.
+        unsafe { self.driver.copy_from_host(dst.0, src.as_ptr(), src.len(), stream.0) }?;
+        if self.driver.is_page_locked(src.as_ptr()) || self.driver.is_page_locked(&raw const src[src.len() - 1]) {
+            self.driver.synchronize_stream(stream.0)?;
+        }
+        Ok(())
+    }
+
+    fn copy_to_host(&self, stream: StreamHandle, dst: &mut [u8], src: DevicePtr) -> Result<()> {
+        if dst.is_empty() {
+            return Ok(());
+        }
+        self.bind()?;
+        self.refuse_while_capturing(stream.0, "copying to the host; read inside a break or after the forward")?;
+        // SAFETY: `dst` is borrowed mutably until the end of this function, and the wait below outlasts the copy. If the
+        // wait fails, the context is lost and the copy does not run any more.
+        unsafe { self.driver.copy_to_host(dst.as_mut_ptr(), src.0, dst.len(), stream.0) }?;
+        self.driver.synchronize_stream(stream.0)
+    }
+
+    fn copy_from_pinned(&self, stream: StreamHandle, dst: DevicePtr, src: DevicePtr, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        // Host and device share the pinned address, and the driver tells from it where the memory lies. A captured copy
+        // reads the buffer at each replay; the graph's owner keeps it alive.
+        let src = std::ptr::with_exposed_provenance::<u8>(src.0 as usize);
+        // SAFETY: `src` is a live pinned buffer of at least `bytes` (its guard checks, contract of `traits`), which stays
+        // allocated until the copy has run: `CudaBackend::release` waits for the device before it frees one.
+        unsafe { self.driver.copy_from_host(dst.0, src, bytes, stream.0) }
+    }
+}
