@@ -39,7 +39,7 @@ pub struct ModelConfig {
     /// The epsilon of every RMS norm.
     pub rms_norm_eps: f32,
     /// The base of the rotary frequencies.
-    pub rope_theta: f32,
+    pub rope_theta: f64,
     /// Whether the LM head is the embedding table.
     pub tie_word_embeddings: bool,
     /// Token ids that end a sequence, without repetition.
@@ -50,8 +50,8 @@ impl ModelConfig {
     /// Reads the configuration of the checkpoint in `dir`.
     ///
     /// # Errors
-    /// [`Error::File`] or [`Error::Format`] if a file is absent or not JSON; [`Error::Config`] for a field that is absent
-    /// or that cannot be honoured.
+    /// [`Error::File`] or [`Error::Format`] if a file is absent or not JSON; [`Error::Architecture`]; [`Error::Config`] for
+    /// a field that is absent or that cannot be honoured.
     pub fn load(dir: &Path) -> Result<Self> {
         let config = Fields::read(dir.join("config.json"))?;
         let generation_file = dir.join("generation_config.json");
@@ -60,6 +60,9 @@ impl ModelConfig {
     }
 
     fn parse(config: &Fields, generation: Option<&Fields>) -> Result<Self> {
+        // First, because another architecture may lack any of the fields below.
+        let architecture = config.architecture()?;
+        crate::registry::check(&architecture)?;
         let num_attention_heads = config.count("num_attention_heads")?;
         let num_key_value_heads = config.optional_count("num_key_value_heads")?.unwrap_or(num_attention_heads);
         let hidden_size = config.count("hidden_size")?;
@@ -76,7 +79,7 @@ impl ModelConfig {
             }
         }
         let parsed = Self {
-            architecture: config.architecture()?,
+            architecture,
             dtype: config.dtype()?,
             hidden_size,
             num_hidden_layers: config.count("num_hidden_layers")?,
@@ -235,7 +238,7 @@ impl Fields {
     }
 
     /// `rope_parameters.rope_theta` (transformers 5) or `rope_theta`; scaled variants are refused.
-    fn rope_theta(&self) -> Result<f32> {
+    fn rope_theta(&self) -> Result<f64> {
         for field in ["rope_parameters.rope_type", "rope_scaling.rope_type", "rope_scaling.type"] {
             if let Some(kind) = self.get(field)
                 && kind.as_str() != Some("default")
@@ -245,7 +248,7 @@ impl Fields {
         }
         for field in ["rope_parameters.rope_theta", "rope_theta"] {
             if let Some(theta) = self.number(field)? {
-                return Ok(theta as f32);
+                return Ok(theta);
             }
         }
         Err(self.error(

@@ -45,6 +45,11 @@ impl<'a> Weights<'a> {
         self
     }
 
+    /// The device that tensors go to.
+    pub fn device(&self) -> &'a Device {
+        self.device
+    }
+
     /// Takes the tensor `name`, which must have `shape`.
     ///
     /// # Errors

@@ -1,0 +1,40 @@
+//! Root-mean-square normalisation.
+
+use bcg_runtime::{CaptureStream, Result, Tensor};
+
+use crate::ops;
+use crate::weights::Weights;
+
+/// `y = x / rms(x) * weight`.
+#[derive(Debug, Clone)]
+pub struct RmsNorm {
+    /// `[C]`.
+    pub weight: Tensor,
+    eps: f32,
+}
+
+impl RmsNorm {
+    /// Takes `{name}.weight` of `width` elements.
+    ///
+    /// # Errors
+    /// Those of [`Weights::take`].
+    pub fn load(weights: &mut Weights<'_>, name: &str, width: usize, eps: f32) -> crate::Result<Self> {
+        Ok(Self { weight: weights.take(&format!("{name}.weight"), &[width])?, eps })
+    }
+
+    /// Normalises `x`, `[T, C]`.
+    ///
+    /// # Errors
+    /// Those of [`ops::rms_norm()`].
+    pub fn forward(&self, cx: &mut CaptureStream, x: &Tensor) -> Result<Tensor> {
+        ops::rms_norm(cx, x, &self.weight, self.eps)
+    }
+
+    /// Adds `x` to `residual` and normalises the sum; returns the normalised sum, and the sum.
+    ///
+    /// # Errors
+    /// Those of [`ops::add_rms_norm()`].
+    pub fn forward_add(&self, cx: &mut CaptureStream, x: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor)> {
+        ops::add_rms_norm(cx, x, residual, &self.weight, self.eps)
+    }
+}

@@ -1,0 +1,102 @@
+//! Qwen3, dense: grouped-query attention with query and key norms, and a gated MLP.
+
+use bcg_runtime::{CaptureStream, Context, Result, Tensor};
+
+use crate::batch::{ForwardBatch, TokenInputs};
+use crate::config::ModelConfig;
+use crate::layers::{Attention, Linear, Mlp, RmsNorm, Rotary};
+use crate::ops;
+use crate::registry::Model;
+use crate::state::{KvCache, LayerKv};
+use crate::weights::Weights;
+
+/// `Qwen3ForCausalLM`.
+#[derive(Debug)]
+pub struct Qwen3 {
+    embed_tokens: Tensor,
+    layers: Vec<DecoderLayer>,
+    norm: RmsNorm,
+    lm_head: Linear,
+}
+
+#[derive(Debug)]
+struct DecoderLayer {
+    input_layernorm: RmsNorm,
+    self_attn: Attention,
+    post_attention_layernorm: RmsNorm,
+    mlp: Mlp,
+}
+
+impl Qwen3 {
+    /// Takes the model's weights.
+    ///
+    /// # Errors
+    /// Those of [`Weights::take`].
+    pub fn load(config: &ModelConfig, weights: &mut Weights<'_>) -> crate::Result<Self> {
+        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
+        let rotary = Rotary::new(weights.device(), config)?;
+        let embed_tokens = weights.take("model.embed_tokens.weight", &[vocab, hidden])?;
+        let layers = (0..config.num_hidden_layers)
+            .map(|layer| DecoderLayer::load(config, weights, &format!("model.layers.{layer}"), &rotary))
+            .collect::<crate::Result<_>>()?;
+        let norm = RmsNorm::load(weights, "model.norm", hidden, config.rms_norm_eps)?;
+        let lm_head = if config.tie_word_embeddings {
+            weights.skip("lm_head.weight"); // some checkpoints repeat the table
+            Linear { weight: embed_tokens.clone() }
+        } else {
+            Linear::load(weights, "lm_head", vocab, hidden)?
+        };
+        Ok(Self { embed_tokens, layers, norm, lm_head })
+    }
+}
+
+impl Model for Qwen3 {
+    fn forward(&self, cx: &mut Context<'_, ForwardBatch>, inputs: &TokenInputs, kv: &KvCache) -> Result<Tensor> {
+        let mut residual = ops::embedding(cx, &inputs.token_ids, &self.embed_tokens)?; // [T, C]
+        let mut branch = None;
+        for (layer, kv) in self.layers.iter().zip(kv.layers()) {
+            let out = layer.forward(cx, branch, residual, inputs, kv)?;
+            (branch, residual) = (Some(out.0), out.1);
+        }
+        match branch {
+            Some(branch) => Ok(self.norm.forward_add(cx, &branch, &residual)?.0),
+            None => self.norm.forward(cx, &residual),
+        }
+    }
+
+    fn logits(&self, cx: &mut CaptureStream, hidden: &Tensor) -> Result<Tensor> {
+        self.lm_head.forward_f32(cx, hidden)
+    }
+}
+
+impl DecoderLayer {
+    fn load(config: &ModelConfig, weights: &mut Weights<'_>, name: &str, rotary: &Rotary) -> crate::Result<Self> {
+        let (hidden, eps) = (config.hidden_size, config.rms_norm_eps);
+        Ok(Self {
+            input_layernorm: RmsNorm::load(weights, &format!("{name}.input_layernorm"), hidden, eps)?,
+            self_attn: Attention::load(weights, &format!("{name}.self_attn"), config, rotary)?,
+            post_attention_layernorm: RmsNorm::load(weights, &format!("{name}.post_attention_layernorm"), hidden, eps)?,
+            mlp: Mlp::load(weights, &format!("{name}.mlp"), config)?,
+        })
+    }
+
+    /// Takes the last layer's branch and the residual stream, which it is added to; returns its own of both.
+    fn forward(
+        &self,
+        cx: &mut Context<'_, ForwardBatch>,
+        branch: Option<Tensor>,
+        residual: Tensor,
+        inputs: &TokenInputs,
+        kv: &LayerKv,
+    ) -> Result<(Tensor, Tensor)> {
+        let (x, residual) = match branch {
+            Some(branch) => self.input_layernorm.forward_add(cx, &branch, &residual)?,
+            None => (self.input_layernorm.forward(cx, &residual)?, residual),
+        };
+        let attended = self.self_attn.forward(cx, &x, inputs, kv)?;
+        drop(x);
+        let (x, residual) = self.post_attention_layernorm.forward_add(cx, &attended, &residual)?;
+        drop(attended);
+        Ok((self.mlp.forward(cx, &x)?, residual))
+    }
+}

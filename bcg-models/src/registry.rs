@@ -1,0 +1,81 @@
+//! Architecture name to model: one line for each.
+
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use bcg_runtime::{CaptureStream, Context, Tensor};
+
+use crate::batch::{ForwardBatch, TokenInputs};
+use crate::config::ModelConfig;
+use crate::error::{Error, Result};
+use crate::models::Qwen3;
+use crate::state::KvCache;
+use crate::weights::Weights;
+
+/// A language model, loaded.
+pub trait Model: Debug + Send + Sync {
+    /// Runs the layers over the batch's rows and returns the last hidden states, `[T, C]`. This is what is captured.
+    ///
+    /// # Errors
+    /// Those of the ops and breaks.
+    fn forward(
+        &self,
+        cx: &mut Context<'_, ForwardBatch>,
+        inputs: &TokenInputs,
+        kv: &KvCache,
+    ) -> bcg_runtime::Result<Tensor>;
+
+    /// Turns hidden states `[B, C]` into logits `[B, V]` in f32. Runs behind the captured part, on the last rows only.
+    ///
+    /// # Errors
+    /// Those of the ops.
+    fn logits(&self, cx: &mut CaptureStream, hidden: &Tensor) -> bcg_runtime::Result<Tensor>;
+}
+
+type Loader = fn(&ModelConfig, &mut Weights<'_>) -> Result<Arc<dyn Model>>;
+
+/// The supported architectures, as `architectures` in `config.json` names them.
+const MODELS: &[(&str, Loader)] =
+    &[("Qwen3ForCausalLM", |config, weights| Ok(Arc::new(Qwen3::load(config, weights)?)))];
+
+/// The names of the supported architectures.
+pub fn supported() -> Vec<&'static str> {
+    MODELS.iter().map(|(name, _)| *name).collect()
+}
+
+/// Loads the model that `config` names, and refuses weights that it leaves over.
+///
+/// # Errors
+/// [`Error::Architecture`]; those of [`Weights`].
+pub fn load(config: &ModelConfig, mut weights: Weights<'_>) -> Result<Arc<dyn Model>> {
+    let model = loader(&config.architecture)?(config, &mut weights)?;
+    weights.finish()?;
+    Ok(model)
+}
+
+/// Checks that an architecture is supported.
+///
+/// # Errors
+/// [`Error::Architecture`], which lists those that are.
+pub fn check(architecture: &str) -> Result<()> {
+    loader(architecture).map(|_| ())
+}
+
+fn loader(architecture: &str) -> Result<Loader> {
+    let entry = MODELS.iter().find(|(name, _)| *name == architecture);
+    entry
+        .map(|(_, loader)| *loader)
+        .ok_or_else(|| Error::Architecture { got: architecture.to_owned(), supported: supported() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_architecture_is_refused_with_the_supported_ones() {
+        check("Qwen3ForCausalLM").expect("supported");
+        let error = check("GptForCausalLM").expect_err("unsupported").to_string();
+        assert_eq!(error, "architecture `GptForCausalLM` is not supported; supported: Qwen3ForCausalLM");
+    }
+}

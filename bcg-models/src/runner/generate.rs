@@ -1,0 +1,125 @@
+//! One prompt, answered token by token: what tests and the command line need. A server batches instead.
+
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+use super::{ModelRunner, SampledToken};
+use crate::batch::SequenceInput;
+use crate::error::{Error, Result};
+use crate::sampling::SamplingParams;
+use crate::state::PageLease;
+
+/// How one prompt is answered.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GenerateOptions {
+    /// The most tokens of the answer.
+    pub max_new_tokens: usize,
+    /// How tokens are chosen.
+    pub sampling: SamplingParams,
+    /// Goes on after an end-of-sequence token.
+    pub ignore_eos: bool,
+}
+
+impl Default for GenerateOptions {
+    fn default() -> Self {
+        Self { max_new_tokens: 128, sampling: SamplingParams::greedy(), ignore_eos: false }
+    }
+}
+
+/// Why an answer ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// The model ended it.
+    EndOfSequence,
+    /// `max_new_tokens` or the context is used up.
+    Length,
+    /// The callback stopped it.
+    Callback,
+}
+
+/// An answer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Generated {
+    /// Its tokens, without the end-of-sequence token.
+    pub tokens: Vec<u32>,
+    /// Why it ended.
+    pub finish: FinishReason,
+    /// From the start to the first token.
+    pub first_token_time: Duration,
+    /// From the start to the last token.
+    pub total_time: Duration,
+}
+
+impl ModelRunner {
+    /// Answers one prompt. `on_token` sees each token of the answer and may stop it.
+    ///
+    /// # Errors
+    /// [`Error::Batch`] if the prompt is empty or does not fit the context; [`Error::OutOfPages`]; those of
+    /// [`step`](Self::step).
+    pub fn generate(
+        &mut self,
+        prompt: &[u32],
+        options: &GenerateOptions,
+        on_token: &mut dyn FnMut(&SampledToken) -> ControlFlow<()>,
+    ) -> Result<Generated> {
+        let room = self.options.context_length.saturating_sub(prompt.len());
+        if prompt.is_empty() || room == 0 {
+            let expected = format!("1 to {} tokens", self.options.context_length - 1);
+            return Err(Error::batch("prompt", expected, prompt.len()));
+        }
+        let begun = Instant::now();
+        let mut lease = self.pages.lease(0)?;
+        let mut token = self.prefill(prompt, &mut lease, &options.sampling)?;
+        let mut answer = Generated {
+            tokens: Vec::new(),
+            finish: FinishReason::Length,
+            first_token_time: begun.elapsed(),
+            total_time: Duration::ZERO,
+        };
+        let limit = options.max_new_tokens.min(room);
+        while answer.tokens.len() < limit {
+            if !options.ignore_eos && self.config.eos_token_ids.contains(&token.id) {
+                answer.finish = FinishReason::EndOfSequence;
+                break;
+            }
+            answer.tokens.push(token.id);
+            if on_token(&token).is_break() {
+                answer.finish = FinishReason::Callback;
+                break;
+            }
+            if answer.tokens.len() < limit {
+                let past_len = prompt.len() + answer.tokens.len() - 1;
+                lease.reserve_tokens(past_len + 1)?;
+                let step = answer.tokens.len() as u64;
+                token = self.step_one(&[token.id], past_len, &lease, &options.sampling, step)?;
+            }
+        }
+        answer.total_time = begun.elapsed();
+        Ok(answer)
+    }
+
+    /// Runs a prompt in steps that fit, and returns the first token of the answer.
+    fn prefill(&mut self, prompt: &[u32], lease: &mut PageLease, sampling: &SamplingParams) -> Result<SampledToken> {
+        lease.reserve_tokens(prompt.len())?;
+        let chunk = self.options.max_batch_tokens;
+        let last = (prompt.len() - 1) / chunk * chunk;
+        for first in (0..last).step_by(chunk) {
+            self.step_one(&prompt[first..first + chunk], first, lease, sampling, 0)?;
+        }
+        self.step_one(&prompt[last..], last, lease, sampling, 0)
+    }
+
+    fn step_one(
+        &mut self,
+        tokens: &[u32],
+        past_len: usize,
+        lease: &PageLease,
+        sampling: &SamplingParams,
+        step: u64,
+    ) -> Result<SampledToken> {
+        let pages = lease.pages();
+        let input = SequenceInput { tokens, past_len, pages, sampling, step, top_logprobs: None, logits: false };
+        let mut output = self.step(&[input])?;
+        Ok(output.tokens.remove(0))
+    }
+}

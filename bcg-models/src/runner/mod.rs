@@ -1,0 +1,463 @@
+//! A model on a device, and one step of a batch through it.
+//!
+//! A step: check the batch → decide (replay, capture or eager) → upload its inputs → forward → gather the last rows, LM
+//! head, choose tokens, read them back. The forward is what a graph holds; the rest runs behind it, eagerly.
+//!
+//! Invariants:
+//! - captured code reads only what [`InputBuffers`] hold, at addresses that never change;
+//! - a failed step leaves the runner usable: KV slots that it wrote belong to the sequences that failed.
+//!
+//! Which pages a sequence owns, and which sequences run, is decided by the caller; see [`PagePool`].
+
+mod generate;
+mod options;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use bcg_runtime::{
+    CacheOptions, Context, Decision, Description, Device, Eager, EagerReason, GraphCache, GraphCacheStats,
+    GraphOptions, Runner, Tensor,
+};
+
+use crate::batch::{ForwardBatch, InputBuffers, SamplingBuffers, SequenceInput};
+use crate::config::ModelConfig;
+use crate::error::{Error, Result};
+use crate::ops::{self, SampleInputs};
+use crate::registry::{self, Model};
+use crate::sampling::SamplingParams;
+use crate::state::{KvCache, PagePool};
+use crate::tokenizer::Tokenizer;
+use crate::weights::Weights;
+
+pub use generate::{FinishReason, GenerateOptions, Generated};
+pub use options::{CaptureSummary, GraphMode, Progress, RunnerOptions, SampledToken, Stage, StepOutput};
+
+/// What a runner's graphs did: replays, captures, and eager forwards by reason.
+pub type GraphStats = GraphCacheStats;
+
+/// New tokens of one sequence of a dummy batch: attention costs little then.
+const DUMMY_SEQUENCE_TOKENS: usize = 128;
+
+/// A loaded model with its KV cache, its graphs and the stream they run on.
+///
+/// # Example
+/// ```no_run
+/// use bcg_models::{ModelRunner, RunnerOptions, SamplingParams, SequenceInput};
+/// use bcg_runtime::Device;
+///
+/// let dir = std::path::Path::new("models/tiny-qwen3");
+/// let mut runner = ModelRunner::load(&Device::host(), dir, RunnerOptions::default(), &mut |_| ())?;
+/// let prompt = runner.tokenizer().encode("Question: ")?;
+/// let lease = runner.pages().lease(runner.pages().pages_for(prompt.len()))?;
+/// let output = runner.step(&[SequenceInput {
+///     tokens: &prompt,
+///     past_len: 0,
+///     pages: lease.pages(),
+///     sampling: &SamplingParams::greedy(),
+///     step: 0,
+///     top_logprobs: None,
+///     logits: false,
+/// }])?;
+/// println!("{:?}", runner.tokenizer().decode(&[output.tokens[0].id], true)?);
+/// # Ok::<(), bcg_models::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct ModelRunner {
+    // Dropped in this order: graphs before the memory and the stream that they use.
+    graphs: GraphCache<ForwardBatch, Tensor>,
+    inputs: InputBuffers,
+    kv_cache: Arc<KvCache>,
+    model: Arc<dyn Model>,
+    runner: Runner,
+    pages: PagePool,
+    tokenizer: Tokenizer,
+    config: ModelConfig,
+    options: RunnerOptions,
+}
+
+impl ModelRunner {
+    /// Loads the checkpoint in `dir` and warms up: kernels are compiled and the arena gets its size.
+    ///
+    /// # Errors
+    /// Those of the checkpoint's files, of the options, and of the device.
+    pub fn load(
+        device: &Device,
+        dir: &Path,
+        options: RunnerOptions,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Self> {
+        let config = ModelConfig::load(dir)?;
+        options.validate(&config)?;
+        let ladder = options.ladder()?;
+        let tokenizer = Tokenizer::load(dir)?;
+        let mut loaded = |done, total| progress(Progress { stage: Stage::LoadWeights, done, total });
+        let weights = Weights::open(dir, device, config.dtype)?.with_progress(&mut loaded);
+        let model = registry::load(&config, weights)?;
+
+        let num_pages = options.kv_cache_tokens.div_ceil(options.page_size);
+        let kv_shape = [num_pages, options.page_size, config.num_key_value_heads, config.head_dim];
+        let kv_cache = KvCache::new(device, config.dtype, config.num_hidden_layers, kv_shape)?;
+        let inputs = InputBuffers::new(device, options.limits(ladder.as_ref()), options.page_size)?;
+        let runtime_options =
+            bcg_runtime::RunnerOptions { name: "model".to_owned(), poison: options.poison, ..Default::default() };
+        let cache_options = CacheOptions {
+            ladder,
+            lazy: options.graph == GraphMode::Lazy,
+            verify_every: options.verify_graph,
+            // Ahead, every size of the ladder stays.
+            graphs_max: if options.graph == GraphMode::Ahead { usize::MAX } else { 128 },
+            graph: GraphOptions { debug_eager: options.debug_graph, expected_breaks: None },
+        };
+        let mut runner = Self {
+            graphs: GraphCache::new("forward", cache_options),
+            inputs,
+            kv_cache: Arc::new(kv_cache),
+            model,
+            runner: Runner::new(device, runtime_options)?,
+            pages: PagePool::new(num_pages, options.page_size),
+            tokenizer,
+            config,
+            options,
+        };
+        progress(Progress { stage: Stage::WarmUp, done: 0, total: 1 });
+        runner.warm_up()?;
+        progress(Progress { stage: Stage::WarmUp, done: 1, total: 1 });
+        Ok(runner)
+    }
+
+    /// Captures all sizes, the largest first, with dummy batches. Does nothing but in [`GraphMode::Ahead`].
+    ///
+    /// # Errors
+    /// The first capture that fails.
+    pub fn capture(&mut self, progress: &mut dyn FnMut(Progress)) -> Result<CaptureSummary> {
+        let ladder = self.graphs.ladder().cloned();
+        let Some(ladder) = ladder.filter(|_| self.options.graph == GraphMode::Ahead) else {
+            return Ok(CaptureSummary::default());
+        };
+        let total = ladder.sizes().len();
+        let begun = Instant::now();
+        let free_before = self.runner.device().memory_info()?.free_bytes;
+        for (done, &size) in ladder.sizes().iter().rev().enumerate() {
+            progress(Progress { stage: Stage::Capture, done, total });
+            self.with_dummy(size, DUMMY_SEQUENCE_TOKENS, |runner, dummy| {
+                let batch = runner.inputs.fill(&mut runner.runner, dummy, size, false)?;
+                let forward = runner.forward(size)?;
+                runner.graphs.capture(size, &mut runner.runner, &batch, forward)
+            })?;
+        }
+        self.runner.synchronize()?;
+        progress(Progress { stage: Stage::Capture, done: total, total });
+        let free_after = self.runner.device().memory_info()?.free_bytes;
+        let largest = self.graphs.describe(ladder.largest()).unwrap_or_default();
+        Ok(CaptureSummary {
+            sizes: self.graphs.captured_sizes(),
+            segments: largest.segments.len(),
+            breaks: largest.breaks.len(),
+            capture_time: begun.elapsed(),
+            graph_bytes: largest.extent_bytes + free_before.saturating_sub(free_after),
+        })
+    }
+
+    /// Runs the new tokens of a batch and chooses the next token of each sequence.
+    ///
+    /// # Errors
+    /// [`Error::Batch`] or [`Error::Sampling`] for a batch that cannot be run, before anything is; the runtime's.
+    pub fn step(&mut self, batch: &[SequenceInput<'_>]) -> Result<StepOutput> {
+        self.check(batch)?;
+        let (live, hidden) = self.run(batch)?;
+        let is_greedy = batch.iter().all(|sequence| sequence.sampling.is_greedy());
+        let sampling = if is_greedy { None } else { Some(self.inputs.fill_sampling(&mut self.runner, batch)?) };
+        let model = Arc::clone(&self.model);
+        let tokens = self.runner.tail(&live, |cx| {
+            let last = ops::gather_rows(cx, &hidden, &live.last_rows)?; // [B, C]
+            let logits = model.logits(cx, &last)?; // [B, V]
+            choose(cx, &logits, sampling.as_ref(), batch)
+        })?;
+        Ok(StepOutput { tokens })
+    }
+
+    /// Runs one sequence and returns the logits of every new token, not only of the last one.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn score(&mut self, sequence: &SequenceInput<'_>) -> Result<Vec<Vec<f32>>> {
+        let batch = std::slice::from_ref(sequence);
+        self.check(batch)?;
+        let (live, hidden) = self.run(batch)?;
+        let (model, vocab) = (Arc::clone(&self.model), self.config.vocab_size);
+        let rows = sequence.tokens.len();
+        let logits = self.runner.tail(&live, |cx| {
+            let mut logits = Vec::with_capacity(rows);
+            for first in (0..rows).step_by(DUMMY_SEQUENCE_TOKENS) {
+                let chunk = hidden.rows(first..(first + DUMMY_SEQUENCE_TOKENS).min(rows))?;
+                let chunk = model.logits(cx, &chunk)?;
+                logits.extend(cx.read::<f32>(&chunk)?.chunks(vocab).map(<[f32]>::to_vec));
+            }
+            Ok(logits)
+        })?;
+        Ok(logits)
+    }
+
+    /// The forward of a batch: its live state and the hidden states of its rows.
+    fn run(&mut self, batch: &[SequenceInput<'_>]) -> Result<(ForwardBatch, Tensor)> {
+        let rows: usize = batch.iter().map(|sequence| sequence.tokens.len()).sum();
+        match self.graphs.decide(rows) {
+            Decision::Replay { size } => {
+                let live = self.inputs.fill(&mut self.runner, batch, size, true)?;
+                let hidden = self.graphs.replay(size, &mut self.runner, &live)?;
+                Ok((live, hidden))
+            }
+            Decision::Capture { size } => {
+                let live = self.inputs.fill(&mut self.runner, batch, size, true)?;
+                let forward = self.forward(size)?;
+                match self.graphs.capture(size, &mut self.runner, &live, forward) {
+                    Ok(hidden) => Ok((live, hidden)),
+                    // The cache counted it and does not try this size again; the batch is served all the same.
+                    Err(_) => self.run_eagerly(batch, rows),
+                }
+            }
+            Decision::Eager(_) => self.run_eagerly(batch, rows),
+        }
+    }
+
+    fn run_eagerly(&mut self, batch: &[SequenceInput<'_>], rows: usize) -> Result<(ForwardBatch, Tensor)> {
+        let live = self.inputs.fill(&mut self.runner, batch, rows, true)?;
+        let forward = self.forward(rows)?;
+        let hidden = self.runner.eager(&live, forward)?;
+        Ok((live, hidden))
+    }
+
+    /// What is captured: the model on the input buffers' first `rows` rows.
+    fn forward(
+        &self,
+        rows: usize,
+    ) -> bcg_runtime::Result<impl Fn(&mut Context<'_, ForwardBatch>) -> bcg_runtime::Result<Tensor> + Send + Sync + use<>>
+    {
+        let (model, kv_cache) = (Arc::clone(&self.model), Arc::clone(&self.kv_cache));
+        let inputs = self.inputs.token_inputs(rows)?;
+        Ok(move |cx: &mut Context<'_, ForwardBatch>| model.forward(cx, &inputs, &kv_cache))
+    }
+
+    /// Runs every kernel of a step once, at the largest captured size, so that no later capture has to grow the arena.
+    fn warm_up(&mut self) -> Result<()> {
+        let largest = self.graphs.ladder().map_or(DUMMY_SEQUENCE_TOKENS, bcg_runtime::Ladder::largest);
+        let decode = self.options.max_running_requests;
+        for (rows, longest) in [(largest.min(self.options.max_batch_tokens), DUMMY_SEQUENCE_TOKENS), (decode, 1)] {
+            self.with_dummy(rows, longest, |runner, dummy| {
+                let live = runner.inputs.fill(&mut runner.runner, dummy, rows, false)?;
+                let forward = runner.forward(rows)?;
+                let hidden = runner.runner.eager(&live, forward)?;
+                let sampling = runner.inputs.fill_sampling(&mut runner.runner, dummy)?;
+                let model = Arc::clone(&runner.model);
+                runner.runner.tail(&live, |cx| {
+                    let last = ops::gather_rows(cx, &hidden, &live.last_rows)?;
+                    let logits = model.logits(cx, &last)?;
+                    ops::argmax(cx, &logits)?;
+                    sample(cx, &logits, &sampling)
+                })
+            })?;
+        }
+        Ok(self.runner.synchronize()?)
+    }
+
+    /// Calls `f` with a batch of `rows` tokens, in sequences of `longest` where that is few enough sequences. They read
+    /// page 0 and write no page.
+    fn with_dummy<R>(
+        &mut self,
+        rows: usize,
+        longest: usize,
+        f: impl FnOnce(&mut Self, &[SequenceInput<'_>]) -> bcg_runtime::Result<R>,
+    ) -> Result<R> {
+        let longest = longest.min(self.options.context_length).max(rows.div_ceil(self.options.max_running_requests));
+        let tokens = vec![0; longest];
+        let pages = vec![0; longest.div_ceil(self.options.page_size)];
+        let sampling = SamplingParams::default();
+        let batch: Vec<_> = (0..rows)
+            .step_by(longest)
+            .map(|first| SequenceInput {
+                tokens: &tokens[..longest.min(rows - first)],
+                past_len: 0,
+                pages: &pages,
+                sampling: &sampling,
+                step: 0,
+                top_logprobs: None,
+                logits: false,
+            })
+            .collect();
+        Ok(f(self, &batch)?)
+    }
+
+    /// Refuses a batch that does not fit, before any of it runs.
+    fn check(&self, batch: &[SequenceInput<'_>]) -> Result<()> {
+        let options = &self.options;
+        if !(1..=options.max_running_requests).contains(&batch.len()) {
+            return Err(Error::batch("sequences", format!("1 to {}", options.max_running_requests), batch.len()));
+        }
+        let rows: usize = batch.iter().map(|sequence| sequence.tokens.len()).sum();
+        if rows > options.max_batch_tokens {
+            return Err(Error::batch("new tokens", format!("at most {}", options.max_batch_tokens), rows));
+        }
+        for sequence in batch {
+            sequence.sampling.validate()?;
+            if sequence.tokens.is_empty() {
+                return Err(Error::batch("new tokens of a sequence", "at least 1", 0));
+            }
+            if sequence.kv_len() > options.context_length {
+                let expected = format!("at most {} tokens", options.context_length);
+                return Err(Error::batch("length of a sequence", expected, sequence.kv_len()));
+            }
+            let wanted = self.pages.pages_for(sequence.kv_len());
+            if sequence.pages.len() < wanted {
+                return Err(Error::batch("pages of a sequence", format!("at least {wanted}"), sequence.pages.len()));
+            }
+            if let Some(page) = sequence.pages.iter().find(|&&page| page as usize >= self.pages.num_pages()) {
+                return Err(Error::batch("page", format!("below {}", self.pages.num_pages()), page));
+            }
+            if let Some(token) = sequence.tokens.iter().find(|&&token| token as usize >= self.config.vocab_size) {
+                return Err(Error::batch("token", format!("below {}", self.config.vocab_size), token));
+            }
+        }
+        Ok(())
+    }
+
+    /// The pages of the KV cache.
+    pub fn pages(&self) -> &PagePool {
+        &self.pages
+    }
+
+    /// The model's configuration.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The options it was loaded with.
+    pub fn options(&self) -> &RunnerOptions {
+        &self.options
+    }
+
+    /// The checkpoint's tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// The device it runs on.
+    pub fn device(&self) -> &Device {
+        self.runner.device()
+    }
+
+    /// The KV cache.
+    pub fn kv_cache(&self) -> &KvCache {
+        &self.kv_cache
+    }
+
+    /// What the graphs did so far.
+    pub fn stats(&self) -> &GraphStats {
+        self.graphs.stats()
+    }
+
+    /// How many launches and copies were enqueued so far.
+    pub fn runtime_stats(&self) -> bcg_runtime::RunnerStats {
+        self.runner.stats()
+    }
+
+    /// The capture sizes; empty without graphs.
+    pub fn graph_sizes(&self) -> &[usize] {
+        self.graphs.ladder().map_or(&[], bcg_runtime::Ladder::sizes)
+    }
+
+    /// Describes the graph of a size, if it is captured.
+    pub fn describe(&self, size: usize) -> Option<Description> {
+        self.graphs.describe(size)
+    }
+
+    /// Why forwards ran eagerly, and how often.
+    pub fn eager_reasons(&self) -> impl Iterator<Item = (EagerReason, u64)> + '_ {
+        self.stats().eager.iter().map(|(&reason, &count)| (reason, count))
+    }
+}
+
+/// Chooses the token of each row, and reads back what was asked for.
+fn choose(
+    cx: &mut Eager<'_, ForwardBatch>,
+    logits: &Tensor,
+    sampling: Option<&SamplingBuffers>,
+    batch: &[SequenceInput<'_>],
+) -> bcg_runtime::Result<Vec<SampledToken>> {
+    let chosen = match sampling {
+        None => ops::argmax(cx, logits)?,
+        Some(sampling) => sample(cx, logits, sampling)?,
+    };
+    let ids = cx.read::<i32>(&chosen)?;
+    let mut tokens = Vec::with_capacity(batch.len());
+    for (row, (id, sequence)) in ids.into_iter().zip(batch).enumerate() {
+        let mut token = SampledToken { id: id.cast_unsigned(), logprob: None, top: Vec::new(), logits: None };
+        if sequence.logits || sequence.top_logprobs.is_some() {
+            let logits = cx.read::<f32>(&logits.rows(row..row + 1)?)?;
+            if let Some(count) = sequence.top_logprobs {
+                let log_sum = log_sum_exp(&logits);
+                token.logprob = Some(logits[token.id as usize] - log_sum);
+                token.top =
+                    most_likely(&logits, count).into_iter().map(|id| (id, logits[id as usize] - log_sum)).collect();
+            }
+            token.logits = sequence.logits.then_some(logits);
+        }
+        tokens.push(token);
+    }
+    Ok(tokens)
+}
+
+fn sample(
+    cx: &mut Eager<'_, ForwardBatch>,
+    logits: &Tensor,
+    sampling: &SamplingBuffers,
+) -> bcg_runtime::Result<Tensor> {
+    let inputs = SampleInputs {
+        temperature: &sampling.temperature,
+        top_k: &sampling.top_k,
+        top_p: &sampling.top_p,
+        min_p: &sampling.min_p,
+        seed: &sampling.seed,
+        step: &sampling.step,
+    };
+    ops::sample(cx, logits, &inputs)
+}
+
+fn log_sum_exp(logits: &[f32]) -> f32 {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    max + logits.iter().map(|&logit| f64::from(logit - max).exp()).sum::<f64>().ln() as f32
+}
+
+/// The `count` largest logits' indices, best first; of equals the lowest index.
+fn most_likely(logits: &[f32], count: usize) -> Vec<u32> {
+    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+    let count = count.min(order.len());
+    let by_logit = |&a: &u32, &b: &u32| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b));
+    if count > 0 && count < order.len() {
+        order.select_nth_unstable_by(count - 1, by_logit);
+    }
+    order.truncate(count);
+    order.sort_unstable_by(by_logit);
+    order
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_most_likely_come_best_first() {
+        let logits = [0.0, 3.0, 1.0, 3.0, -1.0];
+        assert_eq!(most_likely(&logits, 3), [1, 3, 2]);
+        assert_eq!(most_likely(&logits, 0), [0_u32; 0]);
+        assert_eq!(most_likely(&logits, 9), [1, 3, 2, 0, 4]);
+    }
+
+    #[test]
+    fn log_probabilities_sum_to_one() {
+        let logits = [1000.0, 999.0, 0.0];
+        let sum: f32 = logits.iter().map(|logit| (logit - log_sum_exp(&logits)).exp()).sum();
+        assert!((sum - 1.0).abs() < 1e-5, "{sum}");
+    }
+}

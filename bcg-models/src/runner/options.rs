@@ -1,0 +1,223 @@
+//! How a model runner is set up, and what it reports.
+
+use std::time::Duration;
+
+use bcg_runtime::Ladder;
+
+use crate::batch::BatchLimits;
+use crate::config::ModelConfig;
+use crate::error::{Error, Result};
+
+/// Whether and when forwards are captured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum GraphMode {
+    /// Every forward runs eagerly.
+    #[default]
+    Off,
+    /// All sizes are captured by [`ModelRunner::capture`](super::ModelRunner::capture), before serving.
+    Ahead,
+    /// A size is captured while it serves the first batch that needs it.
+    Lazy,
+}
+
+/// How a [`ModelRunner`](super::ModelRunner) is set up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RunnerOptions {
+    /// Tokens of one page of the KV cache.
+    pub page_size: usize,
+    /// Tokens that the KV cache holds, rounded up to pages.
+    pub kv_cache_tokens: usize,
+    /// The most sequences in one step.
+    pub max_running_requests: usize,
+    /// The most tokens of one sequence, prompt and answer.
+    pub context_length: usize,
+    /// The most new tokens in one step.
+    pub max_batch_tokens: usize,
+    /// Whether and when forwards are captured.
+    pub graph: GraphMode,
+    /// The capture sizes; a ladder up to `graph_max_tokens` if `None`.
+    pub graph_sizes: Option<Vec<usize>>,
+    /// The largest size of the default ladder.
+    pub graph_max_tokens: usize,
+    /// Every forward is one break that takes the path of a replay: to tell a bug of a graph from a bug of a model.
+    pub debug_graph: bool,
+    /// Every Nth replay is compared with an eager run, bit for bit.
+    pub verify_graph: Option<u32>,
+    /// Dead memory is filled with NaN before each replay.
+    pub poison: bool,
+}
+
+impl Default for RunnerOptions {
+    fn default() -> Self {
+        Self {
+            page_size: 16,
+            kv_cache_tokens: 8192,
+            max_running_requests: 16,
+            context_length: 2048,
+            max_batch_tokens: 2048,
+            graph: GraphMode::Off,
+            graph_sizes: None,
+            graph_max_tokens: 512,
+            debug_graph: false,
+            verify_graph: None,
+            poison: false,
+        }
+    }
+}
+
+impl RunnerOptions {
+    /// Checks the options against the model.
+    ///
+    /// # Errors
+    /// [`Error::Batch`] names the first option that cannot be honoured.
+    pub fn validate(&self, config: &ModelConfig) -> Result<()> {
+        for (field, value) in [
+            ("page_size", self.page_size),
+            ("kv_cache_tokens", self.kv_cache_tokens),
+            ("max_running_requests", self.max_running_requests),
+            ("context_length", self.context_length),
+            ("max_batch_tokens", self.max_batch_tokens),
+        ] {
+            if !(1..=i32::MAX as usize).contains(&value) {
+                return Err(Error::batch(field, "a positive 32-bit number", value));
+            }
+        }
+        if self.context_length > config.max_position_embeddings {
+            let expected = format!("at most max_position_embeddings = {}", config.max_position_embeddings);
+            return Err(Error::batch("context_length", expected, self.context_length));
+        }
+        if self.max_batch_tokens < self.max_running_requests {
+            let expected =
+                format!("at least max_running_requests = {}, for a decode of all", self.max_running_requests);
+            return Err(Error::batch("max_batch_tokens", expected, self.max_batch_tokens));
+        }
+        Ok(())
+    }
+
+    /// The capture sizes, none above the largest step; `None` without graphs.
+    ///
+    /// # Errors
+    /// [`bcg_runtime::Error::Option`] if no size is left.
+    pub fn ladder(&self) -> Result<Option<Ladder>> {
+        if self.graph == GraphMode::Off {
+            return Ok(None);
+        }
+        let largest = self.max_batch_tokens.min(self.max_running_requests.saturating_mul(self.context_length));
+        let ladder = match &self.graph_sizes {
+            Some(sizes) => Ladder::explicit(sizes.clone())?.clamped(largest)?,
+            None => Ladder::relative(self.graph_max_tokens.min(largest), 1)?,
+        };
+        Ok(Some(ladder))
+    }
+
+    /// The sizes of the input buffers. A decode is padded to a capture size, which may be above the most sequences.
+    pub(super) fn limits(&self, ladder: Option<&Ladder>) -> BatchLimits {
+        let padded_decode = ladder.and_then(|ladder| ladder.size_for(self.max_running_requests)).unwrap_or(0);
+        BatchLimits {
+            rows: self.max_batch_tokens,
+            sequences: self.max_running_requests.max(padded_decode),
+            pages_per_sequence: self.context_length.div_ceil(self.page_size),
+        }
+    }
+}
+
+/// How far a long piece of work is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    /// What is being done.
+    pub stage: Stage,
+    /// Bytes or sizes done.
+    pub done: usize,
+    /// Bytes or sizes in all.
+    pub total: usize,
+}
+
+/// A long piece of work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Stage {
+    /// Weights go to the device; counted in bytes.
+    LoadWeights,
+    /// Kernels are compiled or loaded and the arena gets its size; one step.
+    WarmUp,
+    /// Graphs are captured; counted in sizes.
+    Capture,
+}
+
+impl Stage {
+    /// What is being done, as a progress bar says it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::LoadWeights => "loading weights",
+            Self::WarmUp => "warming up",
+            Self::Capture => "capturing graphs",
+        }
+    }
+}
+
+/// What [`ModelRunner::capture`](super::ModelRunner::capture) made.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct CaptureSummary {
+    /// The captured sizes, in rising order.
+    pub sizes: Vec<usize>,
+    /// Segments of one graph.
+    pub segments: usize,
+    /// Breaks of one graph, the same for all sizes.
+    pub breaks: usize,
+    /// Time for all sizes.
+    pub capture_time: Duration,
+    /// Arena memory that all graphs share, in bytes, and the device memory that their executables took.
+    pub graph_bytes: usize,
+}
+
+/// A token that a step chose.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SampledToken {
+    /// The token.
+    pub id: u32,
+    /// The natural logarithm of its probability before temperature and filters, where log probabilities were asked for.
+    pub logprob: Option<f32>,
+    /// The most likely tokens and their log probabilities, best first.
+    pub top: Vec<(u32, f32)>,
+    /// The logits it was chosen from, where they were asked for.
+    pub logits: Option<Vec<f32>>,
+}
+
+/// What a step returns.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct StepOutput {
+    /// One token for each sequence, in the batch's order.
+    pub tokens: Vec<SampledToken>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_ladder_ends_at_the_largest_step() {
+        let options = RunnerOptions { graph: GraphMode::Ahead, max_batch_tokens: 100, ..RunnerOptions::default() };
+        assert_eq!(options.ladder().expect("a ladder").expect("graphs are on").largest(), 100);
+        let sizes = Some(vec![512, 64, 8]);
+        let explicit = RunnerOptions { graph_sizes: sizes, ..options.clone() };
+        assert_eq!(explicit.ladder().expect("a ladder").expect("graphs are on").sizes(), [8, 64]);
+        let none_left = RunnerOptions { graph_sizes: Some(vec![512]), ..options };
+        none_left.ladder().expect_err("no size is left");
+        assert!(RunnerOptions::default().ladder().expect("graphs are off").is_none());
+    }
+
+    #[test]
+    fn an_option_that_cannot_be_honoured_is_named() {
+        let config = ModelConfig::load(&crate::testing::tiny_qwen3()).expect("config");
+        let good = RunnerOptions::default();
+        good.validate(&config).expect("defaults fit the tiny model");
+        for (field, options) in [
+            ("page_size", RunnerOptions { page_size: 0, ..good.clone() }),
+            ("context_length", RunnerOptions { context_length: 5000, ..good.clone() }),
+            ("max_batch_tokens", RunnerOptions { max_batch_tokens: 8, ..good.clone() }),
+        ] {
+            let error = options.validate(&config).expect_err(field).to_string();
+            assert!(error.contains(field), "{error}");
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! Who owns which page of the KV cache.
+//!
+//! Invariants, checked by [`PagePool::check`]: a page is either free or in exactly one lease; a lease that drops gives its
+//! pages back. Pages are handed out lowest first, so that a run is reproducible.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::error::{Error, Result};
+
+/// The allocator of KV pages. Cheap to clone: all clones share the pages.
+///
+/// # Example
+/// ```
+/// use bcg_models::state::PagePool;
+/// let pool = PagePool::new(4, 16);
+/// let mut lease = pool.lease(pool.pages_for(17))?;
+/// assert_eq!(lease.pages(), [0, 1]);
+/// assert!(pool.lease(3).is_err());
+/// lease.grow(2)?;
+/// assert_eq!(pool.num_free(), 0);
+/// drop(lease);
+/// assert_eq!(pool.num_free(), 4);
+/// # Ok::<(), bcg_models::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct PagePool {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    num_pages: usize,
+    page_size: usize,
+    free: Mutex<BTreeSet<u32>>,
+}
+
+impl Shared {
+    fn free(&self) -> MutexGuard<'_, BTreeSet<u32>> {
+        // A panic cannot leave the set half changed: every critical section is one call or plain removals.
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl PagePool {
+    /// Makes a pool of `num_pages` free pages of `page_size` tokens.
+    ///
+    /// # Panics
+    /// If `page_size` is zero, or there are more pages than an `i32` of a page table can name.
+    pub fn new(num_pages: usize, page_size: usize) -> Self {
+        assert!(page_size > 0, "a page holds at least one token");
+        let count = i32::try_from(num_pages).expect("page numbers fit an i32");
+        let free = (0..count.cast_unsigned()).collect();
+        Self { shared: Arc::new(Shared { num_pages, page_size, free: Mutex::new(free) }) }
+    }
+
+    /// Takes `count` pages.
+    ///
+    /// # Errors
+    /// [`Error::OutOfPages`]; nothing was taken then.
+    pub fn lease(&self, count: usize) -> Result<PageLease> {
+        let mut lease = PageLease { shared: Arc::clone(&self.shared), pages: Vec::new() };
+        lease.grow(count)?;
+        Ok(lease)
+    }
+
+    /// Pages that `tokens` tokens need.
+    pub fn pages_for(&self, tokens: usize) -> usize {
+        tokens.div_ceil(self.shared.page_size)
+    }
+
+    /// Tokens that a page holds.
+    pub fn page_size(&self) -> usize {
+        self.shared.page_size
+    }
+
+    /// Pages in all.
+    pub fn num_pages(&self) -> usize {
+        self.shared.num_pages
+    }
+
+    /// Pages that nobody holds.
+    pub fn num_free(&self) -> usize {
+        self.shared.free().len()
+    }
+
+    /// Checks that every page is free or in exactly one of `leases`, which must be all there are.
+    ///
+    /// # Panics
+    /// If a page is lost or has two owners.
+    pub fn check<'a>(&self, leases: impl IntoIterator<Item = &'a PageLease>) {
+        let mut seen = self.shared.free().clone();
+        for lease in leases {
+            assert!(Arc::ptr_eq(&lease.shared, &self.shared), "a lease of another pool");
+            for &page in &lease.pages {
+                assert!(seen.insert(page), "page {page} has two owners");
+            }
+        }
+        assert_eq!(seen.len(), self.num_pages(), "every page is free or leased");
+    }
+}
+
+/// Pages of one sequence, given back when this drops.
+#[derive(Debug)]
+pub struct PageLease {
+    shared: Arc<Shared>,
+    pages: Vec<u32>,
+}
+
+impl PageLease {
+    /// The pages, in the order of the sequence's tokens.
+    pub fn pages(&self) -> &[u32] {
+        &self.pages
+    }
+
+    /// Takes `count` more pages, behind those held.
+    ///
+    /// # Errors
+    /// [`Error::OutOfPages`]; nothing was taken then.
+    pub fn grow(&mut self, count: usize) -> Result<()> {
+        let mut free = self.shared.free();
+        if free.len() < count {
+            return Err(Error::OutOfPages { wanted: count, free: free.len(), total: self.shared.num_pages });
+        }
+        self.pages.extend((0..count).filter_map(|_| free.pop_first()));
+        Ok(())
+    }
+
+    /// Takes as many pages as are missing until `tokens` tokens fit.
+    ///
+    /// # Errors
+    /// As [`grow`](Self::grow).
+    pub fn reserve_tokens(&mut self, tokens: usize) -> Result<()> {
+        self.grow(tokens.div_ceil(self.shared.page_size).saturating_sub(self.pages.len()))
+    }
+}
+
+impl Drop for PageLease {
+    fn drop(&mut self) {
+        self.shared.free().extend(self.pages.drain(..));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refused_lease_takes_nothing() {
+        let pool = PagePool::new(3, 16);
+        let mut lease = pool.lease(2).expect("two of three");
+        let error = lease.grow(2).expect_err("one is left").to_string();
+        assert_eq!(error, "KV cache is full: 2 page(s) wanted, 1 of 3 free");
+        assert_eq!((lease.pages().len(), pool.num_free()), (2, 1));
+    }
+
+    #[test]
+    fn tokens_are_rounded_up_to_pages() {
+        let pool = PagePool::new(8, 16);
+        let mut lease = pool.lease(0).expect("no page");
+        for (tokens, pages) in [(1, 1), (16, 1), (17, 2), (5, 2), (64, 4)] {
+            lease.reserve_tokens(tokens).expect("enough pages");
+            assert_eq!(lease.pages().len(), pages, "{tokens} tokens");
+        }
+    }
+
+    #[test]
+    fn no_page_is_ever_owned_twice_or_lost() {
+        let pool = PagePool::new(20, 4);
+        let mut leases: Vec<PageLease> = Vec::new();
+        let mut state = 1_u64;
+        for _ in 0..2000 {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let (choice, amount) = ((state >> 33) % 4, (state >> 40) as usize % 6);
+            match choice {
+                0 => leases.extend(pool.lease(amount).ok()),
+                1 if !leases.is_empty() => drop(leases.swap_remove(amount % leases.len())),
+                _ => {
+                    if let Some(lease) = leases.last_mut() {
+                        let _ = lease.grow(amount);
+                    }
+                }
+            }
+            pool.check(&leases);
+        }
+        leases.clear();
+        assert_eq!(pool.num_free(), 20);
+    }
+}
