@@ -8,12 +8,14 @@
 //! What a macro cannot know, such as whether an argument's type implements `Freeze`, is left to the compiler:
 //! [`expand`](crate::expand) places each such bound at the type that must meet it.
 
-use proc_macro2::{Ident, TokenStream};
+use proc_macro2::{Ident, Span, TokenStream};
 use quote::ToTokens;
+use syn::spanned::Spanned;
 use syn::visit_mut::{self, VisitMut};
 use syn::{
-    Attribute, Data, DataStruct, DeriveInput, Error, FnArg, GenericArgument, GenericParam, Lifetime, Pat, PatType,
-    Path, PathArguments, Receiver, ReceiverKind, ReturnType, Safety, Signature, Token, Type, TypePath, TypeReference,
+    Attribute, Data, DataStruct, DeriveInput, Error, FnArg, GenericArgument, GenericParam, Generics, Lifetime, Pat,
+    PatType, Path, PathArguments, Receiver, ReceiverKind, ReturnType, Safety, Signature, Token, Type, TypePath,
+    TypeReference,
 };
 
 /// Every message, by name.
@@ -55,7 +57,7 @@ pub(crate) mod say {
 
         // The other parameters
         mut_ref_argument: "an argument is frozen at capture, so a break cannot write through `&mut`: return the new value, or write in place into a `&Tensor`";
-        slice_argument: "a borrowed slice does not live until replay: take `&Vec<T>`, or `&Arc<[T]>` for many elements";
+        slice_argument: "a borrowed slice does not live until replay: take a `Vec<T>`, or `&Arc<[T]>` for many elements";
         str_argument: "a borrowed string does not live until replay: take `&Arc<str>`, or `&'static str` for a literal";
         dyn_argument: "a borrowed trait object does not live until replay: take `&Arc<dyn Trait>`, with `Trait: Send + Sync`";
         borrowed_argument: "this argument holds a borrow that does not live until replay: own the data with `Arc<T>`, or take a plain `&T` of a type that implements `Freeze`";
@@ -139,12 +141,17 @@ impl Errors {
 pub(crate) fn signature(sig: &Signature) -> syn::Result<Break> {
     let mut errors = Errors::default();
     check_qualifiers(sig, &mut errors);
+    // A lifetime parameter is refused once, where it is declared.
+    let mut elided = sig.clone();
+    ElideDeclared { generics: &sig.generics }.visit_signature_mut(&mut elided);
+    let sig = &elided;
     let receiver = sig.receiver().and_then(|receiver| errors.keep(check_receiver(receiver)));
     let mut params = sig.inputs.iter().filter_map(|input| match input {
         FnArg::Typed(param) => Some(param),
         FnArg::Receiver(_) => None,
     });
     let context = match params.next() {
+        Some(first) if !is_eager(first) && params.clone().any(is_eager) => None,
         Some(first) => errors.keep(check_context(first)),
         None => {
             errors.push(say::eager_missing(&sig.ident));
@@ -157,6 +164,21 @@ pub(crate) fn signature(sig: &Signature) -> syn::Result<Break> {
         (None, Some(context), Some(output)) => Ok(Break { receiver, context, arguments, output }),
         (error, ..) => Err(error.unwrap_or_else(|| say::eager_missing(&sig.ident))),
     }
+}
+
+/// Elides the lifetimes that the function declares.
+struct ElideDeclared<'g> {
+    generics: &'g Generics,
+}
+
+impl VisitMut for ElideDeclared<'_> {
+    fn visit_lifetime_mut(&mut self, node: &mut Lifetime) {
+        if self.generics.lifetimes().any(|param| param.lifetime == *node) {
+            *node = Lifetime::new("'_", node.span());
+        }
+    }
+
+    fn visit_generics_mut(&mut self, _: &mut Generics) {}
 }
 
 fn check_qualifiers(sig: &Signature, errors: &mut Errors) {
@@ -188,9 +210,10 @@ fn check_receiver(receiver: &Receiver) -> syn::Result<BreakReceiver> {
     match &receiver.kind {
         ReceiverKind::Reference(_, _, Some(_)) => Err(say::self_mut(receiver)),
         ReceiverKind::Reference(_, Some(lifetime), None) => Err(say::lifetime_param(lifetime)),
-        ReceiverKind::Reference(and, None, None) => {
-            // `Self` is written where `&` stands, so that a missing `Freeze` is reported at `&self`.
-            frozen(Type::Path(TypePath { attrs: Vec::new(), qself: None, path: Ident::new("Self", and.span).into() }))
+        ReceiverKind::Reference(_, None, None) => {
+            // Placed at `self`, where a missing `Freeze` is then reported.
+            let path = Ident::new("Self", self_token.span()).into();
+            frozen(Type::Path(TypePath { attrs: Vec::new(), qself: None, path }))
         }
         ReceiverKind::Typed(_, ty) => match unparenthesized(ty) {
             Type::Reference(TypeReference { mutability: Some(_), .. }) => Err(say::self_mut(ty)),
@@ -223,23 +246,14 @@ fn check_context(param: &PatType) -> syn::Result<ContextParam> {
     if !is_mut {
         return Err(say::eager_not_mut(ty));
     }
-    let live = match &path.segments.last().map(|segment| &segment.arguments) {
-        Some(PathArguments::AngleBracketed(list)) => {
-            for argument in &list.args {
-                if let GenericArgument::Lifetime(lifetime) = argument
-                    && lifetime.ident != "_"
-                {
-                    return Err(say::lifetime_param(lifetime));
-                }
-            }
-            list.args.iter().find_map(|argument| match argument {
-                GenericArgument::Type(ty) => Some(ty.clone()),
-                _ => None,
-            })
-        }
+    let mut lifetimes = generic_arguments(path).filter_map(|argument| match argument {
+        GenericArgument::Lifetime(lifetime) => Some(lifetime),
         _ => None,
-    };
-    let live = live.ok_or_else(|| say::eager_without_live(elem))?;
+    });
+    if let Some(lifetime) = lifetimes.find(|lifetime| lifetime.ident != "_") {
+        return Err(say::lifetime_param(lifetime));
+    }
+    let live = first_type_argument(path).ok_or_else(|| say::eager_without_live(elem))?.clone();
     Ok(ContextParam { param: param.clone(), name: plain_name(param)?, live })
 }
 
@@ -248,10 +262,10 @@ fn check_argument(param: &PatType) -> syn::Result<Argument> {
         return Err(say::cfg_argument(attr));
     }
     let name = plain_name(param)?;
-    let declared = unparenthesized(&param.ty);
-    if is_named(referent(declared), "Eager") {
+    if is_eager(param) {
         return Err(say::eager_not_first(&param.ty));
     }
+    let declared = unparenthesized(&param.ty);
     let (ty, by_ref) = match declared {
         Type::Reference(TypeReference { mutability: Some(_), .. }) => {
             return Err(say::mut_ref_argument(&param.ty));
@@ -283,9 +297,19 @@ fn check_output(sig: &Signature) -> syn::Result<Type> {
         ReturnType::Default => Err(say::no_return(&sig.ident)),
         ReturnType::Type(_, ty) => match first_borrow(ty) {
             Some(borrow) => Err(say::returned_borrow(borrow)),
-            None if matches!(unparenthesized(ty), Type::Path(_) | Type::Macro(_)) => Ok(Type::clone(ty)),
+            None if may_be_result(ty) => Ok(Type::clone(ty)),
             None => Err(say::return_not_result(ty)),
         },
+    }
+}
+
+/// Whether `ty` may name a `Result`, or an alias of one. Where the name alone cannot tell, the compiler does.
+fn may_be_result(ty: &Type) -> bool {
+    const OTHERS: [&str; 12] =
+        ["Arc", "Box", "Live", "Option", "Self", "String", "Tensor", "Vec", "bool", "f32", "u32", "usize"];
+    match unparenthesized(ty) {
+        Type::Path(_) => !OTHERS.iter().any(|other| is_named(ty, other)),
+        other => matches!(other, Type::Macro(_)),
     }
 }
 
@@ -313,9 +337,43 @@ pub(crate) fn eager_path(ty: &mut Type) -> Option<&mut Path> {
     }
 }
 
-/// Whether the return type borrows, which the compiler may refuse on its own as well.
-pub(crate) fn returns_borrow(sig: &Signature) -> bool {
-    matches!(&sig.output, ReturnType::Type(_, ty) if first_borrow(ty).is_some())
+/// Repairs what the compiler would refuse as well, in the signature that stands in for a refused function; returns the
+/// path that callers do not see, if there is one.
+pub(crate) fn make_plausible(sig: &mut Signature) -> Option<Path> {
+    if let ReturnType::Type(_, ty) = &mut sig.output {
+        OwnForever.visit_type_mut(ty);
+    }
+    let first = sig.inputs.iter_mut().find_map(|input| match input {
+        FnArg::Typed(param) => Some(&mut param.ty),
+        FnArg::Receiver(_) => None,
+    })?;
+    let path = eager_path(first)?;
+    if first_type_argument(path).is_none() {
+        path.segments.last_mut()?.arguments = PathArguments::AngleBracketed(syn::parse_quote!(<'_, ()>));
+    }
+    Some(path.clone())
+}
+
+/// Gives each reference without a lifetime the longest one.
+struct OwnForever;
+
+impl VisitMut for OwnForever {
+    fn visit_type_reference_mut(&mut self, node: &mut TypeReference) {
+        node.lifetime.get_or_insert_with(|| Lifetime::new("'static", Span::call_site()));
+        visit_mut::visit_type_reference_mut(self, node);
+    }
+}
+
+/// Where the compiler should say that an output is no bridge: at `R` of `Result<R>`.
+pub(crate) fn output_span(output: &Type) -> Span {
+    match unparenthesized(output) {
+        Type::Path(TypePath { path, .. }) => first_type_argument(path).map_or_else(|| output.span(), Spanned::span),
+        _ => output.span(),
+    }
+}
+
+fn is_eager(param: &PatType) -> bool {
+    is_named(referent(unparenthesized(&param.ty)), "Eager")
 }
 
 fn plain_name(param: &PatType) -> syn::Result<Ident> {
@@ -351,6 +409,21 @@ fn path_named<'t>(ty: &'t Type, name: &str) -> Option<&'t Path> {
         Type::Path(TypePath { qself: None, path, .. }) if path.segments.last()?.ident == name => Some(path),
         _ => None,
     }
+}
+
+fn generic_arguments(path: &Path) -> impl Iterator<Item = &GenericArgument> {
+    let list = path.segments.last().and_then(|segment| match &segment.arguments {
+        PathArguments::AngleBracketed(list) => Some(&list.args),
+        _ => None,
+    });
+    list.into_iter().flatten()
+}
+
+fn first_type_argument(path: &Path) -> Option<&Type> {
+    generic_arguments(path).find_map(|argument| match argument {
+        GenericArgument::Type(ty) => Some(ty),
+        _ => None,
+    })
 }
 
 fn is_named(ty: &Type, name: &str) -> bool {

@@ -96,17 +96,19 @@ pub(crate) fn attribute(options: TokenStream, item: TokenStream) -> TokenStream 
 /// The errors, and what callers see of the function without its body, so that no call of it is a second error.
 fn refused(error: &syn::Error, function: &Function) -> TokenStream {
     let Function { attrs, vis, sig, .. } = function;
-    let errors = error.to_compile_error();
-    if check::returns_borrow(sig) {
-        return errors;
-    }
-    let mut sig = caller_signature(sig);
+    let mut sig = sig.clone();
     sig.abi = None;
     sig.variadic = None;
+    let eager = check::make_plausible(&mut sig).into_iter();
+    let sig = caller_signature(&sig);
+    let errors = error.to_compile_error();
     quote! {
         #(#attrs)*
         #[allow(unused)]
-        #vis #sig { ::core::unreachable!() }
+        #vis #sig {
+            #(let _: ::core::option::Option<&mut #eager>;)*
+            ::core::unreachable!()
+        }
         #errors
     }
 }
@@ -155,14 +157,16 @@ fn breaking_block(options: &Options, name: &Ident, body: &Group, checked: &Break
     let replay = replay_closure(&inputs);
     // A bound that the output or the live batch does not meet is reported where that type is written.
     let entry = if options.stub().is_some() { "eager_break_stubbed" } else { "eager_break" };
-    let entry = Ident::new(entry, output.span().resolved_at(Span::mixed_site()));
+    let entry = Ident::new(entry, Span::mixed_site());
     let mut cx = context.name.clone();
     cx.set_span(context.live.span().resolved_at(cx.span()));
+    let values = quote_spanned!(Span::mixed_site()=> #cx, &__BCG_SITE, #freeze, #run, #(#stub,)* #replay);
+    let call = quote_spanned!(check::output_span(output)=> ::bcg_runtime::__private::#entry(#values));
     quote_spanned!(Span::mixed_site()=> {
         static __BCG_SITE: ::bcg_runtime::__private::BreakSite = #site;
         let __bcg_body = |#self_param #context_param #(, #params)*| -> #output #body;
         #hold
-        ::bcg_runtime::__private::#entry(#cx, &__BCG_SITE, #freeze, #run, #(#stub,)* #replay)
+        #call
     })
 }
 
@@ -203,12 +207,12 @@ impl<'c> Input<'c> {
         receiver.into_iter().chain(arguments).collect()
     }
 
-    /// The function `method` of the type's `Freeze`, all of it placed at the type.
-    fn freeze_fn(&self, method: &str) -> TokenStream {
-        let ty = self.ty;
-        let span = ty.span().resolved_at(Span::mixed_site());
+    /// `<T as Freeze>::method(arguments)`, placed at `T` as if written there, so that a missing `Freeze` is one error.
+    fn freeze_call(&self, method: &str, arguments: &TokenStream) -> TokenStream {
+        let (ty, span) = (self.ty, self.ty.span());
         let method = Ident::new(method, span);
-        quote_spanned!(span=> <#ty as ::bcg_runtime::Freeze>::#method)
+        let freeze = quote_spanned!(span.resolved_at(Span::mixed_site())=> ::bcg_runtime::Freeze);
+        quote_spanned!(span=> <#ty as #freeze>::#method(#arguments))
     }
 }
 
@@ -222,12 +226,12 @@ fn call(callee: &TokenStream, inputs: &[Input], value: impl Fn(usize, &Input) ->
 fn freeze_closure(inputs: &[Input], owned: &Owned) -> TokenStream {
     let peek = owned.peek();
     let frozen = inputs.iter().map(|input| {
-        let (freeze, source) = (input.freeze_fn("freeze"), &input.source);
-        quote_spanned!(Span::mixed_site()=> #freeze(#source, __bcg_claims)?)
+        let source = &input.source;
+        input.freeze_call("freeze", &quote_spanned!(Span::mixed_site()=> #source, __bcg_claims))
     });
     quote_spanned!(Span::mixed_site()=> |__bcg_claims| {
         #peek
-        ::core::result::Result::Ok((#(#frozen,)*))
+        ::core::result::Result::Ok((#(#frozen?,)*))
     })
 }
 
@@ -245,8 +249,9 @@ fn replay_closure(inputs: &[Input]) -> TokenStream {
     let names = || (0..inputs.len()).map(local);
     let fields = names();
     let thaws = inputs.iter().enumerate().map(|(i, input)| {
-        let (name, thaw) = (local(i), input.freeze_fn("thaw"));
-        quote_spanned!(Span::mixed_site()=> let #name = #thaw(#name, __bcg_thaw);)
+        let name = local(i);
+        let thaw = input.freeze_call("thaw", &quote_spanned!(Span::mixed_site()=> #name, __bcg_thaw));
+        quote_spanned!(Span::mixed_site()=> let #name = #thaw;)
     });
     let body = quote_spanned!(Span::mixed_site()=> __bcg_body);
     let call = call(&body, inputs, |i, input| {
@@ -331,9 +336,10 @@ fn drop_mutability(sig: &mut Signature) {
     }
 }
 
-/// The name of the receiver inside the body's closure, where `self` cannot be a parameter.
+/// The name of the receiver inside the body's closure, where `self` cannot be a parameter. It is as hygienic as the
+/// `self` that it replaces, so that errors point at the whole of `self.field`.
 fn body_self(span: Span) -> Ident {
-    Ident::new("__bcg_self", Span::mixed_site().located_at(span))
+    Ident::new("__bcg_self", span)
 }
 
 /// `body` with its `self` renamed. Items in it keep theirs.
@@ -408,7 +414,7 @@ fn rename_captured_self(literal: Literal) -> Literal {
     let renamed = text.replace("{self}", "{__bcg_self}").replace("{self:", "{__bcg_self:");
     match renamed.parse::<Literal>() {
         Ok(mut renamed) => {
-            renamed.set_span(Span::mixed_site().located_at(literal.span()));
+            renamed.set_span(literal.span());
             renamed
         }
         Err(_) => literal,

@@ -6,9 +6,8 @@
 use proc_macro2::{Ident, Span, TokenStream};
 use quote::{ToTokens, quote, quote_spanned};
 use syn::spanned::Spanned;
-use syn::visit_mut::{self, VisitMut};
 use syn::{
-    DeriveInput, Field, Generics, Index, Member, Path, Result, Type, WherePredicate, parse_quote, parse_quote_spanned,
+    DeriveInput, Field, Generics, Index, Member, Result, Type, WherePredicate, parse_quote, parse_quote_spanned,
 };
 
 use crate::check;
@@ -36,7 +35,7 @@ pub(crate) fn freeze(input: &DeriveInput) -> Result<TokenStream> {
     });
     Ok(quote_spanned! {Span::mixed_site()=>
         #[doc(hidden)]
-        #[allow(missing_docs, missing_debug_implementations, unreachable_pub, clippy::all, clippy::pedantic)]
+        #[allow(missing_debug_implementations, unreachable_pub, unused_qualifications, private_bounds, trivial_bounds, clippy::all, clippy::pedantic)]
         const _: () = {
             pub struct __BcgFrozen #impl_generics (#(#types,)*) #where_clause;
 
@@ -62,9 +61,9 @@ pub(crate) fn freeze(input: &DeriveInput) -> Result<TokenStream> {
 /// `#[derive(Bridge)]`.
 pub(crate) fn bridge(input: &DeriveInput) -> Result<TokenStream> {
     let data = check::derive_input(input)?;
+    let name = &input.ident;
     let generics = bounded(&input.generics, data.fields.iter(), "Bridge");
     let (impl_generics, ty_generics, where_clause) = generics.split_for_impl();
-    let name = &input.ident;
     let carries = data.fields.iter().zip(data.fields.members()).enumerate().map(|(i, (field, member))| {
         let (ty, i) = (&field.ty, Index::from(i));
         let carry = quote_spanned!(at(ty)=> <#ty as ::bcg_runtime::Bridge>::carry);
@@ -79,6 +78,7 @@ pub(crate) fn bridge(input: &DeriveInput) -> Result<TokenStream> {
     });
     Ok(quote_spanned! {Span::mixed_site()=>
         #[automatically_derived]
+        #[allow(unused_qualifications, trivial_bounds)]
         impl #impl_generics ::bcg_runtime::Bridge for #name #ty_generics #where_clause {
             fn carry(
                 &self,
@@ -97,45 +97,16 @@ fn at(ty: &Type) -> Span {
     ty.span().resolved_at(Span::mixed_site())
 }
 
-/// `generics` with `Type: Trait` for each field that mentions a type parameter, and `'static` parameters, because the
-/// hidden struct has them too.
+/// `generics` with `Type: Trait` for each field: the one place where a field that lacks the trait is reported. Type
+/// parameters are `'static`, because the hidden struct has them too.
 fn bounded<'f>(generics: &Generics, fields: impl Iterator<Item = &'f Field>, bound: &str) -> Generics {
     let mut bounded = generics.clone();
     let params: Vec<Ident> = generics.type_params().map(|param| param.ident.clone()).collect();
-    if params.is_empty() {
-        return bounded;
-    }
-    let bound = Ident::new(bound, Span::mixed_site());
     let predicates = &mut bounded.make_where_clause().predicates;
     predicates.extend(params.iter().map(|param| -> WherePredicate { parse_quote!(#param: 'static) }));
     for Field { ty, .. } in fields {
-        if mentions(ty, &params) {
-            predicates.push(parse_quote_spanned!(at(ty)=> #ty: ::bcg_runtime::#bound));
-        }
+        let bound = Ident::new(bound, ty.span());
+        predicates.push(parse_quote_spanned!(ty.span()=> #ty: ::bcg_runtime::#bound));
     }
     bounded
-}
-
-/// Whether one of `params` stands in `ty`.
-fn mentions(ty: &Type, params: &[Ident]) -> bool {
-    let mut search = ParamSearch { params, found: false };
-    search.visit_type_mut(&mut ty.clone());
-    search.found
-}
-
-struct ParamSearch<'p> {
-    params: &'p [Ident],
-    found: bool,
-}
-
-impl VisitMut for ParamSearch<'_> {
-    fn visit_path_mut(&mut self, path: &mut Path) {
-        self.found |= path.segments.first().is_some_and(|first| self.params.contains(&first.ident));
-        visit_mut::visit_path_mut(self, path);
-    }
-
-    // A type macro may mention any of them.
-    fn visit_macro_mut(&mut self, _: &mut syn::Macro) {
-        self.found = true;
-    }
 }

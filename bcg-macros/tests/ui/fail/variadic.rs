@@ -1,7 +1,7 @@
 use bcg_runtime::{Eager, Result, eager_on_graph};
 
 #[eager_on_graph]
-fn plan(cx: &mut Eager<'_, ()>, ...) -> Result<()> {
+fn plan(cx: &mut Eager<'_, ()>, _: ...) -> Result<()> {
     Ok(())
 }
 
