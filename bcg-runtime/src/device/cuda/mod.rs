@@ -88,7 +88,7 @@ impl CudaBackend {
     fn open(driver: &'static Driver, ordinal: usize) -> Result<Self> {
         let count = driver.device_count()?;
         let ordinal = i32::try_from(ordinal).ok().filter(|ordinal| *ordinal < count).ok_or_else(|| {
-            Error::NoDevice(format!("there is no cuda:{ordinal}; the driver shows {count} devices, counted from 0"))
+            Error::NoDevice(format!("there is no cuda:{ordinal}; the driver shows {count}, counted from 0"))
         })?;
         let device = driver.device(ordinal)?;
         let name = format!("cuda:{ordinal} {}", driver.device_name(device)?);
