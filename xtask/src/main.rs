@@ -1,2 +1,65 @@
-//! (skeleton)
-fn main() {}
+//! The commands that CI and people use: `cargo xtask <command>`.
+//!
+//! Each command lives in one file, prints what it runs, and ends with an error that names the remedy.
+
+#![forbid(unsafe_code)]
+
+mod bundle;
+mod clients;
+mod kernels;
+mod licenses;
+mod package;
+mod process;
+mod tidy;
+mod venv;
+
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+
+const USAGE: &str = "\
+cargo xtask <command>
+
+  tidy            check names, lengths, leftovers, links, and that every rule names its test
+  licenses        check the licence of every dependency
+  kernels         compile every kernel for sm_80, sm_90a and sm_100a with NVRTC from its Python wheel; needs no GPU
+  test-clients    run the official openai client against the server
+  package         package every crate that can be published [--verify builds them too] [--allow-dirty]
+  gpu-bundle      put everything that a GPU machine must run into target/gpu-bundle
+  test-gpu        make the bundle and run it on this machine's GPU; an error without one";
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    let mut args = std::env::args().skip(1);
+    let command = args.next();
+    let flags: Vec<String> = args.collect();
+    if command.as_deref() != Some("package")
+        && let Some(flag) = flags.first()
+    {
+        bail!("unexpected argument `{flag}`\n\n{USAGE}");
+    }
+    match command.as_deref() {
+        Some("tidy") => tidy::run(),
+        Some("licenses") => licenses::run(),
+        Some("kernels") => kernels::run(),
+        Some("test-clients") => clients::run(),
+        Some("package") => package::run(&flags),
+        Some("gpu-bundle") => bundle::run(),
+        Some("test-gpu") => bundle::test(),
+        Some("help" | "--help" | "-h") => {
+            println!("{USAGE}");
+            Ok(())
+        }
+        Some(other) => bail!("no command `{other}`\n\n{USAGE}"),
+        None => bail!("a command is missing\n\n{USAGE}"),
+    }
+}

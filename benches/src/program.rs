@@ -1,0 +1,214 @@
+//! The forward that the replay bench times: segments of small kernels with an eager break between each two.
+//!
+//! Every kernel adds one to every element, so the output counts the kernels that ran.
+
+use std::cell::Cell;
+
+use anyhow::{Result, ensure};
+use bcg_runtime::{
+    BreakableCudaGraph, CaptureStream, Context, DType, Device, DevicePtr, Dims, Eager, Kernel, Runner, RunnerOptions,
+    Source, Tensor, eager_on_graph,
+};
+
+use crate::timing::Contestant;
+
+/// Kernels of a segment.
+pub const SEGMENT_KERNELS: usize = 8;
+
+/// Kernels that a break launches.
+pub const BREAK_KERNELS: usize = 2;
+
+/// Elements that each kernel works on.
+pub const ELEMENTS: usize = 512;
+
+/// Geometry of each kernel.
+pub const DIMS: Dims = Dims::per_item(ELEMENTS, 128);
+
+/// The only kernel's entry point.
+pub const ENTRY: &std::ffi::CStr = c"add_one";
+
+/// The only kernel's CUDA source.
+pub static SOURCE: Source = Source::new(
+    "add_one.cu",
+    r#"
+struct AddOneArgs { const float* x; float* out; unsigned long long len; };
+extern "C" __global__ void add_one(AddOneArgs a) {
+    unsigned long long i = blockIdx.x * (unsigned long long)blockDim.x + threadIdx.x;
+    if (i < a.len) a.out[i] = a.x[i] + 1.0f;
+}"#,
+);
+
+/// The only kernel's arguments.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, bytemuck::NoUninit, bytemuck::AnyBitPattern)]
+pub struct AddOneArgs {
+    x: DevicePtr,
+    out: DevicePtr,
+    len: u64,
+}
+
+static ADD_ONE: Kernel<AddOneArgs> = Kernel::new("add_one", &SOURCE, |args, _, memory| {
+    let x = memory.view::<f32>(args.x, ELEMENTS)?;
+    let out = memory.view::<f32>(args.out, ELEMENTS)?;
+    out.iter().zip(x).for_each(|(out, x): (&Cell<f32>, &Cell<f32>)| out.set(x.get() + 1.0));
+    Ok(())
+});
+
+fn add_one(cx: &mut CaptureStream, out: &Tensor, x: &Tensor) -> bcg_runtime::Result<()> {
+    let args = AddOneArgs { x: cx.addr(x)?, out: cx.addr(out)?, len: ELEMENTS as u64 };
+    cx.launch(&ADD_ONE, DIMS, args)
+}
+
+/// Adds one `count` times: out of place, then in place.
+fn add(cx: &mut CaptureStream, x: &Tensor, count: usize) -> bcg_runtime::Result<Tensor> {
+    let out = cx.empty(&[ELEMENTS], DType::F32)?;
+    add_one(cx, &out, x)?;
+    for _ in 1..count {
+        add_one(cx, &out, &out)?;
+    }
+    Ok(out)
+}
+
+#[eager_on_graph]
+fn add_in_break(cx: &mut Eager<'_, ()>, x: &Tensor) -> bcg_runtime::Result<Tensor> {
+    add(cx, x, BREAK_KERNELS)
+}
+
+fn forward(cx: &mut Context<'_, ()>, input: &Tensor, num_breaks: usize) -> bcg_runtime::Result<Tensor> {
+    let mut x = add(cx, input, SEGMENT_KERNELS)?;
+    for _ in 0..num_breaks {
+        x = add_in_break(cx, &x)?;
+        x = add(cx, &x, SEGMENT_KERNELS)?;
+    }
+    Ok(x)
+}
+
+/// Returns what every element of the output is, after a forward on zeros.
+pub fn expected(num_breaks: usize) -> f32 {
+    (SEGMENT_KERNELS + num_breaks * (BREAK_KERNELS + SEGMENT_KERNELS)) as f32
+}
+
+/// Checks the output of a forward on zeros.
+///
+/// # Errors
+/// If a kernel did not run, or ran twice.
+pub fn check(who: &str, num_breaks: usize, output: &[f32]) -> Result<()> {
+    let expected = expected(num_breaks);
+    let wrong = output.iter().find(|value| **value != expected);
+    ensure!(wrong.is_none(), "{who} with {num_breaks} breaks: expected {expected} everywhere, got {wrong:?}");
+    Ok(())
+}
+
+/// The forward, replayed.
+#[derive(Debug)]
+pub struct Chain {
+    num_breaks: usize,
+    runner: Runner,
+    input: Tensor,
+    graph: BreakableCudaGraph<(), Tensor>,
+}
+
+impl Chain {
+    /// Runs the forward once, captures it, and checks that a replay computes the same.
+    ///
+    /// # Errors
+    /// The runtime's; a wrong output.
+    pub fn new(device: &Device, num_breaks: usize) -> Result<Self> {
+        let mut eager = EagerForward::new(device, num_breaks)?;
+        eager.check()?;
+        let EagerForward { runner, input, .. } = eager;
+        let graph = BreakableCudaGraph::new(format!("{num_breaks} breaks"));
+        let mut chain = Self { num_breaks, runner, input, graph };
+        chain.capture()?;
+        let output = chain.graph.replay(&mut chain.runner, &())?;
+        check("replay", num_breaks, &chain.runner.read::<f32>(&output)?)?;
+        Ok(chain)
+    }
+
+    /// Captures the forward anew.
+    ///
+    /// # Errors
+    /// The runtime's.
+    pub fn capture(&mut self) -> Result<()> {
+        let (input, num_breaks) = (self.input.clone(), self.num_breaks);
+        self.graph.capture(&mut self.runner, &(), move |cx| forward(cx, &input, num_breaks))?;
+        Ok(())
+    }
+}
+
+impl Contestant for Chain {
+    fn enqueue(&mut self) -> Result<()> {
+        self.graph.replay(&mut self.runner, &())?;
+        Ok(())
+    }
+
+    fn wait(&mut self) -> Result<()> {
+        Ok(self.runner.synchronize()?)
+    }
+}
+
+/// The forward, captured anew each time.
+#[derive(Debug)]
+pub struct Capture(
+    /// The forward.
+    pub Chain,
+);
+
+impl Contestant for Capture {
+    fn enqueue(&mut self) -> Result<()> {
+        self.0.capture()
+    }
+
+    fn wait(&mut self) -> Result<()> {
+        self.0.wait()
+    }
+}
+
+/// The forward, launched kernel by kernel.
+#[derive(Debug)]
+pub struct EagerForward {
+    num_breaks: usize,
+    runner: Runner,
+    input: Tensor,
+}
+
+impl EagerForward {
+    /// Sets the forward up.
+    ///
+    /// # Errors
+    /// The runtime's.
+    pub fn new(device: &Device, num_breaks: usize) -> Result<Self> {
+        let runner = Runner::new(device, RunnerOptions::default())?;
+        Ok(Self { num_breaks, runner, input: device.zeros(&[ELEMENTS], DType::F32)? })
+    }
+
+    fn check(&mut self) -> Result<()> {
+        let (input, num_breaks) = (&self.input, self.num_breaks);
+        let output = self.runner.eager(&(), |cx| forward(cx, input, num_breaks))?;
+        check("eager", num_breaks, &self.runner.read::<f32>(&output)?)
+    }
+}
+
+impl Contestant for EagerForward {
+    fn enqueue(&mut self) -> Result<()> {
+        let (input, num_breaks) = (&self.input, self.num_breaks);
+        self.runner.eager(&(), |cx| forward(cx, input, num_breaks))?;
+        Ok(())
+    }
+
+    fn wait(&mut self) -> Result<()> {
+        Ok(self.runner.synchronize()?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kernel_runs_once_in_a_capture_and_in_a_replay() {
+        for num_breaks in [0, 1, 3] {
+            Chain::new(&Device::host(), num_breaks).unwrap();
+        }
+    }
+}

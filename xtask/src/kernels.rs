@@ -1,0 +1,38 @@
+//! Compiles every kernel for every architecture, on a machine without a GPU.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::process::{self, cargo, command, output};
+use crate::venv::{python, venv};
+
+const ARCHS: [&str; 3] = ["sm_80", "sm_90a", "sm_100a"];
+
+/// The compiler, and the headers that kernels may include.
+const WHEELS: &str = "\
+nvidia-cuda-nvrtc==13.0.*
+nvidia-cuda-runtime==13.0.*
+nvidia-cuda-crt==13.0.*
+nvidia-cuda-cccl==13.0.*
+";
+
+/// Runs `cargo xtask kernels`.
+pub(crate) fn run() -> Result<()> {
+    let cuda = cuda_root(&venv("nvrtc", WHEELS)?)?;
+    process::run(
+        cargo(["run", "--quiet", "-p", "bcg-kernels", "--example", "compile_all", "--"])
+            .args(ARCHS)
+            .env("LD_LIBRARY_PATH", cuda.join("lib"))
+            .env("BCG_CUDA_INCLUDE", cuda.join("include")),
+    )
+}
+
+fn cuda_root(venv: &Path) -> Result<PathBuf> {
+    let site = output(command(python(venv)).args(["-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"]))?;
+    let cuda = Path::new(site.trim()).join("nvidia").join("cu13");
+    let found = cuda.join("lib").join("libnvrtc.so.13");
+    found.exists().then_some(cuda).with_context(|| {
+        format!("{} is missing: the wheels changed their layout; adapt xtask/src/kernels.rs", found.display())
+    })
+}
