@@ -99,7 +99,7 @@ driver! {
     cuMemMap(u64, usize, usize, u64, u64);
     cuMemUnmap(u64, usize);
     cuMemSetAccess(u64, usize, *const sys::CUmemAccessDesc, usize);
-    cuPointerGetAttribute(*mut c_void, u32, u64);
+    cuPointerGetAttributes(u32, *const u32, *mut *mut c_void, u64);
     cuMemcpyDtoDAsync_v2(u64, u64, usize, u64);
     cuMemcpyHtoDAsync_v2(u64, *const c_void, usize, u64);
     cuMemcpyDtoHAsync_v2(*mut c_void, u64, usize, u64);
@@ -385,8 +385,10 @@ impl Driver {
     pub(super) fn is_page_locked(&self, ptr: *const u8) -> bool {
         let mut memory_type = 0u32;
         let attribute = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE as u32;
-        // SAFETY: the attribute is a 32-bit number and the out-pointer is writable; `ptr` is only looked up.
-        let code = unsafe { (self.cuPointerGetAttribute)((&raw mut memory_type).cast(), attribute, ptr.addr() as u64) };
+        let mut data: *mut c_void = (&raw mut memory_type).cast();
+        // The plural call answers 0 for an address that CUDA does not know; the singular one fails.
+        // SAFETY: one attribute, a 32-bit number with a writable out-pointer; `ptr` is only looked up.
+        let code = unsafe { (self.cuPointerGetAttributes)(1, &raw const attribute, &raw mut data, ptr.addr() as u64) };
         code == 0 && memory_type != 0
     }
 }
