@@ -146,8 +146,11 @@ impl Device {
     /// As [`Device::empty`].
     pub fn zeros(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
         let tensor = self.empty(shape, dtype)?;
-        let bytes = vec![0; tensor.num_elements() * dtype.size_bytes()];
-        self.write_bytes(&tensor, &bytes)?;
+        if tensor.size_bytes() > 0 {
+            let stream = Stream::new(self, "device zeros")?;
+            self.backend.fill_u8(stream.handle(), tensor.persistent_addr(self)?, 0, tensor.size_bytes())?;
+            stream.synchronize()?;
+        }
         Ok(tensor)
     }
 
