@@ -7,6 +7,18 @@ use crate::capture::recorder::Recorder;
 use crate::{CaptureStream, Result};
 
 /// The rows of a forward: how many are real, and how many the tensors have.
+///
+/// # Example
+/// ```
+/// use bcg_runtime::{LiveBatch, Rows};
+/// struct Batch { num_tokens: usize, capture_size: usize }
+/// impl LiveBatch for Batch {
+///     fn rows(&self) -> Option<Rows> {
+///         Some(Rows { valid: self.num_tokens, padded: self.capture_size })
+///     }
+/// }
+/// assert_eq!(Batch { num_tokens: 5, capture_size: 8 }.rows().unwrap().padded, 8);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rows {
     /// Real rows, at most `padded`.
@@ -17,7 +29,7 @@ pub struct Rows {
 
 /// The host and device state of the batch being run now; differs at every replay.
 ///
-/// Only breaks can read it, through [`crate::Eager::live`].
+/// Only breaks can read it, through [`crate::Eager::live`]. See [`Rows`] for an example.
 pub trait LiveBatch: 'static {
     /// Returns the valid and padded rows of this run, if rows can be padded.
     ///

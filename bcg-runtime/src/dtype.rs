@@ -3,6 +3,12 @@
 use std::fmt;
 
 /// The type of a tensor's elements.
+///
+/// # Example
+/// ```
+/// use bcg_runtime::DType;
+/// assert_eq!((DType::Bf16.size_bytes(), DType::Bf16.to_string()), (2, "bf16".to_owned()));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DType {
     /// bfloat16: 8 exponent bits, 7 mantissa bits.
@@ -50,6 +56,12 @@ impl fmt::Display for DType {
 }
 
 /// A Rust type that can be an element of a tensor.
+///
+/// # Example
+/// ```
+/// use bcg_runtime::{DType, Element};
+/// assert_eq!(<f32 as Element>::DTYPE, DType::F32);
+/// ```
 pub trait Element: bytemuck::Pod + Send + Sync + fmt::Debug + PartialEq {
     /// The tensor dtype with this layout.
     const DTYPE: DType;

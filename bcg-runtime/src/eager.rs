@@ -10,7 +10,25 @@ use crate::{Context, Element, LiveBatch, Result, Runner, Tensor};
 /// What the body of an [`eager_on_graph`](crate::eager_on_graph) function sees. Derefs to [`Context`].
 ///
 /// # Example
-/// See the crate's example.
+/// ```
+/// use bcg_runtime::{Context, DType, Device, Eager, Result, Runner, RunnerOptions, Tensor, eager_on_graph};
+///
+/// #[eager_on_graph]
+/// fn reversed(cx: &mut Eager<'_, ()>, x: &Tensor) -> Result<Tensor> {
+///     let mut values = cx.read::<i32>(x)?; // waits: legal in a break only
+///     values.reverse();
+///     let out = cx.empty(x.shape(), DType::I32)?;
+///     cx.upload(&out, &values)?;
+///     Ok(out)
+/// }
+///
+/// let device = Device::host();
+/// let mut runner = Runner::new(&device, RunnerOptions::default())?;
+/// let x = device.tensor(&[3], &[1, 2, 3])?;
+/// let out = runner.eager(&(), |cx: &mut Context<'_, ()>| reversed(cx, &x))?;
+/// assert_eq!(runner.read::<i32>(&out)?, [3, 2, 1]);
+/// # Ok::<(), bcg_runtime::Error>(())
+/// ```
 pub struct Eager<'a, L> {
     cx: Context<'a, L>,
 }

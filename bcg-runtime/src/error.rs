@@ -8,6 +8,14 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// Everything that can go wrong in the runtime.
 ///
 /// An error is reported once, where it first happened: later failures that it causes never replace it (law L5).
+///
+/// # Example
+/// ```
+/// use bcg_runtime::{Device, Error};
+/// let refused = Device::host().tensor(&[3], &[1.0f32]).unwrap_err();
+/// assert!(matches!(refused, Error::Shape { .. }));
+/// assert_eq!(refused.to_string(), "Device::write: expected 12 bytes for [3] f32, got 4 bytes");
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

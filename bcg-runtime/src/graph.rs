@@ -18,6 +18,17 @@ use crate::{CaptureStream, Context, Error, Freeze, LiveBatch, Result, Runner};
 pub(crate) type Forward<L, O> = dyn Fn(&mut Context<'_, L>) -> Result<O> + Send + Sync;
 
 /// How a graph captures and replays.
+///
+/// # Example
+/// ```
+/// use bcg_runtime::{BreakableCudaGraph, Device, Error, GraphOptions, Runner, RunnerOptions};
+/// let mut runner = Runner::new(&Device::host(), RunnerOptions::default())?;
+/// let options = GraphOptions { expected_breaks: Some(1), ..GraphOptions::default() };
+/// let mut graph = BreakableCudaGraph::with_options("forgotten", options);
+/// let refused = graph.capture(&mut runner, &(), |_| Ok(())); // nobody annotated a break
+/// assert!(matches!(refused, Err(Error::Census { expected: 1, got: 0, .. })));
+/// # Ok::<(), bcg_runtime::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct GraphOptions {
     /// The whole forward is one break: nothing is captured, but everything else takes the path of a replay.
@@ -281,7 +292,7 @@ impl<L: LiveBatch, O: Freeze> Recording<L, O> {
     }
 }
 
-/// What a graph consists of.
+/// What a graph consists of; see [`BreakableCudaGraph`] for an example.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Description {
     /// The graph's name.

@@ -90,6 +90,13 @@ impl Ladder {
 }
 
 /// Why a forward runs eagerly although graphs are there. Closed: a metric counts each of them.
+///
+/// # Example
+/// ```
+/// use bcg_runtime::EagerReason;
+/// let names: Vec<_> = EagerReason::ALL.iter().map(|reason| reason.name()).collect();
+/// assert_eq!(names[2], "above_largest");
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum EagerReason {
     /// Graphs are switched off.
@@ -136,7 +143,7 @@ impl fmt::Display for EagerReason {
     }
 }
 
-/// What to do with a forward.
+/// What to do with a forward; see [`GraphCache`](crate::GraphCache) for an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decision {
     /// Replay the graph of this size.

@@ -18,6 +18,13 @@ pub const ARG_BYTES_MAX: usize = 256;
 pub(crate) const KERNELS_MAX: usize = 1024;
 
 /// An address in a device's memory.
+///
+/// # Example
+/// ```
+/// use bcg_runtime::DevicePtr;
+/// assert!(DevicePtr::NULL.is_null());
+/// assert_eq!(DevicePtr::NULL.offset_bytes(16).as_u64(), 16);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(transparent)]
 pub struct DevicePtr(pub(crate) u64);
@@ -50,6 +57,13 @@ pub trait KernelArgs: bytemuck::NoUninit + bytemuck::AnyBitPattern + Send + Sync
 impl<A: bytemuck::NoUninit + bytemuck::AnyBitPattern + Send + Sync + 'static> KernelArgs for A {}
 
 /// The geometry of a launch.
+///
+/// # Example
+/// ```
+/// use bcg_runtime::Dims;
+/// assert_eq!(Dims::per_item(1000, 256), Dims { grid: [4, 1, 1], block: [256, 1, 1], shared_bytes: 0 });
+/// assert!(Dims::per_item(0, 256).is_empty());
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Dims {
     /// Thread blocks in x, y, z.
@@ -242,6 +256,15 @@ impl fmt::Debug for ArgBytes {
 }
 
 /// One launch, complete: what a device needs to run it now, to capture it, or to run it later.
+///
+/// # Example
+/// ```
+/// use bcg_runtime::{Dims, Kernel, Launch, Source};
+/// static SOURCE: Source = Source::new("nop.cu", "extern \"C\" __global__ void nop(unsigned) {}");
+/// static NOP: Kernel<u32> = Kernel::new("nop", &SOURCE, |_, _, _| Ok(()));
+/// let launch = Launch::new(&NOP, Dims::linear(1, 32), &7);
+/// assert_eq!((launch.kernel.name(), launch.args.as_slice()), ("nop", &7u32.to_ne_bytes()[..]));
+/// ```
 #[derive(Clone, Debug)]
 pub struct Launch {
     /// The kernel.

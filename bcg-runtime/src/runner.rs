@@ -6,6 +6,15 @@ use crate::tensor::{read_rows, write_rows};
 use crate::{CaptureStream, Context, Device, Eager, Element, Error, LiveBatch, Result, Rows, Tensor};
 
 /// How a runner is set up.
+///
+/// # Example
+/// ```
+/// use bcg_runtime::{Device, Runner, RunnerOptions};
+/// let options = RunnerOptions { arena_bytes: 1 << 20, poison: true, ..RunnerOptions::default() };
+/// let runner = Runner::new(&Device::host(), options)?;
+/// assert_eq!(runner.arena_stats().mapped_bytes, 1 << 20);
+/// # Ok::<(), bcg_runtime::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct RunnerOptions {
     /// The name of its stream, for messages.
@@ -25,6 +34,17 @@ impl Default for RunnerOptions {
 }
 
 /// How much a runner did.
+///
+/// # Example
+/// ```
+/// use bcg_runtime::{DType, Device, Runner, RunnerOptions};
+/// let device = Device::host();
+/// let (a, b) = (device.zeros(&[2], DType::U8)?, device.zeros(&[2], DType::U8)?);
+/// let mut runner = Runner::new(&device, RunnerOptions::default())?;
+/// runner.eager(&(), |cx| cx.copy(&a, &b))?;
+/// assert_eq!(runner.stats().num_copies, 1);
+/// # Ok::<(), bcg_runtime::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RunnerStats {
     /// Kernels enqueued one by one, captured ones included.

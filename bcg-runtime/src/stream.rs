@@ -92,6 +92,23 @@ struct PooledStream {
 }
 
 /// A side stream of the scope that opened it.
+///
+/// # Example
+/// ```
+/// use bcg_runtime::{DType, Device, Runner, RunnerOptions};
+/// let mut runner = Runner::new(&Device::host(), RunnerOptions::default())?;
+/// let (a, b) = runner.eager(&(), |cx| {
+///     let (a, b) = (cx.empty(&[2], DType::U8)?, cx.empty(&[2], DType::U8)?);
+///     cx.scope(|cx| {
+///         let side = cx.side_stream("side")?;
+///         cx.on(&side, |cx| cx.fill_bytes(&a, 1))?; // beside …
+///         cx.fill_bytes(&b, 2) // … this; both are done when the scope ends
+///     })?;
+///     Ok((a, b))
+/// })?;
+/// assert_eq!((runner.read::<u8>(&a)?, runner.read::<u8>(&b)?), (vec![1, 1], vec![2, 2]));
+/// # Ok::<(), bcg_runtime::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SideStream {
     index: usize,

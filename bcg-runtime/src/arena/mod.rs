@@ -28,7 +28,7 @@ use crate::{DType, Device, DevicePtr, Error, Result};
 /// The arena grows by at least this much at a time.
 const GROWTH_BYTES: usize = 32 << 20;
 
-/// What an arena holds, in bytes.
+/// What an arena holds, in bytes; see [`Runner::arena_stats`](crate::Runner::arena_stats).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ArenaStats {
     /// Reserved addresses.

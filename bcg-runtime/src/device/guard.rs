@@ -11,6 +11,17 @@ use super::traits::{EventHandle, ExecHandle, GraphHandle, NodeCounts, StreamHand
 use crate::{DevicePtr, Element, Error, Result};
 
 /// How many objects of a device are alive.
+///
+/// # Example
+/// ```
+/// use bcg_runtime::{DType, Device};
+/// let device = Device::host();
+/// let tensor = device.empty(&[4], DType::F32)?;
+/// assert_eq!(device.live_objects().allocated_bytes, 16);
+/// drop(tensor);
+/// assert_eq!(device.live_objects(), Default::default());
+/// # Ok::<(), bcg_runtime::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LiveObjects {
     /// Memory allocations and mappings.

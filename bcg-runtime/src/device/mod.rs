@@ -20,6 +20,12 @@ use host::{HostBackend, HostControl, HostOptions};
 use traits::Backend;
 
 /// The two kinds of device.
+///
+/// # Example
+/// ```
+/// use bcg_runtime::{Device, DeviceKind};
+/// assert_eq!(Device::host().kind(), DeviceKind::Host);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DeviceKind {
     /// The emulated device: runs anywhere, stricter than CUDA, the oracle of every test.
@@ -29,6 +35,13 @@ pub enum DeviceKind {
 }
 
 /// A device's memory, in bytes.
+///
+/// # Example
+/// ```
+/// let memory = bcg_runtime::Device::host().memory_info()?;
+/// assert!(memory.free_bytes <= memory.total_bytes);
+/// # Ok::<(), bcg_runtime::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryInfo {
     /// Free now.
