@@ -1,0 +1,106 @@
+//! `embedding`, `gather_rows`, `copy_rows`, `fill`, `scrub_tail`.
+
+use bcg_models::ops;
+use bcg_runtime::{DType, Device, LiveBatch, Rows, Runner, RunnerOptions};
+
+use super::fixture::{FLOATS, Fixture};
+
+/// `embedding` copies table rows bit for bit; an id outside the table gives zeros.
+pub fn embedding_looks_up_rows(device: &Device) {
+    let mut fixture = Fixture::new(device);
+    for dtype in FLOATS {
+        for columns in [1, 7, 64, 128] {
+            let table = fixture.random(&[11, columns], dtype);
+            let ids = [3, 0, 10, 3, -1, 11, i32::MAX, i32::MIN];
+            let on_device = fixture.ints(&ids);
+            let out = fixture.run(|cx| ops::embedding(cx, &on_device, &table.tensor));
+            assert_eq!(fixture.read(&out), picked(&table.values, columns, &ids), "{dtype}, {columns} columns");
+        }
+    }
+}
+
+/// `gather_rows` copies rows of a row-sliced input bit for bit; an index outside gives zeros.
+pub fn gather_rows_picks_rows(device: &Device) {
+    let mut fixture = Fixture::new(device);
+    for dtype in FLOATS {
+        for columns in [1, 7, 64, 128] {
+            let x = fixture.random_sliced(9, columns, dtype);
+            let index = [8, 0, 4, -5, 9];
+            let on_device = fixture.ints(&index);
+            let out = fixture.run(|cx| ops::gather_rows(cx, &x.tensor, &on_device));
+            assert_eq!(fixture.read(&out), picked(&x.values, columns, &index), "{dtype}, {columns} columns");
+        }
+    }
+}
+
+fn picked(values: &[f64], columns: usize, index: &[i32]) -> Vec<f64> {
+    let rows: Vec<&[f64]> = values.chunks(columns).collect();
+    let zeros = vec![0.0; columns];
+    let row = |i: &i32| usize::try_from(*i).ok().and_then(|i| rows.get(i).copied()).unwrap_or(&zeros);
+    index.iter().flat_map(|i| row(i).to_vec()).collect()
+}
+
+/// `copy_rows` writes the rows of a row-sliced output and nothing between them.
+pub fn copy_rows_touches_nothing_else(device: &Device) {
+    let mut fixture = Fixture::new(device);
+    for dtype in FLOATS {
+        for (first, columns) in [(0, 1), (1, 6), (3, 5), (8, 8)] {
+            let matrix = fixture.random(&[4, 16], dtype);
+            let src = fixture.random_sliced(4, columns, dtype);
+            let dst = matrix.tensor.columns(first..first + columns).expect("a column range");
+            fixture.run(|cx| ops::copy_rows(cx, &dst, &src.tensor));
+            let mut expected = matrix.values;
+            for (row, values) in expected.chunks_mut(16).zip(src.values.chunks(columns)) {
+                row[first..first + columns].copy_from_slice(values);
+            }
+            assert_eq!(fixture.read(&matrix.tensor), expected, "{dtype}, {columns} columns from {first}");
+        }
+    }
+}
+
+/// `fill` sets every element of a row-sliced tensor, of every width.
+pub fn fill_reaches_every_dtype(device: &Device) {
+    let mut fixture = Fixture::new(device);
+    let bytes = device.zeros(&[3, 5], DType::U8).expect("a tensor");
+    let halves = device.zeros(&[3, 5], DType::Bf16).expect("a tensor");
+    let ints = device.zeros(&[3, 5], DType::I32).expect("a tensor");
+    let longs = device.zeros(&[3, 5], DType::I64).expect("a tensor");
+    fixture.run(|cx| {
+        ops::fill(cx, &bytes.columns(1..4)?, 7u8)?;
+        ops::fill(cx, &halves.columns(1..4)?, half::bf16::from_f32(-1.5))?;
+        ops::fill(cx, &ints.columns(1..4)?, -2i32)?;
+        ops::fill(cx, &longs.columns(1..4)?, i64::MIN + 1)
+    });
+    let expected = |value: f64| [0.0, value, value, value, 0.0].repeat(3);
+    assert_eq!(fixture.read(&halves), expected(-1.5)); // waits for all of them
+    let of = |row: [i64; 5]| row.repeat(3);
+    let (min, two) = (i64::MIN + 1, -2);
+    assert_eq!(device.read::<i64>(&longs).expect("read"), of([0, min, min, min, 0]));
+    let ints: Vec<i64> = device.read::<i32>(&ints).expect("read").into_iter().map(i64::from).collect();
+    assert_eq!(ints, of([0, two, two, two, 0]));
+    let bytes: Vec<i64> = device.read::<u8>(&bytes).expect("read").into_iter().map(i64::from).collect();
+    assert_eq!(bytes, of([0, 7, 7, 7, 0]));
+}
+
+struct Padded(usize);
+
+impl LiveBatch for Padded {
+    fn rows(&self) -> Option<Rows> {
+        Some(Rows { valid: self.0, padded: 6 })
+    }
+}
+
+/// `scrub_tail` zeroes the rows from the live number of valid rows on, and no others.
+pub fn scrub_tail_zeroes_padded_rows_only(device: &Device) {
+    let mut runner = Runner::new(device, RunnerOptions::default()).expect("a runner");
+    for valid in [0, 1, 5, 6] {
+        let x = device.tensor(&[6, 4], &[f32::NAN; 24]).expect("a tensor");
+        let inner = x.columns(1..3).expect("a column range");
+        runner.eager(&Padded(valid), |cx| ops::scrub_tail(cx, &inner)).expect("the op runs");
+        runner.synchronize().expect("the device is fine");
+        for (i, v) in device.read::<f32>(&x).expect("read").into_iter().enumerate() {
+            let scrubbed = i / 4 >= valid && (1..3).contains(&(i % 4));
+            assert!(if scrubbed { v == 0.0 } else { v.is_nan() }, "{valid} valid rows, element {i}: {v}");
+        }
+    }
+}
