@@ -93,3 +93,8 @@ pub mod __private {
     pub use crate::capture::breaks::{BreakSite, eager_break, eager_break_stubbed, plain_call};
     pub use crate::freeze::assert_freeze;
 }
+
+/// Runs the README's example as a documentation test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
