@@ -93,7 +93,7 @@ fn host<T: Float>(a: &AddRmsNormArgs, dims: &Dims, memory: &HostMemory<'_>) -> R
         for ((sum, x), residual) in sum.iter().zip(x).zip(residual) {
             sum.set(T::from_f32(x.get().to_f32() + residual.get().to_f32()));
         }
-        let scale = rms_scale(sum.iter().map(|v| v.get().to_f32()), columns, a.eps);
+        let scale = rms_scale(sum, a.eps);
         for ((normed, sum), weight) in normed.iter().zip(sum).zip(weight) {
             normed.set(T::from_f32(T::round(sum.get().to_f32() * scale) * weight.get().to_f32()));
         }

@@ -110,10 +110,11 @@ pub(crate) fn extend_f32<T: Float>(to: &mut Vec<f32>, from: &[Cell<T>]) {
     to.extend(from.iter().map(|value| value.get().to_f32()));
 }
 
-/// The factor by which an RMS norm scales a row of `len` elements.
-pub(crate) fn rms_scale(values: impl Iterator<Item = f32>, len: usize, eps: f32) -> f32 {
-    let sum: f32 = values.map(|v| v * v).sum();
-    1.0 / (sum / len as f32 + eps).sqrt()
+/// The factor by which an RMS norm scales a row.
+pub(crate) fn rms_scale<T: Float>(row: &[Cell<T>], eps: f32) -> f32 {
+    let mut values = Vec::with_capacity(row.len());
+    extend_f32(&mut values, row);
+    1.0 / (dot(&values, &values) / row.len() as f32 + eps).sqrt()
 }
 
 /// The dot product, in eight interleaved sums: one order whatever surrounds it, and fast without intrinsics.

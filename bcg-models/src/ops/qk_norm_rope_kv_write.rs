@@ -200,7 +200,7 @@ fn host<T: Float>(a: &QkNormRopeKvWriteArgs, _: &Dims, memory: &HostMemory<'_>) 
 /// Normalises one head and turns each pair by its (sine, cosine).
 fn norm_rope<T: Float>(out: &[Cell<T>], head: &[Cell<T>], weight: &[Cell<T>], turns: &[(f32, f32)], eps: f32) {
     let half = head.len() / 2;
-    let scale = rms_scale(head.iter().map(|v| v.get().to_f32()), head.len(), eps);
+    let scale = rms_scale(head, eps);
     let normed = |i: usize| T::round(T::round(head[i].get().to_f32() * scale) * weight[i].get().to_f32());
     for (i, (sine, cosine)) in turns.iter().enumerate() {
         let (low, high) = (normed(i), normed(i + half));

@@ -91,7 +91,7 @@ fn scores(logits: &[f64], row: Row) -> Vec<(usize, f64)> {
     let mut before = 0.0;
     let mut kept = vec![];
     for (token, weight) in order.into_iter().zip(weights) {
-        let in_top_p = row.top_p >= 1.0 || before < f64::from(row.top_p) * total;
+        let in_top_p = before == 0.0 || row.top_p >= 1.0 || before < f64::from(row.top_p) * total;
         before += weight;
         if in_top_p && weight >= f64::from(row.min_p) {
             kept.push((token, scaled[token] + gumbel(token)));
