@@ -1,0 +1,69 @@
+//! Golden tests: a real checkpoint against the reference implementation, and against itself.
+//!
+//! The tiny checkpoint was trained to solve `tests/data/mini_gsm_test.jsonl`, so accuracy is a test of every layer; its
+//! `reference_logits.json` was computed by transformers in f32. Everything else compares ways to compute one thing: bit for
+//! bit where the same kernels see the same numbers.
+
+mod eval;
+mod qwen3;
+
+use std::path::{Path, PathBuf};
+
+use bcg_models::{GraphMode, ModelRunner, RunnerOptions};
+use bcg_runtime::Device;
+
+pub use eval::{Style, accuracy};
+
+use crate::Rule;
+
+/// Rules of this group.
+pub const RULES: &[Rule] = crate::rules![
+    logits_match_the_reference,
+    a_prompt_in_chunks_equals_the_prompt_at_once,
+    a_ragged_batch_equals_each_sequence_alone,
+    a_decode_equals_a_prefill_of_the_same_tokens,
+    graphs_give_the_tokens_of_eager_runs,
+    sampled_tokens_depend_on_seed_and_step_alone,
+    log_probabilities_are_of_the_logits,
+    a_batch_that_does_not_fit_is_refused_and_changes_nothing,
+    chat_answers_are_right,
+    few_shot_answers_are_right,
+];
+
+pub use eval::{chat_answers_are_right, few_shot_answers_are_right};
+pub use qwen3::{
+    a_batch_that_does_not_fit_is_refused_and_changes_nothing, a_decode_equals_a_prefill_of_the_same_tokens,
+    a_prompt_in_chunks_equals_the_prompt_at_once, a_ragged_batch_equals_each_sequence_alone,
+    graphs_give_the_tokens_of_eager_runs, log_probabilities_are_of_the_logits, logits_match_the_reference,
+    sampled_tokens_depend_on_seed_and_step_alone,
+};
+
+/// The repository's root: `BCG_ROOT` if the tests run elsewhere than they were built.
+pub fn root() -> PathBuf {
+    std::env::var_os("BCG_ROOT").map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join(".."), PathBuf::from)
+}
+
+/// The folder of the tiny Qwen3 checkpoint.
+pub fn tiny_qwen3() -> PathBuf {
+    root().join("models/tiny-qwen3")
+}
+
+/// Options that suit the tiny checkpoint.
+pub fn options(graph: GraphMode) -> RunnerOptions {
+    RunnerOptions {
+        kv_cache_tokens: 4096,
+        max_running_requests: 8,
+        context_length: 1024,
+        max_batch_tokens: 1024,
+        graph,
+        graph_sizes: Some(vec![1, 2, 3, 4, 6, 8, 40, 64, 400, 448]),
+        ..RunnerOptions::default()
+    }
+}
+
+/// The tiny checkpoint, loaded and, where graphs are captured ahead, captured.
+pub fn load(device: &Device, options: RunnerOptions) -> ModelRunner {
+    let mut runner = ModelRunner::load(device, &tiny_qwen3(), options, &mut |_| ()).expect("the tiny checkpoint loads");
+    runner.capture(&mut |_| ()).expect("every size is captured");
+    runner
+}

@@ -1,0 +1,246 @@
+//! The tiny Qwen3 checkpoint: logits against the reference, and equal results on every path to them.
+
+use std::ops::ControlFlow;
+
+use bcg_models::state::PageLease;
+use bcg_models::{Error, GenerateOptions, GraphMode, ModelRunner, RunnerOptions, SamplingParams, SequenceInput};
+use bcg_runtime::Device;
+use serde_json::Value;
+
+use super::{load, options, tiny_qwen3};
+
+/// The relative spacing of bf16 numbers, and how far logits may lie from the f32 reference: rounding once in every op.
+const BF16_EPSILON: f32 = 1.0 / 256.0;
+const ABSOLUTE: f32 = 0.06;
+const RELATIVE: f32 = 4.0 * BF16_EPSILON;
+/// Where the two best logits of the reference lie nearer than this, bf16 may swap them.
+const NEAR_TIE: f32 = 0.25;
+
+fn input<'a>(
+    tokens: &'a [u32],
+    past_len: usize,
+    lease: &'a PageLease,
+    sampling: &'a SamplingParams,
+) -> SequenceInput<'a> {
+    SequenceInput { tokens, past_len, pages: lease.pages(), sampling, step: 0, top_logprobs: None, logits: true }
+}
+
+/// Runs `tokens` in steps that end at `ends`, and returns the logits behind the last one.
+fn logits_in_steps(runner: &mut ModelRunner, tokens: &[u32], ends: &[usize]) -> Vec<f32> {
+    let pool = runner.pages().clone();
+    let lease = pool.lease(pool.pages_for(tokens.len())).expect("free pages");
+    let greedy = SamplingParams::greedy();
+    let mut logits = None;
+    let mut begin = 0;
+    for &end in ends {
+        let mut output = runner.step(&[input(&tokens[begin..end], begin, &lease, &greedy)]).expect("a step");
+        logits = output.tokens.remove(0).logits;
+        begin = end;
+    }
+    logits.expect("logits were asked for")
+}
+
+fn reference() -> Vec<Value> {
+    let bytes = std::fs::read(tiny_qwen3().join("reference_logits.json")).expect("the reference");
+    let mut reference: Value = serde_json::from_slice(&bytes).expect("JSON");
+    let Value::Array(cases) = reference["cases"].take() else { panic!("cases") };
+    cases
+}
+
+fn numbers<T>(value: &Value, convert: impl Fn(&Value) -> Option<T>) -> Vec<T> {
+    value.as_array().expect("a list").iter().map(|number| convert(number).expect("a number")).collect()
+}
+
+fn tokens_of(case: &Value) -> Vec<u32> {
+    numbers(&case["ids"], |id| id.as_u64().map(|id| id as u32))
+}
+
+fn argmax(logits: &[f32]) -> u32 {
+    (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).expect("logits") as u32
+}
+
+#[track_caller]
+fn assert_close(got: &[f32], expected: &[f32], what: &str) {
+    assert_eq!(got.len(), expected.len(), "{what}");
+    for (token, (got, expected)) in got.iter().zip(expected).enumerate() {
+        let tolerance = ABSOLUTE + expected.abs() * RELATIVE;
+        assert!((got - expected).abs() <= tolerance, "{what}: token {token}: {got} is not {expected} ± {tolerance}");
+    }
+}
+
+/// The last logits lie within bf16 rounding of the reference, and every position has its most likely token.
+pub fn logits_match_the_reference(device: &Device) {
+    let mut runner = load(device, options(GraphMode::Off));
+    let greedy = SamplingParams::greedy();
+    for (index, case) in reference().iter().enumerate() {
+        let tokens = tokens_of(case);
+        let last = numbers(&case["last_logits"], |number| number.as_f64().map(|number| number as f32));
+        let best = numbers(&case["argmax"], |id| id.as_u64().map(|id| id as u32));
+        let pool = runner.pages().clone();
+        let lease = pool.lease(pool.pages_for(tokens.len())).expect("free pages");
+        let logits = runner.score(&input(&tokens, 0, &lease, &greedy)).expect("logits");
+        assert_close(logits.last().expect("a row"), &last, &format!("case {index}"));
+        for (position, (logits, &best)) in logits.iter().zip(&best).enumerate() {
+            let got = argmax(logits);
+            let lead = logits[got as usize] - logits[best as usize];
+            assert!(lead <= NEAR_TIE, "case {index}, position {position}: {got} leads {best} by {lead}");
+        }
+        assert_eq!(argmax(logits.last().expect("a row")), *best.last().expect("a position"), "case {index}");
+    }
+}
+
+/// Chunks of a prompt, each attending to the pages of those before it, end in the same bits as the prompt at once.
+pub fn a_prompt_in_chunks_equals_the_prompt_at_once(device: &Device) {
+    let mut runner = load(device, options(GraphMode::Off));
+    for case in reference() {
+        let tokens = tokens_of(&case);
+        let len = tokens.len();
+        let whole = logits_in_steps(&mut runner, &tokens, &[len]);
+        assert_eq!(logits_in_steps(&mut runner, &tokens, &[len / 2, len]), whole);
+        // 16 tokens are a page: ends before, on and behind its edge.
+        for edge in [15, 16, 17, 18] {
+            assert_eq!(logits_in_steps(&mut runner, &tokens, &[edge, len]), whole, "{edge} of {len} tokens");
+        }
+    }
+}
+
+/// Sequences of different lengths, some with a prefix, do not see each other.
+pub fn a_ragged_batch_equals_each_sequence_alone(device: &Device) {
+    let mut runner = load(device, options(GraphMode::Off));
+    let greedy = SamplingParams::greedy();
+    let prompts: Vec<Vec<u32>> = reference().iter().map(tokens_of).collect();
+    let alone: Vec<Vec<f32>> =
+        prompts.iter().map(|tokens| logits_in_steps(&mut runner, tokens, &[tokens.len()])).collect();
+    let pool = runner.pages().clone();
+    let leases: Vec<PageLease> =
+        prompts.iter().map(|tokens| pool.lease(pool.pages_for(tokens.len())).expect("free pages")).collect();
+    // Every second sequence has a prefix in the cache.
+    for (tokens, lease) in prompts.iter().zip(&leases).step_by(2) {
+        runner.step(&[input(&tokens[..20], 0, lease, &greedy)]).expect("a prefix");
+    }
+    let batch: Vec<SequenceInput<'_>> = prompts
+        .iter()
+        .zip(&leases)
+        .enumerate()
+        .map(|(index, (tokens, lease))| {
+            let past_len = if index % 2 == 0 { 20 } else { 0 };
+            input(&tokens[past_len..], past_len, lease, &greedy)
+        })
+        .collect();
+    let output = runner.step(&batch).expect("a step");
+    for (index, (token, alone)) in output.tokens.iter().zip(&alone).enumerate() {
+        assert_eq!(token.logits.as_deref(), Some(alone.as_slice()), "sequence {index}");
+    }
+    pool.check(&leases);
+}
+
+/// The decode kernel, one token at a time, agrees with the prefill kernel.
+pub fn a_decode_equals_a_prefill_of_the_same_tokens(device: &Device) {
+    let mut runner = load(device, options(GraphMode::Off));
+    for (index, case) in reference().iter().enumerate() {
+        let tokens = tokens_of(case);
+        let whole = logits_in_steps(&mut runner, &tokens, &[tokens.len()]);
+        let ends: Vec<usize> = (10..=tokens.len()).collect();
+        let decoded = logits_in_steps(&mut runner, &tokens, &ends);
+        assert_close(&decoded, &whole, &format!("case {index}"));
+        assert_eq!(argmax(&decoded), argmax(&whole), "case {index}");
+    }
+}
+
+fn answer(runner: &mut ModelRunner, prompt: &[u32], sampling: SamplingParams) -> Vec<u32> {
+    let options = GenerateOptions { max_new_tokens: 24, sampling, ignore_eos: true };
+    runner.generate(prompt, &options, &mut |_| ControlFlow::Continue(())).expect("an answer").tokens
+}
+
+/// Captured ahead or lazily, in debug mode, with poisoned memory, with every replay verified: the tokens are the same.
+pub fn graphs_give_the_tokens_of_eager_runs(device: &Device) {
+    let prompts: Vec<Vec<u32>> = reference().iter().take(3).map(tokens_of).collect();
+    let tokens = |options: RunnerOptions| {
+        let mut runner = load(device, options);
+        let answers: Vec<Vec<u32>> =
+            prompts.iter().map(|prompt| answer(&mut runner, prompt, SamplingParams::greedy())).collect();
+        (answers, runner.stats().clone())
+    };
+    let (expected, stats) = tokens(options(GraphMode::Off));
+    assert_eq!((stats.num_replays, stats.num_captures), (0, 0));
+    for options in [
+        options(GraphMode::Ahead),
+        options(GraphMode::Lazy),
+        RunnerOptions { debug_graph: true, ..options(GraphMode::Ahead) },
+        RunnerOptions { poison: true, verify_graph: Some(1), ..options(GraphMode::Ahead) },
+    ] {
+        let (got, stats) = tokens(options.clone());
+        assert_eq!(got, expected, "{options:?}");
+        assert!(stats.num_replays >= 60, "decodes replay: {stats:?}");
+        assert_eq!(stats.num_capture_failures, 0, "{stats:?}");
+        assert_eq!(options.verify_graph.map_or(0, |_| stats.num_replays), stats.num_verified);
+    }
+}
+
+/// A sequence draws the same tokens alone and in a batch, with and without graphs; another seed draws others.
+pub fn sampled_tokens_depend_on_seed_and_step_alone(device: &Device) {
+    let sampling = SamplingParams { temperature: 3.0, top_k: Some(200), top_p: 0.99, min_p: 0.0, seed: 11 };
+    let prompt = tokens_of(&reference()[0]);
+    let mut eager = load(device, options(GraphMode::Off));
+    let expected = answer(&mut eager, &prompt, sampling);
+    assert_eq!(answer(&mut eager, &prompt, sampling), expected, "the same seed");
+    assert_ne!(answer(&mut eager, &prompt, SamplingParams { seed: 12, ..sampling }), expected, "another seed");
+    let mut graphs = load(device, options(GraphMode::Ahead));
+    assert_eq!(answer(&mut graphs, &prompt, sampling), expected, "with graphs");
+
+    let pool = eager.pages().clone();
+    let leases: Vec<PageLease> = (0..3).map(|_| pool.lease(pool.pages_for(prompt.len())).expect("pages")).collect();
+    let greedy = SamplingParams::greedy();
+    let batch = [
+        input(&prompt, 0, &leases[0], &greedy),
+        input(&prompt, 0, &leases[1], &sampling),
+        input(&prompt[..20], 0, &leases[2], &sampling),
+    ];
+    let output = eager.step(&batch).expect("a step");
+    assert_eq!(output.tokens[1].id, expected[0], "in a batch");
+}
+
+/// The token's log probability and the best alternatives come from the unscaled logits.
+pub fn log_probabilities_are_of_the_logits(device: &Device) {
+    let mut runner = load(device, options(GraphMode::Off));
+    let prompt = tokens_of(&reference()[0]);
+    let pool = runner.pages().clone();
+    let lease = pool.lease(pool.pages_for(prompt.len())).expect("pages");
+    let sampling = SamplingParams::greedy();
+    let batch = [SequenceInput { top_logprobs: Some(3), ..input(&prompt, 0, &lease, &sampling) }];
+    let token = runner.step(&batch).expect("a step").tokens.remove(0);
+    let logits = token.logits.expect("logits were asked for");
+    let sum: f32 = logits.iter().map(|logit| (logit - logits[token.id as usize]).exp()).sum();
+    let logprob = token.logprob.expect("log probabilities were asked for");
+    assert!((logprob + sum.ln()).abs() < 1e-4, "{logprob} is not {}", -sum.ln());
+    assert_eq!((token.top.len(), token.top[0]), (3, (token.id, logprob)));
+    assert!(token.top.is_sorted_by(|a, b| a.1 >= b.1), "{:?}", token.top);
+}
+
+/// A step that is refused runs nothing: the next one gives what it would have given.
+pub fn a_batch_that_does_not_fit_is_refused_and_changes_nothing(device: &Device) {
+    let mut runner = load(device, options(GraphMode::Ahead));
+    let prompt = tokens_of(&reference()[0]);
+    let expected = logits_in_steps(&mut runner, &prompt, &[prompt.len()]);
+    let pool = runner.pages().clone();
+    let lease = pool.lease(1).expect("a page");
+    let greedy = SamplingParams::greedy();
+    let good = input(&prompt[..4], 0, &lease, &greedy);
+    for refused in [
+        vec![],
+        vec![good; 9],
+        vec![SequenceInput { tokens: &[], ..good }],
+        vec![SequenceInput { tokens: &[512], ..good }],
+        vec![SequenceInput { pages: &[], ..good }],
+        vec![SequenceInput { pages: &[9999], ..good }],
+        vec![SequenceInput { past_len: 1021, ..good }],
+        vec![SequenceInput { tokens: &[1; 1025], ..good }],
+        vec![SequenceInput { sampling: &SamplingParams { top_p: 0.0, ..greedy }, ..good }],
+    ] {
+        let launches = runner.runtime_stats().num_launches;
+        let error = runner.step(&refused).expect_err("refused");
+        assert!(matches!(error, Error::Batch { .. } | Error::Sampling { .. }), "{error}");
+        assert_eq!(runner.runtime_stats().num_launches, launches, "nothing ran");
+    }
+    assert_eq!(logits_in_steps(&mut runner, &prompt, &[prompt.len()]), expected);
+}
