@@ -18,6 +18,9 @@ const PROFILE: &str = "bundle";
 const EXECUTABLES: [(&str, &str); 4] =
     [("bcg-tests", "gpu"), ("bcg-server", "bcg"), ("bcg-server", "bcg-server"), ("bcg-bench", "replay")];
 
+/// An example of bcg-runtime that travels too.
+const EXAMPLE: &str = "own_kernel";
+
 /// Folders of the project that travel along.
 const FOLDERS: [&str; 2] = ["models/tiny-qwen3", "tests/data"];
 
@@ -28,12 +31,14 @@ pub(crate) fn run() -> Result<()> {
         build.args(["-p", package, "--bin", executable]);
     }
     run_process(&mut build)?;
+    run_process(&mut cargo(["build", "--locked", "--profile", PROFILE, "-p", "bcg-runtime", "--example", EXAMPLE]))?;
     let bundle = root().join("target").join("gpu-bundle");
     let _ = fs::remove_dir_all(&bundle);
     fs::create_dir_all(bundle.join("bin"))?;
     for (_, executable) in EXECUTABLES {
         copy(&target().join(PROFILE).join(executable), &bundle.join("bin").join(executable))?;
     }
+    copy(&target().join(PROFILE).join("examples").join(EXAMPLE), &bundle.join("bin").join(EXAMPLE))?;
     for folder in FOLDERS {
         copy(&root().join(folder), &bundle.join(folder))?;
     }

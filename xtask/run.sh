@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Runs the GPU bundle: correctness first, then figures, a short table last. Needs an NVIDIA driver and NVRTC (CUDA 12.4 or
+# newer), nothing else. The log and the figures land in $OUT, or in out/ beside this script.
+set -uo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+cd "$here" || exit 1
+out=${OUT:-$here/out}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir -p "$out"
+log=$out/run.log
+: >"$log"
+
+export BCG_ROOT=$here BCG_CACHE_DIR=${BCG_CACHE_DIR:-$work/cache} RUST_BACKTRACE=1
+table=()
+failed=0
+
+step() { # name, seconds at most, command…
+    local name=$1 limit=$2 begun status
+    shift 2
+    echo "==> $name: $*" | tee -a "$log"
+    begun=$(date +%s.%N)
+    timeout --kill-after=5 "$limit" "$@" 2>&1 | tee -a "$log" | tail -n 40
+    status=${PIPESTATUS[0]}
+    begun=$(awk -v a="$begun" -v b="$(date +%s.%N)" 'BEGIN { printf "%.1f", b - a }')
+    if [ "$status" = 0 ]; then table+=("ok    $begun s  $name"); else
+        table+=("FAIL  $begun s  $name (status $status)")
+        failed=1
+    fi
+}
+
+model=(--model models/tiny-qwen3 --device cuda)
+graphs=(--enable-breakable-cuda-graph)
+problems=tests/data/mini_gsm_test.jsonl
+shots=(--few-shot tests/data/mini_gsm_shots.json)
+
+evaluate() { # name, flags…
+    local name=$1
+    shift
+    step "eval $name" 120 bin/bcg eval "$problems" "${model[@]}" --min-accuracy 1 --dump "$work/$name.jsonl" "$@"
+}
+
+{
+    cat COMMIT
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+} 2>&1 | tee -a "$log"
+
+# 1. Correct?
+step "own kernel" 60 bin/own_kernel
+step "rules on the GPU" "${GPU_TESTS_SECONDS:-300}" bin/gpu --random "${GPU_RANDOM_PROGRAMS:-1000}"
+evaluate chat-eager
+evaluate chat-graphs "${graphs[@]}"
+evaluate few-shot-eager "${shots[@]}"
+evaluate few-shot-graphs "${shots[@]}" "${graphs[@]}"
+evaluate chat-lazy-verified "${graphs[@]}" --capture lazy --verify-graph 1 --poison-graph-memory
+step "chat: equal tokens" 10 cmp "$work/chat-eager.jsonl" "$work/chat-graphs.jsonl"
+step "chat, lazy: equal tokens" 10 cmp "$work/chat-eager.jsonl" "$work/chat-lazy-verified.jsonl"
+step "few-shot: equal tokens" 10 cmp "$work/few-shot-eager.jsonl" "$work/few-shot-graphs.jsonl"
+
+# 2. Fast?
+step "inspect" 60 bin/bcg inspect "${model[@]}" --size 64
+step "generate" 60 bin/bcg generate "${model[@]}" "${graphs[@]}" --chat --prompt "Raj has 10 boxes with 12 books in each. How many books is that?"
+step "replay bench" 180 bin/replay --device cuda --json "$out/replay.json"
+
+echo
+grep -hE '^(accuracy|[0-9]+ of [0-9]+|captured|[0-9]+ passed)' "$log"
+printf '%s\n' "${table[@]}" | tee -a "$log"
+exit "$failed"
