@@ -1,0 +1,416 @@
+//! Command line flags, shared by the binaries, and the checks across them.
+//!
+//! Flags carry SGLang's names where SGLang has one. [`EngineArgs::plan`] turns the raw flags into an [`EnginePlan`]
+//! or says which flag is wrong and what to do about it; nothing after it looks at raw flags again.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, ValueEnum};
+
+/// Where the model runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DeviceArg {
+    /// CUDA if there is a usable GPU, else the host device.
+    Auto,
+    /// The emulated device; needs no GPU.
+    Host,
+    /// The first CUDA GPU; an error if there is none.
+    Cuda,
+}
+
+/// When graphs are captured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum CaptureArg {
+    /// Every size of the ladder before the first request is served.
+    Ahead,
+    /// Each size when a request first needs it.
+    Lazy,
+}
+
+/// How log lines are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// One readable line per event.
+    Text,
+    /// One JSON object per event.
+    Json,
+}
+
+/// Flags of everything that runs a model: the server, `bcg generate`, `bcg eval`, `bcg inspect`.
+#[derive(Debug, Clone, Args)]
+pub struct EngineArgs {
+    /// Folder of a Hugging Face checkpoint (config.json, *.safetensors, tokenizer.json)
+    #[arg(long, alias = "model-path", value_name = "DIR")]
+    pub model: PathBuf,
+
+    /// Where to run: auto picks CUDA if there is a usable GPU, else the host device
+    #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
+    pub device: DeviceArg,
+
+    /// Replay prefill and decode as breakable CUDA graphs
+    #[arg(long)]
+    pub enable_breakable_cuda_graph: bool,
+
+    /// Largest token count that gets a graph; larger steps run eagerly
+    #[arg(long, value_name = "TOKENS")]
+    pub cuda_graph_max_tokens: Option<usize>,
+
+    /// Token counts to capture, separated by commas, instead of the default ladder
+    #[arg(long, value_name = "T,T,…", value_delimiter = ',', num_args = 0..)]
+    pub cuda_graph_sizes: Option<Vec<usize>>,
+
+    /// When graphs are captured
+    #[arg(long, value_enum, default_value_t = CaptureArg::Ahead)]
+    pub capture: CaptureArg,
+
+    /// Run each captured forward as one eager break, to tell a graph problem from a model problem
+    #[arg(long)]
+    pub debug_cuda_graph: bool,
+
+    /// Compare every Nth replay with an eager run of the same step
+    #[arg(long, value_name = "N")]
+    pub verify_graph: Option<u32>,
+
+    /// Fill freed graph memory with a pattern that shows up when it is read
+    #[arg(long)]
+    pub poison_graph_memory: bool,
+
+    /// Sequences that decode together at most
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub max_running_requests: usize,
+
+    /// Requests that may wait; one more is refused (HTTP 429)
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub max_queued_requests: usize,
+
+    /// Tokens of prompt and answer together at most [default: the model's]
+    #[arg(long, value_name = "TOKENS")]
+    pub context_length: Option<usize>,
+
+    /// Tokens that the KV cache holds over all sequences [default: sized from the model and the batch]
+    #[arg(long, alias = "max-total-tokens", value_name = "TOKENS")]
+    pub kv_cache_tokens: Option<usize>,
+
+    /// Tokens in one page of the KV cache
+    #[arg(long, value_name = "TOKENS", default_value_t = 16)]
+    pub page_size: usize,
+
+    /// Tokens in one prefill step at most; a longer prompt is prefilled in chunks
+    #[arg(long, value_name = "TOKENS", default_value_t = 2048)]
+    pub chunked_prefill_size: usize,
+}
+
+/// Flags of `bcg-server`.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "bcg-server", version, about = "OpenAI-compatible server on breakable CUDA graphs")]
+pub struct ServerArgs {
+    /// Flags of the engine.
+    #[command(flatten)]
+    pub engine: EngineArgs,
+
+    /// Address to listen on
+    #[arg(long, default_value = "127.0.0.1")]
+    pub host: String,
+
+    /// Port to listen on; 0 takes a free one
+    #[arg(long, default_value_t = 30000)]
+    pub port: u16,
+
+    /// Name of the model in the API [default: the checkpoint folder's name]
+    #[arg(long, value_name = "NAME")]
+    pub served_model_name: Option<String>,
+
+    /// How log lines are written
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+
+    /// Largest request body in bytes (HTTP 413 above it)
+    #[arg(long, value_name = "BYTES", default_value_t = 8 << 20)]
+    pub max_body_bytes: usize,
+
+    /// Seconds that running requests get to finish after SIGTERM or ctrl-c
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub shutdown_deadline: u64,
+}
+
+impl ServerArgs {
+    /// Returns how long running requests may take once a shutdown began.
+    pub fn shutdown_deadline(&self) -> Duration {
+        Duration::from_secs(self.shutdown_deadline)
+    }
+}
+
+/// How graphs are used, after the flags were checked against each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GraphPlan {
+    /// Every step runs eagerly.
+    Off,
+    /// Graphs of all sizes are captured at start.
+    Ahead,
+    /// Graphs are captured when first needed.
+    Lazy,
+}
+
+/// The checked form of [`EngineArgs`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EnginePlan {
+    /// Checkpoint folder.
+    pub model: PathBuf,
+    /// Where to run.
+    pub device: DeviceArg,
+    /// Whether and when graphs are captured.
+    pub graph: GraphPlan,
+    /// Sizes to capture, ascending; `None` takes the default ladder.
+    pub graph_sizes: Option<Vec<usize>>,
+    /// Largest token count that gets a graph; `None` takes the default.
+    pub graph_max_tokens: Option<usize>,
+    /// Whole forward as one break.
+    pub debug_graph: bool,
+    /// Compare every Nth replay with an eager run.
+    pub verify_graph: Option<u32>,
+    /// Poison freed graph memory.
+    pub poison: bool,
+    /// Sequences that decode together at most.
+    pub max_running: usize,
+    /// Requests that may wait.
+    pub max_queued: usize,
+    /// Tokens of prompt and answer together at most; `None` takes the model's.
+    pub context_length: Option<usize>,
+    /// Tokens in the KV cache; `None` sizes it from the model.
+    pub kv_cache_tokens: Option<usize>,
+    /// Tokens in one page.
+    pub page_size: usize,
+    /// Tokens in one prefill step at most.
+    pub max_batch_tokens: usize,
+}
+
+/// A flag, or a combination of flags, that cannot work.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{flag}: {problem}; {remedy}")]
+pub struct ArgError {
+    /// The flag to look at.
+    pub flag: &'static str,
+    /// What is wrong with it.
+    pub problem: String,
+    /// What to do about it.
+    pub remedy: &'static str,
+}
+
+impl ArgError {
+    fn new(flag: &'static str, problem: impl Into<String>, remedy: &'static str) -> Self {
+        Self { flag, problem: problem.into(), remedy }
+    }
+}
+
+impl EngineArgs {
+    /// Checks the flags against each other.
+    ///
+    /// # Errors
+    /// [`ArgError`] names the flag, the problem and the remedy.
+    pub fn plan(&self) -> Result<EnginePlan, ArgError> {
+        self.check_counts()?;
+        let graph = self.check_graph()?;
+        let graph_sizes = self.check_sizes()?;
+        Ok(EnginePlan {
+            model: self.model.clone(),
+            device: self.device,
+            graph,
+            graph_sizes,
+            graph_max_tokens: self.cuda_graph_max_tokens,
+            debug_graph: self.debug_cuda_graph,
+            verify_graph: self.verify_graph,
+            poison: self.poison_graph_memory,
+            max_running: self.max_running_requests,
+            max_queued: self.max_queued_requests,
+            context_length: self.context_length,
+            kv_cache_tokens: self.kv_cache_tokens,
+            page_size: self.page_size,
+            max_batch_tokens: self.chunked_prefill_size,
+        })
+    }
+
+    fn check_counts(&self) -> Result<(), ArgError> {
+        let positive: [(&'static str, Option<usize>); 6] = [
+            ("--max-running-requests", Some(self.max_running_requests)),
+            ("--max-queued-requests", Some(self.max_queued_requests)),
+            ("--page-size", Some(self.page_size)),
+            ("--chunked-prefill-size", Some(self.chunked_prefill_size)),
+            ("--context-length", self.context_length),
+            ("--kv-cache-tokens", self.kv_cache_tokens),
+        ];
+        for (flag, value) in positive {
+            if value == Some(0) {
+                return Err(ArgError::new(flag, "is 0", "give a number of at least 1"));
+            }
+        }
+        if self.chunked_prefill_size < self.max_running_requests {
+            return Err(ArgError::new(
+                "--chunked-prefill-size",
+                format!(
+                    "a step of {} tokens cannot hold the {} sequences of --max-running-requests",
+                    self.chunked_prefill_size, self.max_running_requests
+                ),
+                "raise it or lower --max-running-requests",
+            ));
+        }
+        if let Some(tokens) = self.kv_cache_tokens {
+            let least = self.context_length.unwrap_or(0).max(self.page_size);
+            if tokens < least {
+                return Err(ArgError::new(
+                    "--kv-cache-tokens",
+                    format!("{tokens} tokens cannot hold one sequence of {least}"),
+                    "raise it or lower --context-length",
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_graph(&self) -> Result<GraphPlan, ArgError> {
+        const REMEDY: &str = "add --enable-breakable-cuda-graph or drop this flag";
+        if !self.enable_breakable_cuda_graph {
+            let given: [(&'static str, bool); 6] = [
+                ("--cuda-graph-max-tokens", self.cuda_graph_max_tokens.is_some()),
+                ("--cuda-graph-sizes", self.cuda_graph_sizes.is_some()),
+                ("--capture", self.capture != CaptureArg::Ahead),
+                ("--debug-cuda-graph", self.debug_cuda_graph),
+                ("--verify-graph", self.verify_graph.is_some()),
+                ("--poison-graph-memory", self.poison_graph_memory),
+            ];
+            return match given.into_iter().find(|(_, given)| *given) {
+                Some((flag, _)) => Err(ArgError::new(flag, "has no effect while graphs are off", REMEDY)),
+                None => Ok(GraphPlan::Off),
+            };
+        }
+        if self.verify_graph == Some(0) {
+            return Err(ArgError::new(
+                "--verify-graph",
+                "every 0th replay is none",
+                "give at least 1, which checks every replay",
+            ));
+        }
+        match self.capture {
+            CaptureArg::Ahead => Ok(GraphPlan::Ahead),
+            CaptureArg::Lazy if self.cuda_graph_sizes.is_some() => Err(ArgError::new(
+                "--cuda-graph-sizes",
+                "--capture lazy captures the exact sizes it meets",
+                "drop one of the two flags",
+            )),
+            CaptureArg::Lazy => Ok(GraphPlan::Lazy),
+        }
+    }
+
+    fn check_sizes(&self) -> Result<Option<Vec<usize>>, ArgError> {
+        const FLAG: &str = "--cuda-graph-sizes";
+        if self.cuda_graph_max_tokens == Some(0) {
+            return Err(ArgError::new(
+                "--cuda-graph-max-tokens",
+                "0 leaves no size to capture",
+                "give at least 1 or drop --enable-breakable-cuda-graph",
+            ));
+        }
+        let Some(sizes) = &self.cuda_graph_sizes else { return Ok(None) };
+        let mut sizes = sizes.clone();
+        sizes.sort_unstable();
+        sizes.dedup();
+        let (Some(&least), Some(&most)) = (sizes.first(), sizes.last()) else {
+            return Err(ArgError::new(
+                FLAG,
+                "names no size, so nothing could be captured",
+                "give sizes such as 1,2,4,8, drop it for the default ladder, or drop --enable-breakable-cuda-graph",
+            ));
+        };
+        if least == 0 {
+            return Err(ArgError::new(FLAG, "0 tokens is no size", "give sizes of at least 1"));
+        }
+        if let Some(max) = self.cuda_graph_max_tokens
+            && most > max
+        {
+            return Err(ArgError::new(
+                FLAG,
+                format!("{most} is above --cuda-graph-max-tokens {max}"),
+                "raise --cuda-graph-max-tokens or drop that size",
+            ));
+        }
+        Ok(Some(sizes))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(flags: &[&str]) -> EngineArgs {
+        let mut line = vec!["bcg-server", "--model", "m"];
+        line.extend(flags);
+        ServerArgs::try_parse_from(line).expect("flags parse").engine
+    }
+
+    #[track_caller]
+    fn refused(flags: &[&str], flag: &str, remedy: &str) {
+        let error = parse(flags).plan().expect_err("these flags cannot work");
+        assert_eq!(error.flag, flag);
+        assert!(error.to_string().contains(remedy), "{error}");
+    }
+
+    #[test]
+    fn defaults_run_eagerly() {
+        let plan = parse(&[]).plan().expect("defaults work");
+        assert_eq!(plan.graph, GraphPlan::Off);
+        assert_eq!(plan.graph_sizes, None);
+    }
+
+    #[test]
+    fn one_flag_turns_graphs_on() {
+        let plan = parse(&["--enable-breakable-cuda-graph"]).plan().expect("works");
+        assert_eq!(plan.graph, GraphPlan::Ahead);
+    }
+
+    #[test]
+    fn sizes_are_sorted_and_unique() {
+        let plan = parse(&["--enable-breakable-cuda-graph", "--cuda-graph-sizes", "8,1,8,4"]).plan().expect("works");
+        assert_eq!(plan.graph_sizes, Some(vec![1, 4, 8]));
+    }
+
+    #[test]
+    fn an_empty_ladder_is_refused_with_a_remedy() {
+        refused(
+            &["--enable-breakable-cuda-graph", "--cuda-graph-sizes"],
+            "--cuda-graph-sizes",
+            "drop it for the default",
+        );
+        refused(
+            &["--enable-breakable-cuda-graph", "--cuda-graph-max-tokens", "0"],
+            "--cuda-graph-max-tokens",
+            "drop --enable-breakable-cuda-graph",
+        );
+    }
+
+    #[test]
+    fn graph_flags_without_graphs_are_refused() {
+        refused(&["--cuda-graph-sizes", "1,2"], "--cuda-graph-sizes", "add --enable-breakable-cuda-graph");
+        refused(&["--capture", "lazy"], "--capture", "add --enable-breakable-cuda-graph");
+        refused(&["--verify-graph", "3"], "--verify-graph", "add --enable-breakable-cuda-graph");
+    }
+
+    #[test]
+    fn contradicting_flags_are_refused() {
+        let on = "--enable-breakable-cuda-graph";
+        refused(&[on, "--capture", "lazy", "--cuda-graph-sizes", "1"], "--cuda-graph-sizes", "drop one");
+        refused(&[on, "--cuda-graph-sizes", "64", "--cuda-graph-max-tokens", "32"], "--cuda-graph-sizes", "raise");
+        refused(&["--kv-cache-tokens", "64", "--context-length", "128"], "--kv-cache-tokens", "lower --context-length");
+        refused(
+            &["--max-running-requests", "100", "--chunked-prefill-size", "64"],
+            "--chunked-prefill-size",
+            "lower --max-running-requests",
+        );
+    }
+
+    #[test]
+    fn sglang_names_are_understood() {
+        let args =
+            ServerArgs::try_parse_from(["x", "--model-path", "m", "--max-total-tokens", "4096"]).expect("parses");
+        assert_eq!(args.engine.kv_cache_tokens, Some(4096));
+    }
+}

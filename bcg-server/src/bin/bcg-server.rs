@@ -1,0 +1,46 @@
+//! `bcg-server`: loads a model and serves it over HTTP.
+
+#![forbid(unsafe_code)]
+
+use std::net::TcpListener;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context;
+use bcg_server::api::{self, ApiOptions};
+use bcg_server::args::ServerArgs;
+use bcg_server::engine::{Engine, load};
+use bcg_server::{logging, shutdown};
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let args = ServerArgs::parse();
+    logging::init(args.log_format);
+    match run(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bcg-server: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &ServerArgs) -> anyhow::Result<()> {
+    let plan = args.engine.plan()?;
+    // Taken before the model is loaded, so that a port in use is known at once.
+    let address = (args.host.as_str(), args.port);
+    let listener = TcpListener::bind(address)
+        .with_context(|| format!("--host {} --port {}: cannot listen", args.host, args.port))?;
+    listener.set_nonblocking(true)?;
+    let engine: Arc<dyn Engine> = Arc::new(load::start(&plan, args.served_model_name.clone())?);
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let listener = tokio::net::TcpListener::from_std(listener)?;
+        let (address, model) = (listener.local_addr()?, &engine.info().name);
+        tracing::info!(%model, "serving on http://{address}");
+        let options = ApiOptions { max_body_bytes: args.max_body_bytes, shutdown_deadline: args.shutdown_deadline() };
+        api::serve(listener, engine, options, shutdown::signal()).await
+    })?;
+    tracing::info!("stopped");
+    Ok(())
+}

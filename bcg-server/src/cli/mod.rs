@@ -1,0 +1,47 @@
+//! The commands of the `bcg` binary, one per file. They use the same engine and flags as the server, without HTTP.
+
+use clap::{Parser, Subcommand};
+
+use crate::args::LogFormat;
+
+pub mod eval;
+pub mod generate;
+pub mod inspect;
+
+/// Flags of `bcg`.
+#[derive(Debug, Parser)]
+#[command(name = "bcg", version, about = "Run, evaluate and inspect models on breakable CUDA graphs")]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+
+    /// How log lines are written
+    #[arg(long, value_enum, default_value_t = LogFormat::Text, global = true)]
+    pub log_format: LogFormat,
+}
+
+/// What `bcg` can do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Answer one prompt on the terminal
+    Generate(generate::GenerateArgs),
+    /// Answer the problems of a JSONL file and print the accuracy
+    Eval(eval::EvalArgs),
+    /// Show the segments and breaks of a captured size
+    Inspect(inspect::InspectArgs),
+}
+
+impl Cli {
+    /// Runs the command.
+    ///
+    /// # Errors
+    /// What is wrong with the flags, the files or the model.
+    pub fn run(self) -> anyhow::Result<()> {
+        match self.command {
+            Command::Generate(args) => generate::run(args),
+            Command::Eval(args) => eval::run(&args),
+            Command::Inspect(args) => inspect::run(&args),
+        }
+    }
+}

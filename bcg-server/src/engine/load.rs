@@ -1,0 +1,129 @@
+//! From checked flags to a running engine: device, sizes, weights, graphs.
+
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::Context as _;
+use bcg_models::{ChatTemplate, GraphMode, ModelConfig, ModelRunner, RunnerOptions};
+use bcg_runtime::{Device, DeviceKind};
+
+use super::ModelInfo;
+use super::local::{LocalEngine, LocalOptions};
+use super::scheduler::{Limits, Scheduler};
+use crate::args::{DeviceArg, EnginePlan, GraphPlan};
+use crate::progress::LoadProgress;
+
+/// KV cache bytes on the host device when no flag says how many tokens it holds.
+const HOST_KV_BYTES: usize = 128 << 20;
+
+/// Loads the model on the engine's thread and returns the engine once it serves.
+///
+/// `name` is the model's name in the API; without one it is the checkpoint folder's.
+///
+/// # Errors
+/// What is wrong with the checkpoint, the flags or the device.
+pub fn start(plan: &EnginePlan, name: Option<String>) -> anyhow::Result<LocalEngine> {
+    let plan = plan.clone();
+    LocalEngine::start(move || {
+        let runner = load_runner(&plan)?;
+        let chat = ChatTemplate::load(&plan.model)?;
+        let options = runner.options();
+        let limits = Limits {
+            max_running: options.max_running_requests,
+            max_batch_tokens: options.max_batch_tokens,
+            context_length: options.context_length,
+        };
+        let info = ModelInfo {
+            name: name.unwrap_or_else(|| folder_name(&plan.model)),
+            created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+            context_length: limits.context_length,
+            vocab_size: runner.config().vocab_size,
+        };
+        let local = LocalOptions {
+            info,
+            tokenizer: runner.tokenizer().clone(),
+            chat,
+            eos: runner.config().eos_token_ids.clone(),
+            max_queued: plan.max_queued,
+        };
+        let scheduler = Scheduler::new(limits, runner.pages().clone());
+        Ok((runner, scheduler, local))
+    })
+}
+
+/// Loads the model and captures its graphs, with progress bars and a summary line.
+///
+/// # Errors
+/// As [`start`].
+pub fn load_runner(plan: &EnginePlan) -> anyhow::Result<ModelRunner> {
+    let device = open_device(plan.device)?;
+    let config = ModelConfig::load(&plan.model)
+        .with_context(|| format!("--model {}: not a usable checkpoint folder", plan.model.display()))?;
+    let options = runner_options(plan, &config, &device)?;
+    let mut progress = LoadProgress::new();
+    let mut runner = ModelRunner::load(&device, &plan.model, options, &mut |done| progress.update(done))?;
+    let captured = match plan.graph {
+        GraphPlan::Ahead => Some(runner.capture(&mut |done| progress.update(done))?),
+        GraphPlan::Off | GraphPlan::Lazy => None,
+    };
+    progress.finish(&runner, captured.as_ref());
+    Ok(runner)
+}
+
+fn open_device(device: DeviceArg) -> anyhow::Result<Device> {
+    match device {
+        DeviceArg::Host => Ok(Device::host()),
+        DeviceArg::Cuda => Device::cuda(0)
+            .context("--device cuda: no usable GPU; use --device auto or --device host to run without one"),
+        DeviceArg::Auto => {
+            let (device, line) = Device::auto();
+            tracing::info!("{line}");
+            Ok(device)
+        }
+    }
+}
+
+fn runner_options(plan: &EnginePlan, config: &ModelConfig, device: &Device) -> anyhow::Result<RunnerOptions> {
+    let mut context_length = plan.context_length.unwrap_or(config.max_position_embeddings);
+    let kv_cache_tokens = match plan.kv_cache_tokens {
+        Some(tokens) => {
+            if plan.context_length.is_none() {
+                context_length = context_length.min(tokens);
+            }
+            tokens
+        }
+        None => {
+            let bytes = match device.kind() {
+                DeviceKind::Host => HOST_KV_BYTES,
+                // The weights, the arena and the graphs take their part of the rest.
+                DeviceKind::Cuda => device.memory_info()?.free_bytes / 2,
+            };
+            let fits = bytes / config.kv_bytes_per_token().max(1);
+            let useful = plan.max_running.saturating_mul(context_length);
+            fits.min(useful).max(context_length)
+        }
+    };
+    let default = RunnerOptions::default();
+    Ok(RunnerOptions {
+        page_size: plan.page_size,
+        kv_cache_tokens: kv_cache_tokens.next_multiple_of(plan.page_size),
+        max_running_requests: plan.max_running,
+        context_length,
+        max_batch_tokens: plan.max_batch_tokens,
+        graph: match plan.graph {
+            GraphPlan::Off => GraphMode::Off,
+            GraphPlan::Ahead => GraphMode::Ahead,
+            GraphPlan::Lazy => GraphMode::Lazy,
+        },
+        graph_sizes: plan.graph_sizes.clone(),
+        graph_max_tokens: plan.graph_max_tokens.unwrap_or(default.graph_max_tokens),
+        debug_graph: plan.debug_graph,
+        verify_graph: plan.verify_graph,
+        poison: plan.poison,
+    })
+}
+
+fn folder_name(dir: &Path) -> String {
+    let full = dir.canonicalize().unwrap_or_else(|_| dir.to_path_buf());
+    full.file_name().map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
+}

@@ -1,0 +1,392 @@
+//! The engine that runs a model in this process: tokenizes, checks lengths, queues, and hands jobs to the worker.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use bcg_models::{ChatTemplate, SamplingParams, Tokenizer};
+use tokio::sync::Semaphore;
+
+use super::output::{Output, OutputOptions};
+use super::runner::StepRunner;
+use super::scheduler::Scheduler;
+use super::worker::{Job, Shared, Worker};
+use super::{Engine, EventStream, GenerationRequest, Health, ModelInfo, Prompt, SubmitError};
+use crate::metrics::Metrics;
+
+/// What a [`LocalEngine`] knows of its model besides the runner.
+#[derive(Debug)]
+pub struct LocalOptions {
+    /// How clients see the model.
+    pub info: ModelInfo,
+    /// Text to tokens and back.
+    pub tokenizer: Tokenizer,
+    /// Conversation to text; `None` if the checkpoint has none.
+    pub chat: Option<ChatTemplate>,
+    /// Tokens that end an answer.
+    pub eos: Vec<u32>,
+    /// Requests that may wait.
+    pub max_queued: usize,
+}
+
+/// An engine whose worker thread lives in this process. Dropping it stops the worker and waits for it.
+#[derive(Debug)]
+pub struct LocalEngine {
+    options: LocalOptions,
+    eos: Arc<[u32]>,
+    jobs: Option<SyncSender<Job>>,
+    slots: Arc<Semaphore>,
+    shared: Arc<Shared>,
+    draining: AtomicBool,
+    next_seed: AtomicU64,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl LocalEngine {
+    /// Starts the worker's thread, makes the runner on it with `load`, and waits until it is ready.
+    ///
+    /// # Errors
+    /// What `load` returned, or that the thread could not be started.
+    pub fn start<R, F>(load: F) -> anyhow::Result<Self>
+    where
+        R: StepRunner,
+        F: FnOnce() -> anyhow::Result<(R, Scheduler, LocalOptions)> + Send + 'static,
+    {
+        let shared = Arc::new(Shared::default());
+        let (ready, loaded) = sync_channel(1);
+        let worker_shared = shared.clone();
+        let thread = std::thread::Builder::new().name("bcg-engine".into()).spawn(move || match load() {
+            Err(error) => drop(ready.send(Err(error))),
+            Ok((runner, scheduler, options)) => {
+                // No more jobs than queue slots are ever on their way, so sending never waits.
+                let (jobs, receiver) = sync_channel(options.max_queued);
+                let worker = Worker::new(runner, scheduler, receiver, worker_shared);
+                if ready.send(Ok((jobs, options))).is_ok() {
+                    drop(ready);
+                    worker.run();
+                }
+            }
+        })?;
+        let (jobs, options) = match loaded.recv() {
+            Ok(loaded) => loaded?,
+            Err(_) => {
+                let _ = thread.join();
+                anyhow::bail!("the engine's thread panicked while the model was loaded");
+            }
+        };
+        Ok(Self {
+            eos: Arc::from(options.eos.as_slice()),
+            slots: Arc::new(Semaphore::new(options.max_queued)),
+            options,
+            jobs: Some(jobs),
+            shared,
+            draining: AtomicBool::new(false),
+            next_seed: AtomicU64::new(0),
+            thread: Mutex::new(Some(thread)),
+        })
+    }
+
+    /// Returns the model's tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.options.tokenizer
+    }
+
+    fn tokens(&self, prompt: Prompt) -> Result<Vec<u32>, SubmitError> {
+        let refused = |error: bcg_models::Error| SubmitError::Prompt(error.to_string());
+        let tokens = match prompt {
+            Prompt::Text(text) => self.options.tokenizer.encode_with(&text, true).map_err(refused)?,
+            Prompt::Chat { messages, template_args } => {
+                let Some(chat) = &self.options.chat else {
+                    return Err(SubmitError::Prompt("This model has no chat template; use /v1/completions.".into()));
+                };
+                let text = chat.render(&messages, None, true, &template_args).map_err(refused)?;
+                self.options.tokenizer.encode(&text).map_err(refused)?
+            }
+            Prompt::Tokens(tokens) => {
+                let vocab_size = self.options.info.vocab_size;
+                if let Some(unknown) = tokens.iter().find(|&&token| token as usize >= vocab_size) {
+                    return Err(SubmitError::Prompt(format!(
+                        "Token id {unknown} is not in the vocabulary of {vocab_size} tokens."
+                    )));
+                }
+                tokens
+            }
+        };
+        if tokens.is_empty() {
+            return Err(SubmitError::Prompt("The prompt is empty; it needs at least one token.".into()));
+        }
+        Ok(tokens)
+    }
+
+    fn max_tokens(&self, prompt: usize, asked: Option<usize>) -> Result<usize, SubmitError> {
+        let context = self.options.info.context_length;
+        let max_tokens = asked.unwrap_or_else(|| context.saturating_sub(prompt)).max(1);
+        if prompt.saturating_add(max_tokens) > context {
+            return Err(SubmitError::ContextLength { prompt, max_tokens, context });
+        }
+        Ok(max_tokens)
+    }
+}
+
+/// Returns a seed for a request that names none; each call gives another one.
+fn fresh_seed(counter: &AtomicU64) -> u64 {
+    use std::hash::{BuildHasher, Hasher, RandomState};
+    let mut hasher = RandomState::new().build_hasher();
+    hasher.write_u64(counter.fetch_add(1, Ordering::Relaxed));
+    hasher.finish()
+}
+
+impl Engine for LocalEngine {
+    fn info(&self) -> &ModelInfo {
+        &self.options.info
+    }
+
+    fn submit(&self, request: GenerationRequest) -> Result<EventStream, SubmitError> {
+        if self.draining.load(Ordering::Relaxed) {
+            return Err(SubmitError::ShuttingDown);
+        }
+        let max_queued = self.options.max_queued;
+        let Ok(slot) = self.slots.clone().try_acquire_owned() else {
+            return Err(SubmitError::QueueFull { max_queued });
+        };
+        let prompt = self.tokens(request.prompt)?;
+        let max_tokens = self.max_tokens(prompt.len(), request.max_tokens)?;
+        let options = OutputOptions {
+            prompt_tokens: prompt.len(),
+            max_tokens,
+            stop: request.stop,
+            eos: if request.ignore_eos { Arc::from([]) } else { self.eos.clone() },
+            logprobs: request.top_logprobs.is_some(),
+        };
+        let (output, receiver) = Output::new(&self.options.tokenizer, options);
+        let seed = request.seed.unwrap_or_else(|| fresh_seed(&self.next_seed));
+        let sampling = SamplingParams { seed, ..request.sampling };
+        let job = Job { prompt, sampling, top_logprobs: request.top_logprobs, output, slot, arrived: Instant::now() };
+        let stopped = || SubmitError::Stopped("The engine has stopped; see the server's log.".into());
+        self.jobs.as_ref().ok_or_else(stopped)?.try_send(job).map_err(|_| stopped())?;
+        Ok(EventStream::new(receiver))
+    }
+
+    fn health(&self) -> Health {
+        let ended =
+            self.thread.lock().unwrap_or_else(PoisonError::into_inner).as_ref().is_none_or(JoinHandle::is_finished);
+        if ended {
+            Health::Failed("the engine's thread has ended".into())
+        } else if let Some(error) = self.shared.failure() {
+            Health::Failed(error)
+        } else if self.draining.load(Ordering::Relaxed) {
+            Health::Draining
+        } else {
+            Health::Ready
+        }
+    }
+
+    fn metrics(&self) -> &Metrics {
+        &self.shared.metrics
+    }
+
+    fn drain(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Drop for LocalEngine {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        self.jobs = None;
+        let thread = self.thread.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread {
+            let _ = thread.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::mpsc::{Receiver, Sender, channel};
+    use std::time::Duration;
+
+    use bcg_models::state::PagePool;
+    use bcg_models::{SampledToken, SequenceInput};
+
+    use super::super::runner::RunnerStats;
+    use super::super::scheduler::{Limits, Scheduler};
+    use super::super::{Event, FinishReason};
+    use super::*;
+
+    /// Counts upwards from the last token; token 100 makes a step fail, 200 makes it panic.
+    struct Counting {
+        gate: Option<Receiver<()>>,
+    }
+
+    impl StepRunner for Counting {
+        fn step(&mut self, batch: &[SequenceInput<'_>]) -> Result<Vec<SampledToken>, String> {
+            if let Some(gate) = &self.gate {
+                let _ = gate.recv();
+            }
+            let mut sampled = Vec::new();
+            for sequence in batch {
+                let id = sequence.tokens[sequence.tokens.len() - 1] + 1;
+                if id == 101 {
+                    return Err("device lost".to_owned());
+                }
+                assert_ne!(id, 201, "a bug");
+                sampled.push(SampledToken { id, logprob: None, top: Vec::new(), logits: None });
+            }
+            Ok(sampled)
+        }
+
+        fn stats(&self) -> RunnerStats {
+            RunnerStats::default()
+        }
+    }
+
+    fn engine(max_queued: usize, gated: bool) -> (LocalEngine, Option<Sender<()>>) {
+        let (open, gate) = channel();
+        let engine = LocalEngine::start(move || {
+            let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tiny-qwen3");
+            let info = ModelInfo { name: "counting".into(), created: 0, context_length: 64, vocab_size: 461 };
+            let options = LocalOptions {
+                info,
+                tokenizer: Tokenizer::load(&dir)?,
+                chat: ChatTemplate::load(&dir)?,
+                eos: vec![2],
+                max_queued,
+            };
+            let limits = Limits { max_running: 2, max_batch_tokens: 64, context_length: 64 };
+            let scheduler = Scheduler::new(limits, PagePool::new(8, 16));
+            Ok((Counting { gate: gated.then_some(gate) }, scheduler, options))
+        });
+        (engine.expect("starts"), gated.then_some(open))
+    }
+
+    fn request(first: u32, max_tokens: usize) -> GenerationRequest {
+        let mut request = GenerationRequest::greedy(Prompt::Tokens(vec![first]));
+        request.max_tokens = Some(max_tokens);
+        request
+    }
+
+    fn tokens(mut events: EventStream) -> Result<(Vec<u32>, FinishReason), String> {
+        let mut tokens = Vec::new();
+        loop {
+            match events.next_blocking() {
+                Some(Event::Delta(delta)) => tokens.extend(delta.tokens),
+                Some(Event::Finished { reason, .. }) => return Ok((tokens, reason)),
+                Some(Event::Failed(message)) => return Err(message),
+                None => return Err("no last event".to_owned()),
+            }
+        }
+    }
+
+    #[track_caller]
+    fn eventually(what: &str, condition: impl Fn() -> bool) {
+        for _ in 0..500 {
+            if condition() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        panic!("never: {what}");
+    }
+
+    #[test]
+    fn every_request_gets_its_own_answer() {
+        let (engine, _) = engine(16, false);
+        let streams: Vec<_> = (0..8).map(|at| engine.submit(request(300 + 10 * at, 5)).expect("accepted")).collect();
+        for (at, stream) in (0..8).zip(streams) {
+            let first = 300 + 10 * at;
+            assert_eq!(tokens(stream), Ok(((first + 1..=first + 5).collect(), FinishReason::Length)));
+        }
+        eventually("all pages are free", || engine.metrics().kv_pages_used.get() == 0);
+    }
+
+    #[test]
+    fn one_request_too_many_is_refused_and_later_ones_are_not() {
+        let (engine, open) = engine(2, true);
+        let mut streams = vec![engine.submit(request(300, 2)).expect("accepted")];
+        eventually("the first request runs", || engine.slots.available_permits() == 2);
+        streams.push(engine.submit(request(310, 2)).expect("waits"));
+        streams.push(engine.submit(request(320, 2)).expect("waits"));
+        assert_eq!(engine.submit(request(330, 2)).expect_err("full"), SubmitError::QueueFull { max_queued: 2 });
+        drop(open);
+        for stream in streams {
+            assert!(tokens(stream).is_ok());
+        }
+        engine.submit(request(330, 2)).expect("there is room again");
+    }
+
+    #[test]
+    fn a_dropped_stream_frees_its_pages() {
+        let (engine, open) = engine(4, true);
+        let stream = engine.submit(request(300, 60)).expect("accepted");
+        let open = open.expect("gated");
+        open.send(()).expect("the worker lives");
+        eventually("the request holds pages", || engine.metrics().kv_pages_used.get() > 0);
+        drop(stream);
+        open.send(()).expect("the worker lives");
+        eventually("its pages are free", || engine.metrics().kv_pages_used.get() == 0);
+    }
+
+    #[test]
+    fn a_failed_step_fails_its_requests_and_the_engine_goes_on() {
+        let (engine, _) = engine(4, false);
+        for (bad, message) in [(98, "device lost"), (198, "a bug")] {
+            let error = tokens(engine.submit(request(bad, 10)).expect("accepted")).expect_err("fails");
+            assert!(error.contains(message), "{error}");
+            assert!(tokens(engine.submit(request(300, 3)).expect("accepted")).is_ok());
+            assert_eq!(engine.health(), Health::Ready);
+        }
+    }
+
+    #[test]
+    fn an_engine_that_always_fails_is_unhealthy() {
+        let (engine, _) = engine(4, false);
+        for _ in 0..3 {
+            tokens(engine.submit(request(100, 10)).expect("accepted")).expect_err("fails");
+        }
+        eventually("it says so", || matches!(engine.health(), Health::Failed(_)));
+    }
+
+    #[test]
+    fn a_draining_engine_finishes_and_takes_nothing_new() {
+        let (engine, open) = engine(4, true);
+        let stream = engine.submit(request(300, 3)).expect("accepted");
+        engine.drain();
+        assert_eq!(engine.submit(request(300, 3)).expect_err("draining"), SubmitError::ShuttingDown);
+        assert_eq!(engine.health(), Health::Draining);
+        drop(open);
+        assert!(tokens(stream).is_ok());
+    }
+
+    #[test]
+    fn an_engine_that_is_dropped_ends_its_streams() {
+        let (engine, open) = engine(4, true);
+        let running = engine.submit(request(300, 50)).expect("accepted");
+        drop(open);
+        drop(engine);
+        // It may just have finished; what must not happen is that nobody tells.
+        let _ = tokens(running);
+    }
+
+    #[test]
+    fn lengths_and_unknown_tokens_are_checked_before_queueing() {
+        let (engine, _) = engine(4, false);
+        assert_eq!(
+            engine.submit(request(300, 64)).expect_err("one too many"),
+            SubmitError::ContextLength { prompt: 1, max_tokens: 64, context: 64 }
+        );
+        assert!(matches!(engine.submit(request(461, 1)), Err(SubmitError::Prompt(_))));
+        let empty = GenerationRequest::greedy(Prompt::Tokens(Vec::new()));
+        assert!(matches!(engine.submit(empty), Err(SubmitError::Prompt(_))));
+        assert_eq!(engine.slots.available_permits(), 4);
+    }
+
+    #[test]
+    fn a_failed_load_is_reported() {
+        let failed = LocalEngine::start::<Counting, _>(|| anyhow::bail!("no weights"));
+        assert!(failed.expect_err("fails").to_string().contains("no weights"));
+    }
+}

@@ -1,0 +1,58 @@
+//! What the worker needs of a model: run a step, say how it went.
+//!
+//! [`StepRunner`] is implemented for [`ModelRunner`] here, and by fakes in tests, so that batching, cancelling and
+//! failing are tested without a model.
+
+use bcg_models::{ModelRunner, SampledToken, SequenceInput};
+
+/// Counters of a runner since it was made.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct RunnerStats {
+    /// Forwards that replayed a graph.
+    pub replays: u64,
+    /// Forwards that captured one.
+    pub captures: u64,
+    /// Forwards that ran eagerly, by reason.
+    pub eager: Vec<(&'static str, u64)>,
+}
+
+/// Runs steps of a model. Lives on the worker's thread.
+pub trait StepRunner {
+    /// Runs one step and returns one token for each sequence, in order.
+    ///
+    /// # Errors
+    /// One line that says what failed. The step's sequences are lost; the runner must be usable afterwards.
+    fn step(&mut self, batch: &[SequenceInput<'_>]) -> Result<Vec<SampledToken>, String>;
+
+    /// Returns the counters.
+    fn stats(&self) -> RunnerStats;
+}
+
+impl StepRunner for ModelRunner {
+    fn step(&mut self, batch: &[SequenceInput<'_>]) -> Result<Vec<SampledToken>, String> {
+        Self::step(self, batch).map(|output| output.tokens).map_err(|error| describe(&error))
+    }
+
+    fn stats(&self) -> RunnerStats {
+        let stats = Self::stats(self);
+        RunnerStats {
+            replays: stats.num_replays,
+            captures: stats.num_captures,
+            eager: self.eager_reasons().map(|(reason, count)| (reason.name(), count)).collect(),
+        }
+    }
+}
+
+/// Writes an error with its causes on one line.
+fn describe(error: &dyn std::error::Error) -> String {
+    let mut line = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_line = cause.to_string();
+        if !line.contains(&cause_line) {
+            line = format!("{line}: {cause_line}");
+        }
+        source = cause.source();
+    }
+    line
+}

@@ -1,0 +1,160 @@
+//! Typed rejections and their OpenAI error JSON.
+//!
+//! Every refusal that a client can meet is a variant here, with the status, `type`, `param` and `code` that OpenAI's
+//! clients expect. Handlers return `Result<_, ApiError>`; nothing else turns errors into HTTP.
+
+use std::time::Duration;
+
+use axum::Json;
+use axum::http::{HeaderValue, Method, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+
+use crate::engine::SubmitError;
+
+/// Why a request was refused or failed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ApiError {
+    /// A field is missing, has the wrong type, is out of range or is not supported.
+    #[error("{message}")]
+    InvalidRequest {
+        /// What is wrong and what is accepted.
+        message: String,
+        /// The field to look at.
+        param: Option<&'static str>,
+    },
+    /// Prompt and answer do not fit in the context.
+    #[error("{message}")]
+    ContextLength {
+        /// Names the lengths.
+        message: String,
+    },
+    /// The body names a model that is not served.
+    #[error("The model `{0}` does not exist; this server serves `{1}`.")]
+    ModelNotFound(String, String),
+    /// No such route.
+    #[error("Unknown request URL: {0} {1}.")]
+    UnknownRoute(Method, String),
+    /// The route exists for another method.
+    #[error("Not allowed to {0} on {1}.")]
+    MethodNotAllowed(Method, String),
+    /// The body is above the limit.
+    #[error("The request body is larger than {limit} bytes.")]
+    BodyTooLarge {
+        /// The limit in bytes.
+        limit: usize,
+    },
+    /// The queue is full.
+    #[error("The server's queue of {max_queued} requests is full; try again later.")]
+    QueueFull {
+        /// Requests that may wait.
+        max_queued: usize,
+        /// When to try again.
+        retry_after: Duration,
+    },
+    /// The server is shutting down.
+    #[error("The server is shutting down.")]
+    ShuttingDown,
+    /// The engine failed while it worked on the request.
+    #[error("{0}")]
+    Engine(String),
+}
+
+impl ApiError {
+    /// Makes an [`ApiError::InvalidRequest`] about one field.
+    pub fn invalid(param: &'static str, message: impl Into<String>) -> Self {
+        Self::InvalidRequest { message: message.into(), param: Some(param) }
+    }
+
+    /// Makes an [`ApiError::InvalidRequest`] about the body as a whole.
+    pub fn bad_body(message: impl Into<String>) -> Self {
+        Self::InvalidRequest { message: message.into(), param: None }
+    }
+
+    /// Returns the HTTP status.
+    pub fn status(&self) -> StatusCode {
+        match self {
+            Self::InvalidRequest { .. } | Self::ContextLength { .. } => StatusCode::BAD_REQUEST,
+            Self::ModelNotFound(..) | Self::UnknownRoute(..) => StatusCode::NOT_FOUND,
+            Self::MethodNotAllowed(..) => StatusCode::METHOD_NOT_ALLOWED,
+            Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::QueueFull { .. } => StatusCode::TOO_MANY_REQUESTS,
+            Self::ShuttingDown => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Engine(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+
+    /// Returns the error in OpenAI's shape.
+    pub fn body(&self) -> Value {
+        let (kind, param, code) = match self {
+            Self::InvalidRequest { param, .. } => ("invalid_request_error", *param, None),
+            Self::ContextLength { .. } => ("invalid_request_error", Some("messages"), Some("context_length_exceeded")),
+            Self::ModelNotFound(..) => ("invalid_request_error", Some("model"), Some("model_not_found")),
+            Self::UnknownRoute(..) => ("invalid_request_error", None, Some("unknown_url")),
+            Self::MethodNotAllowed(..) => ("invalid_request_error", None, Some("method_not_allowed")),
+            Self::BodyTooLarge { .. } => ("invalid_request_error", None, Some("request_too_large")),
+            Self::QueueFull { .. } => ("rate_limit_error", None, Some("queue_full")),
+            Self::ShuttingDown => ("server_error", None, Some("shutting_down")),
+            Self::Engine(_) => ("server_error", None, Some("engine_error")),
+        };
+        json!({"error": {"message": self.to_string(), "type": kind, "param": param, "code": code}})
+    }
+}
+
+impl From<SubmitError> for ApiError {
+    fn from(error: SubmitError) -> Self {
+        match error {
+            SubmitError::QueueFull { max_queued } => {
+                Self::QueueFull { max_queued, retry_after: Duration::from_secs(1) }
+            }
+            SubmitError::ShuttingDown => Self::ShuttingDown,
+            SubmitError::ContextLength { .. } => Self::ContextLength { message: error.to_string() },
+            SubmitError::Prompt(message) => Self::bad_body(message),
+            SubmitError::Stopped(message) => Self::Engine(message),
+        }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = (self.status(), Json(self.body())).into_response();
+        if let Self::QueueFull { retry_after, .. } = self {
+            let seconds = retry_after.as_secs().max(1);
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        response
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_have_the_shape_that_openai_clients_read() {
+        let error = ApiError::invalid("temperature", "temperature must be between 0 and 2");
+        assert_eq!(error.status(), 400);
+        let body = error.body();
+        assert_eq!(body["error"]["type"], "invalid_request_error");
+        assert_eq!(body["error"]["param"], "temperature");
+        assert!(body["error"]["code"].is_null());
+    }
+
+    #[test]
+    fn a_full_queue_says_when_to_retry() {
+        let error: ApiError = SubmitError::QueueFull { max_queued: 4 }.into();
+        let response = error.into_response();
+        assert_eq!(response.status(), 429);
+        assert_eq!(response.headers()[header::RETRY_AFTER], "1");
+    }
+
+    #[test]
+    fn a_context_overflow_names_the_lengths() {
+        let error: ApiError = SubmitError::ContextLength { prompt: 900, max_tokens: 200, context: 1024 }.into();
+        let message = error.to_string();
+        assert_eq!(error.status(), 400);
+        for length in ["900", "200", "1024"] {
+            assert!(message.contains(length), "{message}");
+        }
+    }
+}

@@ -1,0 +1,212 @@
+//! Prometheus metrics, one list for the engine and the HTTP layer.
+//!
+//! Handles are cheap to clone and lock-free to write, so the worker updates them between steps.
+
+use std::fmt;
+
+use bcg_runtime::EagerReason;
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::{Registry, Unit};
+
+use crate::engine::runner::RunnerStats;
+
+/// The content type of [`Metrics::render`].
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// Labels of an HTTP request.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct HttpLabels {
+    /// The route, not the path: a client cannot make new values.
+    pub route: String,
+    /// The status code.
+    pub code: u16,
+}
+
+/// Why something happened.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ReasonLabel {
+    /// A word from a closed list.
+    pub reason: &'static str,
+}
+
+/// Prefill or decode.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct PhaseLabel {
+    /// `prefill` or `decode`.
+    pub phase: &'static str,
+}
+
+/// Everything that is counted.
+pub struct Metrics {
+    registry: Registry,
+    /// HTTP requests by route and status.
+    pub http_requests: Family<HttpLabels, Counter>,
+    /// Requests that wait.
+    pub queue_depth: Gauge,
+    /// Sequences that run.
+    pub running: Gauge,
+    /// KV pages in use.
+    pub kv_pages_used: Gauge,
+    /// KV pages there are.
+    pub kv_pages: Gauge,
+    /// Prompt tokens of accepted requests.
+    pub prompt_tokens: Counter,
+    /// Tokens generated.
+    pub generated_tokens: Counter,
+    /// Requests by how they ended.
+    pub finished: Family<ReasonLabel, Counter>,
+    /// Sequences that gave their pages back.
+    pub preemptions: Counter,
+    /// Steps that failed.
+    pub failed_steps: Counter,
+    /// From arrival to the first token.
+    pub time_to_first_token: Histogram,
+    /// From one token of a request to its next.
+    pub inter_token_latency: Histogram,
+    /// From arrival to the last token.
+    pub request_latency: Histogram,
+    /// Wall time of a step.
+    pub step_time: Family<PhaseLabel, Histogram, fn() -> Histogram>,
+    /// Forwards that replayed a graph.
+    pub graph_replays: Counter,
+    /// Forwards that captured a graph.
+    pub graph_captures: Counter,
+    /// Forwards that ran eagerly.
+    pub eager_forwards: Family<ReasonLabel, Counter>,
+}
+
+fn latency() -> Histogram {
+    Histogram::new(exponential_buckets(0.0005, 2.0, 18))
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let mut metrics = Self {
+            registry: Registry::with_prefix("bcg"),
+            http_requests: Family::default(),
+            queue_depth: Gauge::default(),
+            running: Gauge::default(),
+            kv_pages_used: Gauge::default(),
+            kv_pages: Gauge::default(),
+            prompt_tokens: Counter::default(),
+            generated_tokens: Counter::default(),
+            finished: Family::default(),
+            preemptions: Counter::default(),
+            failed_steps: Counter::default(),
+            time_to_first_token: latency(),
+            inter_token_latency: latency(),
+            request_latency: latency(),
+            step_time: Family::new_with_constructor(latency),
+            graph_replays: Counter::default(),
+            graph_captures: Counter::default(),
+            eager_forwards: Family::default(),
+        };
+        metrics.register();
+        metrics
+    }
+}
+
+impl Metrics {
+    fn register(&mut self) {
+        let registry = &mut self.registry;
+        registry.register("http_requests", "HTTP requests by route and status", self.http_requests.clone());
+        registry.register("queue_depth", "Requests that wait", self.queue_depth.clone());
+        registry.register("running_requests", "Sequences that run", self.running.clone());
+        registry.register("kv_pages_used", "KV cache pages in use", self.kv_pages_used.clone());
+        registry.register("kv_pages", "KV cache pages there are", self.kv_pages.clone());
+        registry.register("prompt_tokens", "Prompt tokens of accepted requests", self.prompt_tokens.clone());
+        registry.register("generated_tokens", "Tokens generated", self.generated_tokens.clone());
+        registry.register("requests_finished", "Requests by how they ended", self.finished.clone());
+        registry.register("preemptions", "Sequences that gave their pages back", self.preemptions.clone());
+        registry.register("failed_steps", "Steps that failed", self.failed_steps.clone());
+        registry.register("graph_replays", "Forwards that replayed a graph", self.graph_replays.clone());
+        registry.register("graph_captures", "Forwards that captured a graph", self.graph_captures.clone());
+        registry.register("eager_forwards", "Forwards that ran eagerly, by reason", self.eager_forwards.clone());
+        let seconds = [
+            ("time_to_first_token", "From arrival to the first token", self.time_to_first_token.clone()),
+            ("inter_token_latency", "From one token of a request to its next", self.inter_token_latency.clone()),
+            ("request_latency", "From arrival to the last token", self.request_latency.clone()),
+        ];
+        for (name, help, histogram) in seconds {
+            registry.register_with_unit(name, help, Unit::Seconds, histogram);
+        }
+        registry.register_with_unit("step_time", "Wall time of a step", Unit::Seconds, self.step_time.clone());
+    }
+
+    /// Counts an HTTP response.
+    pub fn count_http(&self, route: &str, code: u16) {
+        self.http_requests.get_or_create(&HttpLabels { route: route.to_owned(), code }).inc();
+    }
+
+    /// Counts the end of a request.
+    pub fn count_finished(&self, reason: &'static str) {
+        self.finished.get_or_create(&ReasonLabel { reason }).inc();
+    }
+
+    /// Takes over a runner's counters, which only grow.
+    pub fn take_stats(&self, stats: &RunnerStats) {
+        raise(&self.graph_replays, stats.replays);
+        raise(&self.graph_captures, stats.captures);
+        for &(reason, count) in &stats.eager {
+            raise(&self.eager_forwards.get_or_create(&ReasonLabel { reason }), count);
+        }
+    }
+
+    /// Returns how many forwards ran eagerly, for whatever reason.
+    pub fn num_eager(&self) -> u64 {
+        let reasons = EagerReason::ALL.map(|reason| ReasonLabel { reason: reason.name() });
+        reasons.iter().filter_map(|reason| Some(self.eager_forwards.get(reason)?.get())).sum()
+    }
+
+    /// Returns all metrics as OpenMetrics text, see [`CONTENT_TYPE`].
+    pub fn render(&self) -> String {
+        let mut text = String::new();
+        // Writing to a string cannot fail; half an exposition would be worse than none.
+        if encode(&mut text, &self.registry).is_err() {
+            text.clear();
+        }
+        text
+    }
+}
+
+fn raise(counter: &Counter, total: u64) {
+    counter.inc_by(total.saturating_sub(counter.get()));
+}
+
+impl fmt::Debug for Metrics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Metrics").field("running", &self.running.get()).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metrics_are_openmetrics_text() {
+        let metrics = Metrics::default();
+        metrics.count_http("/health", 200);
+        metrics.time_to_first_token.observe(0.01);
+        let text = metrics.render();
+        assert!(text.contains("bcg_http_requests_total{route=\"/health\",code=\"200\"} 1"), "{text}");
+        assert!(text.contains("bcg_time_to_first_token_seconds_count 1"), "{text}");
+        assert!(text.ends_with("# EOF\n"));
+    }
+
+    #[test]
+    fn a_runners_counters_are_taken_over_once() {
+        let metrics = Metrics::default();
+        let stats = RunnerStats { replays: 5, captures: 2, eager: vec![("too_large", 3)] };
+        metrics.take_stats(&stats);
+        metrics.take_stats(&stats);
+        let text = metrics.render();
+        assert!(text.contains("bcg_graph_replays_total 5"), "{text}");
+        assert!(text.contains("bcg_eager_forwards_total{reason=\"too_large\"} 3"), "{text}");
+    }
+}

@@ -1,0 +1,113 @@
+//! Progress bars while the model loads and graphs are captured, and the summary line at the end.
+//!
+//! Bars go to the terminal only; a log file sees the summary lines.
+
+use std::time::{Duration, Instant};
+
+use bcg_models::{CaptureSummary, ModelRunner, Progress, Stage};
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// The bars of one load.
+#[derive(Debug)]
+pub struct LoadProgress {
+    began: Instant,
+    bar: Option<(Stage, ProgressBar)>,
+}
+
+impl Default for LoadProgress {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl LoadProgress {
+    /// Starts the clock; bars appear with the first update.
+    pub fn new() -> Self {
+        Self { began: Instant::now(), bar: None }
+    }
+
+    /// Shows how far the load is.
+    pub fn update(&mut self, progress: Progress) {
+        let Progress { stage, done, total } = progress;
+        let bar = match &self.bar {
+            Some((current, bar)) if *current == stage => bar,
+            _ => {
+                self.clear();
+                let template = match stage {
+                    Stage::LoadWeights => "{msg:>17} [{bar:40}] {bytes}/{total_bytes}",
+                    _ => "{msg:>17} [{bar:40}] {pos}/{len} {eta}",
+                };
+                &self.bar.insert((stage, bar(total as u64, template, stage.name()))).1
+            }
+        };
+        bar.set_length(total as u64);
+        bar.set_position(done as u64);
+    }
+
+    fn clear(&mut self) {
+        if let Some((_, bar)) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+
+    /// Removes the bars and logs what was loaded and captured.
+    pub fn finish(mut self, runner: &ModelRunner, captured: Option<&CaptureSummary>) {
+        self.clear();
+        let options = runner.options();
+        tracing::info!(
+            device = runner.device().name(),
+            context_length = options.context_length,
+            kv_cache_tokens = options.kv_cache_tokens,
+            seconds = format_args!("{:.2}", self.began.elapsed().as_secs_f64()),
+            "model loaded"
+        );
+        match captured {
+            Some(summary) => tracing::info!("{}", summary_line(summary)),
+            None => tracing::info!(mode = ?options.graph, "no graphs captured ahead"),
+        }
+    }
+}
+
+/// Makes a progress bar that hides itself when the output is no terminal.
+pub fn bar(total: u64, template: &str, message: &'static str) -> ProgressBar {
+    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    let bar = ProgressBar::new(total).with_style(style).with_message(message);
+    bar.enable_steady_tick(Duration::from_millis(200));
+    bar
+}
+
+/// Says in one line what was captured.
+pub fn summary_line(summary: &CaptureSummary) -> String {
+    let CaptureSummary { sizes, segments, breaks, capture_time, graph_bytes } = summary;
+    let range = match (sizes.first(), sizes.last()) {
+        (Some(first), Some(last)) if first != last => format!(" ({first}..{last} tokens)"),
+        (Some(only), _) => format!(" ({only} tokens)"),
+        _ => String::new(),
+    };
+    format!(
+        "captured {} sizes{range}: {segments} segments and {breaks} breaks each, in {:.2} s, {:.1} MiB of graph memory",
+        sizes.len(),
+        capture_time.as_secs_f64(),
+        *graph_bytes as f64 / f64::from(1 << 20),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_summary_names_sizes_segments_breaks_time_and_memory() {
+        let summary = CaptureSummary {
+            sizes: vec![1, 2, 512],
+            segments: 5,
+            breaks: 4,
+            capture_time: Duration::from_millis(830),
+            graph_bytes: 3 << 19,
+        };
+        assert_eq!(
+            summary_line(&summary),
+            "captured 3 sizes (1..512 tokens): 5 segments and 4 breaks each, in 0.83 s, 1.5 MiB of graph memory"
+        );
+    }
+}
