@@ -288,7 +288,7 @@ mod tests {
         })
     }
 
-    fn with(changes: Value) -> Result<ModelConfig> {
+    fn with(changes: &Value) -> Result<ModelConfig> {
         let mut root = qwen3();
         for (key, value) in changes.as_object().expect("an object") {
             root[key] = value.clone();
@@ -298,15 +298,15 @@ mod tests {
 
     #[test]
     fn both_spellings_of_rope_theta_are_read() {
-        assert_eq!(with(json!({})).expect("config").rope_theta, 1e6);
-        let five = with(json!({"rope_theta": null, "rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"}}));
+        assert_eq!(with(&json!({})).expect("config").rope_theta, 1e6);
+        let five = with(&json!({"rope_theta": null, "rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"}}));
         assert_eq!(five.expect("config").rope_theta, 5000.0);
     }
 
     #[test]
     fn head_dim_is_explicit_or_derived() {
-        assert_eq!(with(json!({})).expect("config").head_dim, 64);
-        assert_eq!(with(json!({"head_dim": 128})).expect("config").head_dim, 128);
+        assert_eq!(with(&json!({})).expect("config").head_dim, 64);
+        assert_eq!(with(&json!({"head_dim": 128})).expect("config").head_dim, 128);
     }
 
     #[test]
@@ -318,7 +318,7 @@ mod tests {
 
     #[test]
     fn an_error_names_file_field_expected_got_and_remedy() {
-        let error = with(json!({"use_sliding_window": true})).expect_err("sliding window is refused");
+        let error = with(&json!({"use_sliding_window": true})).expect_err("sliding window is refused");
         assert_eq!(
             error.to_string(),
             "config.json: field `use_sliding_window`: expected false, got true; sliding-window attention is not implemented"
@@ -340,7 +340,7 @@ mod tests {
             ("eos_token_id", json!("two")),
             ("architectures", json!([])),
         ] {
-            let error = with(json!({field: value})).expect_err(field).to_string();
+            let error = with(&json!({field: value})).expect_err(field).to_string();
             assert!(error.contains(field), "{error}");
         }
     }
