@@ -145,7 +145,8 @@ fn check_links(file: &File, found: &mut Vec<String>) {
     }
 }
 
-/// Checks each row `| rule | law | code | test |` of CAPTURE_RULES.md; returns how many there are.
+/// Checks each row `| rule | law | code | test |` of CAPTURE_RULES.md, and that every conformance rule has one; returns how
+/// many rows there are.
 fn check_rules(files: &[File], found: &mut Vec<String>) -> Result<usize> {
     const PATH: &str = "docs/CAPTURE_RULES.md";
     let rules = files.iter().find(|file| file.path == PATH).with_context(|| format!("{PATH} is missing"))?;
@@ -173,6 +174,15 @@ fn check_rules(files: &[File], found: &mut Vec<String>) -> Result<usize> {
             let name = test.rsplit("::").next().unwrap_or(test);
             if !tests.contains(name) && !root().join(test).is_file() {
                 found.push(format!("{at}: there is no test `{test}`"));
+            }
+        }
+    }
+    for file in files.iter().filter(|file| file.path.starts_with("tests/src/conformance/")) {
+        let written =
+            file.text.lines().filter(|line| line.starts_with("pub fn ") && line.ends_with("device: &Device) {"));
+        for rule in written.filter_map(|line| line["pub fn ".len()..].split('(').next()) {
+            if !rules.text.contains(&format!("::{rule}`")) {
+                found.push(format!("{PATH}: the rule `{rule}` of {} has no row", file.path));
             }
         }
     }
