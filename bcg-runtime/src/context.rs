@@ -30,6 +30,11 @@ pub struct Rows {
 /// The host and device state of the batch being run now; differs at every replay.
 ///
 /// Only breaks can read it, through [`crate::Eager::live`]. See [`Rows`] for an example.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is not a live batch",
+    label = "`impl LiveBatch for {Self} {{}}` makes it one",
+    note = "implement `rows` if the forward's rows are padded to a capture size"
+)]
 pub trait LiveBatch: 'static {
     /// Returns the valid and padded rows of this run, if rows can be padded.
     ///

@@ -227,7 +227,3 @@ freeze_tuples! {
     (A 0, B 1, C 2, D 3, E 4, F 5, G 6)
     (A 0, B 1, C 2, D 3, E 4, F 5, G 6, H 7)
 }
-
-/// Lets the macro point one error at an argument's type.
-#[doc(hidden)]
-pub const fn assert_freeze<T: Freeze>() {}

@@ -91,7 +91,6 @@ pub use tensor::Tensor;
 #[doc(hidden)]
 pub mod __private {
     pub use crate::capture::breaks::{BreakSite, eager_break, eager_break_stubbed, plain_call};
-    pub use crate::freeze::assert_freeze;
 }
 
 /// Runs the README's example as a documentation test.
