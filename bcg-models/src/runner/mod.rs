@@ -9,6 +9,7 @@
 //!
 //! Which pages a sequence owns, and which sequences run, is decided by the caller; see [`PagePool`].
 
+mod choose;
 mod generate;
 mod options;
 
@@ -17,14 +18,14 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bcg_runtime::{
-    CacheOptions, Context, Decision, Description, Device, Eager, EagerReason, GraphCache, GraphCacheStats,
-    GraphOptions, Runner, Tensor,
+    CacheOptions, Context, Decision, Description, Device, EagerReason, GraphCache, GraphCacheStats, GraphOptions,
+    Runner, Tensor,
 };
 
-use crate::batch::{ForwardBatch, InputBuffers, SamplingBuffers, SequenceInput};
+use crate::batch::{ForwardBatch, InputBuffers, SequenceInput};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::ops::{self, SampleInputs};
+use crate::ops;
 use crate::registry::{self, Model};
 use crate::sampling::SamplingParams;
 use crate::state::{KvCache, PagePool};
@@ -173,7 +174,7 @@ impl ModelRunner {
         let tokens = self.runner.tail(&live, |cx| {
             let last = ops::gather_rows(cx, &hidden, &live.last_rows)?; // [B, C]
             let logits = model.logits(cx, &last)?; // [B, V]
-            choose(cx, &logits, sampling.as_ref(), batch)
+            choose::choose(cx, &logits, sampling.as_ref(), batch)
         })?;
         Ok(StepOutput { tokens })
     }
@@ -255,7 +256,7 @@ impl ModelRunner {
                     let last = ops::gather_rows(cx, &hidden, &live.last_rows)?;
                     let logits = model.logits(cx, &last)?;
                     ops::argmax(cx, &logits)?;
-                    sample(cx, &logits, &sampling)
+                    choose::sample(cx, &logits, &sampling)
                 })
             })?;
         }
@@ -375,89 +376,5 @@ impl ModelRunner {
     /// Why forwards ran eagerly, and how often.
     pub fn eager_reasons(&self) -> impl Iterator<Item = (EagerReason, u64)> + '_ {
         self.stats().eager.iter().map(|(&reason, &count)| (reason, count))
-    }
-}
-
-/// Chooses the token of each row, and reads back what was asked for.
-fn choose(
-    cx: &mut Eager<'_, ForwardBatch>,
-    logits: &Tensor,
-    sampling: Option<&SamplingBuffers>,
-    batch: &[SequenceInput<'_>],
-) -> bcg_runtime::Result<Vec<SampledToken>> {
-    let chosen = match sampling {
-        None => ops::argmax(cx, logits)?,
-        Some(sampling) => sample(cx, logits, sampling)?,
-    };
-    let ids = cx.read::<i32>(&chosen)?;
-    let mut tokens = Vec::with_capacity(batch.len());
-    for (row, (id, sequence)) in ids.into_iter().zip(batch).enumerate() {
-        let mut token = SampledToken { id: id.cast_unsigned(), logprob: None, top: Vec::new(), logits: None };
-        if sequence.logits || sequence.top_logprobs.is_some() {
-            let logits = cx.read::<f32>(&logits.rows(row..row + 1)?)?;
-            if let Some(count) = sequence.top_logprobs {
-                let log_sum = log_sum_exp(&logits);
-                token.logprob = Some(logits[token.id as usize] - log_sum);
-                token.top =
-                    most_likely(&logits, count).into_iter().map(|id| (id, logits[id as usize] - log_sum)).collect();
-            }
-            token.logits = sequence.logits.then_some(logits);
-        }
-        tokens.push(token);
-    }
-    Ok(tokens)
-}
-
-fn sample(
-    cx: &mut Eager<'_, ForwardBatch>,
-    logits: &Tensor,
-    sampling: &SamplingBuffers,
-) -> bcg_runtime::Result<Tensor> {
-    let inputs = SampleInputs {
-        temperature: &sampling.temperature,
-        top_k: &sampling.top_k,
-        top_p: &sampling.top_p,
-        min_p: &sampling.min_p,
-        seed: &sampling.seed,
-        step: &sampling.step,
-    };
-    ops::sample(cx, logits, &inputs)
-}
-
-fn log_sum_exp(logits: &[f32]) -> f32 {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    max + logits.iter().map(|&logit| f64::from(logit - max).exp()).sum::<f64>().ln() as f32
-}
-
-/// The `count` largest logits' indices, best first; of equals the lowest index.
-fn most_likely(logits: &[f32], count: usize) -> Vec<u32> {
-    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
-    let count = count.min(order.len());
-    let by_logit = |&a: &u32, &b: &u32| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b));
-    if count > 0 && count < order.len() {
-        order.select_nth_unstable_by(count - 1, by_logit);
-    }
-    order.truncate(count);
-    order.sort_unstable_by(by_logit);
-    order
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_most_likely_come_best_first() {
-        let logits = [0.0, 3.0, 1.0, 3.0, -1.0];
-        assert_eq!(most_likely(&logits, 3), [1, 3, 2]);
-        assert_eq!(most_likely(&logits, 0), [0_u32; 0]);
-        assert_eq!(most_likely(&logits, 9), [1, 3, 2, 0, 4]);
-    }
-
-    #[test]
-    fn log_probabilities_sum_to_one() {
-        let logits = [1000.0, 999.0, 0.0];
-        let sum: f32 = logits.iter().map(|logit| (logit - log_sum_exp(&logits)).exp()).sum();
-        assert!((sum - 1.0).abs() < 1e-5, "{sum}");
     }
 }

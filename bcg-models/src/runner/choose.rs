@@ -1,0 +1,105 @@
+//! The end of a step: from logits to tokens, and what was asked for about them.
+
+use bcg_runtime::{Eager, Tensor};
+
+use super::SampledToken;
+use crate::batch::{ForwardBatch, SamplingBuffers, SequenceInput};
+use crate::ops::{self, SampleInputs};
+
+/// Chooses the token of each row, and reads back what was asked for.
+pub(super) fn choose(
+    cx: &mut Eager<'_, ForwardBatch>,
+    logits: &Tensor,
+    sampling: Option<&SamplingBuffers>,
+    batch: &[SequenceInput<'_>],
+) -> bcg_runtime::Result<Vec<SampledToken>> {
+    let chosen = match sampling {
+        None => ops::argmax(cx, logits)?,
+        Some(sampling) => sample(cx, logits, sampling)?,
+    };
+    let ids = cx.read::<i32>(&chosen)?;
+    let mut tokens = Vec::with_capacity(batch.len());
+    for (row, (id, sequence)) in ids.into_iter().zip(batch).enumerate() {
+        let mut token = SampledToken { id: id.cast_unsigned(), logprob: None, top: Vec::new(), logits: None };
+        if sequence.logits || sequence.top_logprobs.is_some() {
+            let logits = cx.read::<f32>(&logits.rows(row..row + 1)?)?;
+            if let Some(count) = sequence.top_logprobs {
+                let log_softmax = LogSoftmax::new(&logits);
+                let with_logprob = |id: u32| (id, log_softmax.of(logits[id as usize]));
+                token.logprob = Some(with_logprob(token.id).1);
+                token.top = most_likely(&logits, count).into_iter().map(with_logprob).collect();
+            }
+            token.logits = sequence.logits.then_some(logits);
+        }
+        tokens.push(token);
+    }
+    Ok(tokens)
+}
+
+pub(super) fn sample(
+    cx: &mut Eager<'_, ForwardBatch>,
+    logits: &Tensor,
+    sampling: &SamplingBuffers,
+) -> bcg_runtime::Result<Tensor> {
+    let inputs = SampleInputs {
+        temperature: &sampling.temperature,
+        top_k: &sampling.top_k,
+        top_p: &sampling.top_p,
+        min_p: &sampling.min_p,
+        seed: &sampling.seed,
+        step: &sampling.step,
+    };
+    ops::sample(cx, logits, &inputs)
+}
+
+/// What turns logits into log probabilities. Two terms, because their sum would round small differences away.
+struct LogSoftmax {
+    max: f32,
+    log_sum: f32,
+}
+
+impl LogSoftmax {
+    fn new(logits: &[f32]) -> Self {
+        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let log_sum = logits.iter().map(|&logit| f64::from(logit - max).exp()).sum::<f64>().ln() as f32;
+        Self { max, log_sum }
+    }
+
+    fn of(&self, logit: f32) -> f32 {
+        logit - self.max - self.log_sum
+    }
+}
+
+/// The `count` largest logits' indices, best first; of equals the lowest index.
+fn most_likely(logits: &[f32], count: usize) -> Vec<u32> {
+    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+    let count = count.min(order.len());
+    let by_logit = |&a: &u32, &b: &u32| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b));
+    if count > 0 && count < order.len() {
+        order.select_nth_unstable_by(count - 1, by_logit);
+    }
+    order.truncate(count);
+    order.sort_unstable_by(by_logit);
+    order
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_most_likely_come_best_first() {
+        let logits = [0.0, 3.0, 1.0, 3.0, -1.0];
+        assert_eq!(most_likely(&logits, 3), [1, 3, 2]);
+        assert_eq!(most_likely(&logits, 0), [0_u32; 0]);
+        assert_eq!(most_likely(&logits, 9), [1, 3, 2, 0, 4]);
+    }
+
+    #[test]
+    fn log_probabilities_sum_to_one() {
+        let logits = [1000.0, 999.0, 0.0];
+        let log_softmax = LogSoftmax::new(&logits);
+        let sum: f32 = logits.iter().map(|&logit| log_softmax.of(logit).exp()).sum();
+        assert!((sum - 1.0).abs() < 1e-6, "{sum}");
+    }
+}
