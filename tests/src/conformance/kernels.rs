@@ -1,0 +1,311 @@
+//! The kernels of the conformance rules: small, and exact on integers, so that results compare bit for bit.
+//!
+//! Matrices are `[T, C]` in f32, rows `stride` elements apart; a vector counts as one row.
+
+use bcg_runtime::{CaptureStream, DType, DevicePtr, Dims, Kernel, Result, Source, Tensor};
+
+static SOURCE: Source = Source::new(
+    "conformance.cu",
+    r#"
+typedef unsigned long long u64;
+
+struct AxpyArgs { const float* x; const float* y; float* out; u64 rows, cols, x_stride, y_stride, out_stride; float alpha; int pad; };
+extern "C" __global__ void axpy(AxpyArgs a) {
+    u64 i = blockIdx.x * (u64)blockDim.x + threadIdx.x;
+    if (i >= a.rows * a.cols) return;
+    u64 t = i / a.cols, c = i % a.cols;
+    a.out[t * a.out_stride + c] = a.alpha * a.x[t * a.x_stride + c] + a.y[t * a.y_stride + c];
+}
+
+struct AddIndexArgs { const float* x; float* out; u64 rows, cols, x_stride, out_stride; };
+extern "C" __global__ void add_index(AddIndexArgs a) {
+    u64 i = blockIdx.x * (u64)blockDim.x + threadIdx.x;
+    if (i >= a.rows * a.cols) return;
+    u64 t = i / a.cols, c = i % a.cols;
+    a.out[t * a.out_stride + c] = a.x[t * a.x_stride + c] + (float)c;
+}
+
+struct CountArgs { int* cell; };
+extern "C" __global__ void count(CountArgs a) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) *a.cell += 1;
+}
+
+struct ReadBeyondArgs { const float* x; float* out; u64 offset; };
+extern "C" __global__ void read_beyond(ReadBeyondArgs a) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) *a.out = a.x[a.offset];
+}
+
+struct ColumnSumArgs { const float* x; float* out; const int* valid_rows; u64 rows, cols; };
+extern "C" __global__ void column_sum(ColumnSumArgs a) {
+    u64 c = blockIdx.x * (u64)blockDim.x + threadIdx.x;
+    if (c >= a.cols) return;
+    u64 rows = (u64)*a.valid_rows < a.rows ? (u64)*a.valid_rows : a.rows;
+    float sum = 0.0f;
+    for (u64 t = 0; t < rows; t++) sum += a.x[t * a.cols + c];
+    a.out[c] = sum;
+}
+
+struct ScanArgs { const float* x; float* out; const int* valid_rows; u64 rows, cols; };
+extern "C" __global__ void reverse_scan(ScanArgs a) {
+    u64 c = blockIdx.x * (u64)blockDim.x + threadIdx.x;
+    if (c >= a.cols) return;
+    u64 rows = (u64)*a.valid_rows < a.rows ? (u64)*a.valid_rows : a.rows;
+    float sum = 0.0f;
+    for (u64 t = a.rows; t-- > 0;) {
+        if (t < rows) sum += a.x[t * a.cols + c];
+        a.out[t * a.cols + c] = sum;
+    }
+}
+
+struct RouteArgs { const float* keys; int* counts; const int* valid_rows; u64 rows, buckets; };
+extern "C" __global__ void route(RouteArgs a) {
+    u64 b = blockIdx.x * (u64)blockDim.x + threadIdx.x;
+    if (b >= a.buckets) return;
+    u64 rows = (u64)*a.valid_rows < a.rows ? (u64)*a.valid_rows : a.rows;
+    int n = 0;
+    for (u64 t = 0; t < rows; t++) n += a.keys[t] == (float)b;
+    a.counts[b] = n;
+}
+
+struct CopyIndexArgs { const float* x; const int* index; float* out; u64 len, out_len; };
+extern "C" __global__ void copy_index(CopyIndexArgs a) {
+    u64 i = blockIdx.x * (u64)blockDim.x + threadIdx.x;
+    if (i < a.out_len) a.out[i] = (u64)a.index[i] < a.len ? a.x[a.index[i]] : -1.0f;
+}
+"#,
+);
+
+const BLOCK: u32 = 128;
+
+/// Returns rows, columns and stride of a matrix; a vector is one row, and inner dimensions are columns.
+fn matrix(x: &Tensor) -> (u64, u64, u64) {
+    let rows = if x.rank() == 1 { 1 } else { x.dim(0) };
+    let cols = x.num_elements() / rows.max(1);
+    let stride = if x.rank() == 1 { cols } else { x.row_stride() };
+    (rows as u64, cols as u64, stride as u64)
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::NoUninit, bytemuck::AnyBitPattern)]
+struct AxpyArgs {
+    x: DevicePtr,
+    y: DevicePtr,
+    out: DevicePtr,
+    rows: u64,
+    cols: u64,
+    x_stride: u64,
+    y_stride: u64,
+    out_stride: u64,
+    alpha: f32,
+    pad: u32,
+}
+
+static AXPY: Kernel<AxpyArgs> = Kernel::new("axpy", &SOURCE, |a, _, memory| {
+    for t in 0..a.rows as usize {
+        let row = |ptr: DevicePtr, stride: u64| memory.view::<f32>(ptr.offset_bytes(t * stride as usize * 4), a.cols as usize);
+        let (x, y, out) = (row(a.x, a.x_stride)?, row(a.y, a.y_stride)?, row(a.out, a.out_stride)?);
+        for c in 0..out.len() {
+            out[c].set(a.alpha * x[c].get() + y[c].get());
+        }
+    }
+    Ok(())
+});
+
+/// `out = alpha * x + y`; `out` may be `x` or `y`.
+pub fn axpy_into(cx: &mut CaptureStream, alpha: f32, x: &Tensor, y: &Tensor, out: &Tensor) -> Result<()> {
+    let ((rows, cols, out_stride), (.., x_stride), (.., y_stride)) = (matrix(out), matrix(x), matrix(y));
+    let (x, y, out) = (cx.addr(x)?, cx.addr(y)?, cx.addr(out)?);
+    let args = AxpyArgs { x, y, out, rows, cols, x_stride, y_stride, out_stride, alpha, pad: 0 };
+    cx.launch(&AXPY, Dims::per_item((rows * cols) as usize, BLOCK), args)
+}
+
+/// Returns `alpha * x + y`.
+pub fn axpy(cx: &mut CaptureStream, alpha: f32, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    let out = cx.empty(x.shape(), x.dtype())?;
+    axpy_into(cx, alpha, x, y, &out)?;
+    Ok(out)
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::NoUninit, bytemuck::AnyBitPattern)]
+struct AddIndexArgs {
+    x: DevicePtr,
+    out: DevicePtr,
+    rows: u64,
+    cols: u64,
+    x_stride: u64,
+    out_stride: u64,
+}
+
+static ADD_INDEX: Kernel<AddIndexArgs> = Kernel::new("add_index", &SOURCE, |a, _, memory| {
+    for t in 0..a.rows as usize {
+        let x = memory.view::<f32>(a.x.offset_bytes(t * a.x_stride as usize * 4), a.cols as usize)?;
+        let out = memory.view::<f32>(a.out.offset_bytes(t * a.out_stride as usize * 4), a.cols as usize)?;
+        for c in 0..out.len() {
+            out[c].set(x[c].get() + c as f32);
+        }
+    }
+    Ok(())
+});
+
+/// `out[t, c] = x[t, c] + c`; `out` may be `x`.
+pub fn add_index_into(cx: &mut CaptureStream, x: &Tensor, out: &Tensor) -> Result<()> {
+    let ((rows, cols, out_stride), (.., x_stride)) = (matrix(out), matrix(x));
+    let (x, out) = (cx.addr(x)?, cx.addr(out)?);
+    let args = AddIndexArgs { x, out, rows, cols, x_stride, out_stride };
+    cx.launch(&ADD_INDEX, Dims::per_item((rows * cols) as usize, BLOCK), args)
+}
+
+/// Returns `x[t, c] + c`.
+pub fn add_index(cx: &mut CaptureStream, x: &Tensor) -> Result<Tensor> {
+    let out = cx.empty(x.shape(), x.dtype())?;
+    add_index_into(cx, x, &out)?;
+    Ok(out)
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::NoUninit, bytemuck::AnyBitPattern)]
+struct CountArgs {
+    cell: DevicePtr,
+}
+
+static COUNT: Kernel<CountArgs> = Kernel::new("count", &SOURCE, |a, _, memory| {
+    let cell = &memory.view::<i32>(a.cell, 1)?[0];
+    cell.set(cell.get() + 1);
+    Ok(())
+});
+
+/// Adds one to `cell[0]`, an i32: counts how often the work ran.
+pub fn count(cx: &mut CaptureStream, cell: &Tensor) -> Result<()> {
+    let args = CountArgs { cell: cx.addr(cell)? };
+    cx.launch(&COUNT, Dims::linear(1, 32), args)
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::NoUninit, bytemuck::AnyBitPattern)]
+struct ReadBeyondArgs {
+    x: DevicePtr,
+    out: DevicePtr,
+    offset: u64,
+}
+
+static READ_BEYOND: Kernel<ReadBeyondArgs> = Kernel::new("read_beyond", &SOURCE, |a, _, memory| {
+    let value = memory.view::<f32>(a.x.offset_bytes(a.offset as usize * 4), 1)?[0].get();
+    memory.store(a.out, &[value])
+});
+
+/// Copies the element `offset` after the start of `x`, wherever that is: a kernel with a fault.
+pub fn read_beyond(cx: &mut CaptureStream, x: &Tensor, offset: u64, out: &Tensor) -> Result<()> {
+    let args = ReadBeyondArgs { x: cx.addr(x)?, out: cx.addr(out)?, offset };
+    cx.launch(&READ_BEYOND, Dims::linear(1, 32), args)
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::NoUninit, bytemuck::AnyBitPattern)]
+struct ColumnArgs {
+    x: DevicePtr,
+    out: DevicePtr,
+    valid_rows: DevicePtr,
+    rows: u64,
+    cols: u64,
+}
+
+impl ColumnArgs {
+    fn valid(&self, memory: &bcg_runtime::HostMemory<'_>) -> Result<usize> {
+        let valid = memory.view::<i32>(self.valid_rows, 1)?[0].get() as usize;
+        Ok(valid.min(self.rows as usize))
+    }
+}
+
+static COLUMN_SUM: Kernel<ColumnArgs> = Kernel::new("column_sum", &SOURCE, |a, _, memory| {
+    let cols = a.cols as usize;
+    let x = memory.view::<f32>(a.x, a.rows as usize * cols)?;
+    let out = memory.view::<f32>(a.out, cols)?;
+    let valid = a.valid(memory)?;
+    for c in 0..cols {
+        out[c].set((0..valid).map(|t| x[t * cols + c].get()).fold(0.0, |sum, v| sum + v));
+    }
+    Ok(())
+});
+
+/// Returns the sum over the valid rows of each column: `[C]`.
+pub fn column_sum(cx: &mut CaptureStream, x: &Tensor) -> Result<Tensor> {
+    let out = cx.empty(&[x.dim(1)], x.dtype())?;
+    let (rows, cols) = (x.dim(0) as u64, x.dim(1) as u64);
+    let args = ColumnArgs { x: cx.addr(x)?, out: cx.addr(&out)?, valid_rows: cx.valid_rows_ptr(), rows, cols };
+    cx.launch(&COLUMN_SUM, Dims::per_item(cols as usize, BLOCK), args)?;
+    Ok(out)
+}
+
+static REVERSE_SCAN: Kernel<ColumnArgs> = Kernel::new("reverse_scan", &SOURCE, |a, _, memory| {
+    let (rows, cols) = (a.rows as usize, a.cols as usize);
+    let x = memory.view::<f32>(a.x, rows * cols)?;
+    let out = memory.view::<f32>(a.out, rows * cols)?;
+    let valid = a.valid(memory)?;
+    for c in 0..cols {
+        let mut sum = 0.0;
+        for t in (0..rows).rev() {
+            sum += if t < valid { x[t * cols + c].get() } else { 0.0 };
+            out[t * cols + c].set(sum);
+        }
+    }
+    Ok(())
+});
+
+/// Returns the sum over this and all later valid rows, for each row: padding comes first in its order, so a tail that is
+/// not ignored spoils every row.
+pub fn reverse_scan(cx: &mut CaptureStream, x: &Tensor) -> Result<Tensor> {
+    let out = cx.empty(x.shape(), x.dtype())?;
+    let (rows, cols) = (x.dim(0) as u64, x.dim(1) as u64);
+    let args = ColumnArgs { x: cx.addr(x)?, out: cx.addr(&out)?, valid_rows: cx.valid_rows_ptr(), rows, cols };
+    cx.launch(&REVERSE_SCAN, Dims::per_item(cols as usize, BLOCK), args)?;
+    Ok(out)
+}
+
+static ROUTE: Kernel<ColumnArgs> = Kernel::new("route", &SOURCE, |a, _, memory| {
+    let keys = memory.view::<f32>(a.x, a.rows as usize)?;
+    let counts = memory.view::<i32>(a.out, a.cols as usize)?;
+    let valid = a.valid(memory)?;
+    for (bucket, count) in counts.iter().enumerate() {
+        count.set(keys[..valid].iter().filter(|key| key.get() == bucket as f32).count() as i32);
+    }
+    Ok(())
+});
+
+/// Returns how many valid rows have each key in `0..buckets`: i32 `[buckets]`.
+pub fn route(cx: &mut CaptureStream, keys: &Tensor, buckets: usize) -> Result<Tensor> {
+    let out = cx.empty(&[buckets], DType::I32)?;
+    let (rows, cols) = (keys.dim(0) as u64, buckets as u64);
+    let args = ColumnArgs { x: cx.addr(keys)?, out: cx.addr(&out)?, valid_rows: cx.valid_rows_ptr(), rows, cols };
+    cx.launch(&ROUTE, Dims::per_item(buckets, BLOCK), args)?;
+    Ok(out)
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::NoUninit, bytemuck::AnyBitPattern)]
+struct CopyIndexArgs {
+    x: DevicePtr,
+    index: DevicePtr,
+    out: DevicePtr,
+    len: u64,
+    out_len: u64,
+}
+
+static COPY_INDEX: Kernel<CopyIndexArgs> = Kernel::new("copy_index", &SOURCE, |a, _, memory| {
+    let x = memory.view::<f32>(a.x, a.len as usize)?;
+    let index = memory.view::<i32>(a.index, a.out_len as usize)?;
+    let out = memory.view::<f32>(a.out, a.out_len as usize)?;
+    for i in 0..out.len() {
+        out[i].set(x.get(index[i].get() as usize).map_or(-1.0, std::cell::Cell::get));
+    }
+    Ok(())
+});
+
+/// Returns `x[index[i]]`, or -1 where the index is out of range.
+pub fn copy_index(cx: &mut CaptureStream, x: &Tensor, index: &Tensor) -> Result<Tensor> {
+    let out = cx.empty(index.shape(), x.dtype())?;
+    let (len, out_len) = (x.num_elements() as u64, index.num_elements() as u64);
+    let args = CopyIndexArgs { x: cx.addr(x)?, index: cx.addr(index)?, out: cx.addr(&out)?, len, out_len };
+    cx.launch(&COPY_INDEX, Dims::per_item(out_len as usize, BLOCK), args)?;
+    Ok(out)
+}

@@ -1,0 +1,197 @@
+//! Which sizes there are, and whether a forward replays, captures or runs eagerly.
+
+use std::cell::Cell;
+
+use bcg_runtime::{
+    BreakableCudaGraph, CacheOptions, Context, Decision, Device, EagerReason, Error, GraphCache, GraphOptions, Ladder, Result,
+    Runner, Tensor,
+};
+
+use super::fixture::{Batch, Graph, assert_usable, batch, batches, bits, failure, iota, padded, runner, scaled, step};
+use super::kernels::axpy;
+
+/// Above 16 rows, a ladder of relative steps pads by at most an eighth.
+pub fn padding_is_at_most_an_eighth_above_sixteen_rows(_device: &Device) {
+    for max in [17, 64, 1000, 8192] {
+        let ladder = Ladder::relative(max, 1).expect("a ladder");
+        assert_eq!(ladder.largest(), max);
+        for rows in 17..=max {
+            let size = ladder.size_for(rows).expect("a size");
+            assert!(size >= rows && (size - rows) * 8 <= rows, "{rows} rows are padded to {size}");
+        }
+        assert_eq!(ladder.size_for(max + 1), None);
+    }
+}
+
+/// All sizes are multiples of the alignment that the layers ask for.
+pub fn sizes_keep_the_alignment_of_the_layers(_device: &Device) {
+    for alignment in [1, 2, 8, 64, 100] {
+        let ladder = Ladder::relative(1000, alignment).expect("a ladder");
+        assert!(ladder.sizes().iter().all(|size| size % alignment == 0), "{:?}", ladder.sizes());
+        assert_eq!(ladder.largest(), 1000 / alignment * alignment);
+    }
+}
+
+/// Sizes above the prefill chunk are dropped.
+pub fn sizes_are_clamped_to_the_chunk(_device: &Device) {
+    let ladder = Ladder::explicit(vec![512, 8, 64, 8]).expect("a ladder");
+    assert_eq!(ladder.sizes(), [8, 64, 512]);
+    assert_eq!(ladder.clamped(511).expect("a ladder").sizes(), [8, 64]);
+    assert_eq!(ladder.clamped(512).expect("a ladder"), ladder);
+}
+
+/// Graphs that are asked for without any size are an error, not silence.
+pub fn an_empty_ladder_with_graphs_asked_for_is_an_error(_device: &Device) {
+    let ladder = Ladder::explicit(vec![64]).expect("a ladder");
+    for refused in [Ladder::explicit(vec![]), ladder.clamped(63), Ladder::relative(0, 1), Ladder::relative(7, 8)] {
+        let message = "capture sizes: graphs are asked for but no capture size is left; give at least one size above 0";
+        assert_eq!(failure(refused).to_string(), message);
+    }
+    let error = failure(Ladder::explicit(vec![0, 8])).to_string();
+    assert_eq!(error, "capture sizes: 0 is not a capture size; remove it");
+}
+
+type Cache = GraphCache<Batch, Tensor>;
+
+fn cache(sizes: &[usize], options: CacheOptions) -> Cache {
+    let ladder = Some(Ladder::explicit(sizes.to_vec()).expect("a ladder"));
+    Cache::new("prefill", CacheOptions { ladder, ..options })
+}
+
+fn lazy() -> CacheOptions {
+    CacheOptions { lazy: true, ..CacheOptions::default() }
+}
+
+fn forward_of(x: &Tensor) -> impl Fn(&mut Context<'_, Batch>) -> Result<Tensor> + Clone + Send + Sync + 'static {
+    let x = x.clone();
+    move |cx| {
+        let y = step(cx, &x)?;
+        let z = scaled(cx, &y)?;
+        axpy(cx, 2.0, &z, &y)
+    }
+}
+
+fn capture(cache: &mut Cache, runner: &mut Runner, size: usize) -> Result<Tensor> {
+    let x = iota(&runner.device().clone(), &[size, 4], size as f32);
+    cache.capture(size, runner, &padded(1.0, size, size), forward_of(&x))
+}
+
+/// Every reason of the closed enum is reached, and counted.
+pub fn every_reason_to_run_eagerly_is_reached_and_counted(device: &Device) {
+    let mut runner = runner(device);
+    let reached = Cell::new(0);
+    let expect = |cache: &mut Cache, rows: usize, reason: EagerReason| {
+        assert_eq!(cache.decide(rows), Decision::Eager(reason));
+        assert_eq!(cache.stats().eager[&reason], 1);
+        reached.set(reached.get() | 1 << reason as u32);
+    };
+    expect(&mut Cache::new("off", CacheOptions::default()), 4, EagerReason::Disabled);
+    let mut ahead = cache(&[8, 32], CacheOptions::default());
+    expect(&mut ahead, 0, EagerReason::NoRows);
+    expect(&mut ahead, 33, EagerReason::AboveLargest);
+    expect(&mut ahead, 9, EagerReason::TooMuchPadding);
+    expect(&mut ahead, 8, EagerReason::NotCaptured);
+    capture(&mut ahead, &mut runner, 8).expect("a capture");
+    assert_eq!(ahead.decide(8), Decision::Replay { size: 8 });
+    let mut failing = cache(&[8], lazy());
+    assert_eq!(failing.decide(8), Decision::Capture { size: 8 });
+    failure(failing.capture(8, &mut runner, &batch(1.0), |_| Err(Error::other("no"))));
+    expect(&mut failing, 8, EagerReason::CaptureFailed);
+    assert_eq!(failing.stats().num_capture_failures, 1);
+    for reason in EagerReason::ALL {
+        assert_ne!(reached.get() & 1 << reason as u32, 0, "{reason} was not reached");
+    }
+    assert_usable(&mut runner);
+}
+
+/// The first use of a size captures it, and that capture serves the request; later uses replay.
+pub fn a_lazy_cache_captures_at_first_use(device: &Device) {
+    let mut runner = runner(device);
+    let mut cache = cache(&[4, 8, 16], lazy());
+    for (rows, size, is_new) in [(3, 4, true), (4, 4, false), (9, 16, true), (2, 4, false), (16, 16, false)] {
+        let x = iota(device, &[size, 4], size as f32);
+        let live = padded(2.0, rows, size);
+        let output = match cache.decide(rows) {
+            Decision::Capture { size: decided } if is_new => {
+                assert_eq!(decided, size);
+                cache.capture(size, &mut runner, &live, forward_of(&x))
+            }
+            Decision::Replay { size: decided } if !is_new => {
+                assert_eq!(decided, size);
+                cache.replay(size, &mut runner, &live)
+            }
+            other => panic!("{rows} rows: {other:?}"),
+        };
+        let output = bits(&mut runner, &output.expect("a run"));
+        let eager = runner.eager(&live, forward_of(&x)).expect("an eager run");
+        assert_eq!(output, bits(&mut runner, &eager), "{rows} rows");
+    }
+    assert_eq!(cache.captured_sizes(), [4, 16]);
+    assert_eq!((cache.stats().num_captures, cache.stats().num_replays), (2, 3));
+}
+
+/// Beyond its bound, a cache drops the least recently used graph.
+pub fn the_least_recently_used_graph_goes_first(device: &Device) {
+    let mut runner = runner(device);
+    let mut cache = cache(&[4, 5, 6, 7], CacheOptions { graphs_max: 2, ..lazy() });
+    capture(&mut cache, &mut runner, 4).expect("a capture");
+    capture(&mut cache, &mut runner, 5).expect("a capture");
+    cache.replay(4, &mut runner, &padded(1.0, 4, 4)).expect("a replay");
+    capture(&mut cache, &mut runner, 6).expect("a capture");
+    assert_eq!(cache.captured_sizes(), [4, 6]);
+    assert!(matches!(failure(cache.replay(5, &mut runner, &batch(1.0))), Error::NotCaptured { .. }));
+    assert_eq!(cache.decide(5), Decision::Capture { size: 5 }, "a dropped size is captured again when it is needed");
+    capture(&mut cache, &mut runner, 7).expect("a capture");
+    assert_eq!(cache.captured_sizes(), [6, 7]);
+    assert_eq!(cache.stats().num_evictions, 2);
+}
+
+/// A graph that is dropped while its replay is queued finishes that replay.
+pub fn a_graph_may_be_evicted_while_it_runs(device: &Device) {
+    let mut runner = runner(device);
+    let mut cache = cache(&[4, 5], CacheOptions { graphs_max: 1, ..lazy() });
+    let kept = iota(device, &[4, 4], 0.0);
+    capture(&mut cache, &mut runner, 4).expect("a capture");
+    let live = padded(3.0, 4, 4);
+    let eager = runner.eager(&live, forward_of(&iota(device, &[4, 4], 4.0))).expect("an eager run");
+    let expected = bits(&mut runner, &eager);
+    let replayed = cache.replay(4, &mut runner, &live).expect("a replay");
+    runner.tail(&live, |cx| cx.copy(&kept, &replayed)).expect("a tail");
+    capture(&mut cache, &mut runner, 5).expect("the capture that evicts");
+    assert_eq!((cache.captured_sizes(), bits(&mut runner, &kept)), (vec![5], expected));
+    cache.clear();
+    assert_eq!(cache.captured_sizes(), []);
+}
+
+/// All sizes have the same number of breaks; a capture with another number is refused.
+pub fn all_sizes_have_the_same_number_of_breaks(device: &Device) {
+    let mut runner = runner(device);
+    let mut cache = cache(&[4, 8], lazy());
+    capture(&mut cache, &mut runner, 4).expect("a capture");
+    let x = iota(device, &[8, 4], 0.0);
+    let error = failure(cache.capture(8, &mut runner, &batch(1.0), move |cx| step(cx, &x)));
+    assert!(matches!(error, Error::Census { expected: 1, got: 0, .. }), "{error}");
+    assert_eq!(cache.captured_sizes(), [4]);
+}
+
+/// Every Nth replay of a cache is verified.
+pub fn every_nth_replay_is_verified(device: &Device) {
+    let mut runner = runner(device);
+    let mut cache = cache(&[4], CacheOptions { verify_every: Some(3), ..lazy() });
+    capture(&mut cache, &mut runner, 4).expect("a capture");
+    for index in 0..7 {
+        cache.replay(4, &mut runner, &padded(index as f32, 4, 4)).expect("a replay");
+    }
+    assert_eq!((cache.stats().num_replays, cache.stats().num_verified), (7, 2));
+}
+
+/// In debug-eager mode a graph runs its forward eagerly, by the calls of a replay.
+pub fn debug_eager_runs_the_forward_by_the_calls_of_a_replay(device: &Device) {
+    let mut runner = runner(device);
+    let options = GraphOptions { debug_eager: true, ..GraphOptions::default() };
+    let mut graph: Graph = BreakableCudaGraph::with_options("debug", options);
+    let x = iota(device, &[4, 4], 1.0);
+    graph.capture(&mut runner, &batch(1.0), forward_of(&x)).expect("a capture");
+    assert_eq!(graph.describe().segments.len(), 0);
+    super::fixture::replays_like_eager(&mut runner, &graph, &batches(), forward_of(&x));
+}
