@@ -88,7 +88,7 @@ impl ApiError {
     pub fn body(&self) -> Value {
         let (kind, param, code) = match self {
             Self::InvalidRequest { param, .. } => ("invalid_request_error", *param, None),
-            Self::ContextLength { .. } => ("invalid_request_error", Some("messages"), Some("context_length_exceeded")),
+            Self::ContextLength { .. } => ("invalid_request_error", None, Some("context_length_exceeded")),
             Self::ModelNotFound(..) => ("invalid_request_error", Some("model"), Some("model_not_found")),
             Self::UnknownRoute(..) => ("invalid_request_error", None, Some("unknown_url")),
             Self::MethodNotAllowed(..) => ("invalid_request_error", None, Some("method_not_allowed")),

@@ -46,7 +46,7 @@ pub struct Metrics {
     registry: Registry,
     /// HTTP requests by route and status.
     pub http_requests: Family<HttpLabels, Counter>,
-    /// Requests that wait.
+    /// Requests that wait and have not run yet.
     pub queue_depth: Gauge,
     /// Sequences that run.
     pub running: Gauge,

@@ -184,6 +184,9 @@ impl Engine for LocalEngine {
     }
 
     fn metrics(&self) -> &Metrics {
+        // A request that waits holds a slot, whether or not the worker has seen it yet.
+        let waiting = self.options.max_queued - self.slots.available_permits();
+        self.shared.metrics.queue_depth.set(i64::try_from(waiting).unwrap_or(i64::MAX));
         &self.shared.metrics
     }
 

@@ -258,7 +258,6 @@ impl<R: StepRunner> Worker<R> {
     fn publish(&self) {
         let metrics = &self.shared.metrics;
         let gauge = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
-        metrics.queue_depth.set(gauge(self.scheduler.num_waiting()));
         metrics.running.set(gauge(self.scheduler.num_running()));
         metrics.kv_pages_used.set(gauge(self.scheduler.num_used_pages()));
     }
