@@ -2,6 +2,11 @@
 //!
 //! A replayed break allocates at the recorded addresses, so what it returns *is* the bridge and nothing is copied. Only
 //! if it returns other memory is that copied into the bridge, and counted.
+//!
+//! Invariants:
+//! - Only memory that the break itself took at capture is copied into. An output that was an argument, or a persistent
+//!   tensor, must be the same one again: a copy would overwrite what others still read.
+//! - All outputs are known before the first is copied, so a copy never overwrites an output that is still to be copied.
 
 use crate::arena::FrozenTensor;
 use crate::freeze::{Claims, Freeze};
@@ -32,7 +37,8 @@ pub trait Bridge: Freeze {
     /// Makes the captured output hold this value.
     ///
     /// # Errors
-    /// [`Error::Output`] if shape, dtype or structure differ from capture; the driver's.
+    /// [`Error::Output`] if shape, dtype or structure differ from capture, or if the captured output was an argument or a
+    /// persistent tensor and this is other memory; the driver's.
     fn carry(&self, frozen: &Self::Frozen, carrier: &mut Carrier<'_>) -> Result<()>;
 }
 
@@ -45,6 +51,26 @@ pub struct Carrier<'a> {
     stream: &'a mut CaptureStream,
     path: [PathPart; DEPTH_MAX],
     depth: usize,
+    bridges: &'a Bridges,
+    /// How many tensors were carried.
+    num_carried: usize,
+    /// Those that must be copied.
+    moved: Vec<Moved>,
+}
+
+/// The tensors that a break returned at capture, in the order of their fields.
+#[derive(Debug)]
+pub(crate) struct Bridges {
+    pub(crate) tensors: Vec<FrozenTensor>,
+    /// The break took the memory itself, so that it may be written at replay.
+    pub(crate) is_own: Vec<bool>,
+}
+
+/// An output that lies elsewhere than its bridge.
+#[derive(Debug)]
+struct Moved {
+    number: usize,
+    from: Tensor,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -54,8 +80,9 @@ enum PathPart {
 }
 
 impl<'a> Carrier<'a> {
-    pub(crate) fn new(stream: &'a mut CaptureStream) -> Self {
-        Self { stream, path: [PathPart::Index(0); DEPTH_MAX], depth: 0 }
+    pub(crate) fn new(stream: &'a mut CaptureStream, bridges: &'a Bridges) -> Self {
+        let path = [PathPart::Index(0); DEPTH_MAX];
+        Self { stream, path, depth: 0, bridges, num_carried: 0, moved: Vec::new() }
     }
 
     /// Carries a field, whose name an error then tells.
@@ -102,12 +129,128 @@ impl<'a> Carrier<'a> {
             return Err(self.mismatch(expected, format!("{} {:?}", tensor.dtype, tensor.shape)));
         }
         self.stream.addr(tensor)?;
-        if tensor.ptr == frozen.ptr && tensor.row_stride == frozen.row_stride {
+        let number = self.num_carried;
+        self.num_carried += 1;
+        let is_in_place = tensor.ptr == frozen.ptr && tensor.row_stride == frozen.row_stride;
+        if is_in_place || tensor.num_elements() == 0 {
             return Ok(());
         }
-        let bridge = frozen.thaw(&self.stream.arena().clone());
-        self.stream.counts.bridge_copied_bytes += frozen.size_bytes();
-        self.stream.copy(&bridge, tensor)
+        if !self.bridges.is_own[number] {
+            let expected = "the argument or persistent tensor that was returned at capture".to_owned();
+            return Err(self.mismatch(expected, "other memory, which a copy would put in its place".to_owned()));
+        }
+        self.moved.push(Moved { number, from: tensor.clone() });
+        Ok(())
+    }
+
+    /// Copies what lies elsewhere.
+    pub(crate) fn finish(mut self) -> Result<()> {
+        if self.moved.is_empty() {
+            return Ok(());
+        }
+        self.check_sharing()?;
+        let bridges = self.bridges;
+        let bridge = |moved: &Moved| &bridges.tensors[moved.number];
+        let overwrites = |moved: &Moved| {
+            let place = Place::of_bridge(bridge(moved));
+            self.moved.iter().any(|other| place.overlaps(&Place::of(&other.from)))
+        };
+        if self.moved.iter().any(overwrites) {
+            // Fresh memory, not that of the break's next recorded allocation.
+            self.stream.arena().end_recorded();
+            for moved in &mut self.moved {
+                let staged = self.stream.empty(moved.from.shape(), moved.from.dtype())?;
+                self.stream.copy(&staged, &moved.from)?;
+                moved.from = staged;
+            }
+        }
+        let arena = self.stream.arena().clone();
+        for moved in &self.moved {
+            self.stream.counts.bridge_copied_bytes += bridge(moved).size_bytes();
+            self.stream.copy(&bridge(moved).thaw(&arena), &moved.from)?;
+        }
+        Ok(())
+    }
+
+    /// Outputs that shared memory at capture must share it in the same way now.
+    fn check_sharing(&self) -> Result<()> {
+        let tensors = &self.bridges.tensors;
+        for moved in &self.moved {
+            let bridge = &tensors[moved.number];
+            for (number, other) in tensors.iter().enumerate() {
+                if number == moved.number || !Place::of_bridge(bridge).overlaps(&Place::of_bridge(other)) {
+                    continue;
+                }
+                let from = self.moved.iter().find(|moved| moved.number == number).map(|moved| &moved.from);
+                if !from.is_some_and(|from| is_shared_alike((bridge, &moved.from), (other, from))) {
+                    let expected = format!("outputs {} and {number} to share memory, as captured", moved.number);
+                    return Err(self.mismatch(expected, "outputs that lie apart".to_owned()));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Tells whether two tensors lie to each other as their bridges do, row by row.
+fn is_shared_alike((bridge, from): (&FrozenTensor, &Tensor), (other, from_other): (&FrozenTensor, &Tensor)) -> bool {
+    let distance = |a: crate::DevicePtr, b: crate::DevicePtr| b.as_u64().wrapping_sub(a.as_u64()) as i64;
+    let between_bridges = distance(bridge.ptr, other.ptr);
+    let pitch = (bridge.row_stride * bridge.dtype.size_bytes()) as u64;
+    let begins_in_same_row = between_bridges.unsigned_abs() < pitch;
+    bridge.row_stride == other.row_stride
+        && from.row_stride == from_other.row_stride
+        && between_bridges == distance(from.ptr, from_other.ptr)
+        && (begins_in_same_row || bridge.row_stride == from.row_stride)
+}
+
+/// The bytes of a tensor's rows.
+struct Place {
+    start: u64,
+    rows: u64,
+    row_bytes: u64,
+    pitch: u64,
+}
+
+impl Place {
+    fn of(tensor: &Tensor) -> Self {
+        let pitch = tensor.row_stride() * tensor.dtype().size_bytes();
+        Self {
+            start: tensor.ptr.as_u64(),
+            rows: tensor.dim(0) as u64,
+            row_bytes: tensor.row_bytes() as u64,
+            pitch: pitch as u64,
+        }
+    }
+
+    fn of_bridge(tensor: &FrozenTensor) -> Self {
+        let size = tensor.dtype.size_bytes();
+        Self {
+            start: tensor.ptr.as_u64(),
+            rows: tensor.shape.dims()[0] as u64,
+            row_bytes: (tensor.shape.row_elements() * size) as u64,
+            pitch: (tensor.row_stride * size) as u64,
+        }
+    }
+
+    fn end(&self) -> u64 {
+        self.start + self.rows.saturating_sub(1) * self.pitch + self.row_bytes
+    }
+
+    fn is_empty(&self) -> bool {
+        self.rows == 0 || self.row_bytes == 0
+    }
+
+    fn overlaps(&self, other: &Self) -> bool {
+        if self.is_empty() || other.is_empty() || self.end() <= other.start || other.end() <= self.start {
+            return false;
+        }
+        if self.pitch != other.pitch {
+            return true;
+        }
+        // Column ranges of one matrix: rows of the one may lie between rows of the other.
+        let offset = (other.start as i64 - self.start as i64).rem_euclid(self.pitch.max(1) as i64) as u64;
+        offset < self.row_bytes || offset + other.row_bytes > self.pitch
     }
 }
 

@@ -204,6 +204,12 @@ impl Arena {
         self.0.lock().serving = Serving::Free;
     }
 
+    /// Tells whether an address lies in one of the recorded blocks.
+    pub(crate) fn holds(&self, records: &[BlockRecord], ptr: DevicePtr) -> bool {
+        let offset = ptr.as_u64().wrapping_sub(self.0.base.as_u64());
+        records.iter().any(|block| (block.offset as u64..(block.offset + block.bytes) as u64).contains(&offset))
+    }
+
     pub(crate) fn stats(&self) -> ArenaStats {
         let state = self.0.lock();
         ArenaStats {

@@ -2,7 +2,7 @@
 
 use super::catch_panic;
 use super::recorder::{Recorder, place};
-use crate::bridge::{Carrier, output_tensors, scrub};
+use crate::bridge::{Bridges, Carrier, output_tensors, scrub};
 use crate::freeze::{Claims, Thaw};
 use crate::generation::Stamp;
 use crate::segment::Break;
@@ -134,11 +134,15 @@ fn run_recorded<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
     let frozen_output = output.freeze(&mut claims)?;
     let outputs = claims.tensors;
     scrub(cx.stream, &outputs, cx.live.rows())?;
+    let is_own = outputs.iter().map(|output| cx.stream.arena().holds(&blocks, output.ptr)).collect();
+    let bridges = Bridges { tensors: outputs.clone(), is_own };
     let run = move |eager: &mut Eager<'_, L>| {
         let arena = eager.arena().clone();
         let output = replay(eager, &frozen, &Thaw { arena: &arena })?;
         check_joined_at_replay(eager, site)?;
-        output.carry(&frozen_output, &mut Carrier::new(eager))
+        let mut carrier = Carrier::new(eager, &bridges);
+        output.carry(&frozen_output, &mut carrier)?;
+        carrier.finish()
     };
     let launches = cx.stream.counts.launches - launches_before;
     Ok((output, Break { site, run: Box::new(run), blocks, args, outputs, launches }, stamps))

@@ -27,6 +27,8 @@ thread_local! {
 pub(crate) struct Recorder<L> {
     pub(crate) state: CaptureState,
     pub(crate) steps: Vec<Step<L>>,
+    /// Segments among the steps.
+    num_segments: usize,
     pub(crate) retained: Vec<Arc<PersistentBuffer>>,
     pub(crate) pinned: Vec<Arc<PinnedBuffer>>,
     pub(crate) stamps: Vec<Stamp>,
@@ -37,6 +39,7 @@ impl<L> Recorder<L> {
         Self {
             state: CaptureState::Idle,
             steps: Vec::new(),
+            num_segments: 0,
             retained: Vec::new(),
             pinned: Vec::new(),
             stamps: Vec::new(),
@@ -45,7 +48,7 @@ impl<L> Recorder<L> {
 
     /// Returns the index of the segment that is open, or that ended last.
     pub(crate) fn segment_index(&self) -> usize {
-        let ended = self.steps.iter().filter(|step| matches!(step, Step::Segment(_))).count();
+        let ended = self.num_segments;
         if self.state == CaptureState::Segment { ended } else { ended.saturating_sub(1) }
     }
 
@@ -129,6 +132,7 @@ impl<L> Recorder<L> {
             "segment captured"
         );
         self.steps.push(Step::Segment(segment));
+        self.num_segments += 1;
         self.retained.extend(log.retained);
         self.pinned.extend(log.pinned);
         self.stamps.extend(log.stamps);

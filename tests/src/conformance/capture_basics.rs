@@ -7,7 +7,8 @@ use bcg_runtime::{
 };
 
 use super::fixture::{
-    Batch, Graph, assert_like_eager, batch, batches, bits, census, failure, iota, replays_like_eager, runner, scaled, step,
+    Batch, Graph, assert_like_eager, batch, batches, bits, census, failure, iota, replays_like_eager, runner, scaled,
+    step,
 };
 use super::kernels::{axpy, count};
 
@@ -156,7 +157,11 @@ pub fn a_break_may_be_a_method(device: &Device) {
 }
 
 #[eager_on_graph]
-fn generic_break<L: LiveBatch, S: Freeze + Copy + Into<f32>>(cx: &mut Eager<'_, L>, x: &Tensor, scale: S) -> Result<Tensor> {
+fn generic_break<L: LiveBatch, S: Freeze + Copy + Into<f32>>(
+    cx: &mut Eager<'_, L>,
+    x: &Tensor,
+    scale: S,
+) -> Result<Tensor> {
     axpy(cx, scale.into(), x, x)
 }
 
@@ -289,12 +294,13 @@ pub fn a_nested_capture_is_refused_and_the_outer_one_survives(device: &Device) {
     assert_eq!((census(&graph), captured), ((3, 2), expected));
     let mut other = Graph::new("after");
     let mut inner = inner.lock().expect("the inner runner");
-    other.capture(&mut inner, &batch(1.0), |cx| {
-        let zeros = cx.empty(&[4], DType::F32)?;
-        cx.fill_zero(&zeros)?;
-        Ok(zeros)
-    })
-    .expect("a capture of its own");
+    other
+        .capture(&mut inner, &batch(1.0), |cx| {
+            let zeros = cx.empty(&[4], DType::F32)?;
+            cx.fill_zero(&zeros)?;
+            Ok(zeros)
+        })
+        .expect("a capture of its own");
 }
 
 /// Two threads may capture on two streams of one device at once.

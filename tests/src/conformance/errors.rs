@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use bcg_runtime::{
-    BreakableCudaGraph, Context, DType, Device, Eager, Error, Generation, GraphOptions, LiveBatch, Result, Runner, Tensor,
-    eager_on_graph,
+    BreakableCudaGraph, Context, DType, Device, Eager, Error, Generation, GraphOptions, LiveBatch, Result, Runner,
+    Tensor, eager_on_graph,
 };
 
 use super::fixture::{Batch, Graph, assert_usable, batch, bits, failure, iota, padded, runner, scaled, step};
@@ -38,7 +38,9 @@ fn troubled(cx: &mut Eager<'_, Trouble>, x: &Tensor) -> Result<Tensor> {
     axpy(cx, 1.0, &y, x)
 }
 
-fn troubled_forward(x: &Tensor) -> impl Fn(&mut Context<'_, Trouble>) -> Result<Tensor> + Clone + Send + Sync + 'static {
+fn troubled_forward(
+    x: &Tensor,
+) -> impl Fn(&mut Context<'_, Trouble>) -> Result<Tensor> + Clone + Send + Sync + 'static {
     let x = x.clone();
     move |cx| {
         let y = axpy(cx, 1.0, &x, &x)?;
@@ -266,7 +268,10 @@ pub fn the_message_of_each_error_is_pinned(device: &Device) {
     pinned(failure(x.columns(1..4)), columns);
     let reshape = failure(x.columns(0..2).expect("columns").reshape(&[8]));
     pinned(reshape, "Tensor::reshape: expected [8], got row-sliced [4, 2]");
-    pinned(failure(device.empty(&[1; 5], DType::F32)), "Device::empty: expected 1 to 4 dimensions, got [1, 1, 1, 1, 1]");
+    pinned(
+        failure(device.empty(&[1; 5], DType::F32)),
+        "Device::empty: expected 1 to 4 dimensions, got [1, 1, 1, 1, 1]",
+    );
     let copy = runner.eager(&(), |cx| cx.copy(&x, &x.rows(0..2)?));
     pinned(failure(copy), "CaptureStream::copy: expected f32 [4, 3], got f32 [2, 3]");
     pinned(

@@ -102,7 +102,9 @@ struct AxpyArgs {
 
 static AXPY: Kernel<AxpyArgs> = Kernel::new("axpy", &SOURCE, |a, _, memory| {
     for t in 0..a.rows as usize {
-        let row = |ptr: DevicePtr, stride: u64| memory.view::<f32>(ptr.offset_bytes(t * stride as usize * 4), a.cols as usize);
+        let row = |ptr: DevicePtr, stride: u64| {
+            memory.view::<f32>(ptr.offset_bytes(t * stride as usize * 4), a.cols as usize)
+        };
         let (x, y, out) = (row(a.x, a.x_stride)?, row(a.y, a.y_stride)?, row(a.out, a.out_stride)?);
         for c in 0..out.len() {
             out[c].set(a.alpha * x[c].get() + y[c].get());

@@ -3,8 +3,8 @@
 use std::cell::Cell;
 
 use bcg_runtime::{
-    BreakableCudaGraph, CacheOptions, Context, Decision, Device, EagerReason, Error, GraphCache, GraphOptions, Ladder, Result,
-    Runner, Tensor,
+    BreakableCudaGraph, CacheOptions, Context, Decision, Device, EagerReason, Error, GraphCache, GraphOptions, Ladder,
+    Result, Runner, Tensor,
 };
 
 use super::fixture::{Batch, Graph, assert_usable, batch, batches, bits, failure, iota, padded, runner, scaled, step};

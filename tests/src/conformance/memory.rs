@@ -7,8 +7,8 @@ use bcg_runtime::{
 };
 
 use super::fixture::{
-    Batch, Graph, assert_like_eager, assert_usable, batch, batches, bits, failure, iota, options, replays_like_eager, runner,
-    scaled, step,
+    Batch, Graph, assert_like_eager, assert_usable, batch, batches, bits, failure, iota, options, replays_like_eager,
+    runner, scaled, step,
 };
 use super::kernels::axpy;
 
@@ -117,7 +117,10 @@ pub fn growth_inside_a_segment_is_refused(device: &Device) {
     };
     let mut graph = BreakableCudaGraph::new("growth");
     let error = failure(graph.capture(&mut runner, &(), forward));
-    assert!(matches!(&error, Error::Segment { segment: 0, source } if matches!(**source, Error::ArenaFull { .. })), "{error}");
+    assert!(
+        matches!(&error, Error::Segment { segment: 0, source } if matches!(**source, Error::ArenaFull { .. })),
+        "{error}"
+    );
     assert_eq!(runner.arena_stats().mapped_bytes, bytes - 1);
     assert_usable(&mut runner);
     runner.eager(&(), forward).expect("an eager run");
@@ -185,7 +188,8 @@ pub fn a_tensor_of_one_capture_is_refused_in_another(device: &Device) {
         scaled(cx, &y)
     });
     drop(captured.expect("a capture"));
-    let uses: [fn(&mut Context<'_, Batch>, &Tensor) -> Result<Tensor>; 2] = [|cx, y| step(cx, y), |cx, y| scaled(cx, y)];
+    let uses: [fn(&mut Context<'_, Batch>, &Tensor) -> Result<Tensor>; 2] =
+        [|cx, y| step(cx, y), |cx, y| scaled(cx, y)];
     for (number, usage) in uses.into_iter().enumerate() {
         let take = Arc::clone(&smuggled);
         let mut second = Graph::new("second");

@@ -60,6 +60,8 @@ macro_rules! conformance_rules {
                 a_returned_tensor_keeps_its_address,
                 tuples_and_structs_cross_a_break,
                 other_storage_is_copied_into_the_bridge_and_counted,
+                an_argument_that_was_returned_is_never_overwritten,
+                outputs_that_changed_places_are_all_carried,
                 a_break_may_allocate_differently_at_replay,
                 a_changed_output_is_an_error_naming_break_expected_and_got,
                 an_output_may_be_written_into_an_argument,

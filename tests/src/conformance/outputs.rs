@@ -87,14 +87,12 @@ pub fn tuples_and_structs_cross_a_break(device: &Device) {
 }
 
 #[eager_on_graph]
-fn either(cx: &mut Eager<'_, Batch>, a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    let out = if cx.live().scale > 0.0 { a } else { b };
-    Ok(out.clone())
-}
-
-#[eager_on_graph]
-fn fresh_or(cx: &mut Eager<'_, Batch>, a: &Tensor) -> Result<Tensor> {
-    if cx.live().scale > 0.0 { axpy(cx, 2.0, a, a) } else { Ok(a.clone()) }
+fn fresh_or(cx: &mut Eager<'_, Batch>, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let scale = cx.live().scale;
+    if scale > 0.0 {
+        return axpy(cx, 2.0, a, a);
+    }
+    Ok(if scale < -1.0 { b.clone() } else { a.clone() })
 }
 
 /// Storage other than the captured one is copied into the bridge at replay, and its bytes are counted.
@@ -104,19 +102,64 @@ pub fn other_storage_is_copied_into_the_bridge_and_counted(device: &Device) {
     let (left, right) = (a.columns(0..3).expect("columns"), b.columns(5..8).expect("columns"));
     let mut graph = Graph::new("other storage");
     let forward = move |cx: &mut Context<'_, Batch>| {
-        let (a, b) = (axpy(cx, 1.0, &left, &left)?, axpy(cx, 1.0, &right, &right)?);
-        let c = either(cx, &a, &b)?;
-        let d = fresh_or(cx, &b)?;
-        axpy(cx, 3.0, &c, &d)
+        let a = axpy(cx, 1.0, &left, &left)?;
+        let c = fresh_or(cx, &a, &right)?;
+        let d = fresh_or(cx, &right, &left)?;
+        let sum = axpy(cx, 3.0, &c, &d)?;
+        axpy(cx, 1.0, &sum, &a)
     };
     graph.capture(&mut runner, &batch(1.0), forward.clone()).expect("a capture");
-    for (scale, copied) in [(1.0, 0), (-1.0, 96), (1.0, 0), (-1.0, 96)] {
+    for (scale, copied) in [(1.0, 0), (-1.0, 96), (1.0, 0), (-2.0, 96), (-1.0, 96)] {
         let before = runner.stats().bridge_copied_bytes;
         let replayed = graph.replay(&mut runner, &batch(scale)).expect("a replay");
         assert_eq!(runner.stats().bridge_copied_bytes - before, copied, "scale {scale}");
         let replayed = bits(&mut runner, &replayed);
         let eager = runner.eager(&batch(scale), &forward).expect("an eager run");
         assert_eq!(replayed, bits(&mut runner, &eager), "scale {scale}");
+    }
+}
+
+/// An output that was an argument at capture must be it at replay: a copy into it would overwrite the argument.
+pub fn an_argument_that_was_returned_is_never_overwritten(device: &Device) {
+    let mut runner = runner(device);
+    let (a, b) = (iota(device, &[6], 0.0), iota(device, &[6], 100.0));
+    let (captured_a, captured_b) = (a.clone(), b.clone());
+    let mut graph = Graph::new("argument");
+    let forward = move |cx: &mut Context<'_, Batch>| {
+        let c = fresh_or(cx, &captured_a, &captured_b)?;
+        axpy(cx, 1.0, &c, &captured_a)
+    };
+    graph.capture(&mut runner, &batch(-1.0), forward).expect("a capture");
+    for scale in [1.0, -2.0] {
+        let error = failure(graph.replay(&mut runner, &batch(scale))).to_string();
+        let message = "): output of the break: expected the argument or persistent tensor that was returned at capture, got \
+                       other memory, which a copy would put in its place";
+        assert!(error.ends_with(message), "{error}");
+    }
+    let replayed = graph.replay(&mut runner, &batch(-1.0)).expect("a replay");
+    let expected: Vec<f32> = (0..6).map(|i| 2.0 * i as f32).collect();
+    assert_eq!(runner.read::<f32>(&replayed).expect("a read"), expected);
+}
+
+#[eager_on_graph]
+fn swaps(cx: &mut Eager<'_, Batch>, x: &Tensor) -> Result<(Tensor, Tensor)> {
+    let live = cx.live().scale;
+    let scratch = if live > 0.0 { Some(cx.empty(x.shape(), x.dtype())?) } else { None };
+    let first = axpy(cx, 2.0, x, x)?;
+    let second = axpy(cx, 4.0, x, x)?;
+    drop(scratch);
+    Ok((second, first))
+}
+
+/// Where one output lies in the bridge of another, neither is overwritten before it was copied.
+pub fn outputs_that_changed_places_are_all_carried(device: &Device) {
+    for captured in [0.0, 1.0] {
+        let x = iota(device, &[100], 1.0);
+        assert_like_eager(&mut runner(device), &[captured, 1.0, 0.0].map(batch), move |cx| {
+            let y = step(cx, &x)?;
+            let (second, first) = swaps(cx, &y)?;
+            axpy(cx, 7.0, &second, &first)
+        });
     }
 }
 

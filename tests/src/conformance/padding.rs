@@ -66,7 +66,8 @@ pub fn kernels_that_mix_rows_ignore_the_tail(device: &Device) {
         let exact = x.rows(0..valid.max(1)).expect("rows");
         let live = if valid == 0 { padded(2.0, 0, 1) } else { batch(2.0) };
         let (sum, scan, counts) = runner.eager(&live, |cx| mixing(cx, &exact)).expect("an eager run");
-        let expected = (bits(&mut runner, &sum), bits(&mut runner, &scan), runner.read::<i32>(&counts).expect("a read"));
+        let expected =
+            (bits(&mut runner, &sum), bits(&mut runner, &scan), runner.read::<i32>(&counts).expect("a read"));
         let (sum, scan, counts) = graph.replay(&mut runner, &padded(2.0, valid, SIZE)).expect("a replay");
         assert_eq!(bits(&mut runner, &sum), expected.0, "{valid} valid rows");
         assert_eq!(bits(&mut runner, &scan)[..valid * COLS], expected.1[..valid * COLS], "{valid} valid rows");
@@ -129,11 +130,12 @@ pub fn zero_valid_rows_are_legal(device: &Device) {
     let x = iota(device, &[SIZE, COLS], 1.0);
     let mut graph = Graph::new("zero");
     let captured = x.clone();
-    graph.capture(&mut runner, &padded(1.0, SIZE, SIZE), move |cx| {
-        let y = scaled(cx, &captured)?;
-        axpy(cx, 1.0, &y, &y)
-    })
-    .expect("a capture");
+    graph
+        .capture(&mut runner, &padded(1.0, SIZE, SIZE), move |cx| {
+            let y = scaled(cx, &captured)?;
+            axpy(cx, 1.0, &y, &y)
+        })
+        .expect("a capture");
     write_rows(&mut runner, &x, 0);
     let replayed = graph.replay(&mut runner, &padded(1.0, 0, SIZE)).expect("a replay");
     assert_eq!(runner.read::<f32>(&replayed).expect("a read"), [0.0; SIZE * COLS]);

@@ -3,7 +3,8 @@
 use std::sync::{Arc, Mutex};
 
 use bcg_runtime::{
-    BreakableCudaGraph, CaptureStream, Context, DType, Device, Eager, Error, Event, Result, Stream, Tensor, eager_on_graph,
+    BreakableCudaGraph, CaptureStream, Context, DType, Device, Eager, Error, Event, Result, Stream, Tensor,
+    eager_on_graph,
 };
 
 use super::fixture::{
@@ -161,7 +162,8 @@ pub fn an_unjoined_side_stream_is_an_error_naming_the_stream(device: &Device) {
     ];
     let mut runner = runner(device);
     let own = Arc::new(Stream::new(device, "my stream").expect("a stream"));
-    let (event, cell) = (Arc::new(Event::new(device).expect("an event")), device.zeros(&[1], DType::I32).expect("a cell"));
+    let (event, cell) =
+        (Arc::new(Event::new(device).expect("an event")), device.zeros(&[1], DType::I32).expect("a cell"));
     for (start, place, forward) in places {
         let (own, event, cell) = (Arc::clone(&own), Arc::clone(&event), cell.clone());
         let mut graph = BreakableCudaGraph::<Batch, ()>::new("unjoined");
