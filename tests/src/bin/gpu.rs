@@ -1,0 +1,116 @@
+//! Runs every rule on the first CUDA device. Without one it fails: this is the gate that needs a GPU.
+//!
+//! `gpu [FILTER] [--random N]`: only rules whose `group::name` contains FILTER; N random programs (200 unless told; 0 for
+//! none). `BCG_ROOT` tells where the repository's `models` and `tests` lie, if not where it was built.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use bcg_runtime::Device;
+use bcg_tests::{conformance, golden, ops, random};
+
+struct Options {
+    filter: String,
+    num_random: u64,
+}
+
+impl Options {
+    fn parse(mut args: impl Iterator<Item = String>) -> Result<Self, String> {
+        let mut options = Self { filter: String::new(), num_random: 200 };
+        while let Some(arg) = args.next() {
+            let mut value = || args.next().ok_or_else(|| format!("{arg} needs a value"));
+            match arg.as_str() {
+                "--random" => options.num_random = value()?.parse().map_err(|error| format!("--random: {error}"))?,
+                _ if arg.starts_with('-') => return Err(format!("unknown option {arg}")),
+                _ => options.filter = arg,
+            }
+        }
+        Ok(options)
+    }
+}
+
+/// The message of the latest panic and where it was raised.
+static PANIC: Mutex<String> = Mutex::new(String::new());
+
+fn keep_panic_messages() {
+    std::panic::set_hook(Box::new(|info| {
+        let payload = info.payload();
+        let text =
+            payload.downcast_ref::<&str>().copied().or_else(|| payload.downcast_ref::<String>().map(String::as_str));
+        let place = info.location().map(ToString::to_string).unwrap_or_default();
+        *PANIC.lock().unwrap_or_else(PoisonError::into_inner) = format!("{}, at {place}", text.unwrap_or("a panic"));
+    }));
+}
+
+/// Results so far.
+#[derive(Default)]
+struct Report {
+    num_passed: u64,
+    failed: Vec<String>,
+    slowest: Vec<(Duration, String)>,
+}
+
+impl Report {
+    fn run(&mut self, name: String, rule: impl FnOnce()) {
+        let begun = Instant::now();
+        let passed = catch_unwind(AssertUnwindSafe(rule)).is_ok();
+        self.slowest.push((begun.elapsed(), name.clone()));
+        if passed {
+            self.num_passed += 1;
+            return;
+        }
+        let message = PANIC.lock().unwrap_or_else(PoisonError::into_inner).replace('\n', " ");
+        println!("FAILED {name}: {message}");
+        self.failed.push(name);
+    }
+
+    fn finish(mut self) -> ExitCode {
+        self.slowest.sort_by_key(|(took, _)| std::cmp::Reverse(*took));
+        for (took, name) in self.slowest.iter().take(5).filter(|(took, _)| took.as_secs() > 0) {
+            println!("slow: {name} took {:.1} s", took.as_secs_f32());
+        }
+        println!("{} passed, {} failed", self.num_passed, self.failed.len());
+        if self.failed.is_empty() && self.num_passed > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    }
+}
+
+fn run_all(device: &Device, options: &Options) -> ExitCode {
+    let mut report = Report::default();
+    let groups = conformance::GROUPS.iter().copied().chain([("ops", ops::RULES), ("golden", golden::RULES)]);
+    for (group, rules) in groups {
+        for (name, rule) in rules {
+            let name = if name.contains("::") { (*name).to_owned() } else { format!("{group}::{name}") };
+            if name.contains(&options.filter) {
+                report.run(name, || rule(device));
+            }
+        }
+    }
+    if options.filter.is_empty() || "random".contains(&options.filter) {
+        for seed in random::REGRESSIONS.iter().copied().chain(0..options.num_random) {
+            report.run(format!("random::{seed}"), || random::check(device, seed));
+        }
+    }
+    report.finish()
+}
+
+fn main() -> ExitCode {
+    let options = match Options::parse(std::env::args().skip(1)) {
+        Ok(options) => options,
+        Err(message) => {
+            eprintln!("{message}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let device = match Device::cuda(0) {
+        Ok(device) => device,
+        Err(error) => {
+            eprintln!("this needs a GPU: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    println!("{}", device.name());
+    keep_panic_messages();
+    run_all(&device, &options)
+}
