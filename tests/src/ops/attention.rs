@@ -77,7 +77,7 @@ impl Cache {
 }
 
 /// Each new token attends to its sequence's prefix and to the new tokens up to itself; padded rows hold anything.
-pub fn prefill_attends_to_prefix_and_itself(device: &Device) {
+pub(super) fn prefill_attends_to_prefix_and_itself(device: &Device) {
     for dtype in FLOATS {
         for (q_heads, kv_heads, head_dim, page_size) in [(4, 2, 64, 16), (3, 1, 32, 4), (2, 2, 128, 1), (2, 1, 96, 5)] {
             let mut fixture = Fixture::new(device);
@@ -109,7 +109,7 @@ pub fn prefill_attends_to_prefix_and_itself(device: &Device) {
 }
 
 /// A sequence's rows are the same bits alone and in a batch: so batching changes no token.
-pub fn prefill_rows_do_not_depend_on_other_sequences(device: &Device) {
+pub(super) fn prefill_rows_do_not_depend_on_other_sequences(device: &Device) {
     let mut fixture = Fixture::new(device);
     let cache = Cache::new(&mut fixture, DType::Bf16, &[20, 9], 4, (2, 64));
     let width = 4 * 64;
@@ -126,7 +126,7 @@ pub fn prefill_rows_do_not_depend_on_other_sequences(device: &Device) {
 }
 
 /// One query attends to every key of its sequence; a sequence without keys (a padded row) gives zeros.
-pub fn decode_attends_to_all_keys(device: &Device) {
+pub(super) fn decode_attends_to_all_keys(device: &Device) {
     for dtype in FLOATS {
         for (q_heads, kv_heads, head_dim, page_size) in [(4, 2, 64, 16), (3, 1, 32, 4), (2, 2, 128, 1), (2, 1, 256, 5)]
         {

@@ -6,7 +6,7 @@ use bcg_runtime::{DType, Device};
 use super::fixture::{FLOATS, Fixture, epsilon};
 
 /// `linear` sums products in f32 and rounds once, for any shape, to its own dtype and to f32.
-pub fn linear_matches_the_formula(device: &Device) {
+pub(super) fn linear_matches_the_formula(device: &Device) {
     let mut fixture = Fixture::new(device);
     let shapes = [(1, 1, 1), (3, 5, 7), (64, 64, 64), (70, 130, 100), (9, 600, 33), (2, 3, 2000)];
     for dtype in FLOATS {
@@ -34,7 +34,7 @@ pub fn linear_matches_the_formula(device: &Device) {
 
 /// A row's result is the same bits whatever stands in the other rows and however many there are: so padding a batch
 /// to a capture size changes no token.
-pub fn linear_rows_do_not_depend_on_other_rows(device: &Device) {
+pub(super) fn linear_rows_do_not_depend_on_other_rows(device: &Device) {
     let mut fixture = Fixture::new(device);
     let (depth, outputs) = (300, 70);
     for dtype in FLOATS {

@@ -8,7 +8,7 @@ use super::fixture::{FLOATS, Fixture, assert_close, rms_norm};
 const SHAPES: [(usize, usize); 5] = [(1, 1), (3, 128), (5, 100), (2, 4097), (300, 32)];
 
 /// `rms_norm` is `x / sqrt(mean(x²) + eps) * weight`, for dense and row-sliced inputs.
-pub fn rms_norm_matches_the_formula(device: &Device) {
+pub(super) fn rms_norm_matches_the_formula(device: &Device) {
     let mut fixture = Fixture::new(device);
     for dtype in FLOATS {
         for (rows, columns) in SHAPES {
@@ -23,7 +23,7 @@ pub fn rms_norm_matches_the_formula(device: &Device) {
 }
 
 /// `add_rms_norm` returns the rounded sum, and the norm of that.
-pub fn add_rms_norm_matches_the_formula(device: &Device) {
+pub(super) fn add_rms_norm_matches_the_formula(device: &Device) {
     let mut fixture = Fixture::new(device);
     for dtype in FLOATS {
         for (rows, columns) in SHAPES {
@@ -43,7 +43,7 @@ pub fn add_rms_norm_matches_the_formula(device: &Device) {
 }
 
 /// `silu_mul` is `gate * sigmoid(gate) * up`, also where the exponential overflows.
-pub fn silu_mul_matches_the_formula(device: &Device) {
+pub(super) fn silu_mul_matches_the_formula(device: &Device) {
     let mut fixture = Fixture::new(device);
     for dtype in FLOATS {
         for (rows, columns) in SHAPES {

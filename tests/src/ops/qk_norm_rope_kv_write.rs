@@ -21,7 +21,7 @@ fn rope(head: &[f64], position: i32, inv_freq: &[f32]) -> Vec<f64> {
 
 /// Queries and keys are normalised and turned, values copied, each token goes to its slot, and a padded row (slot -1)
 /// writes nothing.
-pub fn rope_turns_and_writes_each_token_in_its_slot(device: &Device) {
+pub(super) fn rope_turns_and_writes_each_token_in_its_slot(device: &Device) {
     for dtype in FLOATS {
         for (q_heads, kv_heads, head_dim) in [(4, 2, 64), (3, 3, 32), (5, 1, 128), (2, 1, 96), (1, 1, 256)] {
             check(device, dtype, q_heads, kv_heads, head_dim);

@@ -6,7 +6,7 @@ use bcg_runtime::{DType, Device, LiveBatch, Rows, Runner, RunnerOptions};
 use super::fixture::{FLOATS, Fixture};
 
 /// `embedding` copies table rows bit for bit; an id outside the table gives zeros.
-pub fn embedding_looks_up_rows(device: &Device) {
+pub(super) fn embedding_looks_up_rows(device: &Device) {
     let mut fixture = Fixture::new(device);
     for dtype in FLOATS {
         for columns in [1, 7, 64, 128] {
@@ -20,7 +20,7 @@ pub fn embedding_looks_up_rows(device: &Device) {
 }
 
 /// `gather_rows` copies rows of a row-sliced input bit for bit; an index outside gives zeros.
-pub fn gather_rows_picks_rows(device: &Device) {
+pub(super) fn gather_rows_picks_rows(device: &Device) {
     let mut fixture = Fixture::new(device);
     for dtype in FLOATS {
         for columns in [1, 7, 64, 128] {
@@ -41,7 +41,7 @@ fn picked(values: &[f64], columns: usize, index: &[i32]) -> Vec<f64> {
 }
 
 /// `copy_rows` writes the rows of a row-sliced output and nothing between them.
-pub fn copy_rows_touches_nothing_else(device: &Device) {
+pub(super) fn copy_rows_touches_nothing_else(device: &Device) {
     let mut fixture = Fixture::new(device);
     for dtype in FLOATS {
         for (first, columns) in [(0, 1), (1, 6), (3, 5), (8, 8)] {
@@ -59,7 +59,7 @@ pub fn copy_rows_touches_nothing_else(device: &Device) {
 }
 
 /// `fill` sets every element of a row-sliced tensor, of every width.
-pub fn fill_reaches_every_dtype(device: &Device) {
+pub(super) fn fill_reaches_every_dtype(device: &Device) {
     let mut fixture = Fixture::new(device);
     let bytes = device.zeros(&[3, 5], DType::U8).expect("a tensor");
     let halves = device.zeros(&[3, 5], DType::Bf16).expect("a tensor");
@@ -91,7 +91,7 @@ impl LiveBatch for Padded {
 }
 
 /// `scrub_tail` zeroes the rows from the live number of valid rows on, and no others.
-pub fn scrub_tail_zeroes_padded_rows_only(device: &Device) {
+pub(super) fn scrub_tail_zeroes_padded_rows_only(device: &Device) {
     let mut runner = Runner::new(device, RunnerOptions::default()).expect("a runner");
     for valid in [0, 1, 5, 6] {
         let x = device.tensor(&[6, 4], &[f32::NAN; 24]).expect("a tensor");

@@ -6,7 +6,7 @@ use bcg_runtime::{DType, Device, Tensor};
 use super::fixture::Fixture;
 
 /// `argmax` takes the lowest index of the largest value; NaN never wins.
-pub fn argmax_takes_the_first_of_the_largest(device: &Device) {
+pub(super) fn argmax_takes_the_first_of_the_largest(device: &Device) {
     let mut fixture = Fixture::new(device);
     for columns in [1, 31, 1000, 151_936] {
         let mut logits = fixture.random_sliced(5, columns, DType::F32);
@@ -103,7 +103,7 @@ fn scores(logits: &[f64], row: Row) -> Vec<(usize, f64)> {
 
 /// Each draw is the best of the kept tokens by `logit / temperature + gumbel`, as computed in f64 by sorting; the same
 /// on every device.
-pub fn sample_draws_what_the_formula_draws(device: &Device) {
+pub(super) fn sample_draws_what_the_formula_draws(device: &Device) {
     let mut fixture = Fixture::new(device);
     let filters = [
         PLAIN,
@@ -136,7 +136,7 @@ pub fn sample_draws_what_the_formula_draws(device: &Device) {
 }
 
 /// Tokens are drawn as often as their probabilities say, a draw repeats with its counters, and temperature 0 is argmax.
-pub fn sample_follows_the_probabilities(device: &Device) {
+pub(super) fn sample_follows_the_probabilities(device: &Device) {
     let mut fixture = Fixture::new(device);
     let probabilities = [0.5, 0.25, 0.125, 0.125];
     let draws = 8000;
