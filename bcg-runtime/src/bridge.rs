@@ -342,6 +342,21 @@ pub(crate) fn scrub(stream: &mut CaptureStream, bridges: &[FrozenTensor], rows: 
     Ok(())
 }
 
+/// As [`scrub`], for an output that no capture recorded.
+pub(crate) fn scrub_output<R: Freeze>(stream: &mut CaptureStream, output: &R, rows: Option<Rows>) -> Result<()> {
+    if rows.is_none_or(|rows| rows.valid >= rows.padded) {
+        return Ok(());
+    }
+    let scratch = std::mem::take(&mut stream.frozen_scratch);
+    let mut claims = Claims::with_scratch(stream, scratch);
+    let frozen = output.freeze(&mut claims);
+    let mut tensors = claims.tensors;
+    let result = frozen.and_then(|_| scrub(stream, &tensors, rows));
+    tensors.clear();
+    stream.frozen_scratch = tensors;
+    result
+}
+
 /// Returns the tensors of an output.
 pub(crate) fn output_tensors<R: Freeze>(stream: &mut CaptureStream, output: &R) -> Result<Vec<FrozenTensor>> {
     let mut claims = Claims::new(stream);

@@ -57,7 +57,12 @@ pub struct Claims<'a> {
 
 impl<'a> Claims<'a> {
     pub(crate) fn new(stream: &'a mut CaptureStream) -> Self {
-        Self { stream, tensors: Vec::new(), stamps: Vec::new() }
+        Self::with_scratch(stream, Vec::new())
+    }
+
+    /// Collects the tensors into an empty vector that the caller has.
+    pub(crate) fn with_scratch(stream: &'a mut CaptureStream, tensors: Vec<FrozenTensor>) -> Self {
+        Self { stream, tensors, stamps: Vec::new() }
     }
 
     fn tensor(&mut self, tensor: &Tensor) -> Result<FrozenTensor> {

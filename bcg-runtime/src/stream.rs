@@ -7,7 +7,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::arena::Arena;
+use crate::arena::{Arena, FrozenTensor};
 use crate::device::traits::{EventHandle, RowCopy, StreamHandle};
 use crate::device::{Allocation, PinnedBuffer};
 use crate::generation::Stamp;
@@ -51,6 +51,8 @@ pub struct CaptureStream {
     pub(crate) segment: Option<SegmentLog>,
     pub(crate) probe: Option<Probe>,
     pub(crate) counts: WorkCounts,
+    /// Empty; kept so that scrubbing an output allocates nothing.
+    pub(crate) frozen_scratch: Vec<FrozenTensor>,
 }
 
 /// How much was enqueued so far.
@@ -137,6 +139,7 @@ impl CaptureStream {
             segment: None,
             probe: None,
             counts: WorkCounts::default(),
+            frozen_scratch: Vec::new(),
         })
     }
 

@@ -2,7 +2,7 @@
 
 use super::catch_panic;
 use super::recorder::{Recorder, place};
-use crate::bridge::{Bridges, Carrier, output_tensors, scrub};
+use crate::bridge::{Bridges, Carrier, scrub, scrub_output};
 use crate::freeze::{Claims, Thaw};
 use crate::generation::Stamp;
 use crate::segment::Break;
@@ -80,11 +80,7 @@ fn call<L: LiveBatch, F, R: Bridge>(
     let result = run(&mut Eager::new(cx));
     cx.stream.probe = probe;
     let output = result?;
-    let rows = cx.live.rows();
-    if rows.is_some_and(|rows| rows.valid < rows.padded) {
-        let outputs = output_tensors(cx.stream, &output)?;
-        scrub(cx.stream, &outputs, rows)?;
-    }
+    scrub_output(cx.stream, &output, cx.live.rows())?;
     Ok(output)
 }
 
