@@ -1,4 +1,7 @@
-//! Log lines on standard error, as text or JSON; `RUST_LOG` chooses what is logged (default `info`).
+//! Log lines on standard error, as text or JSON.
+//!
+//! `RUST_LOG` chooses what is logged. Without it: `info`, but of the runtime only warnings, because a line for each captured
+//! size would tear the progress bar.
 
 use std::io::IsTerminal;
 
@@ -8,7 +11,7 @@ use crate::args::LogFormat;
 
 /// Starts logging for the process; a second call does nothing.
 pub fn init(format: LogFormat) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,bcg_runtime=warn"));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
