@@ -11,7 +11,7 @@ mkdir -p "$out"
 log=$out/run.log
 : >"$log"
 
-export BCG_ROOT=$here BCG_CACHE_DIR=${BCG_CACHE_DIR:-$work/cache} RUST_BACKTRACE=1
+export BCG_ROOT=$here BCG_CACHE_DIR=${BCG_CACHE_DIR:-$work/cache} RUST_BACKTRACE=1 RUST_LOG=info,bcg_runtime=warn
 table=()
 failed=0
 

@@ -26,12 +26,11 @@ const FOLDERS: [&str; 2] = ["models/tiny-qwen3", "tests/data"];
 
 /// Runs `cargo xtask gpu-bundle`.
 pub(crate) fn run() -> Result<()> {
-    let mut build = cargo(["build", "--locked", "--profile", PROFILE]);
+    let mut build = cargo(["build", "--locked", "--profile", PROFILE, "-p", "bcg-runtime", "--example", EXAMPLE]);
     for (package, executable) in EXECUTABLES {
         build.args(["-p", package, "--bin", executable]);
     }
     run_process(&mut build)?;
-    run_process(&mut cargo(["build", "--locked", "--profile", PROFILE, "-p", "bcg-runtime", "--example", EXAMPLE]))?;
     let bundle = root().join("target").join("gpu-bundle");
     let _ = fs::remove_dir_all(&bundle);
     fs::create_dir_all(bundle.join("bin"))?;
