@@ -63,6 +63,6 @@ step "generate" 60 bin/bcg generate "${model[@]}" "${graphs[@]}" --chat --prompt
 step "replay bench" 180 bin/replay --device cuda --json "$out/replay.json"
 
 echo
-grep -hE '^(accuracy|[0-9]+ of [0-9]+|captured|[0-9]+ passed)' "$log"
+grep -hE '^(accuracy|FAILED|[0-9]+ passed)|captured [0-9]+ sizes' "$log" | uniq
 printf '%s\n' "${table[@]}" | tee -a "$log"
 exit "$failed"
