@@ -245,7 +245,7 @@ fn each_call_of_making_a_runner_fails_once_and_leaves_nothing() {
         rig.fail_call(index as u64 + 1);
         match Runner::new(&rig.device, RunnerOptions { arena_bytes: 1 << 20, ..RunnerOptions::default() }) {
             Ok(_) => {
-                assert_eq!(*call, "cuCtxSynchronize", "only the wait before a runner is dropped has no caller to tell")
+                assert_eq!(*call, "cuCtxSynchronize", "only the wait before a runner is dropped has no caller to tell");
             }
             Err(error) => assert!(is_injected(&error, call), "{error}"),
         }

@@ -53,9 +53,9 @@ pub fn an_empty_ladder_with_graphs_asked_for_is_an_error(_device: &Device) {
 
 type Cache = GraphCache<Batch, Tensor>;
 
-fn cache(sizes: &[usize], options: CacheOptions) -> Cache {
-    let ladder = Some(Ladder::explicit(sizes.to_vec()).expect("a ladder"));
-    Cache::new("prefill", CacheOptions { ladder, ..options })
+fn cache(sizes: &[usize], mut options: CacheOptions) -> Cache {
+    options.ladder = Some(Ladder::explicit(sizes.to_vec()).expect("a ladder"));
+    Cache::new("prefill", options)
 }
 
 fn lazy() -> CacheOptions {

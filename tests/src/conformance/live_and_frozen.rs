@@ -104,10 +104,10 @@ fn sum_of_all(
     list: &Vec<Tensor>,
     cache: &Cache,
     tagged: &Pair<[Tensor; 2]>,
-    shared: Arc<str>,
-    flags: (bool, u8, i64, char),
+    plain: (Arc<str>, bool, u8, i64, char),
 ) -> Result<Tensor> {
-    assert_eq!((&*shared, tagged.1, flags), ("shared", "tag", (true, 7, -9, 'x')));
+    let (shared, yes, seven, minus_nine, x) = plain;
+    assert_eq!((&*shared, tagged.1, yes, seven, minus_nine, x), ("shared", "tag", true, 7, -9, 'x'));
     let mut sum = axpy(cx, pair.1, &pair.0, &pair.0)?;
     for x in list.iter().chain(maybe).chain([&cache.k]).chain(&cache.v).chain(&tagged.0) {
         sum = axpy(cx, 1.0, x, &sum)?;
@@ -128,8 +128,8 @@ pub fn arguments_of_every_kind_come_back_at_replay(device: &Device) {
             let cache = Cache { k: z.clone(), v: option.clone(), page_size: 4 };
             let tagged = Pair([x.clone(), y.clone()], "tag");
             let list = vec![y.clone(), z.clone(), x.clone()];
-            let flags = (true, 7, -9, 'x');
-            let sum = sum_of_all(cx, &(y, 3.0), &option, &list, &cache, &tagged, Arc::from("shared"), flags)?;
+            let plain = (Arc::from("shared"), true, 7, -9, 'x');
+            let sum = sum_of_all(cx, &(y, 3.0), &option, &list, &cache, &tagged, plain)?;
             step(cx, &sum)
         });
         assert_eq!(graph.describe().breaks[0].num_args, if has_option { 9 } else { 7 });

@@ -188,8 +188,8 @@ pub fn a_tensor_of_one_capture_is_refused_in_another(device: &Device) {
         scaled(cx, &y)
     });
     drop(captured.expect("a capture"));
-    let uses: [fn(&mut Context<'_, Batch>, &Tensor) -> Result<Tensor>; 2] =
-        [|cx, y| step(cx, y), |cx, y| scaled(cx, y)];
+    type Use = fn(&mut Context<'_, Batch>, &Tensor) -> Result<Tensor>;
+    let uses: [Use; 2] = [|cx, y| step(cx, y), |cx, y| scaled(cx, y)];
     for (number, usage) in uses.into_iter().enumerate() {
         let take = Arc::clone(&smuggled);
         let mut second = Graph::new("second");

@@ -185,7 +185,7 @@ impl Frame<'_> {
             Plain::Scope { sides, own } => sides.iter().chain([own]).flatten().for_each(|op| self.plain(op)),
             Plain::Events { side, own } => side.iter().chain(own).for_each(|op| self.plain(op)),
             Plain::Gather { .. } | Plain::AddRow { .. } | Plain::SumRows { .. } | Plain::ScanRows { .. } => {
-                self.rows_op(op)
+                self.rows_op(op);
             }
         }
     }

@@ -321,7 +321,7 @@ impl Generator {
                 vars.push(Var { rows: RowKind::One, ..var });
                 Plain::Head { out: vars.len() - 1, x }
             }
-            12 if !var.is_split && var.cols % 2 == 0 => {
+            12 if !var.is_split && var.cols.is_multiple_of(2) => {
                 vars.push(Var { is_split: true, ..var });
                 Plain::Split { out: vars.len() - 1, x }
             }
