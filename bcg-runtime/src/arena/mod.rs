@@ -6,7 +6,7 @@
 //!
 //! Invariants:
 //! - A block belongs to one forward. Handles of earlier forwards are inert: they read as stale and free nothing.
-//! - While side streams are open, freed blocks are kept back until they are joined.
+//! - While side streams are open, freed blocks are kept back until they are joined, at recorded addresses too.
 //! - At replay, the extent of the captured forward is taken as a whole. The allocations of a break are served in the
 //!   recorded order at the recorded addresses (law L3); one that does not fit lies above that extent.
 //! - Inside a segment the arena does not grow (law L7).
@@ -71,6 +71,8 @@ struct State {
     may_grow: bool,
     keep_back: bool,
     kept_back: Vec<(usize, usize)>,
+    /// As `kept_back`, of blocks at recorded addresses.
+    recorded_kept_back: Vec<(usize, usize)>,
     serving: Serving,
 }
 
@@ -116,6 +118,7 @@ impl Arena {
             may_grow: true,
             keep_back: false,
             kept_back: Vec::new(),
+            recorded_kept_back: Vec::new(),
             serving: Serving::Free,
         };
         Ok(Self(Arc::new(Shared { device: device.clone(), base, state: Mutex::new(state) })))
@@ -132,6 +135,7 @@ impl Arena {
         state.blocks.clear();
         state.unused_slots.clear();
         state.kept_back.clear();
+        state.recorded_kept_back.clear();
         state.keep_back = false;
         state.may_grow = true;
         state.serving = Serving::Free;
@@ -152,7 +156,7 @@ impl Arena {
         let slot = state.add_block(Block { offset, bytes, handles: 1, recorded });
         let forward = state.forward;
         drop(state);
-        let block = ArenaBlock { arena: self.clone(), forward, slot: Some(slot) };
+        let block = ArenaBlock { arena: self.clone(), forward, slot };
         Ok(Tensor::in_arena(self.0.base.offset_bytes(offset), shape, dtype, block))
     }
 
@@ -165,9 +169,13 @@ impl Arena {
         if block.forward == current { Ok(()) } else { Err(Error::Stale { tensor: block.forward, current }) }
     }
 
-    /// Returns a handle to memory that the running replay keeps: it neither owns nor frees anything.
-    pub(crate) fn bridge(&self) -> ArenaBlock {
-        ArenaBlock { arena: self.clone(), forward: self.0.lock().forward, slot: None }
+    /// Returns a handle to memory that the running replay keeps: dropping it frees nothing, but while it is there, no
+    /// recorded allocation is served in its place.
+    fn bridge(&self, ptr: DevicePtr, bytes: usize) -> ArenaBlock {
+        let mut state = self.0.lock();
+        let offset = (ptr.as_u64() - self.0.base.as_u64()) as usize;
+        let slot = state.add_block(Block { offset, bytes, handles: 1, recorded: true });
+        ArenaBlock { arena: self.clone(), forward: state.forward, slot }
     }
 
     pub(crate) fn set_may_grow(&self, may_grow: bool) {
@@ -179,6 +187,7 @@ impl Arena {
         let mut state = self.0.lock();
         state.keep_back = keep_back;
         if !keep_back {
+            state.recorded_kept_back.clear();
             while let Some((offset, bytes)) = state.kept_back.pop() {
                 state.free.free(offset, bytes);
             }
@@ -259,15 +268,15 @@ impl Shared {
 }
 
 impl State {
-    /// Serves the next recorded address, if it fits and no live block of this break lies there.
+    /// Serves the next recorded address, if it fits and nothing that this break still uses lies there: a break that
+    /// allocates otherwise than at capture may come to an address earlier than its capture did.
     fn serve_recorded(&mut self, bytes: usize) -> Option<usize> {
         let Serving::Recorded { records, next } = &mut self.serving else { return None };
         let record = *records.get(*next)?;
         *next += 1;
-        let is_taken = self.blocks.iter().any(|block| {
-            let overlaps = block.offset < record.offset + bytes && record.offset < block.offset + block.bytes;
-            block.handles > 0 && block.recorded && overlaps
-        });
+        let overlaps = |offset: usize, len: usize| offset < record.offset + bytes && record.offset < offset + len;
+        let is_taken = self.blocks.iter().any(|b| b.handles > 0 && b.recorded && overlaps(b.offset, b.bytes))
+            || self.recorded_kept_back.iter().any(|&(offset, len)| overlaps(offset, len));
         (bytes <= record.bytes && !is_taken).then_some(record.offset)
     }
 
@@ -322,6 +331,9 @@ impl State {
         let Block { offset, bytes, recorded, .. } = *block;
         self.unused_slots.push(slot);
         if recorded {
+            if self.keep_back {
+                self.recorded_kept_back.push((offset, bytes));
+            }
             return;
         }
         self.in_use -= bytes;
@@ -339,32 +351,29 @@ impl fmt::Debug for Arena {
     }
 }
 
-/// A handle to a block of one forward, or to a bridge that a replay keeps (`slot` is `None`).
+/// A handle to a block of one forward.
 pub(crate) struct ArenaBlock {
     arena: Arena,
     forward: u64,
-    slot: Option<u32>,
+    slot: u32,
 }
 
 impl Clone for ArenaBlock {
     fn clone(&self) -> Self {
-        if let Some(slot) = self.slot {
-            let mut state = self.arena.0.lock();
-            if state.forward == self.forward {
-                state.blocks[slot as usize].handles += 1;
-            }
+        let mut state = self.arena.0.lock();
+        if state.forward == self.forward {
+            state.blocks[self.slot as usize].handles += 1;
         }
+        drop(state);
         Self { arena: self.arena.clone(), forward: self.forward, slot: self.slot }
     }
 }
 
 impl Drop for ArenaBlock {
     fn drop(&mut self) {
-        if let Some(slot) = self.slot {
-            let mut state = self.arena.0.lock();
-            if state.forward == self.forward {
-                state.drop_handle(slot);
-            }
+        let mut state = self.arena.0.lock();
+        if state.forward == self.forward {
+            state.drop_handle(self.slot);
         }
     }
 }
@@ -392,13 +401,23 @@ impl FrozenTensor {
     pub(crate) fn thaw(&self, arena: &Arena) -> Tensor {
         let storage = match &self.persistent {
             Some(buffer) => Storage::Persistent(Arc::clone(buffer)),
-            None => Storage::Arena(arena.bridge()),
+            None => Storage::Arena(arena.bridge(self.ptr, self.span_bytes())),
         };
         Tensor { ptr: self.ptr, shape: self.shape, row_stride: self.row_stride, dtype: self.dtype, storage }
     }
 
+    pub(crate) fn is_in_arena(&self) -> bool {
+        self.persistent.is_none()
+    }
+
     pub(crate) fn size_bytes(&self) -> usize {
         self.shape.num_elements() * self.dtype.size_bytes()
+    }
+
+    /// Returns the bytes from the first to the last element, gaps between rows included.
+    fn span_bytes(&self) -> usize {
+        let rows = self.shape.dims()[0];
+        (rows.saturating_sub(1) * self.row_stride + self.shape.row_elements()) * self.dtype.size_bytes()
     }
 }
 

@@ -10,7 +10,7 @@ use super::fixture::{
     Batch, Graph, assert_like_eager, assert_usable, batch, batches, bits, failure, iota, options, replays_like_eager,
     runner, scaled, step,
 };
-use super::kernels::axpy;
+use super::kernels::{axpy, axpy_into};
 
 /// A forward on `[size, 16]` with intermediates, bridges and two breaks.
 fn forward_of(x: &Tensor) -> impl Fn(&mut Context<'_, Batch>) -> Result<Tensor> + Clone + Send + Sync + 'static {
@@ -147,6 +147,64 @@ fn grows(cx: &mut Eager<'_, Batch>, x: &Tensor) -> Result<Tensor> {
     let scratch = cx.empty(&[bytes], DType::U8)?;
     cx.fill_bytes(&scratch, 1)?;
     axpy(cx, 2.0, x, x)
+}
+
+#[eager_on_graph]
+fn takes_away(cx: &mut Eager<'_, Batch>, x: Tensor) -> Result<Tensor> {
+    let extra = if cx.live().scale > 1.0 { Some(cx.empty(x.shape(), x.dtype())?) } else { None };
+    let y = cx.empty(x.shape(), x.dtype())?;
+    cx.fill_zero(&y)?;
+    axpy_into(cx, 2.0, &x, &y, &y)?;
+    drop(x);
+    let z = axpy(cx, 3.0, &y, &y)?; // at capture, in the memory that `x` had
+    drop(extra);
+    Ok(z)
+}
+
+/// The memory of an argument that a break was given for good is reused after its last use, and never before, although
+/// the break allocates more at replay than at capture.
+pub fn an_argument_given_away_is_not_overwritten_early(device: &Device) {
+    let x = iota(device, &[300], 1.0);
+    assert_like_eager(&mut runner(device), &[0.0, 2.0, 1.0, 3.0].map(batch), move |cx| {
+        let y = step(cx, &x)?;
+        let z = takes_away(cx, y)?;
+        step(cx, &z)
+    });
+}
+
+#[eager_on_graph]
+fn forks_with_scratch(cx: &mut Eager<'_, Batch>, x: &Tensor) -> Result<Tensor> {
+    let has_scratch = cx.live().scale > 1.0;
+    let out = cx.empty(x.shape(), x.dtype())?;
+    cx.scope(|cx| {
+        let side = cx.side_stream("side")?;
+        cx.on(&side, |cx| {
+            let read_late = axpy(cx, 1.0, x, x)?;
+            axpy_into(cx, 2.0, &read_late, x, &out)
+        })?;
+        if has_scratch {
+            let scratch = cx.empty(x.shape(), x.dtype())?; // its recorded address is that of `read_late`
+            cx.fill_bytes(&scratch, 0x11)?;
+        }
+        Ok(())
+    })?;
+    let y = axpy(cx, 1.0, x, x)?;
+    axpy(cx, 1.0, &out, &y)
+}
+
+/// Inside a break, memory that side work still reads is kept until the join at replay too, although the break allocates
+/// otherwise than at capture.
+pub fn memory_read_on_a_side_stream_of_a_break_is_kept_at_replay(device: &Device) {
+    let x = iota(device, &[300], 1.0);
+    for late in [true, false] {
+        device.host_control().into_iter().for_each(|control| control.set_delay("side", late));
+        let x = x.clone();
+        assert_like_eager(&mut runner(device), &[0.0, 2.0, 1.0, 3.0].map(batch), move |cx| {
+            let y = step(cx, &x)?;
+            let z = forks_with_scratch(cx, &y)?;
+            step(cx, &z)
+        });
+    }
 }
 
 /// The arena keeps to its bound, and says so.

@@ -70,6 +70,7 @@ macro_rules! conformance_rules {
                 dropping_the_handle_does_not_free_the_bridge,
                 a_second_replay_refreshes_the_bridge,
                 host_values_of_a_break_are_live_at_the_next_break,
+                a_host_value_that_is_passed_on_stays_where_it_was,
                 a_returned_host_value_is_that_of_the_last_run,
             }
             memory {
@@ -80,6 +81,8 @@ macro_rules! conformance_rules {
                 many_sizes_cost_no_more_than_the_largest,
                 growth_inside_a_segment_is_refused,
                 a_break_may_grow_the_arena,
+                an_argument_given_away_is_not_overwritten_early,
+                memory_read_on_a_side_stream_of_a_break_is_kept_at_replay,
                 the_arena_keeps_to_its_bound,
                 allocating_device_memory_in_a_segment_is_refused,
                 a_tensor_of_one_capture_is_refused_in_another,
