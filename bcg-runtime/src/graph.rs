@@ -133,7 +133,7 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
             return Ok(output);
         }
         let (recording, output) = record(runner.stream_mut(), live, self.options.expected_breaks, &forward)?;
-        tracing::info!(
+        tracing::debug!(
             steps = recording.steps.len(),
             micros = recording.capture_time.as_micros() as u64,
             extent_bytes = recording.extent_bytes,

@@ -407,6 +407,9 @@ impl CaptureStream {
 
     /// Forgets what a failed forward left open.
     pub(crate) fn reset_forks(&mut self) {
+        if self.forks.is_empty() && self.scope_depth == 0 && Arc::ptr_eq(&self.current, &self.main) {
+            return; // the usual case, on the replay path
+        }
         self.forks.clear();
         self.scope_depth = 0;
         self.current = Arc::clone(&self.main);

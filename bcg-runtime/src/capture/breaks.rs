@@ -75,7 +75,7 @@ fn call<L: LiveBatch, F, R: Bridge>(
         let mut claims = Claims::new(cx.stream);
         freeze(&mut claims)?;
         let args = claims.tensors;
-        probe.snapshot(cx.stream, place(site), &args)?;
+        probe.snapshot_args(cx.stream, place(site), &args)?;
     }
     let result = run(&mut Eager::new(cx));
     cx.stream.probe = probe;

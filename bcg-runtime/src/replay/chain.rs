@@ -47,7 +47,7 @@ fn run_break<L: LiveBatch>(step: &Break<L>, stream: &mut CaptureStream, live: &L
     let _entered = span.enter();
     let mut probe = stream.probe.take();
     if let Some(probe) = &mut probe {
-        probe.snapshot(stream, place(step.site), &step.args)?;
+        probe.snapshot_args(stream, place(step.site), &step.args)?;
     }
     stream.arena().begin_recorded(&step.blocks);
     let result = catch_panic(|| (step.run)(&mut Eager::from_parts(stream, live)));

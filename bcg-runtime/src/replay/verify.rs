@@ -22,13 +22,21 @@ struct Snapshot {
 }
 
 impl Probe {
-    /// Copies `tensors` to the host, after the work enqueued so far.
-    pub(crate) fn snapshot(
+    /// Copies the bridges among a break's arguments to the host, after the work enqueued so far.
+    ///
+    /// Persistent tensors are left out: a KV cache is large, and what is wrong in it shows in the next bridge.
+    pub(crate) fn snapshot_args(
         &mut self,
         stream: &mut CaptureStream,
         place: String,
-        tensors: &[FrozenTensor],
+        args: &[FrozenTensor],
     ) -> Result<()> {
+        let bridges: Vec<FrozenTensor> = args.iter().filter(|arg| arg.is_in_arena()).cloned().collect();
+        self.snapshot(stream, place, &bridges)
+    }
+
+    /// Copies `tensors` to the host, after the work enqueued so far.
+    fn snapshot(&mut self, stream: &mut CaptureStream, place: String, tensors: &[FrozenTensor]) -> Result<()> {
         let tensors = tensors
             .iter()
             .map(|tensor| {

@@ -28,7 +28,7 @@ impl EventBackend for CudaBackend {
     }
 
     fn synchronize_event(&self, event: EventHandle) -> Result<()> {
-        self.bind()?;
+        let _relaxed = self.enter_to_wait()?;
         self.driver.synchronize_event(event.0)
     }
 }

@@ -9,8 +9,8 @@
 use std::sync::atomic::Ordering;
 
 use super::super::traits::{ExecHandle, GraphBackend, GraphHandle, NodeCounts, StreamHandle};
-use super::CudaBackend;
 use super::sys::CAPTURE_INVALIDATED;
+use super::{CudaBackend, OpenCapture};
 use crate::{Error, Result};
 
 impl GraphBackend for CudaBackend {
@@ -18,13 +18,19 @@ impl GraphBackend for CudaBackend {
         let mut gate = self.gate();
         self.bind_again()?;
         self.driver.begin_capture(stream.0)?;
-        gate.captures.push((stream.0, std::thread::current().id()));
+        let thread = std::thread::current().id();
+        gate.captures.push(OpenCapture { stream: stream.0, thread, is_spoilt: false });
         self.num_captures.store(gate.captures.len(), Ordering::Release);
         Ok(())
     }
 
     fn end_capture(&self, stream: StreamHandle) -> Result<GraphHandle> {
         self.bind()?;
+        let is_spoilt = self.gate().captures.iter().any(|capture| capture.stream == stream.0 && capture.is_spoilt);
+        if is_spoilt {
+            self.abort_capture(stream);
+            return Err(self.driver.error("cuStreamEndCapture", CAPTURE_INVALIDATED));
+        }
         match self.driver.end_capture(stream.0) {
             Ok(graph) if graph != 0 => {
                 self.capture_ended(stream.0);

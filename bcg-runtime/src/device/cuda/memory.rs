@@ -24,12 +24,8 @@ impl CudaBackend {
     }
 
     fn refuse_allocation(&self) -> Result<()> {
-        let thread = std::thread::current().id();
-        if self.gate().captures.iter().any(|(_, capturing)| *capturing == thread) {
-            let what = "allocating; allocate before the capture, or from the arena (CaptureStream::empty)".to_owned();
-            return Err(Error::CaptureForbidden { what });
-        }
-        Ok(())
+        let what = "allocating; allocate before the capture, or from the arena (CaptureStream::empty)";
+        self.refuse_while_this_thread_captures(&mut self.gate(), what)
     }
 
     fn free_or_put_off(&self, memory: PutOff) {

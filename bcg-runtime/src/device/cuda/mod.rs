@@ -61,9 +61,17 @@ pub(crate) struct CudaBackend {
 #[derive(Debug, Default)]
 struct Gate {
     streams: Vec<u64>,
-    /// Streams on which a capture was begun and not ended, with the thread that began it.
-    captures: Vec<(u64, ThreadId)>,
+    captures: Vec<OpenCapture>,
     put_off: Vec<PutOff>,
+}
+
+/// A capture that was begun and not ended.
+#[derive(Debug)]
+struct OpenCapture {
+    stream: u64,
+    thread: ThreadId,
+    /// A forbidden call was refused: ending the capture fails, as if the driver had seen the call.
+    is_spoilt: bool,
 }
 
 /// A free that would have spoiled an open capture.
@@ -166,12 +174,25 @@ impl CudaBackend {
         Ok(self.num_captures.load(Ordering::Acquire) > 0 && self.driver.is_capturing(stream)?)
     }
 
-    /// Refuses a call while its stream captures. The driver would refuse it too, but would spoil the capture.
+    /// Refuses a call while its stream captures.
     fn refuse_while_capturing(&self, stream: u64, what: &str) -> Result<()> {
         if self.is_capturing(stream)? {
+            self.gate().spoil();
             return Err(Error::CaptureForbidden { what: what.to_owned() });
         }
         Ok(())
+    }
+
+    /// Refuses a call while this thread captures.
+    fn refuse_while_this_thread_captures(&self, gate: &mut Gate, what: &str) -> Result<()> {
+        if gate.spoil() { Err(Error::CaptureForbidden { what: what.to_owned() }) } else { Ok(()) }
+    }
+
+    /// Makes the context current for a call that may wait. While captures are open, it lets the call pass: waiting for
+    /// other streams disturbs none.
+    fn enter_to_wait(&self) -> Result<Option<Relaxed>> {
+        self.bind()?;
+        (self.num_captures.load(Ordering::Acquire) > 0).then(|| self.driver.relax()).transpose()
     }
 
     /// Waits for all enqueued work. Captured work is not enqueued, so open captures are left alone.
@@ -191,7 +212,7 @@ impl CudaBackend {
     /// Notes that a stream no longer captures, and does what was put off once no capture is left.
     fn capture_ended(&self, stream: u64) {
         let mut gate = self.gate();
-        gate.captures.retain(|(capturing, _)| *capturing != stream);
+        gate.captures.retain(|capture| capture.stream != stream);
         self.num_captures.store(gate.captures.len(), Ordering::Release);
         if gate.captures.is_empty() {
             for put_off in gate.put_off.drain(..) {
@@ -212,6 +233,19 @@ impl CudaBackend {
                 driver.free_pinned(ptr)
             }
         });
+    }
+}
+
+impl Gate {
+    /// Spoils the captures of this thread; tells whether there are any.
+    fn spoil(&mut self) -> bool {
+        let thread = std::thread::current().id();
+        let mut is_any = false;
+        for capture in self.captures.iter_mut().filter(|capture| capture.thread == thread) {
+            capture.is_spoilt = true;
+            is_any = true;
+        }
+        is_any
     }
 }
 
@@ -328,7 +362,7 @@ mod tests {
     fn frees_wait_for_the_last_open_capture() {
         let backend = refusing::<702>();
         let thread = std::thread::current().id();
-        backend.gate().captures = vec![(1, thread), (2, thread)];
+        backend.gate().captures = [1, 2].map(|stream| OpenCapture { stream, thread, is_spoilt: false }).into();
         backend.num_captures.store(2, Ordering::Release);
         backend.free(DevicePtr(256));
         backend.free_pinned(DevicePtr(512));
@@ -343,7 +377,8 @@ mod tests {
     #[test]
     fn an_allocation_during_a_capture_of_this_thread_is_refused_before_the_driver_sees_it() {
         let backend = refusing::<703>();
-        backend.gate().captures.push((1, std::thread::current().id()));
+        let thread = std::thread::current().id();
+        backend.gate().captures.push(OpenCapture { stream: 1, thread, is_spoilt: false });
         assert!(matches!(backend.alloc(1), Err(Error::CaptureForbidden { .. })));
         std::thread::scope(|scope| {
             let other = scope.spawn(|| backend.alloc(1));

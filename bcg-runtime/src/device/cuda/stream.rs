@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use super::super::traits::{RowCopy, StreamBackend, StreamHandle};
 use super::CudaBackend;
 use crate::launch::Launch;
-use crate::{DevicePtr, Error, Result};
+use crate::{DevicePtr, Result};
 
 impl StreamBackend for CudaBackend {
     fn create_stream(&self, _name: &str) -> Result<StreamHandle> {
@@ -24,7 +24,7 @@ impl StreamBackend for CudaBackend {
     }
 
     fn synchronize_stream(&self, stream: StreamHandle) -> Result<()> {
-        self.bind()?;
+        let _relaxed = self.enter_to_wait()?;
         self.refuse_while_capturing(
             stream.0,
             "synchronising a stream that captures; end the segment with a break first",
@@ -33,12 +33,9 @@ impl StreamBackend for CudaBackend {
     }
 
     fn synchronize(&self) -> Result<()> {
-        let gate = self.gate();
-        let thread = std::thread::current().id();
-        if gate.captures.iter().any(|(_, capturing)| *capturing == thread) {
-            let what = "synchronising the device; end the segment with a break first".to_owned();
-            return Err(Error::CaptureForbidden { what });
-        }
+        let mut gate = self.gate();
+        let what = "synchronising the device; end the segment with a break first";
+        self.refuse_while_this_thread_captures(&mut gate, what)?;
         let _relaxed = self.enter()?;
         self.wait_for_all(&gate)
     }
@@ -91,7 +88,7 @@ impl StreamBackend for CudaBackend {
         if src.is_empty() {
             return Ok(());
         }
-        self.bind()?;
+        let _relaxed = self.enter_to_wait()?;
         self.refuse_while_capturing(stream.0, "copying pageable host memory; fill a PinnedBuffer before the capture")?;
         // SAFETY: `src` is borrowed until the end of this function. If it is pageable, the driver has copied it into its
         // own staging memory when the call returns (CUDA driver API, "API synchronization behavior", memcpy, async); if
@@ -107,7 +104,7 @@ impl StreamBackend for CudaBackend {
         if dst.is_empty() {
             return Ok(());
         }
-        self.bind()?;
+        let _relaxed = self.enter_to_wait()?;
         self.refuse_while_capturing(stream.0, "copying to the host; read inside a break or after the forward")?;
         // SAFETY: `dst` is borrowed mutably until the end of this function, and the wait below outlasts the copy. If the
         // wait fails, the context is lost and the copy does not run any more.
