@@ -299,7 +299,8 @@ mod tests {
     #[test]
     fn both_spellings_of_rope_theta_are_read() {
         assert_eq!(with(&json!({})).expect("config").rope_theta, 1e6);
-        let five = with(&json!({"rope_theta": null, "rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"}}));
+        let five =
+            with(&json!({"rope_theta": null, "rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"}}));
         assert_eq!(five.expect("config").rope_theta, 5000.0);
     }
 

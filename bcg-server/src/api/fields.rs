@@ -56,7 +56,7 @@ impl Fields {
     /// [`ApiError::InvalidRequest`] names the field and the range.
     pub fn number<T>(&self, name: &'static str, least: T, most: T) -> Result<Option<T>, ApiError>
     where
-        T: DeserializeOwned + PartialOrd + std::fmt::Display,
+        T: Copy + DeserializeOwned + PartialOrd + std::fmt::Display,
     {
         let Some(value) = self.get::<T>(name)? else { return Ok(None) };
         if value < least || value > most {
