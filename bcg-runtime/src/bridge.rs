@@ -260,7 +260,7 @@ impl Bridge for Tensor {
     }
 }
 
-impl<T: Clone + Send + 'static> Bridge for Live<T> {
+impl<T: Send + 'static> Bridge for Live<T> {
     fn carry(&self, frozen: &Self, _carrier: &mut Carrier<'_>) -> Result<()> {
         frozen.carry_from(self);
         Ok(())

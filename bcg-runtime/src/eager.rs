@@ -158,16 +158,12 @@ impl<T> Live<T> {
         Self(Arc::clone(&self.0))
     }
 
-    /// Puts the value of `from` here. It stays there too if somebody else has a handle: it may be an argument.
-    pub(crate) fn carry_from(&self, from: &Self)
-    where
-        T: Clone,
-    {
+    /// Moves the value of `from` here.
+    pub(crate) fn carry_from(&self, from: &Self) {
         if Arc::ptr_eq(&self.0, &from.0) {
             return;
         }
-        let mut value = from.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let value = if Arc::strong_count(&from.0) == 1 { value.take() } else { value.clone() };
+        let value = from.0.lock().unwrap_or_else(PoisonError::into_inner).take();
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = value;
     }
 }

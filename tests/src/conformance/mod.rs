@@ -70,7 +70,6 @@ macro_rules! conformance_rules {
                 dropping_the_handle_does_not_free_the_bridge,
                 a_second_replay_refreshes_the_bridge,
                 host_values_of_a_break_are_live_at_the_next_break,
-                a_host_value_that_is_passed_on_stays_where_it_was,
                 a_returned_host_value_is_that_of_the_last_run,
             }
             memory {

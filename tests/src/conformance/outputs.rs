@@ -366,29 +366,6 @@ pub fn host_values_of_a_break_are_live_at_the_next_break(device: &Device) {
     });
 }
 
-#[eager_on_graph]
-fn pass_or_replace(cx: &mut Eager<'_, Batch>, value: Live<f32>) -> Result<Live<f32>> {
-    let scale = cx.live().scale;
-    Ok(if scale > 0.0 { Live::new(scale) } else { value })
-}
-
-/// A host value that a later break returns is still there for those who had it before.
-pub fn a_host_value_that_is_passed_on_stays_where_it_was(device: &Device) {
-    let x = iota(device, &[8], 1.0);
-    assert_like_eager(&mut runner(device), &batches(), move |cx| {
-        let (factor, y, list) = plan(cx, &x)?;
-        let same = share(cx, &factor)?;
-        let passed = pass_or_replace(cx, same)?;
-        let y = apply(cx, &y, &passed, &list)?;
-        apply(cx, &y, &factor, &list)
-    });
-}
-
-#[eager_on_graph]
-fn share(cx: &mut Eager<'_, Batch>, value: &Live<f32>) -> Result<Live<f32>> {
-    Ok(Live::new(value.get(cx)))
-}
-
 /// A host value that a forward returns is that of the run which ended last.
 pub fn a_returned_host_value_is_that_of_the_last_run(device: &Device) {
     let x = iota(device, &[8], 1.0);
