@@ -26,6 +26,7 @@ const UNSAFE_PLACES: &[&str] = &[
     "bcg-models/src/weights.rs", // maps checkpoint files
     "kernels/src/nvrtc.rs",      // binds the compiler
     "benches/src/raw.rs",        // raw driver calls to compare with
+    "tests/tests/no_alloc.rs",   // counts allocations
 ];
 
 /// Folders whose Rust files are examples of what must not compile.
