@@ -324,6 +324,13 @@ impl EngineArgs {
         if least == 0 {
             return Err(ArgError::new(FLAG, "0 tokens is no size", "give sizes of at least 1"));
         }
+        if most > self.chunked_prefill_size {
+            return Err(ArgError::new(
+                FLAG,
+                format!("no step has {most} tokens, --chunked-prefill-size is {}", self.chunked_prefill_size),
+                "raise --chunked-prefill-size or drop that size",
+            ));
+        }
         if let Some(max) = self.cuda_graph_max_tokens
             && most > max
         {
@@ -399,6 +406,7 @@ mod tests {
         let on = "--enable-breakable-cuda-graph";
         refused(&[on, "--capture", "lazy", "--cuda-graph-sizes", "1"], "--cuda-graph-sizes", "drop one");
         refused(&[on, "--cuda-graph-sizes", "64", "--cuda-graph-max-tokens", "32"], "--cuda-graph-sizes", "raise");
+        refused(&[on, "--cuda-graph-sizes", "4096"], "--cuda-graph-sizes", "raise --chunked-prefill-size");
         refused(&["--kv-cache-tokens", "64", "--context-length", "128"], "--kv-cache-tokens", "lower --context-length");
         refused(
             &["--max-running-requests", "100", "--chunked-prefill-size", "64"],

@@ -10,6 +10,7 @@ use anyhow::Context;
 use bcg_server::api::{self, ApiOptions};
 use bcg_server::args::ServerArgs;
 use bcg_server::engine::{Engine, load};
+use bcg_server::error::one_line;
 use bcg_server::{logging, shutdown};
 use clap::Parser;
 
@@ -19,7 +20,7 @@ fn main() -> ExitCode {
     match run(&args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("bcg-server: {error:#}");
+            eprintln!("bcg-server: {}", one_line(error.as_ref()));
             ExitCode::FAILURE
         }
     }

@@ -5,6 +5,7 @@
 use std::process::ExitCode;
 
 use bcg_server::cli::Cli;
+use bcg_server::error::one_line;
 use bcg_server::logging;
 use clap::Parser;
 
@@ -14,7 +15,7 @@ fn main() -> ExitCode {
     match cli.run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("bcg: {error:#}");
+            eprintln!("bcg: {}", one_line(error.as_ref()));
             ExitCode::FAILURE
         }
     }

@@ -84,7 +84,12 @@ fn open_device(device: DeviceArg) -> anyhow::Result<Device> {
 }
 
 fn runner_options(plan: &EnginePlan, config: &ModelConfig, device: &Device) -> anyhow::Result<RunnerOptions> {
-    let mut context_length = plan.context_length.unwrap_or(config.max_position_embeddings);
+    let longest = config.max_position_embeddings;
+    let mut context_length = plan.context_length.unwrap_or(longest);
+    anyhow::ensure!(
+        context_length <= longest,
+        "--context-length: {context_length} is above the model's {longest} positions; lower it or drop it"
+    );
     let kv_cache_tokens = match plan.kv_cache_tokens {
         Some(tokens) => {
             if plan.context_length.is_none() {

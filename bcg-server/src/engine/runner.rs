@@ -5,6 +5,8 @@
 
 use bcg_models::{ModelRunner, SampledToken, SequenceInput};
 
+use crate::error::one_line;
+
 /// Counters of a runner since it was made.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct RunnerStats {
@@ -30,7 +32,7 @@ pub trait StepRunner {
 
 impl StepRunner for ModelRunner {
     fn step(&mut self, batch: &[SequenceInput<'_>]) -> Result<Vec<SampledToken>, String> {
-        Self::step(self, batch).map(|output| output.tokens).map_err(|error| describe(&error))
+        Self::step(self, batch).map(|output| output.tokens).map_err(|error| one_line(&error))
     }
 
     fn stats(&self) -> RunnerStats {
@@ -41,18 +43,4 @@ impl StepRunner for ModelRunner {
             eager: self.eager_reasons().map(|(reason, count)| (reason.name(), count)).collect(),
         }
     }
-}
-
-/// Writes an error with its causes on one line.
-fn describe(error: &dyn std::error::Error) -> String {
-    let mut line = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_line = cause.to_string();
-        if !line.contains(&cause_line) {
-            line = format!("{line}: {cause_line}");
-        }
-        source = cause.source();
-    }
-    line
 }
