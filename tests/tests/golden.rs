@@ -1,0 +1,35 @@
+//! The golden rules on the host device; the `gpu` binary runs them on CUDA.
+
+use bcg_runtime::Device;
+use bcg_tests::golden;
+
+macro_rules! tests {
+    ($($rule:ident,)*) => {
+        $(
+            #[test]
+            fn $rule() {
+                golden::$rule(&Device::host());
+            }
+        )*
+
+        /// A rule that is listed but has no test here would run on CUDA only.
+        #[test]
+        fn every_rule_has_its_test() {
+            let listed: Vec<&str> = golden::RULES.iter().map(|(name, _)| *name).collect();
+            assert_eq!(listed, [$(stringify!($rule)),*]);
+        }
+    };
+}
+
+tests! {
+    logits_match_the_reference,
+    a_prompt_in_chunks_equals_the_prompt_at_once,
+    a_ragged_batch_equals_each_sequence_alone,
+    a_decode_equals_a_prefill_of_the_same_tokens,
+    graphs_give_the_tokens_of_eager_runs,
+    sampled_tokens_depend_on_seed_and_step_alone,
+    log_probabilities_are_of_the_logits,
+    a_batch_that_does_not_fit_is_refused_and_changes_nothing,
+    chat_answers_are_right,
+    few_shot_answers_are_right,
+}
