@@ -48,7 +48,8 @@ impl KvCache {
     /// Replaces all tensors by zeroed ones; graphs captured with the older ones are refused from now on.
     ///
     /// # Errors
-    /// As [`new`](Self::new); the older tensors then stay.
+    /// As [`new`](Self::new); the older tensors then stay, but are outdated: using them is refused until a later call
+    /// succeeds.
     pub fn recreate(&mut self, device: &Device) -> Result<()> {
         self.generation.advance();
         self.layers = zeroed(device, self.dtype, self.layers.len(), self.shape, &self.generation)?;
