@@ -135,6 +135,7 @@ pub struct Kernel<A: KernelArgs> {
     source: &'static Source,
     host: HostFn<A>,
     id: KernelId,
+    is_programmatic: bool,
 }
 
 impl<A: KernelArgs> Kernel<A> {
@@ -147,7 +148,16 @@ impl<A: KernelArgs> Kernel<A> {
             assert!(size_of::<A>() <= ARG_BYTES_MAX, "the argument struct is larger than ARG_BYTES_MAX");
             assert!(align_of::<A>() <= 16, "the argument struct is aligned to more than 16 bytes");
         }
-        Self { name, source, host, id: KernelId::new() }
+        Self { name, source, host, id: KernelId::new(), is_programmatic: false }
+    }
+
+    /// Lets the kernel start while the kernel before it still runs (programmatic dependent launch, Hopper and newer).
+    ///
+    /// Only for a source in which every thread waits for the kernel before (`wait_for_inputs()` of `bcg.cuh`) ahead of
+    /// its first access to memory that an earlier kernel of the stream reads or writes.
+    #[must_use]
+    pub const fn programmatic(self) -> Self {
+        Self { is_programmatic: true, ..self }
     }
 
     /// Returns the entry point's name.
@@ -173,6 +183,8 @@ pub trait AnyKernel: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`crate::Error::Kernel`] if the process launches more different kernels than the runtime has room for.
     fn index(&self) -> Result<usize>;
+    /// Tells whether the kernel may start while the kernel before it still runs; see [`Kernel::programmatic`].
+    fn is_programmatic(&self) -> bool;
     /// Runs the host reference.
     ///
     /// # Errors
@@ -191,6 +203,10 @@ impl<A: KernelArgs> AnyKernel for Kernel<A> {
 
     fn index(&self) -> Result<usize> {
         self.id.get(self.name)
+    }
+
+    fn is_programmatic(&self) -> bool {
+        self.is_programmatic
     }
 
     fn run_host(&self, args: &ArgBytes, dims: &Dims, memory: &HostMemory<'_>) -> Result<()> {

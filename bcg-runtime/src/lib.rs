@@ -68,7 +68,7 @@ mod stream;
 mod tensor;
 
 pub use arena::ArenaStats;
-pub use bcg_kernels::Source;
+pub use bcg_kernels::{Arch, Source};
 pub use bcg_macros::{Bridge, Freeze, eager_on_graph};
 pub use bridge::{Bridge, Carrier};
 pub use cache::{CacheOptions, GraphCache, GraphCacheStats};

@@ -45,6 +45,21 @@ template <typename T> BCG_DEVICE float round_to(float v) { return to_f32(from_f3
 
 BCG_DEVICE float minus_infinity() { return __int_as_float(0xff800000); }
 
+// Waits until the kernels before have ended and their writes are visible. A kernel that the runtime may start early
+// (`Kernel::programmatic`) calls it in every thread, ahead of its first access to memory that those kernels use.
+BCG_DEVICE void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel start its part ahead of wait_for_inputs() once every block has called this or ended.
+BCG_DEVICE void release_dependents() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 constexpr u32 FULL_WARP = 0xffffffffu;
 
 struct Sum {

@@ -15,7 +15,7 @@ pub(crate) use guard::{Allocation, Graph, GraphExec, Reservation};
 pub use guard::{Event, LiveObjects, PinnedBuffer, Stream};
 
 use crate::launch::AnyKernel;
-use crate::{DType, Element, Error, Result, Tensor};
+use crate::{Arch, DType, Element, Error, Result, Tensor};
 use host::{HostBackend, HostControl, HostOptions};
 use traits::Backend;
 
@@ -109,6 +109,18 @@ impl Device {
     /// Returns the device's name, such as `host:0` or `cuda:0 NVIDIA H200`.
     pub fn name(&self) -> &str {
         self.backend.name()
+    }
+
+    /// Returns the compute capability of a GPU, and nothing for the host device. For an op with a kernel for one
+    /// architecture only.
+    pub fn compute_capability(&self) -> Option<Arch> {
+        self.backend.compute_capability()
+    }
+
+    /// Returns the number of multiprocessors, for kernels that give each of them a share of the work. The host device
+    /// has 4.
+    pub fn num_multiprocessors(&self) -> u32 {
+        self.backend.num_multiprocessors()
     }
 
     /// Waits until all work of the device has run.

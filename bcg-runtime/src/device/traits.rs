@@ -145,6 +145,9 @@ pub(crate) trait Backend:
 {
     fn kind(&self) -> DeviceKind;
     fn name(&self) -> &str;
+    /// The architecture that kernels are compiled for; `None` on the host device.
+    fn compute_capability(&self) -> Option<bcg_kernels::Arch>;
+    fn num_multiprocessors(&self) -> u32;
     /// Compiles and loads kernels ahead of their first launch, in parallel where that helps.
     fn prepare(&self, kernels: &[&'static dyn crate::launch::AnyKernel]) -> Result<()>;
 }

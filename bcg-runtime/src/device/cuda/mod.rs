@@ -51,6 +51,9 @@ pub(crate) struct CudaBackend {
     granularity: usize,
     /// The most dynamic and static shared memory that a block may ask for.
     shared_bytes_max: usize,
+    num_multiprocessors: u32,
+    /// Kernels may start before the one ahead has ended: compute capability 9.0 and newer.
+    can_overlap: bool,
     modules: Modules,
     gate: Mutex<Gate>,
     /// `gate.captures.len()`, for a look without the lock.
@@ -118,6 +121,7 @@ impl CudaBackend {
         let context = driver.retain_primary_context(device)?;
         let mut backend = Self::assemble(driver, name, device, context, arch);
         backend.shared_bytes_max = shared_bytes_max;
+        backend.num_multiprocessors = number(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         let _relaxed = backend.enter()?;
         backend.granularity = driver.granularity(device)?.max(1);
         Ok(backend)
@@ -132,6 +136,8 @@ impl CudaBackend {
             arch,
             granularity: 1,
             shared_bytes_max: 0,
+            num_multiprocessors: 1,
+            can_overlap: arch.major >= 9,
             modules: Modules::new(),
             gate: Mutex::default(),
             num_captures: AtomicUsize::new(0),
@@ -256,6 +262,14 @@ impl Backend for CudaBackend {
 
     fn name(&self) -> &str {
         &self.name
+    }
+
+    fn compute_capability(&self) -> Option<Arch> {
+        Some(self.arch)
+    }
+
+    fn num_multiprocessors(&self) -> u32 {
+        self.num_multiprocessors
     }
 
     fn prepare(&self, kernels: &[&'static dyn AnyKernel]) -> Result<()> {

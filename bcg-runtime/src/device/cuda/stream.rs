@@ -50,7 +50,15 @@ impl StreamBackend for CudaBackend {
         }
         // SAFETY: the comparison above (or `settle_launch`, which refuses it) establishes that `args` is as long as the
         // kernel's parameter; its addresses come from `CaptureStream::addr`, which checks that their tensors are alive.
-        let launched = unsafe { self.driver.launch(function.raw, &launch.dims, args, stream.0) };
+        let launched = unsafe {
+            self.driver.launch(
+                function.raw,
+                &launch.dims,
+                args,
+                stream.0,
+                self.can_overlap && launch.kernel.is_programmatic(),
+            )
+        };
         launched.inspect_err(|error| {
             tracing::error!(kernel = launch.kernel.name(), dims = ?launch.dims, %error, "a launch failed");
         })

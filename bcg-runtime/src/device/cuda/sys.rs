@@ -130,7 +130,7 @@ driver! {
     cuFuncGetParamInfo(u64, usize, *mut usize, *mut usize);
     cuFuncGetAttribute(*mut i32, u32, u64);
     cuFuncSetAttribute(u64, u32, i32);
-    cuLaunchKernel(u64, u32, u32, u32, u32, u32, u32, u32, u64, *mut *mut c_void, *mut *mut c_void);
+    cuLaunchKernelEx(*const sys::CUlaunchConfig, u64, *mut *mut c_void, *mut *mut c_void);
 }
 
 /// Calls an entry point and checks its code. The caller writes the `unsafe` and its proof.
@@ -624,32 +624,44 @@ impl Driver {
         unsafe { call!(self.cuFuncSetAttribute(function, attribute as u32, value)) }
     }
 
-    /// Launches a kernel whose only parameter is passed by value.
+    /// Launches a kernel whose only parameter is passed by value; a programmatic one may start before the kernel ahead
+    /// of it has ended.
     ///
     /// # Safety
     /// - `args` holds at least as many bytes as the kernel's parameter (the driver copies that many before it returns).
     /// - The parameter's addresses are valid for what the kernel does with them.
-    pub(super) unsafe fn launch(&self, function: u64, dims: &crate::Dims, args: &[u8], stream: u64) -> Result<()> {
+    pub(super) unsafe fn launch(
+        &self,
+        function: u64,
+        dims: &crate::Dims,
+        args: &[u8],
+        stream: u64,
+        is_programmatic: bool,
+    ) -> Result<()> {
         let ([gx, gy, gz], [bx, by, bz]) = (dims.grid, dims.block);
         let mut params = [args.as_ptr().cast_mut().cast::<c_void>()];
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: gx,
+            gridDimY: gy,
+            gridDimZ: gz,
+            blockDimX: bx,
+            blockDimY: by,
+            blockDimZ: bz,
+            sharedMemBytes: dims.shared_bytes,
+            hStream: std::ptr::with_exposed_provenance_mut(stream as usize),
+            attrs: &raw mut attribute,
+            numAttrs: is_programmatic.into(),
+        };
         let extra = std::ptr::null_mut();
-        // SAFETY: a function of a module that stays loaded and a live stream (contract of `traits`); `params` has one
-        // entry, for the one parameter (`module.rs` refuses kernels with more), readable by this function's contract.
-        unsafe {
-            call!(self.cuLaunchKernel(
-                function,
-                gx,
-                gy,
-                gz,
-                bx,
-                by,
-                bz,
-                dims.shared_bytes,
-                stream,
-                params.as_mut_ptr(),
-                extra
-            ))
-        }
+        // SAFETY: a function of a module that stays loaded and a live stream (contract of `traits`); `config` and its
+        // attribute are readable for the call; `params` has one entry, for the one parameter (`module.rs` refuses kernels
+        // with more), readable by this function's contract.
+        unsafe { call!(self.cuLaunchKernelEx(&raw const config, function, params.as_mut_ptr(), extra)) }
     }
 }
 

@@ -164,6 +164,14 @@ impl Backend for HostBackend {
         &self.shared.name
     }
 
+    fn compute_capability(&self) -> Option<bcg_kernels::Arch> {
+        None
+    }
+
+    fn num_multiprocessors(&self) -> u32 {
+        4
+    }
+
     /// Does nothing: host references are compiled into the program.
     fn prepare(&self, _kernels: &[&'static dyn AnyKernel]) -> Result<()> {
         Ok(())
