@@ -161,23 +161,50 @@ impl<L: LiveBatch, O: Freeze> GraphCache<L, O> {
         live: &L,
         forward: impl Fn(&mut Context<'_, L>) -> Result<O> + Send + Sync + 'static,
     ) -> Result<O> {
+        let mut graph = self.new_graph(size);
+        let output = graph.capture(runner, live, forward);
+        self.keep(size, graph, output)
+    }
+
+    /// Captures the graph of a size ahead of its first use, without running it where that is possible; see
+    /// [`BreakableCudaGraph::capture_ahead`].
+    ///
+    /// # Errors
+    /// As [`capture`](Self::capture).
+    pub fn capture_ahead(
+        &mut self,
+        size: usize,
+        runner: &mut Runner,
+        live: &L,
+        forward: impl Fn(&mut Context<'_, L>) -> Result<O> + Send + Sync + 'static,
+    ) -> Result<()> {
+        let mut graph = self.new_graph(size);
+        let captured = graph.capture_ahead(runner, live, forward);
+        self.keep(size, graph, captured)
+    }
+
+    fn new_graph(&self, size: usize) -> BreakableCudaGraph<L, O> {
         let mut options = self.options.graph;
         options.expected_breaks = options.expected_breaks.or_else(|| self.num_breaks());
-        let mut graph = BreakableCudaGraph::with_options(format!("{} of {size} rows", self.name), options);
-        let output = match graph.capture(runner, live, forward) {
-            Ok(output) => output,
+        BreakableCudaGraph::with_options(format!("{} of {size} rows", self.name), options)
+    }
+
+    /// Keeps a graph if its capture succeeded, and otherwise the fact that it failed.
+    fn keep<R>(&mut self, size: usize, graph: BreakableCudaGraph<L, O>, captured: Result<R>) -> Result<R> {
+        match &captured {
+            Ok(_) => {
+                self.stats.num_captures += 1;
+                self.uses += 1;
+                self.graphs.insert(size, Entry::Graph { graph, last_used: self.uses });
+                self.evict();
+            }
             Err(error) => {
                 tracing::warn!(size, %error, "capture failed");
                 self.stats.num_capture_failures += 1;
                 self.graphs.insert(size, Entry::Failed);
-                return Err(error);
             }
-        };
-        self.stats.num_captures += 1;
-        self.uses += 1;
-        self.graphs.insert(size, Entry::Graph { graph, last_used: self.uses });
-        self.evict();
-        Ok(output)
+        }
+        captured
     }
 
     /// Replays the graph of a size.

@@ -55,6 +55,7 @@ impl<'a, L: LiveBatch> Eager<'a, L> {
     /// work waited for.
     pub fn read<T: Element>(&mut self, tensor: &Tensor) -> Result<Vec<T>> {
         tensor.check_dtype("Eager::read", T::DTYPE)?;
+        self.stream.check_runs("Eager::read")?;
         let ptr = self.addr(tensor)?;
         read_rows(self.stream.main(), tensor, ptr)
     }
@@ -65,6 +66,7 @@ impl<'a, L: LiveBatch> Eager<'a, L> {
     /// [`crate::Error::Shape`] if dtype or length differ; those of [`crate::CaptureStream::addr`]; the driver's.
     pub fn upload<T: Element>(&mut self, tensor: &Tensor, data: &[T]) -> Result<()> {
         tensor.check_dtype("Eager::upload", T::DTYPE)?;
+        self.stream.check_runs("Eager::upload")?;
         let ptr = self.addr(tensor)?;
         write_rows("Eager::upload", self.stream.main(), tensor, ptr, bytemuck::cast_slice(data))
     }
@@ -74,6 +76,7 @@ impl<'a, L: LiveBatch> Eager<'a, L> {
     /// # Errors
     /// The first error of that work.
     pub fn synchronize(&mut self) -> Result<()> {
+        self.stream.check_runs("Eager::synchronize")?;
         self.stream.main().synchronize()
     }
 }

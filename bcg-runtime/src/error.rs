@@ -126,6 +126,12 @@ pub enum Error {
         /// The call and the remedy.
         what: String,
     },
+    /// A capture that runs nothing met a call that needs results; it is captured again, with a run.
+    #[error("{what} in a break needs a run of the forward")]
+    NeedsRun {
+        /// The call.
+        what: &'static str,
+    },
     /// A side stream was not joined before its segment or break ended.
     #[error(
         "side stream `{stream}` was not joined before {place}; wait on its event from the capturing stream, or use a scope"

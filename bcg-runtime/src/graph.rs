@@ -132,15 +132,54 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
             self.captured = Ok(Captured { forward: Box::new(forward), recording: None });
             return Ok(output);
         }
-        let (recording, output) = record(runner.stream_mut(), live, self.options.expected_breaks, &forward)?;
-        tracing::debug!(
-            steps = recording.steps.len(),
-            micros = recording.capture_time.as_micros() as u64,
-            extent_bytes = recording.extent_bytes,
-            "captured"
-        );
+        let (recording, output) = record(runner.stream_mut(), live, self.options.expected_breaks, &forward, false)?;
         self.captured = Ok(Captured { forward: Box::new(forward), recording: Some(recording) });
         Ok(output)
+    }
+
+    /// Captures `forward` ahead of its first use, and runs nothing where that is possible: if every break only
+    /// allocates, launches, fills and copies within the device. Otherwise it captures and runs, as
+    /// [`capture`](Self::capture) does.
+    ///
+    /// # Errors
+    /// As [`capture`](Self::capture).
+    ///
+    /// # Example
+    /// ```
+    /// use bcg_runtime::{BreakableCudaGraph, Device, Runner, RunnerOptions};
+    /// let device = Device::host();
+    /// let mut runner = Runner::new(&device, RunnerOptions::default())?;
+    /// let (x, written) = (device.tensor(&[2], &[1i32, 2])?, device.tensor(&[2], &[0i32, 0])?);
+    /// let mut graph = BreakableCudaGraph::new("copy");
+    /// let to = written.clone();
+    /// graph.capture_ahead(&mut runner, &(), move |cx| cx.copy(&to, &x))?;
+    /// assert_eq!(device.read::<i32>(&written)?, [0, 0]); // nothing ran
+    /// graph.replay(&mut runner, &())?;
+    /// assert_eq!(device.read::<i32>(&written)?, [1, 2]);
+    /// # Ok::<(), bcg_runtime::Error>(())
+    /// ```
+    pub fn capture_ahead(
+        &mut self,
+        runner: &mut Runner,
+        live: &L,
+        forward: impl Fn(&mut Context<'_, L>) -> Result<O> + Send + Sync + 'static,
+    ) -> Result<()> {
+        if self.options.debug_eager {
+            return self.capture(runner, live, forward).map(|_| ());
+        }
+        self.captured = Err("its last capture failed");
+        let span = tracing::info_span!("capture", graph = %self.name);
+        let _entered = span.enter();
+        let expected_breaks = self.options.expected_breaks;
+        let recorded = match record(runner.stream_mut(), live, expected_breaks, &forward, true) {
+            Err(error @ Error::NeedsRun { .. }) => {
+                tracing::debug!(%error, "captured with a run");
+                record(runner.stream_mut(), live, expected_breaks, &forward, false)
+            }
+            recorded => recorded,
+        };
+        self.captured = Ok(Captured { forward: Box::new(forward), recording: Some(recorded?.0) });
+        Ok(())
     }
 
     /// Replays the segments and breaks in order, on the live batch of this run.
@@ -222,15 +261,20 @@ fn record<L: LiveBatch, O: Freeze>(
     live: &L,
     expected_breaks: Option<usize>,
     forward: &Forward<L, O>,
+    is_dry: bool,
 ) -> Result<(Recording<L, O>, O)> {
     let begun = Instant::now();
     stream.begin_forward(live.rows(), 0)?;
-    let mut guard = CaptureGuard::begin(stream)?;
+    let mut guard = if is_dry { CaptureGuard::begin_dry(stream)? } else { CaptureGuard::begin(stream)? };
     let run = || {
         let mut cx = Context { stream: guard.stream, live, recorder: Some(&mut guard.recorder) };
         forward(&mut cx)
     };
-    let output = catch_panic(run).map_err(|error| error.in_segment(guard.recorder.segment_index()))?;
+    let result = catch_panic(run).map_err(|error| error.in_segment(guard.recorder.segment_index()));
+    if let Some(what) = guard.stream.needs_run.take() {
+        return Err(Error::NeedsRun { what });
+    }
+    let output = result?;
     let mut claims = Claims::new(guard.stream);
     let frozen_output = output.freeze(&mut claims).map_err(|error| error.in_segment(guard.recorder.segment_index()))?;
     let arena = guard.stream.arena().clone();
@@ -246,6 +290,13 @@ fn record<L: LiveBatch, O: Freeze>(
         _retained: retained,
         _pinned: pinned,
     };
+    tracing::debug!(
+        steps = recording.steps.len(),
+        micros = recording.capture_time.as_micros() as u64,
+        extent_bytes = recording.extent_bytes,
+        is_dry,
+        "captured"
+    );
     Ok((recording, output))
 }
 

@@ -48,6 +48,10 @@ pub struct CaptureStream {
     valid_rows: Allocation,
     valid_rows_now: Option<u32>,
     options: RunnerOptions,
+    /// A capture records and nothing runs: work outside segments is dropped.
+    pub(crate) is_dry: bool,
+    /// A call of a capture that records only, which it could not serve.
+    pub(crate) needs_run: Option<&'static str>,
     pub(crate) segment: Option<SegmentLog>,
     pub(crate) probe: Option<Probe>,
     pub(crate) counts: WorkCounts,
@@ -136,6 +140,8 @@ impl CaptureStream {
             valid_rows: Allocation::new(device, size_of::<u32>())?,
             valid_rows_now: None,
             options,
+            is_dry: false,
+            needs_run: None,
             segment: None,
             probe: None,
             counts: WorkCounts::default(),
@@ -397,6 +403,15 @@ impl CaptureStream {
         self.options.poison
     }
 
+    /// Fails if nothing runs, so that there is nothing to wait for, to read or to overwrite.
+    pub(crate) fn check_runs(&mut self, what: &'static str) -> Result<()> {
+        if !self.is_dry {
+            return Ok(());
+        }
+        self.needs_run = Some(what); // whatever the caller makes of the error
+        Err(Error::NeedsRun { what })
+    }
+
     /// Fails if a side stream was not joined before `place`.
     pub(crate) fn check_joined(&self, place: &str) -> Result<()> {
         match self.forks.first() {
@@ -456,6 +471,9 @@ impl CaptureStream {
         let stream = self.current.handle();
         if stream != self.main.handle() {
             self.touch(stream, &self.current.shared_name());
+        }
+        if self.is_dry && self.segment.is_none() {
+            return Ok(()); // a break's work: it is enqueued at each replay
         }
         let result = call(&self.device, stream);
         if let (Err(_), Some(segment)) = (&result, &mut self.segment) {

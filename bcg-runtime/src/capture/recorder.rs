@@ -1,4 +1,5 @@
-//! Drives the device through a capture: one stream capture for each segment, launched as soon as it is instantiated.
+//! Drives the device through a capture: one stream capture for each segment, launched as soon as it is instantiated,
+//! unless the capture only records.
 //!
 //! Invariants:
 //! - While the state is `Segment`, the main stream captures and [`CaptureStream::segment`] is there; in every other
@@ -124,7 +125,9 @@ impl<L> Recorder<L> {
         }
         let exec = (nodes.kernels + nodes.copies + nodes.fills > 0).then(|| graph.instantiate()).transpose()?;
         let segment = Segment { exec, nodes, kernels: log.kernels };
-        segment.launch(stream.main())?;
+        if !stream.is_dry {
+            segment.launch(stream.main())?;
+        }
         tracing::debug!(
             segment = self.segment_index(),
             kernels = nodes.kernels,
@@ -157,6 +160,13 @@ impl<'a, L> CaptureGuard<'a, L> {
         Ok(guard)
     }
 
+    /// As [`CaptureGuard::begin`], with nothing running until the guard goes.
+    pub(crate) fn begin_dry(stream: &'a mut CaptureStream) -> Result<Self> {
+        let guard = Self::begin(stream)?;
+        (guard.stream.is_dry, guard.stream.needs_run) = (true, None);
+        Ok(guard)
+    }
+
     /// Ends the capture and returns what it recorded.
     pub(crate) fn seal(mut self) -> Result<Recorder<L>> {
         self.recorder.end(self.stream)?;
@@ -169,6 +179,7 @@ impl<'a, L> CaptureGuard<'a, L> {
 impl<L> Drop for CaptureGuard<'_, L> {
     fn drop(&mut self) {
         IS_CAPTURING.set(false);
+        self.stream.is_dry = false;
         if self.recorder.state != CaptureState::Sealed {
             self.recorder.abort(self.stream);
         }

@@ -353,6 +353,48 @@ pub fn the_output_of_a_capture_equals_eager(device: &Device) {
     assert_eq!(bits(&mut runner, &captured), eager);
 }
 
+/// A capture ahead runs neither segments nor breaks; its replays equal eager runs.
+pub fn a_capture_ahead_runs_nothing_and_replays_like_eager(device: &Device) {
+    let (x, written) = (iota(device, &[40], 1.0), iota(device, &[40], 7.0));
+    let mut runner = runner(device);
+    let to = written.clone();
+    let forward = move |cx: &mut Context<'_, Batch>| {
+        let y = step(cx, &x)?;
+        let y = scaled(cx, &y)?;
+        cx.copy(&to, &y)?;
+        let y = scaled(cx, &y)?;
+        step(cx, &y)
+    };
+    runner.eager(&batch(1.0), &forward).expect("an eager run, which sizes the arena");
+    let before = bits(&mut runner, &written);
+    let mut graph = Graph::new("ahead");
+    graph.capture_ahead(&mut runner, &batch(9.0), forward.clone()).expect("a capture");
+    assert_eq!(bits(&mut runner, &written), before, "something ran");
+    assert_eq!(census(&graph), (3, 2));
+    assert_eq!(graph.describe().breaks[1].num_launches, 1);
+    replays_like_eager(&mut runner, &graph, &batches(), forward);
+}
+
+/// A break that reads back cannot be recorded without a run, so it is captured with one, even if it hides the refusal.
+pub fn a_break_that_reads_back_is_captured_ahead_with_a_run(device: &Device) {
+    #[eager_on_graph]
+    fn sum_or_zero(cx: &mut Eager<'_, Batch>, x: &Tensor) -> Result<Tensor> {
+        let sum: f32 = cx.read::<f32>(x).map_or(0.0, |values| values.iter().sum());
+        axpy(cx, sum, x, x)
+    }
+    let x = iota(device, &[4], 1.0);
+    let mut runner = runner(device);
+    let forward = move |cx: &mut Context<'_, Batch>| {
+        let y = step(cx, &x)?;
+        let y = sum_or_zero(cx, &y)?;
+        step(cx, &y)
+    };
+    let mut graph = Graph::new("ahead");
+    graph.capture_ahead(&mut runner, &batch(1.0), forward.clone()).expect("a capture");
+    assert_eq!(census(&graph), (2, 1));
+    replays_like_eager(&mut runner, &graph, &batches(), forward);
+}
+
 /// `is_capturing` is true in captured code only: not in breaks, not at replay, not in eager runs.
 pub fn only_captured_code_is_capturing(device: &Device) {
     let notes = Arc::new(Mutex::new(Vec::new()));

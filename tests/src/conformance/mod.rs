@@ -42,6 +42,8 @@ macro_rules! conformance_rules {
                 a_nested_capture_is_refused_and_the_outer_one_survives,
                 two_threads_capture_on_two_streams_at_once,
                 the_output_of_a_capture_equals_eager,
+                a_capture_ahead_runs_nothing_and_replays_like_eager,
+                a_break_that_reads_back_is_captured_ahead_with_a_run,
                 only_captured_code_is_capturing,
                 ten_thousand_segments_are_legal,
             }
