@@ -2,7 +2,7 @@
 //!
 //! Two kinds of device inputs, and the line between them is law L1:
 //! - [`TokenInputs`] are read by captured code. Their addresses and (padded) sizes are frozen, their contents are uploaded
-//!   before each forward.
+//!   before each forward. In a decode they hold all that attention reads, so a decode is one graph without breaks.
 //! - [`ForwardBatch`] is the live batch, which only breaks can see: sequence starts, lengths, page table, and the number of
 //!   sequences, which is never frozen.
 //!
@@ -38,6 +38,33 @@ impl SequenceInput<'_> {
     }
 }
 
+/// What a forward is, by the shape of its batch. Each phase has graphs of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Phase {
+    /// Some sequence has several new tokens; others may have one (a mixed batch). Attention is a break.
+    Prefill,
+    /// Each sequence has exactly one new token. Everything is captured, attention too.
+    Decode,
+}
+
+impl Phase {
+    /// Both phases.
+    pub const ALL: [Self; 2] = [Self::Prefill, Self::Decode];
+
+    /// The name in messages and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Prefill => "prefill",
+            Self::Decode => "decode",
+        }
+    }
+
+    /// The phase of a batch.
+    pub fn of(batch: &[SequenceInput<'_>]) -> Self {
+        if batch.iter().all(|sequence| sequence.tokens.len() == 1) { Self::Decode } else { Self::Prefill }
+    }
+}
+
 /// What captured code reads of a batch, one value for each padded row.
 #[derive(Debug, Clone)]
 pub struct TokenInputs {
@@ -47,6 +74,17 @@ pub struct TokenInputs {
     pub positions: Tensor,
     /// `[T]` i32: `page * S + offset`, or −1.
     pub slot_mapping: Tensor,
+    /// What attention reads in a decode; in a prefill, the live batch has it.
+    pub decode: Option<DecodeInputs>,
+}
+
+/// What captured attention reads of a decode.
+#[derive(Debug, Clone)]
+pub struct DecodeInputs {
+    /// `[T]` i32: keys of each sequence, the new one included; 0 for padded rows.
+    pub kv_lens: Tensor,
+    /// `[T, pages]` i32, as wide as the longest possible sequence needs.
+    pub page_table: Tensor,
 }
 
 /// The live batch.
@@ -54,12 +92,12 @@ pub struct TokenInputs {
 pub struct ForwardBatch {
     rows: Rows,
     num_sequences: usize,
-    is_decode: bool,
+    phase: Phase,
     /// `[B + 1]` i32: the first row of each sequence, and the end of the last one.
     pub cu_seqlens_q: Tensor,
-    /// `[B]` i32, new tokens included. In a decode, `[T]` with 0 for padded rows.
+    /// `[B]` i32, new tokens included.
     pub kv_lens: Tensor,
-    /// `[B, pages]` i32, as wide as the longest sequence needs. In a decode, `[T, pages]`.
+    /// `[B, pages]` i32. In a prefill as wide as the longest sequence needs.
     pub page_table: Tensor,
     /// `[B]` i32: the last row of each sequence.
     pub last_rows: Tensor,
@@ -71,9 +109,9 @@ impl ForwardBatch {
         self.num_sequences
     }
 
-    /// Whether each sequence has exactly one new token.
-    pub fn is_decode(&self) -> bool {
-        self.is_decode
+    /// The batch's phase.
+    pub fn phase(&self) -> Phase {
+        self.phase
     }
 }
 
@@ -95,13 +133,14 @@ pub struct BatchLimits {
 }
 
 /// The device buffers of all batches, at fixed addresses, and the host memory in which they are put together.
+///
+/// A batch lies in one buffer, section after section, so that it is one upload. First come the sections that captured
+/// code reads: where they begin depends on the phase and the padded rows alone.
 #[derive(Debug)]
 pub struct InputBuffers {
-    tokens: TokenInputs,
-    cu_seqlens_q: Tensor,
-    kv_lens: Tensor,
-    page_table: Tensor,
-    last_rows: Tensor,
+    sections: Tensor,
+    /// `[B, pages]`: the page tables of a decode, as wide as the longest possible sequence needs.
+    decode_pages: Tensor,
     sampling: SamplingBuffers,
     staging: Vec<i32>,
     page_size: usize,
@@ -124,6 +163,48 @@ pub struct SamplingBuffers {
     pub step: Tensor,
 }
 
+/// Sections begin at multiples of this many elements, for loads of 16 bytes.
+const SECTION_ALIGNMENT: usize = 4;
+
+/// The sections of a batch, in the order in which they lie in the buffer.
+struct Sections<'a> {
+    buffer: &'a Tensor,
+    end: usize,
+}
+
+impl Sections<'_> {
+    /// The next section, of `len` elements.
+    fn next(&mut self, len: usize) -> Result<Tensor> {
+        let begin = self.end;
+        self.end = begin + len.next_multiple_of(SECTION_ALIGNMENT);
+        self.buffer.rows(begin..begin + len)
+    }
+
+    /// The sections that captured code reads.
+    fn captured(&mut self, phase: Phase, rows: usize, decode_pages: &Tensor) -> Result<TokenInputs> {
+        Ok(TokenInputs {
+            token_ids: self.next(rows)?,
+            positions: self.next(rows)?,
+            slot_mapping: self.next(rows)?,
+            decode: match phase {
+                Phase::Prefill => None,
+                Phase::Decode => {
+                    Some(DecodeInputs { kv_lens: self.next(rows)?, page_table: decode_pages.rows(0..rows)? })
+                }
+            },
+        })
+    }
+}
+
+/// Appends a section, padded to where the next one begins.
+fn push_section(staging: &mut Vec<i32>, values: impl IntoIterator<Item = i32>, len: usize, padding: i32) {
+    let end = staging.len() + len;
+    staging.extend(values);
+    debug_assert!(staging.len() <= end, "a section holds {len} values");
+    staging.resize(end, padding);
+    staging.resize(end.next_multiple_of(SECTION_ALIGNMENT), 0);
+}
+
 impl InputBuffers {
     /// Allocates buffers for batches within `limits`.
     ///
@@ -131,17 +212,13 @@ impl InputBuffers {
     /// The device's.
     pub fn new(device: &Device, limits: BatchLimits, page_size: usize) -> Result<Self> {
         let zeros = |len: usize, dtype| device.zeros(&[len], dtype);
-        let (rows, sequences) = (limits.rows, limits.sequences);
+        let BatchLimits { rows, sequences, pages_per_sequence } = limits;
+        let aligned = |len: usize| len.next_multiple_of(SECTION_ALIGNMENT);
+        // Tokens, positions, slots; lengths, last rows, starts; page tables.
+        let len = 3 * aligned(rows) + 3 * aligned(sequences + 1) + aligned(sequences * pages_per_sequence);
         Ok(Self {
-            tokens: TokenInputs {
-                token_ids: zeros(rows, DType::I32)?,
-                positions: zeros(rows, DType::I32)?,
-                slot_mapping: zeros(rows, DType::I32)?,
-            },
-            cu_seqlens_q: zeros(sequences + 1, DType::I32)?,
-            kv_lens: zeros(sequences, DType::I32)?,
-            page_table: zeros(sequences * limits.pages_per_sequence, DType::I32)?,
-            last_rows: zeros(sequences, DType::I32)?,
+            sections: zeros(len, DType::I32)?,
+            decode_pages: device.zeros(&[sequences, pages_per_sequence], DType::I32)?,
             sampling: SamplingBuffers {
                 temperature: zeros(sequences, DType::F32)?,
                 top_k: zeros(sequences, DType::I32)?,
@@ -159,12 +236,8 @@ impl InputBuffers {
     ///
     /// # Errors
     /// [`bcg_runtime::Error::Shape`] beyond the limits.
-    pub fn token_inputs(&self, rows: usize) -> Result<TokenInputs> {
-        Ok(TokenInputs {
-            token_ids: self.tokens.token_ids.rows(0..rows)?,
-            positions: self.tokens.positions.rows(0..rows)?,
-            slot_mapping: self.tokens.slot_mapping.rows(0..rows)?,
-        })
+    pub fn token_inputs(&self, phase: Phase, rows: usize) -> Result<TokenInputs> {
+        Sections { buffer: &self.sections, end: 0 }.captured(phase, rows, &self.decode_pages)
     }
 
     /// Uploads a batch that is padded to `padded` rows. With `write_kv` off no key or value is kept: a dummy batch.
@@ -183,82 +256,85 @@ impl InputBuffers {
     ) -> Result<ForwardBatch> {
         let valid: usize = batch.iter().map(|sequence| sequence.tokens.len()).sum();
         assert!(valid <= padded, "{valid} tokens do not fit into {padded} rows");
-        let is_decode = batch.iter().all(|sequence| sequence.tokens.len() == 1);
-        self.fill_tokens(runner, batch, padded, write_kv)?;
-        // Rows of the per-sequence tensors: a decode has one for each row, padded rows have no keys.
-        let slots = if is_decode { padded } else { batch.len() };
-        let cu_seqlens_q = self.cu_seqlens_q.rows(0..batch.len() + 1)?;
-        let mut end = 0;
-        let ends = batch.iter().map(|sequence| {
-            end += sequence.tokens.len() as i32;
-            end
-        });
-        self.staging.clear();
-        self.staging.push(0);
-        self.staging.extend(ends);
-        runner.upload(&cu_seqlens_q, &self.staging)?;
-
-        let last_rows = self.last_rows.rows(0..batch.len())?;
-        self.staging.remove(0);
-        self.staging.iter_mut().for_each(|end| *end -= 1);
-        runner.upload(&last_rows, &self.staging)?;
-
-        let kv_lens = self.kv_lens.rows(0..slots)?;
-        self.staging.clear();
-        self.staging.extend(batch.iter().map(|sequence| sequence.kv_len() as i32));
-        self.staging.resize(slots, 0);
-        runner.upload(&kv_lens, &self.staging)?;
-
-        let page_table = self.fill_page_table(runner, batch, slots)?;
-        let rows = Rows { valid, padded };
-        Ok(ForwardBatch { rows, num_sequences: batch.len(), is_decode, cu_seqlens_q, kv_lens, page_table, last_rows })
+        let phase = Phase::of(batch);
+        self.stage_tokens(batch, padded, write_kv);
+        let mut sections = Sections { buffer: &self.sections, end: 0 };
+        let captured = sections.captured(phase, padded, &self.decode_pages)?;
+        let kv_lens = match &captured.decode {
+            Some(decode) => decode.kv_lens.clone(),
+            None => sections.next(batch.len())?,
+        };
+        let lens = batch.iter().map(|sequence| sequence.kv_len() as i32);
+        push_section(&mut self.staging, lens, kv_lens.dim(0), 0);
+        let ends = || {
+            batch.iter().scan(0, |end, sequence| {
+                *end += sequence.tokens.len() as i32;
+                Some(*end)
+            })
+        };
+        push_section(&mut self.staging, std::iter::once(0).chain(ends()), batch.len() + 1, 0);
+        let cu_seqlens_q = sections.next(batch.len() + 1)?;
+        push_section(&mut self.staging, ends().map(|end| end - 1), batch.len(), 0);
+        let last_rows = sections.next(batch.len())?;
+        let page_table = self.upload(runner, batch, sections.end, captured.decode)?;
+        Ok(ForwardBatch {
+            rows: Rows { valid, padded },
+            num_sequences: batch.len(),
+            phase,
+            cu_seqlens_q,
+            kv_lens: kv_lens.rows(0..batch.len())?,
+            page_table,
+            last_rows,
+        })
     }
 
-    fn fill_tokens(
+    /// Uploads what was staged, then the page tables: behind it in a prefill, into their fixed place in a decode.
+    fn upload(
         &mut self,
         runner: &mut Runner,
         batch: &[SequenceInput<'_>],
-        padded: usize,
-        write_kv: bool,
-    ) -> Result<()> {
-        let inputs = self.token_inputs(padded)?;
-        self.staging.clear();
-        self.staging.extend(batch.iter().flat_map(|sequence| sequence.tokens).map(|&token| token.cast_signed()));
-        self.staging.resize(padded, 0);
-        runner.upload(&inputs.token_ids, &self.staging)?;
-
-        let positions = || batch.iter().flat_map(|sequence| sequence.past_len..sequence.kv_len());
-        self.staging.clear();
-        self.staging.extend(positions().map(|position| position as i32));
-        self.staging.resize(padded, 0);
-        runner.upload(&inputs.positions, &self.staging)?;
-
-        let page_size = self.page_size;
-        self.staging.clear();
-        for sequence in batch {
-            let slot = |position: usize| {
-                let page = sequence.pages[position / page_size] as usize;
-                if write_kv { (page * page_size + position % page_size) as i32 } else { -1 }
-            };
-            self.staging.extend((sequence.past_len..sequence.kv_len()).map(slot));
+        staged: usize,
+        decode: Option<DecodeInputs>,
+    ) -> Result<Tensor> {
+        let width = self.stage_page_tables(batch);
+        let end = staged + batch.len() * width;
+        if let Some(decode) = decode {
+            runner.upload(&self.sections.rows(0..staged)?, &self.staging[..staged])?;
+            let page_table = decode.page_table.rows(0..batch.len())?;
+            runner.upload(&page_table.columns(0..width)?, &self.staging[staged..])?;
+            return Ok(page_table);
         }
-        self.staging.resize(padded, -1);
-        runner.upload(&inputs.slot_mapping, &self.staging)
+        runner.upload(&self.sections.rows(0..end)?, &self.staging)?;
+        self.sections.rows(staged..end)?.reshape(&[batch.len(), width])
     }
 
-    fn fill_page_table(&mut self, runner: &mut Runner, batch: &[SequenceInput<'_>], slots: usize) -> Result<Tensor> {
+    /// Begins the staging with tokens, positions and slots.
+    fn stage_tokens(&mut self, batch: &[SequenceInput<'_>], padded: usize, write_kv: bool) {
+        self.staging.clear();
+        let tokens = batch.iter().flat_map(|sequence| sequence.tokens).map(|&token| token.cast_signed());
+        push_section(&mut self.staging, tokens, padded, 0);
+        let positions = batch.iter().flat_map(|sequence| sequence.past_len..sequence.kv_len());
+        push_section(&mut self.staging, positions.map(|position| position as i32), padded, 0);
+        let page_size = self.page_size;
+        let slots = batch.iter().flat_map(|sequence| {
+            (sequence.past_len..sequence.kv_len()).map(move |position| {
+                let page = sequence.pages[position / page_size] as usize;
+                if write_kv { (page * page_size + position % page_size) as i32 } else { -1 }
+            })
+        });
+        push_section(&mut self.staging, slots, padded, -1);
+    }
+
+    /// Appends the page tables, as wide as the longest sequence needs, and returns the width.
+    fn stage_page_tables(&mut self, batch: &[SequenceInput<'_>]) -> usize {
         let pages_of = |sequence: &SequenceInput<'_>| sequence.kv_len().div_ceil(self.page_size);
         let width = batch.iter().map(pages_of).max().unwrap_or(1);
-        self.staging.clear();
-        for sequence in batch {
-            let begin = self.staging.len();
+        let begin = self.staging.len();
+        for (i, sequence) in batch.iter().enumerate() {
             self.staging.extend(sequence.pages[..pages_of(sequence)].iter().map(|page| page.cast_signed()));
-            self.staging.resize(begin + width, 0);
+            self.staging.resize(begin + (i + 1) * width, 0);
         }
-        self.staging.resize(slots * width, 0);
-        let page_table = self.page_table.rows(0..slots * width)?.reshape(&[slots, width])?;
-        runner.upload(&page_table, &self.staging)?;
-        Ok(page_table)
+        width
     }
 
     /// Uploads the sampling parameters of a batch.
@@ -316,7 +392,7 @@ mod tests {
         let params = SamplingParams::greedy();
         let batch = [input(&[7, 8, 9], 3, &[5, 2], &params), input(&[6], 0, &[1], &params)];
         let live = buffers.fill(&mut runner, &batch, 6, true).expect("filled");
-        let tokens = buffers.token_inputs(6).expect("views");
+        let tokens = buffers.token_inputs(Phase::Prefill, 6).expect("views");
         let mut read = |tensor: &Tensor| runner.read::<i32>(tensor).expect("read");
         assert_eq!(read(&tokens.token_ids), [7, 8, 9, 6, 0, 0]);
         assert_eq!(read(&tokens.positions), [3, 4, 5, 0, 0, 0]);
@@ -326,7 +402,7 @@ mod tests {
         assert_eq!(read(&live.page_table), [5, 2, 1, 0]);
         assert_eq!(read(&live.last_rows), [2, 3]);
         assert_eq!(live.rows(), Some(Rows { valid: 4, padded: 6 }));
-        assert!(!live.is_decode());
+        assert!(live.phase() == Phase::Prefill && tokens.decode.is_none());
     }
 
     #[test]
@@ -337,10 +413,26 @@ mod tests {
         let params = SamplingParams::greedy();
         let batch = [input(&[7], 3, &[5], &params), input(&[6], 4, &[1, 3], &params)];
         let live = buffers.fill(&mut runner, &batch, 4, false).expect("filled");
-        assert!(live.is_decode() && live.num_sequences() == 2);
-        assert_eq!(runner.read::<i32>(&live.kv_lens).expect("read"), [4, 5, 0, 0]);
-        assert_eq!(runner.read::<i32>(&live.page_table).expect("read"), [5, 0, 1, 3, 0, 0, 0, 0]);
-        let tokens = buffers.token_inputs(4).expect("views");
+        assert!(live.phase() == Phase::Decode && live.num_sequences() == 2);
+        let tokens = buffers.token_inputs(Phase::Decode, 4).expect("views");
+        let decode = tokens.decode.expect("a decode");
+        assert_eq!(runner.read::<i32>(&decode.kv_lens).expect("read"), [4, 5, 0, 0]);
+        assert_eq!(decode.page_table.shape(), [4, LIMITS.pages_per_sequence]);
+        let table = runner.read::<i32>(&decode.page_table.columns(0..2).expect("columns")).expect("read");
+        assert_eq!(table[..4], [5, 0, 1, 3]);
+        assert_eq!(runner.read::<i32>(&live.last_rows).expect("read"), [0, 1]);
         assert_eq!(runner.read::<i32>(&tokens.slot_mapping).expect("read"), [-1; 4]);
+    }
+
+    #[test]
+    fn the_largest_batches_fit_their_buffers() {
+        let device = Device::host();
+        let mut runner = Runner::new(&device, RunnerOptions::default()).expect("a runner");
+        let mut buffers = InputBuffers::new(&device, LIMITS, 4).expect("buffers");
+        let (params, pages) = (SamplingParams::greedy(), [0, 1, 2, 3]);
+        let prefill = [input(&[1, 2], 14, &pages, &params); 8];
+        buffers.fill(&mut runner, &prefill, 16, true).expect("the largest prefill");
+        let decode = [input(&[1], 15, &pages, &params); 8];
+        buffers.fill(&mut runner, &decode, 8, true).expect("the largest decode");
     }
 }

@@ -28,7 +28,7 @@ mod testing;
 pub mod tokenizer;
 pub mod weights;
 
-pub use batch::{ForwardBatch, SequenceInput};
+pub use batch::{ForwardBatch, Phase, SequenceInput};
 pub use chat::{ChatMessage, ChatTemplate};
 pub use config::ModelConfig;
 pub use error::{Error, Result};

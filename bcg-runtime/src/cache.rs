@@ -48,6 +48,25 @@ pub struct GraphCacheStats {
     pub eager: BTreeMap<EagerReason, u64>,
 }
 
+impl GraphCacheStats {
+    /// Returns the sums of two caches.
+    #[must_use]
+    pub fn merged(&self, other: &Self) -> Self {
+        let mut eager = self.eager.clone();
+        for (&reason, &count) in &other.eager {
+            *eager.entry(reason).or_default() += count;
+        }
+        Self {
+            num_replays: self.num_replays + other.num_replays,
+            num_verified: self.num_verified + other.num_verified,
+            num_captures: self.num_captures + other.num_captures,
+            num_capture_failures: self.num_capture_failures + other.num_capture_failures,
+            num_evictions: self.num_evictions + other.num_evictions,
+            eager,
+        }
+    }
+}
+
 /// Graphs of one forward, by capture size.
 ///
 /// # Example

@@ -48,7 +48,7 @@ pub struct EngineArgs {
     #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
     pub device: DeviceArg,
 
-    /// Replay prefill and decode as breakable CUDA graphs
+    /// Replay prefills as breakable CUDA graphs, and decodes as full ones
     #[arg(long)]
     pub enable_breakable_cuda_graph: bool,
 
@@ -56,9 +56,13 @@ pub struct EngineArgs {
     #[arg(long, value_name = "TOKENS")]
     pub cuda_graph_max_tokens: Option<usize>,
 
-    /// Token counts to capture, separated by commas, instead of the default ladder
+    /// Token counts of prefills to capture, separated by commas, instead of the default ladder
     #[arg(long, value_name = "T,T,…", value_delimiter = ',', num_args = 0..)]
     pub cuda_graph_sizes: Option<Vec<usize>>,
+
+    /// Batch sizes of decodes to capture, separated by commas, instead of the default ladder
+    #[arg(long, value_name = "B,B,…", value_delimiter = ',', num_args = 0..)]
+    pub cuda_graph_decode_sizes: Option<Vec<usize>>,
 
     /// When graphs are captured
     #[arg(long, value_enum, default_value_t = CaptureArg::Ahead)]
@@ -163,6 +167,8 @@ pub struct EnginePlan {
     pub graph: GraphPlan,
     /// Sizes to capture, ascending; `None` takes the default ladder.
     pub graph_sizes: Option<Vec<usize>>,
+    /// Batch sizes of decodes to capture; `None` takes the default ladder.
+    pub decode_graph_sizes: Option<Vec<usize>>,
     /// Largest token count that gets a graph; `None` takes the default.
     pub graph_max_tokens: Option<usize>,
     /// Whole forward as one break.
@@ -212,11 +218,13 @@ impl EngineArgs {
         self.check_counts()?;
         let graph = self.check_graph()?;
         let graph_sizes = self.check_sizes()?;
+        let decode_graph_sizes = self.sorted_sizes("--cuda-graph-decode-sizes", &self.cuda_graph_decode_sizes)?;
         Ok(EnginePlan {
             model: self.model.clone(),
             device: self.device,
             graph,
             graph_sizes,
+            decode_graph_sizes,
             graph_max_tokens: self.cuda_graph_max_tokens,
             debug_graph: self.debug_cuda_graph,
             verify_graph: self.verify_graph,
@@ -270,9 +278,10 @@ impl EngineArgs {
     fn check_graph(&self) -> Result<GraphPlan, ArgError> {
         const REMEDY: &str = "add --enable-breakable-cuda-graph or drop this flag";
         if !self.enable_breakable_cuda_graph {
-            let given: [(&'static str, bool); 6] = [
+            let given: [(&'static str, bool); 7] = [
                 ("--cuda-graph-max-tokens", self.cuda_graph_max_tokens.is_some()),
                 ("--cuda-graph-sizes", self.cuda_graph_sizes.is_some()),
+                ("--cuda-graph-decode-sizes", self.cuda_graph_decode_sizes.is_some()),
                 ("--capture", self.capture != CaptureArg::Ahead),
                 ("--debug-cuda-graph", self.debug_cuda_graph),
                 ("--verify-graph", self.verify_graph.is_some()),
@@ -290,14 +299,34 @@ impl EngineArgs {
                 "give at least 1, which checks every replay",
             ));
         }
-        match self.capture {
-            CaptureArg::Ahead => Ok(GraphPlan::Ahead),
-            CaptureArg::Lazy if self.cuda_graph_sizes.is_some() => Err(ArgError::new(
-                "--cuda-graph-sizes",
+        let sizes = [
+            ("--cuda-graph-sizes", self.cuda_graph_sizes.is_some()),
+            ("--cuda-graph-decode-sizes", self.cuda_graph_decode_sizes.is_some()),
+        ];
+        match (self.capture, sizes.into_iter().find(|(_, given)| *given)) {
+            (CaptureArg::Ahead, _) => Ok(GraphPlan::Ahead),
+            (CaptureArg::Lazy, None) => Ok(GraphPlan::Lazy),
+            (CaptureArg::Lazy, Some((flag, _))) => Err(ArgError::new(
+                flag,
                 "--capture lazy captures the exact sizes it meets",
                 "drop one of the two flags",
             )),
-            CaptureArg::Lazy => Ok(GraphPlan::Lazy),
+        }
+    }
+
+    /// Sorts the sizes of a flag, if it was given, and refuses none and 0.
+    fn sorted_sizes(&self, flag: &'static str, sizes: &Option<Vec<usize>>) -> Result<Option<Vec<usize>>, ArgError> {
+        let Some(mut sizes) = sizes.clone() else { return Ok(None) };
+        sizes.sort_unstable();
+        sizes.dedup();
+        match sizes.first() {
+            None => Err(ArgError::new(
+                flag,
+                "names no size, so nothing could be captured",
+                "give sizes such as 1,2,4,8, drop it for the default ladder, or drop --enable-breakable-cuda-graph",
+            )),
+            Some(0) => Err(ArgError::new(flag, "0 is no size", "give sizes of at least 1")),
+            Some(_) => Ok(Some(sizes)),
         }
     }
 
@@ -310,20 +339,8 @@ impl EngineArgs {
                 "give at least 1 or drop --enable-breakable-cuda-graph",
             ));
         }
-        let Some(sizes) = &self.cuda_graph_sizes else { return Ok(None) };
-        let mut sizes = sizes.clone();
-        sizes.sort_unstable();
-        sizes.dedup();
-        let (Some(&least), Some(&most)) = (sizes.first(), sizes.last()) else {
-            return Err(ArgError::new(
-                FLAG,
-                "names no size, so nothing could be captured",
-                "give sizes such as 1,2,4,8, drop it for the default ladder, or drop --enable-breakable-cuda-graph",
-            ));
-        };
-        if least == 0 {
-            return Err(ArgError::new(FLAG, "0 tokens is no size", "give sizes of at least 1"));
-        }
+        let Some(sizes) = self.sorted_sizes(FLAG, &self.cuda_graph_sizes)? else { return Ok(None) };
+        let most = sizes[sizes.len() - 1];
         if most > self.chunked_prefill_size {
             return Err(ArgError::new(
                 FLAG,

@@ -78,17 +78,22 @@ pub fn bar(total: u64, template: &str, message: &'static str) -> ProgressBar {
 
 /// Says in one line what was captured.
 pub fn summary_line(summary: &CaptureSummary) -> String {
-    let CaptureSummary { sizes, segments, breaks, capture_time, graph_bytes } = summary;
-    let range = match (sizes.first(), sizes.last()) {
-        (Some(first), Some(last)) if first != last => format!(" ({first}..{last} tokens)"),
-        (Some(only), _) => format!(" ({only} tokens)"),
-        _ => String::new(),
+    let range = |sizes: &[usize], unit: &str| match sizes {
+        [] => format!("no size ({unit})"),
+        [only] => format!("1 size ({only} {unit})"),
+        [first, .., last] => format!("{} sizes ({first}..{last} {unit})", sizes.len()),
     };
+    let mib = |bytes: usize| bytes as f64 / f64::from(1 << 20);
     format!(
-        "captured {} sizes{range}: {segments} segments and {breaks} breaks each, in {:.2} s, {:.1} MiB of graph memory",
-        sizes.len(),
-        capture_time.as_secs_f64(),
-        *graph_bytes as f64 / f64::from(1 << 20),
+        "captured prefill: {}, {} segments and {} breaks each; decode: {}; in {:.2} s; {:.1} MiB of activations and \
+         {:.1} MiB of graphs",
+        range(&summary.prefill_sizes, "tokens"),
+        summary.segments,
+        summary.breaks,
+        range(&summary.decode_sizes, "sequences"),
+        summary.capture_time.as_secs_f64(),
+        mib(summary.arena_bytes),
+        mib(summary.graph_bytes),
     )
 }
 
@@ -99,15 +104,18 @@ mod tests {
     #[test]
     fn the_summary_names_sizes_segments_breaks_time_and_memory() {
         let summary = CaptureSummary {
-            sizes: vec![1, 2, 512],
+            prefill_sizes: vec![1, 2, 512],
+            decode_sizes: vec![1],
             segments: 5,
             breaks: 4,
             capture_time: Duration::from_millis(830),
+            arena_bytes: 5 << 20,
             graph_bytes: 3 << 19,
         };
         assert_eq!(
             summary_line(&summary),
-            "captured 3 sizes (1..512 tokens): 5 segments and 4 breaks each, in 0.83 s, 1.5 MiB of graph memory"
+            "captured prefill: 3 sizes (1..512 tokens), 5 segments and 4 breaks each; decode: 1 size (1 sequences); in \
+             0.83 s; 5.0 MiB of activations and 1.5 MiB of graphs"
         );
     }
 }

@@ -1,7 +1,8 @@
 //! Self-attention with grouped queries, normalised queries and keys, rotary positions and a paged KV cache.
 //!
-//! Projections, norms, rotation and the KV write are captured: they read positions and slots from static buffers. Only
-//! [`attend`] is a break, because kernel, grid and page table depend on the live batch.
+//! Projections, norms, rotation and the KV write are captured: they read positions and slots from static buffers. In a
+//! prefill [`attend`] is a break, because sequences and page table depend on the live batch. In a decode attention is
+//! captured too: what it reads lies in static buffers.
 
 use bcg_runtime::{Context, Device, Eager, Result, Tensor, eager_on_graph};
 
@@ -92,22 +93,21 @@ impl Attention {
         };
         let q = ops::qk_norm_rope_kv_write(cx, &rotated)?; // [T, Hq D]
         drop(qkv);
-        let attended = attend(cx, &q, kv, self.scale)?; // [T, Hq D]
+        let attended = match &inputs.decode {
+            None => attend(cx, &q, kv, self.scale)?,
+            Some(decode) => {
+                let kv = PagedKv { k_cache: &kv.k, v_cache: &kv.v, page_table: &decode.page_table };
+                ops::attention_decode(cx, &q, &kv, &decode.kv_lens, self.scale)?
+            }
+        }; // [T, Hq D]
         self.o_proj.forward(cx, &attended)
     }
 }
 
 /// Attends with `q`, `[T, Hq D]`, to the keys and values of the live batch's sequences; returns `[T, Hq D]`.
-///
-/// If each sequence has one new token, the decode kernel runs, with one row for each padded row; otherwise the prefill
-/// kernel, which finds each row's sequence by the starts.
 #[eager_on_graph]
 fn attend(cx: &mut Eager<'_, ForwardBatch>, q: &Tensor, kv: &LayerKv, scale: f32) -> Result<Tensor> {
     let batch = cx.live();
     let kv = PagedKv { k_cache: &kv.k, v_cache: &kv.v, page_table: &batch.page_table };
-    if batch.is_decode() {
-        ops::attention_decode(cx, q, &kv, &batch.kv_lens, scale)
-    } else {
-        ops::attention_prefill(cx, q, &kv, &batch.cu_seqlens_q, &batch.kv_lens, scale)
-    }
+    ops::attention_prefill(cx, q, &kv, &batch.cu_seqlens_q, &batch.kv_lens, scale)
 }

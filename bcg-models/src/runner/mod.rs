@@ -18,11 +18,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bcg_runtime::{
-    CacheOptions, Context, Decision, Description, Device, EagerReason, GraphCache, GraphCacheStats, GraphOptions,
-    Runner, Tensor,
+    CacheOptions, Context, Decision, Description, Device, GraphCache, GraphCacheStats, GraphOptions, Runner, Tensor,
 };
 
-use crate::batch::{ForwardBatch, InputBuffers, SequenceInput};
+use crate::batch::{ForwardBatch, InputBuffers, Phase, SequenceInput};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::ops;
@@ -67,7 +66,8 @@ const DUMMY_SEQUENCE_TOKENS: usize = 128;
 #[derive(Debug)]
 pub struct ModelRunner {
     // Dropped in this order: graphs before the memory and the stream that they use.
-    graphs: GraphCache<ForwardBatch, Tensor>,
+    prefill_graphs: GraphCache<ForwardBatch, Tensor>,
+    decode_graphs: GraphCache<ForwardBatch, Tensor>,
     inputs: InputBuffers,
     kv_cache: Arc<KvCache>,
     model: Arc<dyn Model>,
@@ -91,7 +91,6 @@ impl ModelRunner {
     ) -> Result<Self> {
         let config = ModelConfig::load(dir)?;
         options.validate(&config)?;
-        let ladder = options.ladder()?;
         let tokenizer = Tokenizer::load(dir)?;
         let mut loaded = |done, total| progress(Progress { stage: Stage::LoadWeights, done, total });
         let weights = Weights::open(dir, device, config.dtype)?.with_progress(&mut loaded);
@@ -100,19 +99,23 @@ impl ModelRunner {
         let num_pages = options.kv_cache_tokens.div_ceil(options.page_size);
         let kv_shape = [num_pages, options.page_size, config.num_key_value_heads, config.head_dim];
         let kv_cache = KvCache::new(device, config.dtype, config.num_hidden_layers, kv_shape)?;
-        let inputs = InputBuffers::new(device, options.limits(ladder.as_ref()), options.page_size)?;
+        let inputs = InputBuffers::new(device, options.limits()?, options.page_size)?;
         let runtime_options =
             bcg_runtime::RunnerOptions { name: "model".to_owned(), poison: options.poison, ..Default::default() };
-        let cache_options = CacheOptions {
-            ladder,
-            lazy: options.graph == GraphMode::Lazy,
-            verify_every: options.verify_graph,
-            // Ahead, every size of the ladder stays.
-            graphs_max: if options.graph == GraphMode::Ahead { usize::MAX } else { 128 },
-            graph: GraphOptions { debug_eager: options.debug_graph, expected_breaks: None },
+        let graphs = |phase: Phase| {
+            let cache_options = CacheOptions {
+                ladder: options.ladder(phase)?,
+                lazy: options.graph == GraphMode::Lazy,
+                verify_every: options.verify_graph,
+                // Ahead, every size of the ladder stays.
+                graphs_max: if options.graph == GraphMode::Ahead { usize::MAX } else { 128 },
+                graph: GraphOptions { debug_eager: options.debug_graph, expected_breaks: None },
+            };
+            Ok::<_, Error>(GraphCache::new(phase.name(), cache_options))
         };
         let mut runner = Self {
-            graphs: GraphCache::new("forward", cache_options),
+            prefill_graphs: graphs(Phase::Prefill)?,
+            decode_graphs: graphs(Phase::Decode)?,
             inputs,
             kv_cache: Arc::new(kv_cache),
             model,
@@ -128,36 +131,55 @@ impl ModelRunner {
         Ok(runner)
     }
 
-    /// Captures all sizes, the largest first, with dummy batches. Does nothing but in [`GraphMode::Ahead`].
+    /// Captures all sizes of both phases, the largest first, without running them. Does nothing but in
+    /// [`GraphMode::Ahead`].
     ///
     /// # Errors
     /// The first capture that fails.
     pub fn capture(&mut self, progress: &mut dyn FnMut(Progress)) -> Result<CaptureSummary> {
-        let ladder = self.graphs.ladder().cloned();
-        let Some(ladder) = ladder.filter(|_| self.options.graph == GraphMode::Ahead) else {
+        if self.options.graph != GraphMode::Ahead {
             return Ok(CaptureSummary::default());
-        };
-        let total = ladder.sizes().len();
+        }
         let begun = Instant::now();
         let free_before = self.runner.device().memory_info()?.free_bytes;
-        for (done, &size) in ladder.sizes().iter().rev().enumerate() {
-            progress(Progress { stage: Stage::Capture, done, total });
-            self.with_dummy(size, DUMMY_SEQUENCE_TOKENS, |runner, dummy| {
-                let batch = runner.inputs.fill(&mut runner.runner, dummy, size, false)?;
-                let forward = runner.forward(size)?;
-                runner.graphs.capture(size, &mut runner.runner, &batch, forward)
-            })?;
+        let arena_before = self.runner.arena_stats().mapped_bytes;
+        let sizes = Phase::ALL.map(|phase| self.graph_sizes(phase).to_vec());
+        let total = sizes.iter().map(Vec::len).sum();
+        let mut done = 0;
+        for (phase, sizes) in Phase::ALL.into_iter().zip(&sizes) {
+            for &size in sizes.iter().rev() {
+                progress(Progress { stage: Stage::Capture, done, total });
+                self.capture_size(phase, size)?;
+                done += 1;
+            }
         }
         self.runner.synchronize()?;
         progress(Progress { stage: Stage::Capture, done: total, total });
         let free_after = self.runner.device().memory_info()?.free_bytes;
-        let largest = self.graphs.describe(ladder.largest()).unwrap_or_default();
+        let arena = self.runner.arena_stats().mapped_bytes;
+        let [prefill_sizes, decode_sizes] = sizes;
+        let largest = prefill_sizes.last().and_then(|&size| self.describe(Phase::Prefill, size)).unwrap_or_default();
         Ok(CaptureSummary {
-            sizes: self.graphs.captured_sizes(),
+            prefill_sizes,
+            decode_sizes,
             segments: largest.segments.len(),
             breaks: largest.breaks.len(),
             capture_time: begun.elapsed(),
-            graph_bytes: largest.extent_bytes + free_before.saturating_sub(free_after),
+            arena_bytes: largest.extent_bytes,
+            graph_bytes: (free_before.saturating_sub(free_after)).saturating_sub(arena - arena_before),
+        })
+    }
+
+    fn capture_size(&mut self, phase: Phase, size: usize) -> Result<()> {
+        let longest = match phase {
+            Phase::Prefill => DUMMY_SEQUENCE_TOKENS.min(size),
+            Phase::Decode => 1,
+        };
+        self.with_dummy(size, longest, |runner, dummy| {
+            let batch = runner.inputs.fill(&mut runner.runner, dummy, size, false)?;
+            let forward = runner.forward(phase, size)?;
+            let (graphs, runner) = runner.graphs_and_runner(phase);
+            graphs.capture_ahead(size, runner, &batch, forward)
         })
     }
 
@@ -203,52 +225,76 @@ impl ModelRunner {
 
     /// The forward of a batch: its live state and the hidden states of its rows.
     fn run(&mut self, batch: &[SequenceInput<'_>]) -> Result<(ForwardBatch, Tensor)> {
-        let rows: usize = batch.iter().map(|sequence| sequence.tokens.len()).sum();
-        match self.graphs.decide(rows) {
+        let (phase, rows) = (Phase::of(batch), batch.iter().map(|sequence| sequence.tokens.len()).sum());
+        match self.graphs_and_runner(phase).0.decide(rows) {
             Decision::Replay { size } => {
                 let live = self.inputs.fill(&mut self.runner, batch, size, true)?;
-                let hidden = self.graphs.replay(size, &mut self.runner, &live)?;
+                let (graphs, runner) = self.graphs_and_runner(phase);
+                let hidden = graphs.replay(size, runner, &live)?;
                 Ok((live, hidden))
             }
             Decision::Capture { size } => {
                 let live = self.inputs.fill(&mut self.runner, batch, size, true)?;
-                let forward = self.forward(size)?;
-                match self.graphs.capture(size, &mut self.runner, &live, forward) {
+                let forward = self.forward(phase, size)?;
+                let (graphs, runner) = self.graphs_and_runner(phase);
+                match graphs.capture(size, runner, &live, forward) {
                     Ok(hidden) => Ok((live, hidden)),
                     // The cache counted it and does not try this size again; the batch is served all the same.
-                    Err(_) => self.run_eagerly(batch, rows),
+                    Err(_) => self.run_eagerly(batch, phase, rows),
                 }
             }
-            Decision::Eager(_) => self.run_eagerly(batch, rows),
+            Decision::Eager(_) => self.run_eagerly(batch, phase, rows),
         }
     }
 
-    fn run_eagerly(&mut self, batch: &[SequenceInput<'_>], rows: usize) -> Result<(ForwardBatch, Tensor)> {
+    fn run_eagerly(
+        &mut self,
+        batch: &[SequenceInput<'_>],
+        phase: Phase,
+        rows: usize,
+    ) -> Result<(ForwardBatch, Tensor)> {
         let live = self.inputs.fill(&mut self.runner, batch, rows, true)?;
-        let forward = self.forward(rows)?;
+        let forward = self.forward(phase, rows)?;
         let hidden = self.runner.eager(&live, forward)?;
         Ok((live, hidden))
+    }
+
+    fn graphs(&self, phase: Phase) -> &GraphCache<ForwardBatch, Tensor> {
+        match phase {
+            Phase::Prefill => &self.prefill_graphs,
+            Phase::Decode => &self.decode_graphs,
+        }
+    }
+
+    fn graphs_and_runner(&mut self, phase: Phase) -> (&mut GraphCache<ForwardBatch, Tensor>, &mut Runner) {
+        let graphs = match phase {
+            Phase::Prefill => &mut self.prefill_graphs,
+            Phase::Decode => &mut self.decode_graphs,
+        };
+        (graphs, &mut self.runner)
     }
 
     /// What is captured: the model on the input buffers' first `rows` rows.
     fn forward(
         &self,
+        phase: Phase,
         rows: usize,
     ) -> bcg_runtime::Result<impl Fn(&mut Context<'_, ForwardBatch>) -> bcg_runtime::Result<Tensor> + Send + Sync + use<>>
     {
         let (model, kv_cache) = (Arc::clone(&self.model), Arc::clone(&self.kv_cache));
-        let inputs = self.inputs.token_inputs(rows)?;
+        let inputs = self.inputs.token_inputs(phase, rows)?;
         Ok(move |cx: &mut Context<'_, ForwardBatch>| model.forward(cx, &inputs, &kv_cache))
     }
 
     /// Runs every kernel of a step once, at the largest captured size, so that no later capture has to grow the arena.
     fn warm_up(&mut self) -> Result<()> {
-        let largest = self.graphs.ladder().map_or(DUMMY_SEQUENCE_TOKENS, bcg_runtime::Ladder::largest);
-        let decode = self.options.max_running_requests;
-        for (rows, longest) in [(largest.min(self.options.max_batch_tokens), DUMMY_SEQUENCE_TOKENS), (decode, 1)] {
+        let largest = |phase| self.graph_sizes(phase).last().copied();
+        let prefill = largest(Phase::Prefill).unwrap_or(DUMMY_SEQUENCE_TOKENS).min(self.options.max_batch_tokens);
+        let decode = largest(Phase::Decode).unwrap_or(0).max(self.options.max_running_requests);
+        for (rows, longest) in [(prefill, DUMMY_SEQUENCE_TOKENS), (decode, 1)] {
             self.with_dummy(rows, longest, |runner, dummy| {
                 let live = runner.inputs.fill(&mut runner.runner, dummy, rows, false)?;
-                let forward = runner.forward(rows)?;
+                let forward = runner.forward(Phase::of(dummy), rows)?;
                 let hidden = runner.runner.eager(&live, forward)?;
                 let sampling = runner.inputs.fill_sampling(&mut runner.runner, dummy)?;
                 let model = Arc::clone(&runner.model);
@@ -271,7 +317,8 @@ impl ModelRunner {
         longest: usize,
         f: impl FnOnce(&mut Self, &[SequenceInput<'_>]) -> bcg_runtime::Result<R>,
     ) -> Result<R> {
-        let longest = longest.min(self.options.context_length).max(rows.div_ceil(self.options.max_running_requests));
+        let sequences = self.options.limits()?.sequences;
+        let longest = longest.min(self.options.context_length).max(rows.div_ceil(sequences));
         let tokens = vec![0; longest];
         let pages = vec![0; longest.div_ceil(self.options.page_size)];
         let sampling = SamplingParams::default();
@@ -353,9 +400,9 @@ impl ModelRunner {
         &self.kv_cache
     }
 
-    /// What the graphs did so far.
-    pub fn stats(&self) -> &GraphStats {
-        self.graphs.stats()
+    /// What the graphs of both phases did so far.
+    pub fn stats(&self) -> GraphStats {
+        self.prefill_graphs.stats().merged(self.decode_graphs.stats())
     }
 
     /// How many launches and copies were enqueued so far.
@@ -363,18 +410,13 @@ impl ModelRunner {
         self.runner.stats()
     }
 
-    /// The capture sizes; empty without graphs.
-    pub fn graph_sizes(&self) -> &[usize] {
-        self.graphs.ladder().map_or(&[], bcg_runtime::Ladder::sizes)
+    /// The capture sizes of a phase, in rising order; empty without graphs.
+    pub fn graph_sizes(&self, phase: Phase) -> &[usize] {
+        self.graphs(phase).ladder().map_or(&[], bcg_runtime::Ladder::sizes)
     }
 
     /// Describes the graph of a size, if it is captured.
-    pub fn describe(&self, size: usize) -> Option<Description> {
-        self.graphs.describe(size)
-    }
-
-    /// Why forwards ran eagerly, and how often.
-    pub fn eager_reasons(&self) -> impl Iterator<Item = (EagerReason, u64)> + '_ {
-        self.stats().eager.iter().map(|(&reason, &count)| (reason, count))
+    pub fn describe(&self, phase: Phase, size: usize) -> Option<Description> {
+        self.graphs(phase).describe(size)
     }
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bcg_runtime::Ladder;
 
-use crate::batch::BatchLimits;
+use crate::batch::{BatchLimits, Phase};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 
@@ -35,8 +35,10 @@ pub struct RunnerOptions {
     pub max_batch_tokens: usize,
     /// Whether and when forwards are captured.
     pub graph: GraphMode,
-    /// The capture sizes; a ladder up to `graph_max_tokens` if `None`.
+    /// The capture sizes of prefills, in tokens; a ladder up to `graph_max_tokens` if `None`.
     pub graph_sizes: Option<Vec<usize>>,
+    /// The capture sizes of decodes, in sequences; a ladder up to `max_running_requests` if `None`.
+    pub decode_graph_sizes: Option<Vec<usize>>,
     /// The largest size of the default ladder.
     pub graph_max_tokens: usize,
     /// Every forward is one break that takes the path of a replay: to tell a bug of a graph from a bug of a model.
@@ -57,6 +59,7 @@ impl Default for RunnerOptions {
             max_batch_tokens: 2048,
             graph: GraphMode::Off,
             graph_sizes: None,
+            decode_graph_sizes: None,
             graph_max_tokens: 512,
             debug_graph: false,
             verify_graph: None,
@@ -94,30 +97,37 @@ impl RunnerOptions {
         Ok(())
     }
 
-    /// The capture sizes, none above the largest step; `None` without graphs.
+    /// The capture sizes of a phase, none above its largest step; `None` without graphs.
     ///
     /// # Errors
     /// [`bcg_runtime::Error::Option`] if no size is left.
-    pub fn ladder(&self) -> Result<Option<Ladder>> {
+    pub fn ladder(&self, phase: Phase) -> Result<Option<Ladder>> {
         if self.graph == GraphMode::Off {
             return Ok(None);
         }
-        let largest = self.max_batch_tokens.min(self.max_running_requests.saturating_mul(self.context_length));
-        let ladder = match &self.graph_sizes {
+        let (sizes, largest, default) = match phase {
+            Phase::Prefill => {
+                let largest = self.max_batch_tokens.min(self.max_running_requests.saturating_mul(self.context_length));
+                (&self.graph_sizes, largest, self.graph_max_tokens.min(largest))
+            }
+            // A decode may be padded beyond the most sequences, but not beyond the rows of a step.
+            Phase::Decode => (&self.decode_graph_sizes, self.max_batch_tokens, self.max_running_requests),
+        };
+        let ladder = match sizes {
             Some(sizes) => Ladder::explicit(sizes.clone())?.clamped(largest)?,
-            None => Ladder::relative(self.graph_max_tokens.min(largest), 1)?,
+            None => Ladder::relative(default, 1)?,
         };
         Ok(Some(ladder))
     }
 
-    /// The sizes of the input buffers. A decode is padded to a capture size, which may be above the most sequences.
-    pub(super) fn limits(&self, ladder: Option<&Ladder>) -> BatchLimits {
-        let padded_decode = ladder.and_then(|ladder| ladder.size_for(self.max_running_requests)).unwrap_or(0);
-        BatchLimits {
+    /// The sizes of the input buffers.
+    pub(super) fn limits(&self) -> Result<BatchLimits> {
+        let padded_decode = self.ladder(Phase::Decode)?.map_or(0, |ladder| ladder.largest());
+        Ok(BatchLimits {
             rows: self.max_batch_tokens,
             sequences: self.max_running_requests.max(padded_decode),
             pages_per_sequence: self.context_length.div_ceil(self.page_size),
-        }
+        })
     }
 }
 
@@ -158,15 +168,19 @@ impl Stage {
 /// What [`ModelRunner::capture`](super::ModelRunner::capture) made.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct CaptureSummary {
-    /// The captured sizes, in rising order.
-    pub sizes: Vec<usize>,
-    /// Segments of one graph.
+    /// The captured sizes of prefills, in tokens and in rising order.
+    pub prefill_sizes: Vec<usize>,
+    /// The captured sizes of decodes, in sequences and in rising order.
+    pub decode_sizes: Vec<usize>,
+    /// Segments of one prefill graph.
     pub segments: usize,
-    /// Breaks of one graph, the same for all sizes.
+    /// Breaks of one prefill graph, the same for all sizes.
     pub breaks: usize,
     /// Time for all sizes.
     pub capture_time: Duration,
-    /// Arena memory that all graphs share, in bytes, and the device memory that their executables took.
+    /// Arena memory that all graphs share: the activations of the largest size, in bytes.
+    pub arena_bytes: usize,
+    /// Device memory that the graphs took beyond that, in bytes.
     pub graph_bytes: usize,
 }
 
@@ -197,13 +211,15 @@ mod tests {
     #[test]
     fn the_ladder_ends_at_the_largest_step() {
         let options = RunnerOptions { graph: GraphMode::Ahead, max_batch_tokens: 100, ..RunnerOptions::default() };
-        assert_eq!(options.ladder().expect("a ladder").expect("graphs are on").largest(), 100);
+        let ladder = |options: &RunnerOptions, phase| options.ladder(phase).expect("a ladder").expect("graphs are on");
+        assert_eq!(ladder(&options, Phase::Prefill).largest(), 100);
+        assert_eq!(ladder(&options, Phase::Decode).largest(), 16);
         let sizes = Some(vec![512, 64, 8]);
         let explicit = RunnerOptions { graph_sizes: sizes, ..options.clone() };
-        assert_eq!(explicit.ladder().expect("a ladder").expect("graphs are on").sizes(), [8, 64]);
+        assert_eq!(ladder(&explicit, Phase::Prefill).sizes(), [8, 64]);
         let none_left = RunnerOptions { graph_sizes: Some(vec![512]), ..options };
-        none_left.ladder().expect_err("no size is left");
-        assert!(RunnerOptions::default().ladder().expect("graphs are off").is_none());
+        none_left.ladder(Phase::Prefill).expect_err("no size is left");
+        assert!(RunnerOptions::default().ladder(Phase::Prefill).expect("graphs are off").is_none());
     }
 
     #[test]

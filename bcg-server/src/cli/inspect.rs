@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use anyhow::{Context, ensure};
+use bcg_models::Phase;
 use bcg_runtime::{BreakDescription, Description, SegmentDescription};
 use clap::Args;
 use serde_json::{Value, json};
@@ -17,9 +18,13 @@ pub struct InspectArgs {
     #[command(flatten)]
     pub engine: EngineArgs,
 
-    /// Token count to capture
-    #[arg(long, value_name = "TOKENS")]
+    /// Tokens of the prefill to capture, or sequences of the decode
+    #[arg(long, value_name = "N")]
     pub size: usize,
+
+    /// Capture a decode instead of a prefill
+    #[arg(long)]
+    pub decode: bool,
 
     /// Print JSON
     #[arg(long, conflicts_with = "dot")]
@@ -46,16 +51,19 @@ pub fn run(args: &InspectArgs) -> anyhow::Result<()> {
         plan.max_batch_tokens
     );
     plan.graph = GraphPlan::Ahead;
-    plan.graph_sizes = Some(vec![args.size]);
+    let phase = if args.decode { Phase::Decode } else { Phase::Prefill };
+    let size_if = |wanted| if phase == wanted { args.size } else { 1 };
+    plan.graph_sizes = Some(vec![size_if(Phase::Prefill)]);
+    plan.decode_graph_sizes = Some(vec![size_if(Phase::Decode)]);
     plan.graph_max_tokens = None;
     let runner = load::load_runner(&plan)?;
-    let description = runner.describe(args.size).context("the size was not captured")?;
+    let description = runner.describe(phase, args.size).context("the size was not captured")?;
     let text = if args.json {
         serde_json::to_string_pretty(&to_json(args.size, &description))? + "\n"
     } else if args.dot {
-        to_dot(args.size, &description)
+        to_dot(&description)
     } else {
-        to_table(args.size, &description)
+        to_table(&description)
     };
     print!("{text}");
     Ok(())
@@ -80,9 +88,9 @@ fn steps(description: &Description) -> Vec<Step<'_>> {
     steps
 }
 
-fn to_table(size: usize, description: &Description) -> String {
+fn to_table(description: &Description) -> String {
     let mut text = format!(
-        "{} at {size} tokens: {} segments, {} breaks, {} arena bytes, captured in {:.2} ms\n\n",
+        "{}: {} segments, {} breaks, {} arena bytes, captured in {:.2} ms\n\n",
         description.name,
         description.segments.len(),
         description.breaks.len(),
@@ -166,9 +174,8 @@ fn to_json(size: usize, description: &Description) -> Value {
     })
 }
 
-fn to_dot(size: usize, description: &Description) -> String {
-    let mut text =
-        format!("digraph \"{} at {size} tokens\" {{\n  rankdir=TB;\n  node [fontname=monospace];\n", description.name);
+fn to_dot(description: &Description) -> String {
+    let mut text = format!("digraph \"{}\" {{\n  rankdir=TB;\n  node [fontname=monospace];\n", description.name);
     let steps = steps(description);
     for (at, step) in steps.iter().enumerate() {
         let _ = match step {

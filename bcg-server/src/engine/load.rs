@@ -121,6 +121,7 @@ fn runner_options(plan: &EnginePlan, config: &ModelConfig, device: &Device) -> a
             GraphPlan::Lazy => GraphMode::Lazy,
         },
         graph_sizes: plan.graph_sizes.clone(),
+        decode_graph_sizes: plan.decode_graph_sizes.clone(),
         graph_max_tokens: plan.graph_max_tokens.unwrap_or(default.graph_max_tokens),
         debug_graph: plan.debug_graph,
         verify_graph: plan.verify_graph,

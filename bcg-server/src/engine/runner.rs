@@ -40,7 +40,7 @@ impl StepRunner for ModelRunner {
         RunnerStats {
             replays: stats.num_replays,
             captures: stats.num_captures,
-            eager: self.eager_reasons().map(|(reason, count)| (reason.name(), count)).collect(),
+            eager: stats.eager.iter().map(|(reason, &count)| (reason.name(), count)).collect(),
         }
     }
 }
