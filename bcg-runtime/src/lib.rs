@@ -66,6 +66,7 @@ mod segment;
 mod shape;
 mod stream;
 mod tensor;
+mod tensor_map;
 
 pub use arena::ArenaStats;
 pub use bcg_kernels::{Arch, Source};
@@ -86,6 +87,7 @@ pub use launch::{ARG_BYTES_MAX, AnyKernel, ArgBytes, DevicePtr, Dims, HostFn, Ke
 pub use runner::{Runner, RunnerOptions, RunnerStats};
 pub use stream::{CaptureStream, SideStream};
 pub use tensor::Tensor;
+pub use tensor_map::{TensorMap, TensorMapSpec};
 
 /// What the macros expand to. Not part of the public interface.
 #[doc(hidden)]

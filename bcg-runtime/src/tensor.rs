@@ -269,8 +269,5 @@ pub(crate) fn write_rows(
         return backend.copy_from_host(stream.handle(), ptr, bytes);
     }
     let pitch = tensor.row_stride * tensor.dtype.size_bytes();
-    for (row, chunk) in bytes.chunks(tensor.row_bytes()).enumerate() {
-        backend.copy_from_host(stream.handle(), ptr.offset_bytes(row * pitch), chunk)?;
-    }
-    Ok(())
+    backend.copy_rows_from_host(stream.handle(), ptr, pitch, tensor.row_bytes(), bytes)
 }

@@ -16,7 +16,7 @@
 use std::fmt;
 
 use crate::launch::Launch;
-use crate::{DeviceKind, DevicePtr, MemoryInfo, Result};
+use crate::{DeviceKind, DevicePtr, MemoryInfo, Result, TensorMap, TensorMapSpec};
 
 macro_rules! handles {
     ($($(#[$doc:meta])* $name:ident),*) => { $(
@@ -95,6 +95,15 @@ pub(crate) trait StreamBackend {
     fn copy_rows(&self, stream: StreamHandle, copy: RowCopy) -> Result<()>;
     /// Copies pageable host memory to the device; `src` may be reused when the call returns. Refused during a capture.
     fn copy_from_host(&self, stream: StreamHandle, dst: DevicePtr, src: &[u8]) -> Result<()>;
+    /// As `copy_from_host`, into rows of `row_bytes` that lie `pitch` bytes apart; `src` holds whole rows.
+    fn copy_rows_from_host(
+        &self,
+        stream: StreamHandle,
+        dst: DevicePtr,
+        pitch: usize,
+        row_bytes: usize,
+        src: &[u8],
+    ) -> Result<()>;
     /// Copies device memory to the host and waits for it. Refused during a capture.
     fn copy_to_host(&self, stream: StreamHandle, dst: &mut [u8], src: DevicePtr) -> Result<()>;
     /// Copies from pinned memory, read when the work runs; legal during a capture.
@@ -148,6 +157,8 @@ pub(crate) trait Backend:
     /// The architecture that kernels are compiled for; `None` on the host device.
     fn compute_capability(&self) -> Option<bcg_kernels::Arch>;
     fn num_multiprocessors(&self) -> u32;
+    /// Encodes a tensor map, whose ranks agree; zeros on the host device.
+    fn tensor_map(&self, spec: &TensorMapSpec<'_>) -> Result<TensorMap>;
     /// Compiles and loads kernels ahead of their first launch, in parallel where that helps.
     fn prepare(&self, kernels: &[&'static dyn crate::launch::AnyKernel]) -> Result<()>;
 }

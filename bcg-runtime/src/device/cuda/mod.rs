@@ -29,7 +29,7 @@ use cudarc::driver::sys::CUdevice_attribute as Attribute;
 
 use super::traits::Backend;
 use crate::launch::AnyKernel;
-use crate::{DeviceKind, Error, Result};
+use crate::{DeviceKind, Error, Result, TensorMap, TensorMapSpec};
 use module::Modules;
 use sys::{Driver, Relaxed};
 
@@ -270,6 +270,10 @@ impl Backend for CudaBackend {
 
     fn num_multiprocessors(&self) -> u32 {
         self.num_multiprocessors
+    }
+
+    fn tensor_map(&self, spec: &TensorMapSpec<'_>) -> Result<TensorMap> {
+        self.driver.tensor_map(spec)
     }
 
     fn prepare(&self, kernels: &[&'static dyn AnyKernel]) -> Result<()> {

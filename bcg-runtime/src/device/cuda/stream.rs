@@ -96,12 +96,23 @@ impl StreamBackend for CudaBackend {
         if src.is_empty() {
             return Ok(());
         }
+        self.copy_rows_from_host(stream, dst, src.len(), src.len(), src)
+    }
+
+    fn copy_rows_from_host(
+        &self,
+        stream: StreamHandle,
+        dst: DevicePtr,
+        pitch: usize,
+        row_bytes: usize,
+        src: &[u8],
+    ) -> Result<()> {
         let _relaxed = self.enter_to_wait()?;
         self.refuse_while_capturing(stream.0, "copying pageable host memory; fill a PinnedBuffer before the capture")?;
         // SAFETY: `src` is borrowed until the end of this function. If it is pageable, the driver has copied it into its
         // own staging memory when the call returns (CUDA driver API, "API synchronization behavior", memcpy, async); if
         // it is page-locked, the wait below outlasts the copy.
-        unsafe { self.driver.copy_from_host(dst.0, src.as_ptr(), src.len(), stream.0) }?;
+        unsafe { self.driver.copy_rows_from_host(dst.0, pitch, row_bytes, src, stream.0) }?;
         if self.driver.is_page_locked(src.as_ptr()) || self.driver.is_page_locked(&raw const src[src.len() - 1]) {
             self.driver.synchronize_stream(stream.0)?;
         }

@@ -35,7 +35,7 @@ pub use memory::HostMemory;
 
 use super::traits::Backend;
 use crate::launch::AnyKernel;
-use crate::{DeviceKind, Result};
+use crate::{DeviceKind, Result, TensorMap, TensorMapSpec};
 use capture::Capture;
 use event::EventState;
 use fault::Faults;
@@ -170,6 +170,10 @@ impl Backend for HostBackend {
 
     fn num_multiprocessors(&self) -> u32 {
         4
+    }
+
+    fn tensor_map(&self, _spec: &TensorMapSpec<'_>) -> Result<TensorMap> {
+        Ok(TensorMap::default())
     }
 
     /// Does nothing: host references are compiled into the program.

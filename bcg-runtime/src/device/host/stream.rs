@@ -123,6 +123,18 @@ impl StreamBackend for HostBackend {
         state.enqueue("cuMemcpyHtoDAsync", stream, Work::Upload { dst, data: src.into() })
     }
 
+    fn copy_rows_from_host(
+        &self,
+        stream: StreamHandle,
+        dst: DevicePtr,
+        pitch: usize,
+        row_bytes: usize,
+        src: &[u8],
+    ) -> Result<()> {
+        let rows = src.chunks(row_bytes.max(1)).enumerate();
+        rows.into_iter().try_for_each(|(row, data)| self.copy_from_host(stream, dst.offset_bytes(row * pitch), data))
+    }
+
     fn copy_to_host(&self, stream: StreamHandle, dst: &mut [u8], src: DevicePtr) -> Result<()> {
         let state = &mut *self.enter("cuMemcpyDtoHAsync")?;
         state.refuse_on_capturing(stream, "a copy to the host; read in a break")?;
