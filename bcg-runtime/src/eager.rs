@@ -57,7 +57,7 @@ impl<'a, L: LiveBatch> Eager<'a, L> {
         tensor.check_dtype("Eager::read", T::DTYPE)?;
         self.stream.check_runs("Eager::read")?;
         let ptr = self.addr(tensor)?;
-        read_rows(self.stream.main(), tensor, ptr)
+        read_rows(self.stream.main().as_ref(), tensor, ptr)
     }
 
     /// Enqueues a copy of `data`, in row-major order, into a tensor. `data` may be reused at once.
@@ -68,7 +68,7 @@ impl<'a, L: LiveBatch> Eager<'a, L> {
         tensor.check_dtype("Eager::upload", T::DTYPE)?;
         self.stream.check_runs("Eager::upload")?;
         let ptr = self.addr(tensor)?;
-        write_rows("Eager::upload", self.stream.main(), tensor, ptr, bytemuck::cast_slice(data))
+        write_rows("Eager::upload", self.stream.main().as_ref(), tensor, ptr, bytemuck::cast_slice(data))
     }
 
     /// Waits until the work enqueued so far has run.

@@ -67,6 +67,7 @@ mod shape;
 mod stream;
 mod tensor;
 mod tensor_map;
+mod upload;
 
 pub use arena::ArenaStats;
 pub use bcg_kernels::{Arch, Source};
@@ -88,6 +89,7 @@ pub use runner::{Runner, RunnerOptions, RunnerStats};
 pub use stream::{CaptureStream, SideStream};
 pub use tensor::Tensor;
 pub use tensor_map::{TensorMap, TensorMapSpec};
+pub use upload::{UploadOptions, UploadSource, Uploader};
 
 /// What the macros expand to. Not part of the public interface.
 #[doc(hidden)]

@@ -130,7 +130,7 @@ impl Runner {
     pub fn upload<T: Element>(&mut self, tensor: &Tensor, data: &[T]) -> Result<()> {
         tensor.check_dtype("Runner::upload", T::DTYPE)?;
         let ptr = self.stream.addr(tensor)?;
-        write_rows("Runner::upload", self.stream.main(), tensor, ptr, bytemuck::cast_slice(data))
+        write_rows("Runner::upload", self.stream.main().as_ref(), tensor, ptr, bytemuck::cast_slice(data))
     }
 
     /// Reads a tensor, in row-major order, after the work enqueued so far. Waits for the device.
@@ -141,7 +141,7 @@ impl Runner {
     pub fn read<T: Element>(&mut self, tensor: &Tensor) -> Result<Vec<T>> {
         tensor.check_dtype("Runner::read", T::DTYPE)?;
         let ptr = self.stream.addr(tensor)?;
-        read_rows(self.stream.main(), tensor, ptr)
+        read_rows(self.stream.main().as_ref(), tensor, ptr)
     }
 
     /// Waits until the work enqueued so far has run.

@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use crate::arena::ArenaBlock;
-use crate::device::{Allocation, Stream};
+use crate::device::{Allocation, StreamRef};
 use crate::generation::{Generation, Stamp};
 use crate::shape::Shape;
 use crate::{DType, Device, DevicePtr, Element, Error, Result};
@@ -221,7 +221,7 @@ impl fmt::Debug for Tensor {
 }
 
 /// Copies a tensor's elements to the host, in row-major order, and waits for them.
-pub(crate) fn read_rows<T: Element>(stream: &Stream, tensor: &Tensor, ptr: DevicePtr) -> Result<Vec<T>> {
+pub(crate) fn read_rows<T: Element>(stream: StreamRef<'_>, tensor: &Tensor, ptr: DevicePtr) -> Result<Vec<T>> {
     let mut data = vec![T::zeroed(); tensor.num_elements()];
     let pitch = tensor.row_stride * tensor.dtype.size_bytes();
     read_bytes(stream, bytemuck::cast_slice_mut(&mut data), ptr, tensor.row_bytes(), pitch)?;
@@ -230,21 +230,21 @@ pub(crate) fn read_rows<T: Element>(stream: &Stream, tensor: &Tensor, ptr: Devic
 
 /// Copies rows of `row_bytes` that lie `pitch` bytes apart to the host, and waits for them.
 pub(crate) fn read_bytes(
-    stream: &Stream,
+    stream: StreamRef<'_>,
     into: &mut [u8],
     ptr: DevicePtr,
     row_bytes: usize,
     pitch: usize,
 ) -> Result<()> {
-    let backend = stream.device().backend();
+    let StreamRef { backend, handle } = stream;
     if into.is_empty() {
-        return backend.synchronize_stream(stream.handle());
+        return backend.synchronize_stream(handle);
     }
     if row_bytes == pitch || into.len() == row_bytes {
-        return backend.copy_to_host(stream.handle(), into, ptr);
+        return backend.copy_to_host(handle, into, ptr);
     }
     for (row, chunk) in into.chunks_mut(row_bytes).enumerate() {
-        backend.copy_to_host(stream.handle(), chunk, ptr.offset_bytes(row * pitch))?;
+        backend.copy_to_host(handle, chunk, ptr.offset_bytes(row * pitch))?;
     }
     Ok(())
 }
@@ -252,7 +252,7 @@ pub(crate) fn read_bytes(
 /// Enqueues a copy of `bytes`, in row-major order, into a tensor.
 pub(crate) fn write_rows(
     op: &'static str,
-    stream: &Stream,
+    stream: StreamRef<'_>,
     tensor: &Tensor,
     ptr: DevicePtr,
     bytes: &[u8],
@@ -261,13 +261,13 @@ pub(crate) fn write_rows(
         let expected = format!("{} bytes for {:?} {}", tensor.size_bytes(), tensor.shape, tensor.dtype);
         return Err(Error::shape(op, expected, format!("{} bytes", bytes.len())));
     }
-    let backend = stream.device().backend();
+    let StreamRef { backend, handle } = stream;
     if bytes.is_empty() {
         return Ok(());
     }
     if tensor.is_contiguous() {
-        return backend.copy_from_host(stream.handle(), ptr, bytes);
+        return backend.copy_from_host(handle, ptr, bytes);
     }
     let pitch = tensor.row_stride * tensor.dtype.size_bytes();
-    backend.copy_rows_from_host(stream.handle(), ptr, pitch, tensor.row_bytes(), bytes)
+    backend.copy_rows_from_host(handle, ptr, pitch, tensor.row_bytes(), bytes)
 }

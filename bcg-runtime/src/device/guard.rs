@@ -3,11 +3,11 @@
 //! Invariant: each handle is destroyed exactly once, by the `Drop` of the guard that created it, and `Drop` never
 //! panics. [`LiveObjects`] counts the guards that are alive, which is how tests see leaks.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::Device;
-use super::traits::{EventHandle, ExecHandle, GraphHandle, NodeCounts, StreamHandle};
+use super::traits::{Backend, EventHandle, ExecHandle, GraphHandle, NodeCounts, StreamHandle};
 use crate::{DevicePtr, Element, Error, Result};
 
 /// How many objects of a device are alive.
@@ -143,7 +143,13 @@ impl PinnedBuffer {
             let expected = format!("at most {} bytes", self.bytes);
             return Err(Error::shape("PinnedBuffer::write", expected, format!("{} bytes", bytes.len())));
         }
-        self.device.backend().write_pinned(self.ptr, bytes)
+        self.write_bytes_at(0, bytes)
+    }
+
+    /// Writes `bytes`, which fit, from an offset in bytes on.
+    pub(crate) fn write_bytes_at(&self, offset: usize, bytes: &[u8]) -> Result<()> {
+        assert!(offset + bytes.len() <= self.bytes, "the bytes fit into the pinned buffer");
+        self.device.backend().write_pinned(self.ptr.offset_bytes(offset), bytes)
     }
 
     /// Returns the size in bytes.
@@ -273,6 +279,10 @@ impl Stream {
         self.handle
     }
 
+    pub(crate) fn as_ref(&self) -> StreamRef<'_> {
+        StreamRef { backend: self.device.backend(), handle: self.handle }
+    }
+
     pub(crate) fn device(&self) -> &Device {
         &self.device
     }
@@ -286,6 +296,44 @@ impl Drop for Stream {
     fn drop(&mut self) {
         self.device.backend().destroy_stream(self.handle);
         self.device.counters().streams.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A live stream and the backend that it belongs to.
+#[derive(Clone, Copy)]
+pub(crate) struct StreamRef<'a> {
+    pub(crate) backend: &'a dyn Backend,
+    pub(crate) handle: StreamHandle,
+}
+
+/// The stream of a device itself, created at its first use. It holds the backend and not the [`Device`], which holds it,
+/// and does not count among the [`LiveObjects`], since nobody can leak it.
+pub(super) struct OwnStream {
+    backend: Arc<dyn Backend>,
+    handle: Mutex<Option<StreamHandle>>,
+}
+
+impl OwnStream {
+    pub(super) fn new(backend: Arc<dyn Backend>) -> Self {
+        Self { backend, handle: Mutex::default() }
+    }
+
+    /// Returns the stream, and creates it if there is none yet.
+    pub(super) fn get(&self) -> Result<StreamRef<'_>> {
+        let mut created = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
+        let handle = match *created {
+            Some(handle) => handle,
+            None => *created.insert(self.backend.create_stream("device")?),
+        };
+        Ok(StreamRef { backend: &*self.backend, handle })
+    }
+}
+
+impl Drop for OwnStream {
+    fn drop(&mut self) {
+        if let Some(handle) = *self.handle.get_mut().unwrap_or_else(PoisonError::into_inner) {
+            self.backend.destroy_stream(handle);
+        }
     }
 }
 
@@ -321,6 +369,11 @@ impl Event {
     /// The first error of that work.
     pub fn synchronize(&self) -> Result<()> {
         self.device.backend().synchronize_event(self.handle)
+    }
+
+    /// Moves the event behind the work that the stream has now.
+    pub(crate) fn record(&self, stream: &Stream) -> Result<()> {
+        self.device.backend().record_event(self.handle, stream.handle)
     }
 
     pub(crate) fn handle(&self) -> EventHandle {

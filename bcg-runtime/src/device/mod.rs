@@ -11,11 +11,12 @@ pub(crate) mod traits;
 use std::fmt;
 use std::sync::Arc;
 
-pub(crate) use guard::{Allocation, Graph, GraphExec, Reservation};
+pub(crate) use guard::{Allocation, Graph, GraphExec, Reservation, StreamRef};
 pub use guard::{Event, LiveObjects, PinnedBuffer, Stream};
 
 use crate::launch::AnyKernel;
 use crate::{Arch, DType, Element, Error, Result, Tensor};
+use guard::OwnStream;
 use host::{HostBackend, HostControl, HostOptions};
 use traits::Backend;
 
@@ -65,6 +66,8 @@ pub struct MemoryInfo {
 pub struct Device {
     backend: Arc<dyn Backend>,
     counters: Arc<guard::Counters>,
+    /// Where [`Device::zeros`], [`Device::read`] and [`Device::write`] run.
+    own_stream: Arc<OwnStream>,
     host: Option<HostControl>,
 }
 
@@ -78,7 +81,12 @@ impl Device {
     pub fn host_with(options: HostOptions) -> Self {
         let backend = Arc::new(HostBackend::new(options));
         let host = Some(backend.control());
-        Self { backend, counters: Arc::default(), host }
+        Self::with_backend(backend, host)
+    }
+
+    fn with_backend(backend: Arc<dyn Backend>, host: Option<HostControl>) -> Self {
+        let own_stream = Arc::new(OwnStream::new(Arc::clone(&backend)));
+        Self { backend, counters: Arc::default(), own_stream, host }
     }
 
     /// Opens the CUDA device with this ordinal.
@@ -86,8 +94,7 @@ impl Device {
     /// # Errors
     /// [`Error::NoDevice`] if there is no driver, no such device, or one too old; never a panic.
     pub fn cuda(ordinal: usize) -> Result<Self> {
-        let backend = cuda::CudaBackend::new(ordinal)?;
-        Ok(Self { backend: Arc::new(backend), counters: Arc::default(), host: None })
+        Ok(Self::with_backend(Arc::new(cuda::CudaBackend::new(ordinal)?), None))
     }
 
     /// Opens the first CUDA device if it is usable, else makes a host device; the line says which and why.
@@ -172,9 +179,9 @@ impl Device {
     pub fn zeros(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
         let tensor = self.empty(shape, dtype)?;
         if tensor.size_bytes() > 0 {
-            let stream = Stream::new(self, "device zeros")?;
-            self.backend.fill_u8(stream.handle(), tensor.persistent_addr(self)?, 0, tensor.size_bytes())?;
-            stream.synchronize()?;
+            let stream = self.own_stream.get()?;
+            self.backend.fill_u8(stream.handle, tensor.persistent_addr(self)?, 0, tensor.size_bytes())?;
+            self.backend.synchronize_stream(stream.handle)?;
         }
         Ok(tensor)
     }
@@ -205,9 +212,9 @@ impl Device {
     pub fn read<T: Element>(&self, tensor: &Tensor) -> Result<Vec<T>> {
         tensor.check_dtype("Device::read", T::DTYPE)?;
         let ptr = tensor.persistent_addr(self)?;
-        let stream = Stream::new(self, "device read")?;
+        let stream = self.own_stream.get()?;
         self.synchronize()?;
-        crate::tensor::read_rows(&stream, tensor, ptr)
+        crate::tensor::read_rows(stream, tensor, ptr)
     }
 
     /// Writes a persistent tensor, in row-major order, after all work of the device and before any later work.
@@ -221,10 +228,10 @@ impl Device {
 
     fn write_bytes(&self, tensor: &Tensor, bytes: &[u8]) -> Result<()> {
         let ptr = tensor.persistent_addr(self)?;
-        let stream = Stream::new(self, "device write")?;
+        let stream = self.own_stream.get()?;
         self.synchronize()?;
-        crate::tensor::write_rows("Device::write", &stream, tensor, ptr, bytes)?;
-        stream.synchronize()
+        crate::tensor::write_rows("Device::write", stream, tensor, ptr, bytes)?;
+        self.backend.synchronize_stream(stream.handle)
     }
 
     pub(crate) fn backend(&self) -> &dyn Backend {

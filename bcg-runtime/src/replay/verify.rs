@@ -43,7 +43,7 @@ impl Probe {
                 let mut bytes = vec![0; tensor.size_bytes()];
                 let size = tensor.dtype.size_bytes();
                 let (row_bytes, pitch) = (tensor.shape.row_elements() * size, tensor.row_stride * size);
-                read_bytes(stream.main(), &mut bytes, tensor.ptr, row_bytes, pitch)?;
+                read_bytes(stream.main().as_ref(), &mut bytes, tensor.ptr, row_bytes, pitch)?;
                 Ok(bytes)
             })
             .collect::<Result<_>>()?;

@@ -69,9 +69,9 @@ impl MemoryBackend for CudaBackend {
 
     fn write_pinned(&self, ptr: DevicePtr, data: &[u8]) -> Result<()> {
         let dst: *mut u8 = std::ptr::with_exposed_provenance_mut(ptr.0 as usize);
-        // SAFETY: `ptr` is a live allocation of `alloc_pinned`, whose address was exposed there, and
-        // `PinnedBuffer::write` compared `data.len()` with its size just before. No Rust reference to that memory is ever
-        // made (`sys.rs` and this line are all that touch it), so `data` cannot overlap it.
+        // SAFETY: `ptr` lies in a live allocation of `alloc_pinned`, whose address was exposed there, and
+        // `PinnedBuffer::write_bytes_at` compared the end of `data` with its size just before. No Rust reference to that
+        // memory is ever made (`sys.rs` and this line are all that touch it), so `data` cannot overlap it.
         unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), dst, data.len()) };
         Ok(())
     }
