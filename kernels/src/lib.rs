@@ -73,6 +73,8 @@ sources! {
     EMBEDDING = "embedding.cu",
     /// One value everywhere.
     FILL = "fill.cu",
+    /// Sets elements to seeded, nearly normal random numbers.
+    FILL_RANDOM = "fill_random.cu",
     /// Rows by index.
     GATHER_ROWS = "gather_rows.cu",
     /// Matrix product with a transposed weight.

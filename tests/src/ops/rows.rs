@@ -1,9 +1,9 @@
-//! `embedding`, `gather_rows`, `copy_rows`, `fill`, `scrub_tail`.
+//! `embedding`, `gather_rows`, `copy_rows`, `fill`, `fill_random`, `scrub_tail`.
 
 use bcg_models::ops;
 use bcg_runtime::{DType, Device, LiveBatch, Rows, Runner, RunnerOptions};
 
-use super::fixture::{FLOATS, Fixture};
+use super::fixture::{FLOATS, Fixture, assert_close};
 
 /// `embedding` copies table rows bit for bit; an id outside the table gives zeros.
 pub(super) fn embedding_looks_up_rows(device: &Device) {
@@ -80,6 +80,38 @@ pub(super) fn fill_reaches_every_dtype(device: &Device) {
     assert_eq!(ints, of([0, two, two, two, 0]));
     let bytes: Vec<i64> = device.read::<u8>(&bytes).expect("read").into_iter().map(i64::from).collect();
     assert_eq!(bytes, of([0, 7, 7, 7, 0]));
+}
+
+/// `fill_random` gives the numbers of the formula for every index, and they look normal.
+pub(super) fn fill_random_follows_the_formula(device: &Device) {
+    let mut fixture = Fixture::new(device);
+    for (dtype, len) in FLOATS.into_iter().zip([1, 70_000, 2_100_000]) {
+        let x = device.empty(&[len], dtype).expect("a tensor");
+        fixture.run(|cx| ops::fill_random(cx, &x, 5, 0.5, 0.25));
+        let values = fixture.read(&x);
+        let expected: Vec<f64> = (0..len as u64).map(|i| 0.5 + 0.25 * nearly_normal(5, i)).collect();
+        assert_close("fill_random", &values, &expected, dtype, 1.0, 0.5);
+        if len > 1000 {
+            let mean = values.iter().sum::<f64>() / len as f64;
+            let variance = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / len as f64;
+            assert!((mean - 0.5).abs() < 0.005 && (variance.sqrt() - 0.25).abs() < 0.005, "{mean} {variance}");
+        }
+        fixture.run(|cx| ops::fill_random(cx, &x, 6, 0.5, 0.25));
+        assert_ne!(fixture.read(&x), values, "another seed");
+    }
+}
+
+/// The sum of four uniform 16-bit numbers, scaled to mean 0 and standard deviation 1.
+fn nearly_normal(seed: u64, index: u64) -> f64 {
+    let mix = |mut z: u64| {
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    };
+    let golden = 0x9e37_79b9_7f4a_7c15_u64;
+    let bits = mix(mix(seed.wrapping_add(golden)).wrapping_add(golden.wrapping_mul(index)));
+    let sum: f64 = bits.to_le_bytes().chunks(2).map(|pair| f64::from(u16::from_le_bytes([pair[0], pair[1]]))).sum();
+    (sum - 131_070.0) / (65_536.0 / 3f64.sqrt())
 }
 
 struct Padded(usize);

@@ -1,0 +1,183 @@
+//! The tensors of a checkpoint, on their way to a device.
+//!
+//! A model *takes* each tensor once, by name and shape, and gets memory whose elements arrive when the loading ends.
+//! [`Weights::finish`] refuses what is left over, so that a checkpoint of another architecture, or a part that the wiring
+//! forgot, is an error at load and not a wrong answer later.
+
+mod files;
+mod random;
+
+use std::path::Path;
+
+use bcg_runtime::{DType, Device, Tensor, UploadOptions, Uploader};
+
+use crate::error::Result;
+use files::WeightFiles;
+use random::RandomWeights;
+
+/// The checkpoint's tensors that were not taken yet.
+pub struct Weights<'a> {
+    origin: Origin,
+    device: &'a Device,
+    dtype: DType,
+    progress: Option<&'a mut dyn FnMut(usize, usize)>,
+}
+
+/// Where elements come from.
+#[derive(Debug)]
+enum Origin {
+    /// Files, uploaded all together at the end.
+    Files { files: WeightFiles, uploader: Uploader },
+    /// The device makes them up.
+    Random(RandomWeights),
+}
+
+impl std::fmt::Debug for Weights<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Weights").field("origin", &self.origin).field("dtype", &self.dtype).finish_non_exhaustive()
+    }
+}
+
+impl<'a> Weights<'a> {
+    /// Opens `model.safetensors`, or the shards of `model.safetensors.index.json`, of the checkpoint in `dir`.
+    /// Tensors are converted to `dtype` on their way to `device`.
+    ///
+    /// # Errors
+    /// [`Error::File`](crate::Error::File), [`Error::Format`](crate::Error::Format) for files that are absent or corrupt;
+    /// [`Error::MissingTensors`](crate::Error::MissingTensors) if the index names tensors that its shards do not hold.
+    pub fn open(dir: &Path, device: &'a Device, dtype: DType) -> Result<Self> {
+        let uploader = Uploader::new(device, UploadOptions::default());
+        let origin = Origin::Files { files: WeightFiles::open(dir)?, uploader };
+        Ok(Self { origin, device, dtype, progress: None })
+    }
+
+    /// Makes up every tensor that is taken, the same ones each time: to measure a geometry without its checkpoint.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn random(device: &'a Device, dtype: DType) -> Result<Self> {
+        Ok(Self { origin: Origin::Random(RandomWeights::new(device)?), device, dtype, progress: None })
+    }
+
+    /// Calls `progress(bytes done, bytes in all)` while [`finish`](Self::finish) writes the tensors.
+    #[must_use]
+    pub fn with_progress(mut self, progress: &'a mut dyn FnMut(usize, usize)) -> Self {
+        self.progress = Some(progress);
+        self
+    }
+
+    /// The device that tensors go to.
+    pub fn device(&self) -> &'a Device {
+        self.device
+    }
+
+    /// Takes the tensor `name`, which must have `shape`. Its elements are undefined before [`finish`](Self::finish).
+    ///
+    /// # Errors
+    /// [`Error::MissingTensors`](crate::Error::MissingTensors),
+    /// [`Error::TensorMismatch`](crate::Error::TensorMismatch), or the device's error.
+    pub fn take(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        self.take_rows(&[(name, shape)])
+    }
+
+    /// Takes several tensors and joins them along their first dimension: one matrix product instead of several.
+    ///
+    /// # Errors
+    /// As [`take`](Self::take).
+    ///
+    /// # Panics
+    /// If the shapes differ after the first dimension.
+    pub fn take_rows(&mut self, parts: &[(&str, &[usize])]) -> Result<Tensor> {
+        let mut shape = parts[0].1.to_vec();
+        shape[0] = parts.iter().map(|(_, part)| part[0]).sum();
+        let tensor = self.device.empty(&shape, self.dtype)?;
+        let mut row = 0;
+        for (name, part) in parts {
+            assert_eq!(part[1..], shape[1..], "parts of one matrix have equal rows");
+            let rows = tensor.rows(row..row + part[0])?;
+            row += part[0];
+            match &mut self.origin {
+                Origin::Files { files, uploader } => uploader.add(&rows, files.take(name, part, self.dtype)?)?,
+                Origin::Random(random) => random.fill(&rows)?,
+            }
+        }
+        Ok(tensor)
+    }
+
+    /// Leaves the tensor `name` out, if it is there: for tensors that a checkpoint repeats.
+    pub fn skip(&mut self, name: &str) {
+        if let Origin::Files { files, .. } = &mut self.origin {
+            files.skip(name);
+        }
+    }
+
+    /// Writes all tensors that were taken, and waits until they are on the device.
+    ///
+    /// # Errors
+    /// [`Error::UnusedTensors`](crate::Error::UnusedTensors) names what no layer took, before anything is written;
+    /// [`Error::File`](crate::Error::File) for a file that cannot be read any more; the device's.
+    pub fn finish(self) -> Result<()> {
+        let mut progress = self.progress;
+        let mut report = |done, total| {
+            if let Some(progress) = &mut progress {
+                progress(done, total);
+            }
+        };
+        match self.origin {
+            Origin::Files { files, uploader } => {
+                files.finish()?;
+                let total = uploader.total_bytes();
+                report(0, total);
+                Ok(uploader.run(&mut |done| report(done, total))?)
+            }
+            Origin::Random(random) => {
+                let total = random.finish()?;
+                report(total, total);
+                Ok(())
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::TempDir;
+    use safetensors::tensor::{Dtype, TensorView};
+
+    #[test]
+    fn fused_tensors_go_to_their_rows() {
+        let dir = TempDir::new("weights-fused");
+        let bytes = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
+        let (q, k, norm) = (bytes(&[1.0, 2.0]), bytes(&[3.0, 4.0, 5.0, 6.0]), bytes(&[7.0]));
+        let view = |shape: &[usize], bytes| TensorView::new(Dtype::F32, shape.to_vec(), bytes).expect("a view");
+        let views = [("q", view(&[1, 2], &q)), ("k", view(&[2, 2], &k)), ("norm", view(&[1], &norm))];
+        dir.write("model.safetensors", &safetensors::serialize(views, None).expect("serialised"));
+        let device = Device::host();
+        let mut seen = Vec::new();
+        let mut progress = |done, total| seen.push((done, total));
+        let mut weights = Weights::open(dir.path(), &device, DType::F32).expect("open").with_progress(&mut progress);
+        let qk = weights.take_rows(&[("q", &[1, 2]), ("k", &[2, 2])]).expect("q and k");
+        let norm = weights.take("norm", &[1]).expect("norm");
+        weights.finish().expect("nothing left");
+        assert_eq!(device.read::<f32>(&qk).expect("read"), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+        assert_eq!(device.read::<f32>(&norm).expect("read"), [7.0]);
+        assert_eq!((seen[0], seen[seen.len() - 1]), ((0, 28), (28, 28)));
+    }
+
+    #[test]
+    fn random_tensors_are_the_same_each_time_and_have_the_scale_of_their_kind() {
+        let device = Device::host();
+        let load = || {
+            let mut weights = Weights::random(&device, DType::F32).expect("weights");
+            let matrix = weights.take_rows(&[("a", &[3, 40]), ("b", &[2, 40])]).expect("a matrix");
+            let norm = weights.take("norm", &[40]).expect("a norm");
+            weights.finish().expect("nothing can be left");
+            (device.read::<f32>(&matrix).expect("read"), device.read::<f32>(&norm).expect("read"))
+        };
+        let (matrix, norm) = load();
+        assert_eq!(load(), (matrix.clone(), norm.clone()));
+        assert!(matrix.iter().all(|value| value.abs() < 0.1) && norm.iter().all(|value| (value - 1.0).abs() < 0.1));
+        assert_ne!(matrix[..80], matrix[120..], "each part has numbers of its own");
+    }
+}

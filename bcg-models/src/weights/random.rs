@@ -1,0 +1,40 @@
+//! Weights that the device makes up.
+
+use bcg_runtime::{Device, Runner, RunnerOptions, Tensor};
+
+use crate::error::Result;
+use crate::ops;
+
+/// As new models are initialised; activations of any depth stay finite with it.
+const STD: f32 = 0.02;
+
+/// Fills one tensor after the other.
+#[derive(Debug)]
+pub(super) struct RandomWeights {
+    runner: Runner,
+    /// Of the next tensor.
+    seed: u64,
+    bytes: usize,
+}
+
+impl RandomWeights {
+    pub(super) fn new(device: &Device) -> Result<Self> {
+        let options = RunnerOptions { name: "random weights".to_owned(), arena_bytes: 0, ..RunnerOptions::default() };
+        Ok(Self { runner: Runner::new(device, options)?, seed: 0, bytes: 0 })
+    }
+
+    /// Enqueues the filling of a tensor. Vectors are the scales of norms: they lie around 1, all else around 0.
+    pub(super) fn fill(&mut self, tensor: &Tensor) -> Result<()> {
+        let mean = if tensor.rank() == 1 { 1.0 } else { 0.0 };
+        self.runner.eager(&(), |cx| ops::fill_random(cx, tensor, self.seed, mean, STD))?;
+        self.seed += 1;
+        self.bytes += tensor.size_bytes();
+        Ok(())
+    }
+
+    /// Waits until all tensors are filled; returns their bytes.
+    pub(super) fn finish(self) -> Result<usize> {
+        self.runner.synchronize()?;
+        Ok(self.bytes)
+    }
+}
