@@ -346,6 +346,39 @@ mod tests {
         }
     }
 
+    /// The parameters of a dense Qwen3, tied ones counted once.
+    fn num_parameters(config: &ModelConfig) -> usize {
+        let (hidden, head_dim) = (config.hidden_size, config.head_dim);
+        let q_width = config.num_attention_heads * head_dim;
+        let kv_width = config.num_key_value_heads * head_dim;
+        let attention = hidden * (q_width + 2 * kv_width) + q_width * hidden + 2 * head_dim;
+        let layer = attention + 3 * hidden * config.intermediate_size + 2 * hidden;
+        let tables = if config.tie_word_embeddings { 1 } else { 2 };
+        config.num_hidden_layers * layer + hidden + tables * config.vocab_size * hidden
+    }
+
+    #[test]
+    fn the_geometries_have_the_published_numbers_of_parameters() {
+        // As the model cards say, in billions, and exactly.
+        for (name, billions, parameters) in [
+            ("qwen3-0.6b", "0.6", 596_049_920),
+            ("qwen3-1.7b", "1.7", 1_720_574_976),
+            ("qwen3-8b", "8.2", 8_190_735_360),
+            ("qwen3-32b", "32.8", 32_762_123_264),
+        ] {
+            let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/geometries").join(name);
+            let config = ModelConfig::load(&dir).expect(name);
+            assert_eq!(num_parameters(&config), parameters, "{name}");
+            assert_eq!(format!("{:.1}", parameters as f64 / 1e9), billions, "{name}");
+            assert_eq!((config.vocab_size, config.rope_theta, config.eos_token_ids), (151_936, 1e6, vec![151_645]));
+        }
+        let tiny = crate::testing::tiny_qwen3();
+        let header = std::fs::read(tiny.join("model.safetensors")).expect("the tiny checkpoint");
+        let (_, metadata) = safetensors::SafeTensors::read_metadata(&header).expect("a header");
+        let stored: usize = metadata.tensors().values().map(|info| info.shape.iter().product::<usize>()).sum();
+        assert_eq!(num_parameters(&ModelConfig::load(&tiny).expect("config")), stored);
+    }
+
     #[test]
     fn a_missing_file_is_named() {
         let error = ModelConfig::load(Path::new("/nonexistent")).expect_err("no such folder");

@@ -78,6 +78,9 @@ pub enum Error {
     /// The tokenizer refused its input.
     #[error("tokenizer: {0}")]
     Tokenizer(String),
+    /// Text is wanted of a runner that was loaded without a tokenizer.
+    #[error("the tokenizer was skipped (--skip-tokenizer-init); work with token ids, or load it")]
+    NoTokenizer,
     /// The chat template failed or refused the messages.
     #[error("chat template: {0}")]
     Chat(String),

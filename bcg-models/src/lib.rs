@@ -33,7 +33,7 @@ pub use chat::{ChatMessage, ChatTemplate};
 pub use config::ModelConfig;
 pub use error::{Error, Result};
 pub use runner::{
-    CaptureSummary, FinishReason, GenerateOptions, Generated, GraphMode, GraphStats, ModelRunner, Progress,
+    CaptureSummary, FinishReason, GenerateOptions, Generated, GraphMode, GraphStats, LoadFormat, ModelRunner, Progress,
     RunnerOptions, SampledToken, Stage, StepOutput,
 };
 pub use sampling::SamplingParams;

@@ -28,6 +28,15 @@ pub enum CaptureArg {
     Lazy,
 }
 
+/// Where weights come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LoadFormatArg {
+    /// The checkpoint's safetensors files.
+    Auto,
+    /// Random numbers made on the device; needs config.json only.
+    Dummy,
+}
+
 /// How log lines are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
@@ -43,6 +52,14 @@ pub struct EngineArgs {
     /// Folder of a Hugging Face checkpoint (config.json, *.safetensors, tokenizer.json)
     #[arg(long, alias = "model-path", value_name = "DIR")]
     pub model: PathBuf,
+
+    /// Where the weights come from: dummy makes random ones on the device and needs config.json only
+    #[arg(long, value_enum, default_value_t = LoadFormatArg::Auto)]
+    pub load_format: LoadFormatArg,
+
+    /// Run without tokenizer.json: prompts are token ids, and answers too
+    #[arg(long)]
+    pub skip_tokenizer_init: bool,
 
     /// Where to run: auto picks CUDA if there is a usable GPU, else the host device
     #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
@@ -95,6 +112,10 @@ pub struct EngineArgs {
     /// Tokens that the KV cache holds over all sequences [default: sized from the model and the batch]
     #[arg(long, alias = "max-total-tokens", value_name = "TOKENS")]
     pub kv_cache_tokens: Option<usize>,
+
+    /// Part of the GPU's memory, 0.0 to 1.0, for weights and KV cache together [default: 0.9]
+    #[arg(long, value_name = "FRACTION", conflicts_with = "kv_cache_tokens")]
+    pub mem_fraction_static: Option<f64>,
 
     /// Tokens in one page of the KV cache
     #[arg(long, value_name = "TOKENS", default_value_t = 16)]
@@ -157,10 +178,14 @@ pub enum GraphPlan {
 }
 
 /// The checked form of [`EngineArgs`].
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct EnginePlan {
     /// Checkpoint folder.
     pub model: PathBuf,
+    /// Where the weights come from.
+    pub load_format: LoadFormatArg,
+    /// No text, only token ids.
+    pub skip_tokenizer: bool,
     /// Where to run.
     pub device: DeviceArg,
     /// Whether and when graphs are captured.
@@ -185,6 +210,8 @@ pub struct EnginePlan {
     pub context_length: Option<usize>,
     /// Tokens in the KV cache; `None` sizes it from the model.
     pub kv_cache_tokens: Option<usize>,
+    /// Part of the device's memory for weights and KV cache; `None` takes the default.
+    pub mem_fraction_static: Option<f64>,
     /// Tokens in one page.
     pub page_size: usize,
     /// Tokens in one prefill step at most.
@@ -209,6 +236,19 @@ impl ArgError {
     }
 }
 
+impl EnginePlan {
+    /// Refuses to go on without a tokenizer.
+    ///
+    /// # Errors
+    /// [`ArgError`] if `--skip-tokenizer-init` was given.
+    pub fn require_tokenizer(&self, command: &str) -> Result<(), ArgError> {
+        if !self.skip_tokenizer {
+            return Ok(());
+        }
+        Err(ArgError::new("--skip-tokenizer-init", format!("{command} reads and writes text"), "drop the flag"))
+    }
+}
+
 impl EngineArgs {
     /// Checks the flags against each other.
     ///
@@ -221,6 +261,8 @@ impl EngineArgs {
         let decode_graph_sizes = self.sorted_sizes("--cuda-graph-decode-sizes", &self.cuda_graph_decode_sizes)?;
         Ok(EnginePlan {
             model: self.model.clone(),
+            load_format: self.load_format,
+            skip_tokenizer: self.skip_tokenizer_init,
             device: self.device,
             graph,
             graph_sizes,
@@ -233,6 +275,7 @@ impl EngineArgs {
             max_queued: self.max_queued_requests,
             context_length: self.context_length,
             kv_cache_tokens: self.kv_cache_tokens,
+            mem_fraction_static: self.mem_fraction_static,
             page_size: self.page_size,
             max_batch_tokens: self.chunked_prefill_size,
         })
@@ -261,6 +304,11 @@ impl EngineArgs {
                 ),
                 "raise it or lower --max-running-requests",
             ));
+        }
+        if let Some(fraction) = self.mem_fraction_static
+            && !(fraction > 0.0 && fraction <= 1.0)
+        {
+            return Err(ArgError::new("--mem-fraction-static", format!("is {fraction}"), "give a part such as 0.9"));
         }
         if let Some(tokens) = self.kv_cache_tokens {
             let least = self.context_length.unwrap_or(0).max(self.page_size);
@@ -430,6 +478,21 @@ mod tests {
             "--chunked-prefill-size",
             "lower --max-running-requests",
         );
+    }
+
+    #[test]
+    fn a_command_that_needs_text_names_the_flag() {
+        let plan = parse(&["--load-format", "dummy", "--skip-tokenizer-init"]).plan().expect("works");
+        assert_eq!(plan.load_format, LoadFormatArg::Dummy);
+        let error = plan.require_tokenizer("bcg eval").expect_err("no text").to_string();
+        assert_eq!(error, "--skip-tokenizer-init: bcg eval reads and writes text; drop the flag");
+        parse(&[]).plan().expect("works").require_tokenizer("bcg eval").expect("there is a tokenizer");
+    }
+
+    #[test]
+    fn a_fraction_of_the_memory_is_one() {
+        refused(&["--mem-fraction-static", "90"], "--mem-fraction-static", "such as 0.9");
+        assert_eq!(parse(&["--mem-fraction-static", "0.5"]).plan().expect("works").mem_fraction_static, Some(0.5));
     }
 
     #[test]

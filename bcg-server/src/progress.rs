@@ -11,6 +11,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 #[derive(Debug)]
 pub struct LoadProgress {
     began: Instant,
+    /// When the latest stage ended.
+    stage_began: Instant,
     bar: Option<(Stage, ProgressBar)>,
 }
 
@@ -23,7 +25,8 @@ impl Default for LoadProgress {
 impl LoadProgress {
     /// Starts the clock; bars appear with the first update.
     pub fn new() -> Self {
-        Self { began: Instant::now(), bar: None }
+        let now = Instant::now();
+        Self { began: now, stage_began: now, bar: None }
     }
 
     /// Shows how far the load is.
@@ -42,6 +45,17 @@ impl LoadProgress {
         };
         bar.set_length(total as u64);
         bar.set_position(done as u64);
+        if done == total {
+            self.clear();
+            self.stage_ended(stage.name());
+        }
+    }
+
+    /// Logs how long a stage took, all that happened since the stage before included.
+    pub fn stage_ended(&mut self, name: &str) {
+        let ms = self.stage_began.elapsed().as_secs_f64() * 1e3;
+        tracing::info!(ms = format_args!("{ms:.0}"), "{name}");
+        self.stage_began = Instant::now();
     }
 
     fn clear(&mut self) {

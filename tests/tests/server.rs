@@ -46,7 +46,8 @@ struct Scripted {
 
 impl Scripted {
     fn new(scripts: Vec<Script>) -> Arc<Self> {
-        let info = ModelInfo { name: "scripted".into(), created: 7, context_length: 100, vocab_size: 50 };
+        let name = "scripted".to_owned();
+        let info = ModelInfo { name, created: 7, context_length: 100, vocab_size: 50, has_tokenizer: true };
         Arc::new(Self {
             info,
             metrics: Metrics::default(),

@@ -32,7 +32,7 @@ use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
 
 pub use generate::{FinishReason, GenerateOptions, Generated};
-pub use options::{CaptureSummary, GraphMode, Progress, RunnerOptions, SampledToken, Stage, StepOutput};
+pub use options::{CaptureSummary, GraphMode, LoadFormat, Progress, RunnerOptions, SampledToken, Stage, StepOutput};
 
 /// What a runner's graphs did: replays, captures, and eager forwards by reason.
 pub type GraphStats = GraphCacheStats;
@@ -49,7 +49,7 @@ const DUMMY_SEQUENCE_TOKENS: usize = 128;
 ///
 /// let dir = std::path::Path::new("models/tiny-qwen3");
 /// let mut runner = ModelRunner::load(&Device::host(), dir, RunnerOptions::default(), &mut |_| ())?;
-/// let prompt = runner.tokenizer().encode("Question: ")?;
+/// let prompt = runner.tokenizer()?.encode("Question: ")?;
 /// let lease = runner.pages().lease(runner.pages().pages_for(prompt.len()))?;
 /// let output = runner.step(&[SequenceInput {
 ///     tokens: &prompt,
@@ -60,7 +60,7 @@ const DUMMY_SEQUENCE_TOKENS: usize = 128;
 ///     top_logprobs: None,
 ///     logits: false,
 /// }])?;
-/// println!("{:?}", runner.tokenizer().decode(&[output.tokens[0].id], true)?);
+/// println!("{:?}", runner.tokenizer()?.decode(&[output.tokens[0].id], true)?);
 /// # Ok::<(), bcg_models::Error>(())
 /// ```
 #[derive(Debug)]
@@ -73,7 +73,7 @@ pub struct ModelRunner {
     model: Arc<dyn Model>,
     runner: Runner,
     pages: PagePool,
-    tokenizer: Tokenizer,
+    tokenizer: Option<Tokenizer>,
     config: ModelConfig,
     options: RunnerOptions,
 }
@@ -86,19 +86,25 @@ impl ModelRunner {
     pub fn load(
         device: &Device,
         dir: &Path,
-        options: RunnerOptions,
+        mut options: RunnerOptions,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Self> {
         let config = ModelConfig::load(dir)?;
         options.validate(&config)?;
-        let tokenizer = Tokenizer::load(dir)?;
+        let tokenizer = if options.skip_tokenizer { None } else { Some(Tokenizer::load(dir)?) };
         let mut loaded = |done, total| progress(Progress { stage: Stage::LoadWeights, done, total });
-        let weights = Weights::open(dir, device, config.dtype)?.with_progress(&mut loaded);
-        let model = registry::load(&config, weights)?;
+        let weights = match options.load_format {
+            LoadFormat::Auto => Weights::open(dir, device, config.dtype)?,
+            LoadFormat::Dummy => Weights::random(device, config.dtype)?,
+        };
+        let model = registry::load(&config, weights.with_progress(&mut loaded))?;
 
+        progress(Progress { stage: Stage::KvCache, done: 0, total: 1 });
+        options.fit_kv_cache(&config, device.memory_info()?)?;
         let num_pages = options.kv_cache_tokens.div_ceil(options.page_size);
         let kv_shape = [num_pages, options.page_size, config.num_key_value_heads, config.head_dim];
         let kv_cache = KvCache::new(device, config.dtype, config.num_hidden_layers, kv_shape)?;
+        progress(Progress { stage: Stage::KvCache, done: 1, total: 1 });
         let inputs = InputBuffers::new(device, options.limits()?, options.page_size)?;
         let runtime_options =
             bcg_runtime::RunnerOptions { name: "model".to_owned(), poison: options.poison, ..Default::default() };
@@ -386,8 +392,11 @@ impl ModelRunner {
     }
 
     /// The checkpoint's tokenizer.
-    pub fn tokenizer(&self) -> &Tokenizer {
-        &self.tokenizer
+    ///
+    /// # Errors
+    /// [`Error::NoTokenizer`] if it was skipped.
+    pub fn tokenizer(&self) -> Result<&Tokenizer> {
+        self.tokenizer.as_ref().ok_or(Error::NoTokenizer)
     }
 
     /// The device it runs on.

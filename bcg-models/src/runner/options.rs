@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use bcg_runtime::Ladder;
+use bcg_runtime::{Ladder, MemoryInfo};
 
 use crate::batch::{BatchLimits, Phase};
 use crate::config::ModelConfig;
@@ -20,13 +20,30 @@ pub enum GraphMode {
     Lazy,
 }
 
+/// Where the weights come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum LoadFormat {
+    /// The checkpoint's safetensors files.
+    #[default]
+    Auto,
+    /// Random numbers made on the device: `config.json` is enough, and the answers mean nothing.
+    Dummy,
+}
+
 /// How a [`ModelRunner`](super::ModelRunner) is set up.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct RunnerOptions {
+    /// Where the weights come from.
+    pub load_format: LoadFormat,
+    /// Runs without a tokenizer: the model takes and gives token ids, and `tokenizer.json` need not exist.
+    pub skip_tokenizer: bool,
     /// Tokens of one page of the KV cache.
     pub page_size: usize,
-    /// Tokens that the KV cache holds, rounded up to pages.
+    /// Tokens that the KV cache holds, rounded up to pages; at most these with `mem_fraction_static`.
     pub kv_cache_tokens: usize,
+    /// The part of the device's memory, 0.0 to 1.0, that weights and KV cache may take: the cache gets what the weights
+    /// leave of it. Its tokens are `kv_cache_tokens` whatever is free if `None`.
+    pub mem_fraction_static: Option<f64>,
     /// The most sequences in one step.
     pub max_running_requests: usize,
     /// The most tokens of one sequence, prompt and answer.
@@ -52,8 +69,11 @@ pub struct RunnerOptions {
 impl Default for RunnerOptions {
     fn default() -> Self {
         Self {
+            load_format: LoadFormat::Auto,
+            skip_tokenizer: false,
             page_size: 16,
             kv_cache_tokens: 8192,
+            mem_fraction_static: None,
             max_running_requests: 16,
             context_length: 2048,
             max_batch_tokens: 2048,
@@ -85,6 +105,11 @@ impl RunnerOptions {
                 return Err(Error::batch(field, "a positive 32-bit number", value));
             }
         }
+        if let Some(fraction) = self.mem_fraction_static
+            && !(fraction > 0.0 && fraction <= 1.0)
+        {
+            return Err(Error::batch("mem_fraction_static", "above 0.0 and at most 1.0", fraction));
+        }
         if self.context_length > config.max_position_embeddings {
             let expected = format!("at most max_position_embeddings = {}", config.max_position_embeddings);
             return Err(Error::batch("context_length", expected, self.context_length));
@@ -94,6 +119,26 @@ impl RunnerOptions {
                 format!("at least max_running_requests = {}, for a decode of all", self.max_running_requests);
             return Err(Error::batch("max_batch_tokens", expected, self.max_batch_tokens));
         }
+        Ok(())
+    }
+
+    /// Lowers `kv_cache_tokens` to what fits into memory that holds the weights already.
+    ///
+    /// # Errors
+    /// [`Error::Batch`] if not even one sequence of `context_length` fits.
+    pub(super) fn fit_kv_cache(&mut self, config: &ModelConfig, memory: MemoryInfo) -> Result<()> {
+        let Some(fraction) = self.mem_fraction_static else { return Ok(()) };
+        let kept_free = (memory.total_bytes as f64 * (1.0 - fraction)) as usize;
+        let page_bytes = config.kv_bytes_per_token() * self.page_size;
+        let fits = memory.free_bytes.saturating_sub(kept_free) / page_bytes * self.page_size;
+        if fits < self.context_length {
+            let expected = format!(
+                "room beside the weights for context_length = {} tokens; raise it or lower the context length",
+                self.context_length
+            );
+            return Err(Error::batch("mem_fraction_static", expected, format!("{fraction}, room for {fits}")));
+        }
+        self.kv_cache_tokens = self.kv_cache_tokens.min(fits);
         Ok(())
     }
 
@@ -148,6 +193,8 @@ pub struct Progress {
 pub enum Stage {
     /// Weights go to the device; counted in bytes.
     LoadWeights,
+    /// The KV cache is allocated and zeroed; one step.
+    KvCache,
     /// Kernels are compiled or loaded and the arena gets its size; one step.
     WarmUp,
     /// Graphs are captured; counted in sizes.
@@ -159,6 +206,7 @@ impl Stage {
     pub fn name(self) -> &'static str {
         match self {
             Self::LoadWeights => "loading weights",
+            Self::KvCache => "making KV cache",
             Self::WarmUp => "warming up",
             Self::Capture => "capturing graphs",
         }
@@ -223,6 +271,24 @@ mod tests {
     }
 
     #[test]
+    fn the_kv_cache_gets_what_the_weights_leave() {
+        let config = ModelConfig::load(&crate::testing::tiny_qwen3()).expect("config");
+        let page_bytes = config.kv_bytes_per_token() * 16;
+        // 1,000 pages in all, of which the weights took 300 and 200 stay free.
+        let memory = MemoryInfo { free_bytes: 700 * page_bytes, total_bytes: 1000 * page_bytes };
+        let fitted = |options: RunnerOptions| {
+            let mut options = RunnerOptions { mem_fraction_static: Some(0.8), ..options };
+            options.fit_kv_cache(&config, memory).map(|()| options.kv_cache_tokens)
+        };
+        let tokens = fitted(RunnerOptions { kv_cache_tokens: 1 << 20, ..RunnerOptions::default() }).expect("fits");
+        assert!((499 * 16..=500 * 16).contains(&tokens), "{tokens}");
+        let few = RunnerOptions { kv_cache_tokens: 4096, ..RunnerOptions::default() };
+        assert_eq!(fitted(few).expect("fits"), 4096);
+        let error = fitted(RunnerOptions { context_length: 9000, ..RunnerOptions::default() }).expect_err("too long");
+        assert!(error.to_string().contains("context_length = 9000"), "{error}");
+    }
+
+    #[test]
     fn an_option_that_cannot_be_honoured_is_named() {
         let config = ModelConfig::load(&crate::testing::tiny_qwen3()).expect("config");
         let good = RunnerOptions::default();
@@ -231,6 +297,7 @@ mod tests {
             ("page_size", RunnerOptions { page_size: 0, ..good.clone() }),
             ("context_length", RunnerOptions { context_length: 5000, ..good.clone() }),
             ("max_batch_tokens", RunnerOptions { max_batch_tokens: 8, ..good.clone() }),
+            ("mem_fraction_static", RunnerOptions { mem_fraction_static: Some(1.5), ..good.clone() }),
         ] {
             let error = options.validate(&config).expect_err(field).to_string();
             assert!(error.contains(field), "{error}");

@@ -41,18 +41,18 @@ impl KvCache {
     /// The device's, above all when it has too little memory.
     pub fn new(device: &Device, dtype: DType, num_layers: usize, shape: [usize; 4]) -> Result<Self> {
         let generation = Generation::new("the KV cache");
-        let layers = zeroed(device, dtype, num_layers, shape, &generation)?;
+        let layers = stamped(zeroed(device, dtype, num_layers, shape)?, &generation)?;
         Ok(Self { layers, shape, dtype, generation })
     }
 
     /// Replaces all tensors by zeroed ones; graphs captured with the older ones are refused from now on.
     ///
     /// # Errors
-    /// As [`new`](Self::new); the older tensors then stay, but are outdated: using them is refused until a later call
-    /// succeeds.
+    /// As [`new`](Self::new); the older tensors then stay, and stay usable.
     pub fn recreate(&mut self, device: &Device) -> Result<()> {
+        let layers = zeroed(device, self.dtype, self.layers.len(), self.shape)?;
         self.generation.advance();
-        self.layers = zeroed(device, self.dtype, self.layers.len(), self.shape, &self.generation)?;
+        self.layers = stamped(layers, &self.generation)?;
         Ok(())
     }
 
@@ -82,15 +82,14 @@ impl KvCache {
     }
 }
 
-fn zeroed(
-    device: &Device,
-    dtype: DType,
-    num_layers: usize,
-    shape: [usize; 4],
-    generation: &Generation,
-) -> Result<Vec<LayerKv>> {
-    let zeros = || device.zeros(&shape, dtype)?.stamped(generation);
+fn zeroed(device: &Device, dtype: DType, num_layers: usize, shape: [usize; 4]) -> Result<Vec<LayerKv>> {
+    let zeros = || device.zeros(&shape, dtype);
     (0..num_layers).map(|_| Ok(LayerKv { k: zeros()?, v: zeros()? })).collect()
+}
+
+fn stamped(layers: Vec<LayerKv>, generation: &Generation) -> Result<Vec<LayerKv>> {
+    let stamp = |layer: LayerKv| Ok(LayerKv { k: layer.k.stamped(generation)?, v: layer.v.stamped(generation)? });
+    layers.into_iter().map(stamp).collect()
 }
 
 #[cfg(test)]
@@ -108,5 +107,15 @@ mod tests {
         let new = cache.layers()[0].clone();
         assert!(matches!(runner.eager(&(), |cx| cx.fill_zero(&old.k)), Err(Error::Generation { .. })));
         runner.eager(&(), |cx| cx.fill_zero(&new.k)).expect("the new tensors are usable");
+    }
+
+    #[test]
+    fn a_cache_that_cannot_be_recreated_stays_usable() {
+        let device = Device::host();
+        let mut runner = Runner::new(&device, RunnerOptions::default()).expect("a runner");
+        let mut cache = KvCache::new(&device, DType::Bf16, 2, [2, 4, 1, 64]).expect("a cache");
+        device.host_control().expect("a host device").fail_calls_named("cuMemAlloc", 1);
+        assert!(matches!(cache.recreate(&device), Err(Error::OutOfMemory { .. })));
+        runner.eager(&(), |cx| cx.fill_zero(&cache.layers()[0].k)).expect("the older tensors are usable");
     }
 }

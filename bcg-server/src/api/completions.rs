@@ -11,7 +11,7 @@ use super::App;
 use super::fields::Fields;
 use super::request::{AnswerShape, generation, token_count, usage_json};
 use super::sse::{self, Chunks};
-use crate::engine::{Event, EventStream, GenerationRequest, Prompt, TokenLogprob};
+use crate::engine::{Delta, Event, EventStream, GenerationRequest, Prompt, TokenLogprob};
 use crate::error::ApiError;
 
 /// The most alternatives per token, as in the OpenAI API.
@@ -70,17 +70,19 @@ fn prompt(value: Value) -> Result<Prompt, ApiError> {
 }
 
 async fn whole(mut events: EventStream, shape: &AnswerShape, logprobs: bool) -> Result<Json<Value>, ApiError> {
-    let (mut text, mut entries) = (String::new(), Vec::new());
+    let (mut text, mut tokens, mut entries) = (String::new(), Vec::new(), Vec::new());
     loop {
         match events.next().await {
             Some(Event::Delta(delta)) => {
                 text += &delta.text;
+                tokens.extend(delta.tokens);
                 entries.extend(delta.logprobs);
             }
             Some(Event::Finished { reason, usage }) => {
                 let mut answer = shape.object("text_completion");
                 let logprobs = logprobs.then(|| logprobs_json(&entries));
-                answer.insert("choices".into(), choice(&text, logprobs.as_ref(), Some(reason.as_str())));
+                let ids = shape.token_ids.then_some(tokens.as_slice());
+                answer.insert("choices".into(), choice(&text, ids, logprobs.as_ref(), Some(reason.as_str())));
                 answer.insert("usage".into(), usage_json(usage));
                 return Ok(Json(answer.into()));
             }
@@ -90,8 +92,12 @@ async fn whole(mut events: EventStream, shape: &AnswerShape, logprobs: bool) -> 
     }
 }
 
-fn choice(text: &str, logprobs: Option<&Value>, finish_reason: Option<&str>) -> Value {
-    json!([{"index": 0, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}])
+fn choice(text: &str, token_ids: Option<&[u32]>, logprobs: Option<&Value>, finish_reason: Option<&str>) -> Value {
+    let mut choice = json!({"index": 0, "text": text, "logprobs": logprobs, "finish_reason": finish_reason});
+    if let Some(token_ids) = token_ids {
+        choice["token_ids"] = json!(token_ids);
+    }
+    json!([choice])
 }
 
 struct CompletionChunks {
@@ -100,10 +106,11 @@ struct CompletionChunks {
 }
 
 impl CompletionChunks {
-    fn chunk(&self, text: &str, logprobs: &[TokenLogprob], finish_reason: Option<&str>) -> Value {
+    fn chunk(&self, delta: &Delta, finish_reason: Option<&str>) -> Value {
         let mut chunk = self.shape.object("text_completion");
-        let logprobs = (self.logprobs && !logprobs.is_empty()).then(|| logprobs_json(logprobs));
-        chunk.insert("choices".into(), choice(text, logprobs.as_ref(), finish_reason));
+        let logprobs = (self.logprobs && !delta.logprobs.is_empty()).then(|| logprobs_json(&delta.logprobs));
+        let ids = self.shape.token_ids.then_some(delta.tokens.as_slice());
+        chunk.insert("choices".into(), choice(&delta.text, ids, logprobs.as_ref(), finish_reason));
         if self.shape.include_usage {
             chunk.insert("usage".into(), Value::Null);
         }
@@ -118,10 +125,12 @@ impl Chunks for CompletionChunks {
 
     fn chunks(&mut self, event: Event) -> Vec<Value> {
         match event {
-            Event::Delta(delta) if delta.text.is_empty() && delta.logprobs.is_empty() => Vec::new(),
-            Event::Delta(delta) => vec![self.chunk(&delta.text, &delta.logprobs, None)],
+            Event::Delta(delta) if !self.shape.token_ids && delta.text.is_empty() && delta.logprobs.is_empty() => {
+                Vec::new()
+            }
+            Event::Delta(delta) => vec![self.chunk(&delta, None)],
             Event::Finished { reason, usage } => {
-                let mut chunks = vec![self.chunk("", &[], Some(reason.as_str()))];
+                let mut chunks = vec![self.chunk(&Delta::default(), Some(reason.as_str()))];
                 if self.shape.include_usage {
                     let mut last = self.shape.object("text_completion");
                     last.insert("choices".into(), json!([]));

@@ -23,12 +23,15 @@ pub(super) struct AnswerShape {
     pub(super) stream: bool,
     /// A last chunk with the usage.
     pub(super) include_usage: bool,
+    /// Token ids, because there is no tokenizer to make text of them.
+    pub(super) token_ids: bool,
 }
 
 impl AnswerShape {
     /// Reads the shape and checks the model's name and the fields that no route supports.
     pub(super) fn read(fields: &Fields, app: &App, prefix: &str) -> Result<Self, ApiError> {
-        let served = &app.engine.info().name;
+        let info = app.engine.info();
+        let served = &info.name;
         if let Some(model) = fields.get::<String>("model")?
             && model != *served
         {
@@ -52,7 +55,8 @@ impl AnswerShape {
             }
         };
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        Ok(Self { id: next_id(prefix), created, model: served.clone(), stream, include_usage })
+        let token_ids = !info.has_tokenizer;
+        Ok(Self { id: next_id(prefix), created, model: served.clone(), stream, include_usage, token_ids })
     }
 
     /// Starts a JSON object with the fields that every answer and chunk has.

@@ -5,6 +5,7 @@
 use std::net::TcpListener;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::Context;
 use bcg_server::api::{self, ApiOptions};
@@ -15,9 +16,10 @@ use bcg_server::{logging, shutdown};
 use clap::Parser;
 
 fn main() -> ExitCode {
+    let began = Instant::now();
     let args = ServerArgs::parse();
     logging::init(args.log_format);
-    match run(&args) {
+    match run(&args, began) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bcg-server: {}", one_line(error.as_ref()));
@@ -26,7 +28,8 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(args: &ServerArgs) -> anyhow::Result<()> {
+/// Serves until it is told to stop; `began` is when the process did.
+fn run(args: &ServerArgs, began: Instant) -> anyhow::Result<()> {
     let plan = args.engine.plan()?;
     // Taken before the model is loaded, so that a port in use is known at once.
     let address = (args.host.as_str(), args.port);
@@ -38,7 +41,8 @@ fn run(args: &ServerArgs) -> anyhow::Result<()> {
     runtime.block_on(async {
         let listener = tokio::net::TcpListener::from_std(listener)?;
         let (address, model) = (listener.local_addr()?, &engine.info().name);
-        tracing::info!(%model, "serving on http://{address}");
+        let ready_ms = format!("{:.0}", began.elapsed().as_secs_f64() * 1e3);
+        tracing::info!(%model, ready_ms, "serving on http://{address}");
         let options = ApiOptions { max_body_bytes: args.max_body_bytes, shutdown_deadline: args.shutdown_deadline() };
         api::serve(listener, engine, options, shutdown::signal()).await
     })?;

@@ -83,6 +83,7 @@ pub fn run(args: &EvalArgs) -> anyhow::Result<()> {
     ensure!(!problems.is_empty(), "{}: has no problems", args.file.display());
     let shots = args.few_shot.as_ref().map(read_shots).transpose()?;
     let mut plan = args.engine.plan()?;
+    plan.require_tokenizer("bcg eval")?;
     plan.max_queued = plan.max_queued.max(args.concurrency);
     let engine = load::start(&plan, None)?;
 

@@ -67,7 +67,9 @@ pub fn run(args: GenerateArgs) -> anyhow::Result<()> {
     let sampling = SamplingParams { temperature, top_k, top_p, min_p, seed: 0 };
     sampling.validate()?;
     let prompt = if chat { Prompt::chat(vec![ChatMessage::new("user", prompt)]) } else { Prompt::Text(prompt) };
-    let engine = load::start(&engine.plan()?, None)?;
+    let plan = engine.plan()?;
+    plan.require_tokenizer("bcg generate")?;
+    let engine = load::start(&plan, None)?;
     let request = GenerationRequest {
         prompt,
         sampling,

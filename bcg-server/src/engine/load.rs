@@ -4,14 +4,17 @@ use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
-use bcg_models::{ChatTemplate, GraphMode, ModelConfig, ModelRunner, RunnerOptions};
+use bcg_models::{ChatTemplate, GraphMode, LoadFormat, ModelConfig, ModelRunner, RunnerOptions};
 use bcg_runtime::{Device, DeviceKind};
 
 use super::ModelInfo;
 use super::local::{LocalEngine, LocalOptions};
 use super::scheduler::{Limits, Scheduler};
-use crate::args::{DeviceArg, EnginePlan, GraphPlan};
+use crate::args::{DeviceArg, EnginePlan, GraphPlan, LoadFormatArg};
 use crate::progress::LoadProgress;
+
+/// The part of a GPU's memory for weights and KV cache; the arena and the graphs take theirs of the rest.
+const MEM_FRACTION_STATIC: f64 = 0.9;
 
 /// KV cache bytes on the host device when no flag says how many tokens it holds.
 const HOST_KV_BYTES: usize = 128 << 20;
@@ -26,7 +29,7 @@ pub fn start(plan: &EnginePlan, name: Option<String>) -> anyhow::Result<LocalEng
     let plan = plan.clone();
     LocalEngine::start(move || {
         let runner = load_runner(&plan)?;
-        let chat = ChatTemplate::load(&plan.model)?;
+        let chat = if plan.skip_tokenizer { None } else { ChatTemplate::load(&plan.model)? };
         let options = runner.options();
         let limits = Limits {
             max_running: options.max_running_requests,
@@ -38,10 +41,11 @@ pub fn start(plan: &EnginePlan, name: Option<String>) -> anyhow::Result<LocalEng
             created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
             context_length: limits.context_length,
             vocab_size: runner.config().vocab_size,
+            has_tokenizer: !plan.skip_tokenizer,
         };
         let local = LocalOptions {
             info,
-            tokenizer: runner.tokenizer().clone(),
+            tokenizer: runner.tokenizer().ok().cloned(),
             chat,
             eos: runner.config().eos_token_ids.clone(),
             max_queued: plan.max_queued,
@@ -56,11 +60,17 @@ pub fn start(plan: &EnginePlan, name: Option<String>) -> anyhow::Result<LocalEng
 /// # Errors
 /// As [`start`].
 pub fn load_runner(plan: &EnginePlan) -> anyhow::Result<ModelRunner> {
+    let mut progress = LoadProgress::new();
     let device = open_device(plan.device)?;
+    progress.stage_ended("opening the device");
     let config = ModelConfig::load(&plan.model)
         .with_context(|| format!("--model {}: not a usable checkpoint folder", plan.model.display()))?;
+    anyhow::ensure!(
+        plan.skip_tokenizer || plan.model.join("tokenizer.json").exists(),
+        "--model {}: has no tokenizer.json; add --skip-tokenizer-init to work with token ids",
+        plan.model.display()
+    );
     let options = runner_options(plan, &config, &device)?;
-    let mut progress = LoadProgress::new();
     let mut runner = ModelRunner::load(&device, &plan.model, options, &mut |done| progress.update(done))?;
     let captured = match plan.graph {
         GraphPlan::Ahead => Some(runner.capture(&mut |done| progress.update(done))?),
@@ -90,28 +100,20 @@ fn runner_options(plan: &EnginePlan, config: &ModelConfig, device: &Device) -> a
         context_length <= longest,
         "--context-length: {context_length} is above the model's {longest} positions; lower it or drop it"
     );
-    let kv_cache_tokens = match plan.kv_cache_tokens {
-        Some(tokens) => {
-            if plan.context_length.is_none() {
-                context_length = context_length.min(tokens);
-            }
-            tokens
-        }
-        None => {
-            let bytes = match device.kind() {
-                DeviceKind::Host => HOST_KV_BYTES,
-                // The weights, the arena and the graphs take their part of the rest.
-                DeviceKind::Cuda => device.memory_info()?.free_bytes / 2,
-            };
-            let fits = bytes / config.kv_bytes_per_token().max(1);
-            let useful = plan.max_running.saturating_mul(context_length);
-            fits.min(useful).max(context_length)
-        }
-    };
+    if let (Some(tokens), None) = (plan.kv_cache_tokens, plan.context_length) {
+        context_length = context_length.min(tokens);
+    }
+    let (kv_cache_tokens, mem_fraction_static) = kv_cache(plan, config, device.kind(), context_length);
     let default = RunnerOptions::default();
     Ok(RunnerOptions {
+        load_format: match plan.load_format {
+            LoadFormatArg::Auto => LoadFormat::Auto,
+            LoadFormatArg::Dummy => LoadFormat::Dummy,
+        },
+        skip_tokenizer: plan.skip_tokenizer,
         page_size: plan.page_size,
         kv_cache_tokens: kv_cache_tokens.next_multiple_of(plan.page_size),
+        mem_fraction_static,
         max_running_requests: plan.max_running,
         context_length,
         max_batch_tokens: plan.max_batch_tokens,
@@ -127,6 +129,26 @@ fn runner_options(plan: &EnginePlan, config: &ModelConfig, device: &Device) -> a
         verify_graph: plan.verify_graph,
         poison: plan.poison,
     })
+}
+
+/// Tokens of the KV cache, and the fraction of the memory that bounds them once the weights are loaded.
+fn kv_cache(
+    plan: &EnginePlan,
+    config: &ModelConfig,
+    device: DeviceKind,
+    context_length: usize,
+) -> (usize, Option<f64>) {
+    if let Some(tokens) = plan.kv_cache_tokens {
+        return (tokens, None);
+    }
+    let useful = plan.max_running.saturating_mul(context_length);
+    match (device, plan.mem_fraction_static) {
+        (DeviceKind::Host, None) => {
+            let fits = HOST_KV_BYTES / config.kv_bytes_per_token().max(1);
+            (fits.min(useful).max(context_length), None)
+        }
+        (_, fraction) => (useful, Some(fraction.unwrap_or(MEM_FRACTION_STATIC))),
+    }
 }
 
 fn folder_name(dir: &Path) -> String {

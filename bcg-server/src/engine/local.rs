@@ -21,8 +21,8 @@ use crate::metrics::Metrics;
 pub struct LocalOptions {
     /// How clients see the model.
     pub info: ModelInfo,
-    /// Text to tokens and back.
-    pub tokenizer: Tokenizer,
+    /// Text to tokens and back; `None` if there is none, as [`ModelInfo::has_tokenizer`] says.
+    pub tokenizer: Option<Tokenizer>,
     /// Conversation to text; `None` if the checkpoint has none.
     pub chat: Option<ChatTemplate>,
     /// Tokens that end an answer.
@@ -88,21 +88,33 @@ impl LocalEngine {
         })
     }
 
-    /// Returns the model's tokenizer.
-    pub fn tokenizer(&self) -> &Tokenizer {
-        &self.options.tokenizer
+    /// Returns the model's tokenizer, if there is one.
+    pub fn tokenizer(&self) -> Option<&Tokenizer> {
+        self.options.tokenizer.as_ref()
+    }
+
+    /// The tokenizer, for something that needs text.
+    fn text(&self) -> Result<&Tokenizer, SubmitError> {
+        self.tokenizer().ok_or_else(|| {
+            SubmitError::Prompt(
+                "This server has no tokenizer (--skip-tokenizer-init): give `prompt` of /v1/completions as token ids, \
+                 and leave `stop` and `logprobs` out."
+                    .into(),
+            )
+        })
     }
 
     fn tokens(&self, prompt: Prompt) -> Result<Vec<u32>, SubmitError> {
         let refused = |error: bcg_models::Error| SubmitError::Prompt(error.to_string());
         let tokens = match prompt {
-            Prompt::Text(text) => self.options.tokenizer.encode_with(&text, true).map_err(refused)?,
+            Prompt::Text(text) => self.text()?.encode_with(&text, true).map_err(refused)?,
             Prompt::Chat { messages, template_args } => {
+                let tokenizer = self.text()?;
                 let Some(chat) = &self.options.chat else {
                     return Err(SubmitError::Prompt("This model has no chat template; use /v1/completions.".into()));
                 };
                 let text = chat.render(&messages, None, true, &template_args).map_err(refused)?;
-                self.options.tokenizer.encode(&text).map_err(refused)?
+                tokenizer.encode(&text).map_err(refused)?
             }
             Prompt::Tokens(tokens) => {
                 let vocab_size = self.options.info.vocab_size;
@@ -153,6 +165,9 @@ impl Engine for LocalEngine {
         };
         let prompt = self.tokens(request.prompt)?;
         let max_tokens = self.max_tokens(prompt.len(), request.max_tokens)?;
+        if !request.stop.is_empty() || request.top_logprobs.is_some() {
+            self.text()?;
+        }
         let options = OutputOptions {
             prompt_tokens: prompt.len(),
             max_tokens,
@@ -160,7 +175,7 @@ impl Engine for LocalEngine {
             eos: if request.ignore_eos { Arc::from([]) } else { self.eos.clone() },
             logprobs: request.top_logprobs.is_some(),
         };
-        let (output, receiver) = Output::new(&self.options.tokenizer, options);
+        let (output, receiver) = Output::new(self.tokenizer(), options);
         let seed = request.seed.unwrap_or_else(|| fresh_seed(&self.next_seed));
         let sampling = SamplingParams { seed, ..request.sampling };
         let job = Job { prompt, sampling, top_logprobs: request.top_logprobs, output, slot, arrived: Instant::now() };
@@ -248,13 +263,18 @@ mod tests {
     }
 
     fn engine(max_queued: usize, gated: bool) -> (LocalEngine, Option<Sender<()>>) {
+        engine_with(max_queued, gated, true)
+    }
+
+    fn engine_with(max_queued: usize, gated: bool, has_tokenizer: bool) -> (LocalEngine, Option<Sender<()>>) {
         let (open, gate) = channel();
         let engine = LocalEngine::start(move || {
             let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tiny-qwen3");
-            let info = ModelInfo { name: "counting".into(), created: 0, context_length: 64, vocab_size: 461 };
+            let name = "counting".to_owned();
+            let info = ModelInfo { name, created: 0, context_length: 64, vocab_size: 461, has_tokenizer };
             let options = LocalOptions {
                 info,
-                tokenizer: Tokenizer::load(&dir)?,
+                tokenizer: has_tokenizer.then(|| Tokenizer::load(&dir)).transpose()?,
                 chat: ChatTemplate::load(&dir)?,
                 eos: vec![2],
                 max_queued,
@@ -385,6 +405,21 @@ mod tests {
         let empty = GenerationRequest::greedy(Prompt::Tokens(Vec::new()));
         assert!(matches!(engine.submit(empty), Err(SubmitError::Prompt(_))));
         assert_eq!(engine.slots.available_permits(), 4);
+    }
+
+    #[test]
+    fn without_a_tokenizer_ids_are_answered_with_ids_and_text_is_refused() {
+        let (engine, _) = engine_with(4, false, false);
+        let stream = engine.submit(request(300, 3)).expect("accepted");
+        assert_eq!(tokens(stream), Ok((vec![301, 302, 303], FinishReason::Length)));
+        let text = GenerationRequest::greedy(Prompt::Text("3+4".into()));
+        let chat = GenerationRequest::greedy(Prompt::chat(Vec::new()));
+        let stop = GenerationRequest { stop: vec!["x".into()], ..request(300, 3) };
+        let logprobs = GenerationRequest { top_logprobs: Some(0), ..request(300, 3) };
+        for refused in [text, chat, stop, logprobs] {
+            let error = engine.submit(refused).expect_err("needs text").to_string();
+            assert!(error.contains("--skip-tokenizer-init"), "{error}");
+        }
     }
 
     #[test]

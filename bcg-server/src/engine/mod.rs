@@ -34,6 +34,8 @@ pub struct ModelInfo {
     pub context_length: usize,
     /// Entries of the vocabulary.
     pub vocab_size: usize,
+    /// Whether it reads and writes text; without a tokenizer, prompts and answers are token ids.
+    pub has_tokenizer: bool,
 }
 
 /// What to continue.

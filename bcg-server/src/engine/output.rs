@@ -30,7 +30,8 @@ pub struct OutputOptions {
 #[derive(Debug)]
 pub struct Output {
     options: OutputOptions,
-    tokenizer: Tokenizer,
+    tokenizer: Option<Tokenizer>,
+    /// `None` without a tokenizer, and at the end.
     stream: Option<TokenStream>,
     watch: StopWatch,
     events: mpsc::Sender<Event>,
@@ -42,12 +43,12 @@ pub struct Output {
 }
 
 impl Output {
-    /// Makes an output and the receiving end of its events.
-    pub fn new(tokenizer: &Tokenizer, options: OutputOptions) -> (Self, mpsc::Receiver<Event>) {
+    /// Makes an output and the receiving end of its events. Without a tokenizer there is no text, only tokens.
+    pub fn new(tokenizer: Option<&Tokenizer>, options: OutputOptions) -> (Self, mpsc::Receiver<Event>) {
         let (events, receiver) = mpsc::channel(options.max_tokens + 1);
         let output = Self {
-            tokenizer: tokenizer.clone(),
-            stream: Some(tokenizer.stream(true)),
+            tokenizer: tokenizer.cloned(),
+            stream: tokenizer.map(|tokenizer| tokenizer.stream(true)),
             watch: StopWatch::new(&options.stop),
             events,
             generated: 0,
@@ -130,10 +131,8 @@ impl Output {
     }
 
     fn hold_logprob(&mut self, sampled: &SampledToken) -> Result<(), String> {
-        if !self.options.logprobs {
-            return Ok(());
-        }
-        let text = |id: u32, logprob: f32| match self.tokenizer.decode(&[id], false) {
+        let Some(tokenizer) = self.tokenizer.as_ref().filter(|_| self.options.logprobs) else { return Ok(()) };
+        let text = |id: u32, logprob: f32| match tokenizer.decode(&[id], false) {
             Ok(text) => Ok(TokenText { text, logprob }),
             Err(error) => Err(error.to_string()),
         };
@@ -177,7 +176,7 @@ mod tests {
         let tokenizer = tokenizer();
         let mut ids = tokenizer.encode(answer).expect("encodes");
         ids.extend(ends.then_some(2));
-        let (mut output, mut receiver) = Output::new(&tokenizer, options);
+        let (mut output, mut receiver) = Output::new(Some(&tokenizer), options);
         for id in ids {
             let sampled = SampledToken { id, logprob: Some(-0.5), top: vec![(id, -0.5)], logits: None };
             if output.push(&sampled).expect("decodes").is_some() {
@@ -233,7 +232,7 @@ mod tests {
 
     #[test]
     fn a_dropped_receiver_is_a_cancelled_request() {
-        let (output, receiver) = Output::new(&tokenizer(), options(4));
+        let (output, receiver) = Output::new(Some(&tokenizer()), options(4));
         assert!(!output.is_cancelled());
         drop(receiver);
         assert!(output.is_cancelled());

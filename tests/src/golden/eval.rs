@@ -48,7 +48,7 @@ fn number_in(answer: &str) -> Option<f64> {
 pub fn accuracy(runner: &mut ModelRunner, style: Style, count: usize) -> (f64, Vec<Vec<u32>>) {
     let template = ChatTemplate::load(&tiny_qwen3()).expect("a readable template").expect("a template");
     let shots = shots();
-    let tokenizer = runner.tokenizer().clone();
+    let tokenizer = runner.tokenizer().expect("a tokenizer").clone();
     let (mut right, mut all_tokens) = (0, Vec::new());
     let problems: Vec<_> = problems().into_iter().take(count).collect();
     for (question, number) in &problems {

@@ -3,7 +3,9 @@
 use std::ops::ControlFlow;
 
 use bcg_models::state::PageLease;
-use bcg_models::{Error, GenerateOptions, GraphMode, ModelRunner, RunnerOptions, SamplingParams, SequenceInput};
+use bcg_models::{
+    Error, GenerateOptions, GraphMode, LoadFormat, ModelRunner, RunnerOptions, SamplingParams, SequenceInput,
+};
 use bcg_runtime::Device;
 use serde_json::Value;
 
@@ -243,4 +245,26 @@ pub fn a_batch_that_does_not_fit_is_refused_and_changes_nothing(device: &Device)
         assert_eq!(runner.runtime_stats().num_launches, launches, "nothing ran");
     }
     assert_eq!(logits_in_steps(&mut runner, &prompt, &[prompt.len()]), expected);
+}
+
+/// Random weights need `config.json` only: no tensors, no tokenizer.
+pub fn a_configuration_alone_gives_the_same_finite_logits_each_time(device: &Device) {
+    let dir = std::env::temp_dir().join(format!("bcg-config-alone-{}-{:?}", std::process::id(), device.kind()));
+    std::fs::create_dir_all(&dir).expect("a writable temporary folder");
+    std::fs::copy(tiny_qwen3().join("config.json"), dir.join("config.json")).expect("a copy");
+    let options = RunnerOptions {
+        load_format: LoadFormat::Dummy,
+        skip_tokenizer: true,
+        mem_fraction_static: Some(0.5),
+        ..options(GraphMode::Off)
+    };
+    let logits = [(); 2].map(|()| {
+        let mut runner = ModelRunner::load(device, &dir, options.clone(), &mut |_| ()).expect("the model loads");
+        assert!(matches!(runner.tokenizer(), Err(Error::NoTokenizer)));
+        logits_in_steps(&mut runner, &[3, 1, 4, 1, 5], &[4, 5])
+    });
+    std::fs::remove_dir_all(&dir).expect("it is there");
+    assert_eq!(logits[0], logits[1]);
+    let (least, most) = logits[0].iter().fold((f32::MAX, f32::MIN), |(a, b), v| (a.min(*v), b.max(*v)));
+    assert!(most - least > 0.1 && logits[0].iter().all(|logit| logit.is_finite()), "{least}..{most}");
 }
