@@ -57,6 +57,14 @@ step "chat: equal tokens" 10 cmp "$work/chat-eager.jsonl" "$work/chat-graphs.jso
 step "chat, lazy: equal tokens" 10 cmp "$work/chat-eager.jsonl" "$work/chat-lazy-verified.jsonl"
 step "few-shot: equal tokens" 10 cmp "$work/few-shot-eager.jsonl" "$work/few-shot-graphs.jsonl"
 
+# A model of a real geometry against transformers in float32.
+if python3 -c 'import torch, transformers, safetensors' 2>/dev/null; then
+    step "geometry: reference" 240 python3 tests/geometry/reference.py models/geometries/qwen3-8b "$work/geometry"
+    step "geometry: rules" 240 bin/gpu --geometry "$work/geometry"
+else
+    table+=("skip  python3 has no torch, transformers and safetensors  geometry against transformers")
+fi
+
 # 2. Fast?
 step "inspect" 60 bin/bcg inspect "${model[@]}" --size 64
 step "generate" 60 bin/bcg generate "${model[@]}" "${graphs[@]}" --chat --prompt "Raj has 10 boxes with 12 books in each. How many books is that?"

@@ -4,6 +4,7 @@
 //! schedules where the rule is about order; the `gpu` binary runs the same rules on a CUDA device.
 
 pub mod conformance;
+pub mod geometry;
 pub mod golden;
 pub mod ops;
 pub mod random;

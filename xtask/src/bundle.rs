@@ -22,7 +22,7 @@ const EXECUTABLES: [(&str, &str); 4] =
 const EXAMPLE: &str = "own_kernel";
 
 /// Folders of the project that travel along.
-const FOLDERS: [&str; 3] = ["models/tiny-qwen3", "models/geometries", "tests/data"];
+const FOLDERS: [&str; 4] = ["models/tiny-qwen3", "models/geometries", "tests/data", "tests/geometry"];
 
 /// Runs `cargo xtask gpu-bundle`.
 pub(crate) fn run() -> Result<()> {

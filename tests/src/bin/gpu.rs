@@ -1,28 +1,32 @@
 //! Runs every rule on the first CUDA device. Without one it fails: this is the gate that needs a GPU.
 //!
 //! `gpu [FILTER] [--random N]`: only rules whose `group::name` contains FILTER; N random programs (200 unless told; 0 for
-//! none). `BCG_ROOT` tells where the repository's `models` and `tests` lie, if not where it was built.
+//! none). `gpu --geometry DIR`: only the rules about the folder that `tests/geometry/reference.py` wrote. `BCG_ROOT` tells where the repository's `models` and `tests` lie, if not where it was built.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bcg_runtime::Device;
-use bcg_tests::{conformance, golden, ops, random};
+use bcg_tests::geometry::Session;
+use bcg_tests::{conformance, geometry, golden, ops, random};
 
 struct Options {
     filter: String,
     num_random: u64,
+    geometry: Option<PathBuf>,
 }
 
 impl Options {
     fn parse(mut args: impl Iterator<Item = String>) -> Result<Self, String> {
-        let mut options = Self { filter: String::new(), num_random: 200 };
+        let mut options = Self { filter: String::new(), num_random: 200, geometry: None };
         while let Some(arg) = args.next() {
             let mut value = || args.next().ok_or_else(|| format!("{arg} needs a value"));
             match arg.as_str() {
                 "--random" => options.num_random = value()?.parse().map_err(|error| format!("--random: {error}"))?,
+                "--geometry" => options.geometry = Some(value()?.into()),
                 _ if arg.starts_with('-') => return Err(format!("unknown option {arg}")),
                 _ => options.filter = arg,
             }
@@ -95,6 +99,22 @@ fn run_all(device: &Device, options: &Options) -> ExitCode {
     report.finish()
 }
 
+fn run_geometry(device: &Device, dir: &Path) -> ExitCode {
+    let mut report = Report::default();
+    for &(mode_name, mode) in geometry::MODES {
+        let mut session = None;
+        report.run(format!("geometry::{mode_name}::load"), || session = Some(Session::load(device, dir, mode)));
+        for (name, rule) in geometry::RULES {
+            let Some(session) = &mut session else { break };
+            report.run(format!("geometry::{mode_name}::{name}"), || {
+                println!("{mode_name}: {name}");
+                rule(session);
+            });
+        }
+    }
+    report.finish()
+}
+
 fn main() -> ExitCode {
     let options = match Options::parse(std::env::args().skip(1)) {
         Ok(options) => options,
@@ -112,5 +132,8 @@ fn main() -> ExitCode {
     };
     println!("{}", device.name());
     keep_panic_messages();
-    run_all(&device, &options)
+    match &options.geometry {
+        Some(dir) => run_geometry(&device, dir),
+        None => run_all(&device, &options),
+    }
 }
