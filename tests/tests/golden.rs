@@ -30,6 +30,7 @@ tests! {
     sampled_tokens_depend_on_seed_and_step_alone,
     log_probabilities_are_of_the_logits,
     a_batch_that_does_not_fit_is_refused_and_changes_nothing,
+    a_configuration_alone_gives_the_same_finite_logits_each_time,
     chat_answers_are_right,
     few_shot_answers_are_right,
 }
