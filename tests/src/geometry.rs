@@ -65,6 +65,7 @@ impl Session {
             max_batch_tokens: 2048,
             graph,
             graph_sizes: Some(GRAPH_SIZES.to_vec()),
+            decode_graph_sizes: Some(vec![1, 8]),
             verify_graph: (graph == GraphMode::Ahead).then_some(1),
             ..RunnerOptions::default()
         };
