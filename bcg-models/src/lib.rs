@@ -33,8 +33,8 @@ pub use chat::{ChatMessage, ChatTemplate};
 pub use config::ModelConfig;
 pub use error::{Error, Result};
 pub use runner::{
-    CaptureSummary, FinishReason, GenerateOptions, Generated, GraphMode, GraphStats, LoadFormat, ModelRunner, Progress,
-    RunnerOptions, SampledToken, Stage, StepOutput,
+    CaptureSummary, FinishReason, ForwardPath, GenerateOptions, Generated, GraphMode, GraphStats, LoadFormat,
+    ModelRunner, Progress, RunnerOptions, SampledToken, Stage, StepOutput,
 };
 pub use sampling::SamplingParams;
 pub use tokenizer::{TokenStream, Tokenizer};

@@ -10,7 +10,7 @@ use bcg_runtime::{
     Source, Tensor, eager_on_graph,
 };
 
-use crate::timing::Contestant;
+use crate::turns::Contestant;
 
 /// Kernels of a segment.
 pub const SEGMENT_KERNELS: usize = 8;

@@ -11,7 +11,7 @@ use bcg_kernels::{Arch, compile};
 use cudarc::driver::sys;
 
 use crate::program::{BREAK_KERNELS, DIMS, ELEMENTS, ENTRY, SEGMENT_KERNELS, SOURCE, check};
-use crate::timing::Contestant;
+use crate::turns::Contestant;
 
 /// The argument struct of `add_one.cu`.
 #[repr(C)]

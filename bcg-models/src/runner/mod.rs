@@ -11,6 +11,7 @@
 
 mod choose;
 mod generate;
+mod measure;
 mod options;
 
 use std::path::Path;
@@ -32,6 +33,7 @@ use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
 
 pub use generate::{FinishReason, GenerateOptions, Generated};
+pub use measure::ForwardPath;
 pub use options::{CaptureSummary, GraphMode, LoadFormat, Progress, RunnerOptions, SampledToken, Stage, StepOutput};
 
 /// What a runner's graphs did: replays, captures, and eager forwards by reason.

@@ -4,13 +4,14 @@ use clap::{Parser, Subcommand};
 
 use crate::args::LogFormat;
 
+pub mod bench;
 pub mod eval;
 pub mod generate;
 pub mod inspect;
 
 /// Flags of `bcg`.
 #[derive(Debug, Parser)]
-#[command(name = "bcg", version, about = "Run, evaluate and inspect models on breakable CUDA graphs")]
+#[command(name = "bcg", version, about = "Run, evaluate, inspect and time models on breakable CUDA graphs")]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -30,6 +31,8 @@ pub enum Command {
     Eval(eval::EvalArgs),
     /// Show the segments and breaks of a captured size
     Inspect(inspect::InspectArgs),
+    /// Time kernels, forwards and captures
+    Bench(bench::BenchArgs),
 }
 
 impl Cli {
@@ -42,6 +45,7 @@ impl Cli {
             Command::Generate(args) => generate::run(args),
             Command::Eval(args) => eval::run(&args),
             Command::Inspect(args) => inspect::run(&args),
+            Command::Bench(args) => bench::run(&args),
         }
     }
 }

@@ -61,6 +61,20 @@ pub fn start(plan: &EnginePlan, name: Option<String>) -> anyhow::Result<LocalEng
 /// As [`start`].
 pub fn load_runner(plan: &EnginePlan) -> anyhow::Result<ModelRunner> {
     let mut progress = LoadProgress::new();
+    let mut runner = load_uncaptured(plan, &mut progress)?;
+    let captured = match plan.graph {
+        GraphPlan::Ahead => Some(runner.capture(&mut |done| progress.update(done))?),
+        GraphPlan::Off | GraphPlan::Lazy => None,
+    };
+    progress.finish(&runner, captured.as_ref());
+    Ok(runner)
+}
+
+/// Loads the model and captures nothing.
+///
+/// # Errors
+/// As [`start`].
+pub fn load_uncaptured(plan: &EnginePlan, progress: &mut LoadProgress) -> anyhow::Result<ModelRunner> {
     let device = open_device(plan.device)?;
     progress.stage_ended("opening the device");
     let config = ModelConfig::load(&plan.model)
@@ -71,16 +85,14 @@ pub fn load_runner(plan: &EnginePlan) -> anyhow::Result<ModelRunner> {
         plan.model.display()
     );
     let options = runner_options(plan, &config, &device)?;
-    let mut runner = ModelRunner::load(&device, &plan.model, options, &mut |done| progress.update(done))?;
-    let captured = match plan.graph {
-        GraphPlan::Ahead => Some(runner.capture(&mut |done| progress.update(done))?),
-        GraphPlan::Off | GraphPlan::Lazy => None,
-    };
-    progress.finish(&runner, captured.as_ref());
-    Ok(runner)
+    Ok(ModelRunner::load(&device, &plan.model, options, &mut |done| progress.update(done))?)
 }
 
-fn open_device(device: DeviceArg) -> anyhow::Result<Device> {
+/// Opens the device that `--device` names.
+///
+/// # Errors
+/// If there is no usable GPU and one is asked for.
+pub fn open_device(device: DeviceArg) -> anyhow::Result<Device> {
     match device {
         DeviceArg::Host => Ok(Device::host()),
         DeviceArg::Cuda => Device::cuda(0)

@@ -1,0 +1,40 @@
+//! The forward alone, for those who time it.
+
+use super::ModelRunner;
+use crate::batch::SequenceInput;
+use crate::error::Result;
+
+/// How a forward is run, for [`ModelRunner::forward_only`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ForwardPath {
+    /// As [`ModelRunner::step`] would: with a graph where there is one.
+    Graph,
+    /// Without a graph, whatever is captured.
+    Eager,
+}
+
+impl ModelRunner {
+    /// Uploads a batch and enqueues its forward, up to the hidden states: no logits, no tokens. Does not wait for it.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn forward_only(&mut self, batch: &[SequenceInput<'_>], path: ForwardPath) -> Result<()> {
+        self.check(batch)?;
+        match path {
+            ForwardPath::Graph => self.run(batch)?,
+            ForwardPath::Eager => {
+                let rows = batch.iter().map(|sequence| sequence.tokens.len()).sum();
+                self.run_eagerly(batch, rows)?
+            }
+        };
+        Ok(())
+    }
+
+    /// Waits until what was enqueued has run.
+    ///
+    /// # Errors
+    /// The first error of that work.
+    pub fn synchronize(&self) -> Result<()> {
+        Ok(self.runner.synchronize()?)
+    }
+}

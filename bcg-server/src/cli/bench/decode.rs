@@ -1,0 +1,69 @@
+//! `bcg bench decode`: the forward of a batch in which each sequence has one new token, with graphs and eagerly.
+
+use anyhow::{Context, ensure};
+use clap::Args;
+
+use super::forward::{self, Sequences};
+use super::report::{Environment, Report};
+use super::{RoundsArgs, sizes_at_least_one};
+use crate::args::{CaptureArg, EngineArgs};
+use crate::engine::load;
+use crate::progress::bar;
+
+/// Flags of `bcg bench decode`.
+#[derive(Debug, Args)]
+pub struct DecodeArgs {
+    /// Flags of the engine; graphs of the batch sizes are on whatever they say.
+    #[command(flatten)]
+    pub engine: EngineArgs,
+
+    /// Sequences in a batch, separated by commas
+    #[arg(long, value_name = "B,B,…", value_delimiter = ',', default_value = "1,8,64,256")]
+    pub batches: Vec<usize>,
+
+    /// Tokens that each sequence has after the step
+    #[arg(long, value_name = "TOKENS", default_value_t = 1024)]
+    pub context: usize,
+
+    /// How often.
+    #[command(flatten)]
+    pub rounds: RoundsArgs,
+}
+
+/// Times the forwards.
+///
+/// # Errors
+/// What is wrong with the flags or the model, or that a forward failed.
+pub fn measure(args: &DecodeArgs) -> anyhow::Result<Report> {
+    let largest = sizes_at_least_one("--batches", &args.batches)?;
+    ensure!(args.context > 0, "--context: a sequence has at least its new token; give at least 1");
+    let rounds = args.rounds.rounds()?;
+    let mut flags = args.engine.clone();
+    flags.enable_breakable_cuda_graph = true;
+    flags.capture = CaptureArg::Ahead;
+    flags.cuda_graph_sizes = Some(args.batches.clone());
+    flags.cuda_graph_max_tokens = None;
+    flags.max_running_requests = largest;
+    flags.chunked_prefill_size = flags.chunked_prefill_size.max(largest);
+    flags.context_length = Some(flags.context_length.unwrap_or(0).max(args.context));
+    flags.kv_cache_tokens = Some(largest * args.context.next_multiple_of(flags.page_size));
+    let mut runner = load::load_runner(&flags.plan()?)?;
+    super::random::fill_kv(&runner)?;
+
+    let mut report = Report::new(Environment::read(runner.device().name()));
+    report.note(format!(
+        "model {}, one new token for each of B sequences of {} tokens, keys and values random",
+        flags.model.display(),
+        args.context
+    ));
+    report.note(forward::NOTE);
+    let bar = bar(args.batches.len() as u64, "{msg:>17} [{bar:40}] {pos}/{len}", "timing decode");
+    for &batch in &args.batches {
+        let sequences = Sequences::new(&runner, batch, 1, args.context - 1)?;
+        let times = forward::time(&mut runner, &sequences, rounds).with_context(|| format!("batch of {batch}"))?;
+        report.row("decode", times.row(("batch", batch)));
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    Ok(report)
+}

@@ -1,0 +1,109 @@
+//! Times of whole forwards: what the benches of prefill and decode share.
+
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+use bcg_models::state::PageLease;
+use bcg_models::{ForwardPath, ModelRunner, SamplingParams, SequenceInput};
+
+use super::report::{Cell, Row};
+use super::timing::{Rounds, Samples};
+
+/// What the times of a forward include; goes with every table.
+pub(super) const NOTE: &str = "\
+graph_ms, eager_ms: wall time from before the upload of the step's inputs (token ids, positions, slots, lengths, page \
+table; from pageable host memory) until the hidden states are there (synchronised), attention and its planning included, \
+LM head not. *_host_ms: the part of it until all is enqueued. step_ms: with graphs, plus LM head, greedy choice and \
+read-back of the tokens. Median (p10..p90); the three take turns.";
+
+/// The sequences of a batch, with pages of their own.
+#[derive(Debug)]
+pub(super) struct Sequences {
+    tokens: Vec<u32>,
+    past_len: usize,
+    leases: Vec<PageLease>,
+    sampling: SamplingParams,
+}
+
+impl Sequences {
+    /// Makes `count` sequences with `new_len` new tokens each, behind `past_len` tokens that the KV cache holds already.
+    ///
+    /// Pages are taken in turns, so that no sequence's pages lie side by side: as in a server that decodes for a while.
+    pub(super) fn new(runner: &ModelRunner, count: usize, new_len: usize, past_len: usize) -> Result<Self> {
+        let vocab = runner.config().vocab_size as u64;
+        let tokens = (1..=new_len as u64).map(|i| (i.wrapping_mul(0x9E37_79B9_7F4A_7C15) % vocab) as u32).collect();
+        let mut leases = (0..count).map(|_| runner.pages().lease(0)).collect::<Result<Vec<_>, _>>()?;
+        for _ in 0..runner.pages().pages_for(past_len + new_len) {
+            leases.iter_mut().try_for_each(|lease| lease.grow(1))?;
+        }
+        Ok(Self { tokens, past_len, leases, sampling: SamplingParams::greedy() })
+    }
+
+    fn inputs(&self) -> Vec<SequenceInput<'_>> {
+        let leases = self.leases.iter();
+        leases
+            .map(|lease| SequenceInput {
+                tokens: &self.tokens,
+                past_len: self.past_len,
+                pages: lease.pages(),
+                sampling: &self.sampling,
+                step: 0,
+                top_logprobs: None,
+                logits: false,
+            })
+            .collect()
+    }
+}
+
+/// The times of one batch, in milliseconds.
+#[derive(Debug)]
+pub(super) struct ForwardTimes {
+    graph: [Samples; 2],
+    eager: [Samples; 2],
+    step: Samples,
+}
+
+/// Times a batch with graphs, eagerly, and as a whole step, in turns.
+pub(super) fn time(runner: &mut ModelRunner, sequences: &Sequences, rounds: Rounds) -> Result<ForwardTimes> {
+    let batch = sequences.inputs();
+    let replays = runner.stats().num_replays;
+    runner.forward_only(&batch, ForwardPath::Graph)?;
+    let rows = sequences.tokens.len() * sequences.leases.len();
+    ensure!(runner.stats().num_replays > replays, "no graph was replayed for {rows} rows, so there is none to time");
+    let times = rounds.run(|| {
+        let graph = time_once(runner, |runner| Ok(runner.forward_only(&batch, ForwardPath::Graph)?))?;
+        let eager = time_once(runner, |runner| Ok(runner.forward_only(&batch, ForwardPath::Eager)?))?;
+        let step = time_once(runner, |runner| Ok(runner.step(&batch).map(drop)?))?;
+        Ok([graph.0, graph.1, eager.0, eager.1, step.1])
+    })?;
+    let column = |index: usize| Samples::new(times.iter().map(|round| round[index]).collect());
+    Ok(ForwardTimes { graph: [column(0), column(1)], eager: [column(2), column(3)], step: column(4) })
+}
+
+/// Returns the milliseconds until `run` returned, and until its work was done.
+fn time_once(runner: &mut ModelRunner, run: impl FnOnce(&mut ModelRunner) -> Result<()>) -> Result<(f64, f64)> {
+    let begun = Instant::now();
+    run(runner)?;
+    let host = begun.elapsed();
+    runner.synchronize()?;
+    let wall = begun.elapsed();
+    Ok((host.as_secs_f64() * 1e3, wall.as_secs_f64() * 1e3))
+}
+
+impl ForwardTimes {
+    /// Returns the columns of the table.
+    pub(super) fn row(self, size: (&'static str, usize)) -> Row {
+        let rounds = self.step.len();
+        let [graph_host, graph] = self.graph;
+        let [eager_host, eager] = self.eager;
+        vec![
+            (size.0, Cell::Count(size.1)),
+            ("graph_ms", graph.into()),
+            ("eager_ms", eager.into()),
+            ("step_ms", self.step.into()),
+            ("graph_host_ms", graph_host.into()),
+            ("eager_host_ms", eager_host.into()),
+            ("rounds", Cell::Count(rounds)),
+        ]
+    }
+}

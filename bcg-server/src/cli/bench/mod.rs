@@ -1,0 +1,168 @@
+//! `bcg bench`: what is timed, how it is timed, and how it is reported.
+//!
+//! Every command prints a table and, with `--json`, writes the same rows with the machine, the driver, the commit and the
+//! date they belong to. All of them run on the host device too, where a figure says something about the runtime's own
+//! bookkeeping and nothing about a GPU.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use clap::{Args, Subcommand};
+
+pub mod capture;
+pub mod decode;
+mod forward;
+pub mod prefill;
+mod random;
+pub mod report;
+pub mod timing;
+
+use report::Report;
+use timing::Rounds;
+
+/// Flags of `bcg bench`.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// What to time.
+    #[command(subcommand)]
+    pub command: BenchCommand,
+}
+
+/// What `bcg bench` can time.
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// The forward of one request, by its length
+    Prefill(prefill::PrefillArgs),
+    /// The forward of a batch with one new token for each sequence, by the batch's size
+    Decode(decode::DecodeArgs),
+    /// The captures of all sizes, and the memory they take
+    Capture(capture::CaptureArgs),
+}
+
+/// Flags of every bench that repeats something.
+#[derive(Debug, Clone, Args)]
+pub struct RoundsArgs {
+    /// Timed rounds; the tables show their median, p10 and p90
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    pub rounds: usize,
+
+    /// Seconds after which no further round of a row begins, but three are always made
+    #[arg(long, value_name = "SECONDS", default_value_t = 5)]
+    pub seconds: u64,
+
+    /// Also write the figures to this file
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
+impl RoundsArgs {
+    fn rounds(&self) -> anyhow::Result<Rounds> {
+        ensure!(self.rounds > 0, "--rounds: 0 rounds time nothing; give at least 1");
+        Ok(Rounds { warm_ups: 3, rounds: self.rounds, budget: Duration::from_secs(self.seconds) })
+    }
+}
+
+/// Returns the largest of some sizes, all of which are at least 1.
+fn sizes_at_least_one(flag: &str, sizes: &[usize]) -> anyhow::Result<usize> {
+    ensure!(!sizes.contains(&0), "{flag}: 0 is no size; give sizes of at least 1");
+    sizes.iter().copied().max().with_context(|| format!("{flag}: names no size; give at least one"))
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// What is wrong with the flags or the model; that something timed failed.
+pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
+    let (report, path) = measure(&args.command)?;
+    report.publish(path.as_deref())
+}
+
+fn measure(command: &BenchCommand) -> anyhow::Result<(Report, &Option<PathBuf>)> {
+    Ok(match command {
+        BenchCommand::Prefill(args) => (prefill::measure(args)?, &args.rounds.json),
+        BenchCommand::Decode(args) => (decode::measure(args)?, &args.rounds.json),
+        BenchCommand::Capture(args) => (capture::measure(args)?, &args.json),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use serde_json::Value;
+
+    use super::*;
+    use crate::cli::{Cli, Command};
+
+    /// Runs `bcg bench` on the host device and returns its JSON.
+    fn bench(flags: &[&str]) -> anyhow::Result<Value> {
+        const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/tiny-qwen3");
+        let line = ["bcg", "bench"].iter().chain(flags).chain(&["--device", "host", "--model", MODEL]);
+        let Command::Bench(args) = Cli::try_parse_from(line)?.command else { unreachable!("the line says bench") };
+        let (report, _) = measure(&args.command)?;
+        assert!(report.text().starts_with("device host:"), "{}", report.text());
+        Ok(report.json())
+    }
+
+    fn rows<'a>(report: &'a Value, table: &str) -> Vec<&'a Value> {
+        let rows = report["rows"].as_array().expect("rows");
+        rows.iter().filter(|row| row["name"] == table).collect()
+    }
+
+    #[track_caller]
+    fn positive(row: &Value, columns: &[&str]) {
+        for column in columns {
+            assert!(row[column].as_f64().is_some_and(|number| number > 0.0), "{column} of {row}");
+        }
+    }
+
+    const FORWARD: [&str; 5] =
+        ["graph_ms_p50", "eager_ms_p10", "step_ms_p90", "graph_host_ms_p50", "eager_host_ms_p50"];
+
+    #[test]
+    fn prefill_times_each_size_with_graphs_and_eagerly() {
+        let report = bench(&["prefill", "--sizes", "1,20", "--rounds", "4"]).expect("times");
+        let rows = rows(&report, "prefill");
+        assert_eq!(rows.iter().map(|row| &row["tokens"]).collect::<Vec<_>>(), [1, 20]);
+        for row in rows {
+            positive(row, &FORWARD);
+            assert_eq!(row["rounds"], 4);
+            assert!(row["graph_host_ms_p50"].as_f64() <= row["graph_ms_p50"].as_f64(), "{row}");
+        }
+    }
+
+    #[test]
+    fn decode_times_each_batch_at_its_context() {
+        let report = bench(&["decode", "--batches", "3,1", "--context", "40", "--rounds", "3"]).expect("times");
+        let rows = rows(&report, "decode");
+        assert_eq!(rows.iter().map(|row| &row["batch"]).collect::<Vec<_>>(), [3, 1]);
+        rows.into_iter().for_each(|row| positive(row, &FORWARD));
+        assert!(report["notes"][0].as_str().is_some_and(|note| note.contains("of 40 tokens")), "{report}");
+    }
+
+    #[test]
+    fn capture_times_every_size_and_their_sum() {
+        let report = bench(&["capture", "--cuda-graph-max-tokens", "20"]).expect("captures");
+        let sizes = rows(&report, "capture of a size");
+        assert_eq!(sizes.iter().map(|row| &row["tokens"]).collect::<Vec<_>>(), [20, 18, 16, 12, 8, 4, 2, 1]);
+        sizes.iter().for_each(|row| positive(row, &["ms", "arena_bytes"]));
+        let total = rows(&report, "capture")[0];
+        assert_eq!((&total["sizes"], &total["breaks"]), (&8.into(), &4.into()));
+        let sum: f64 = sizes.iter().filter_map(|row| row["ms"].as_f64()).sum();
+        let total_ms = total["seconds"].as_f64().expect("seconds") * 1e3;
+        assert!(sum <= total_ms && total_ms < 1.5 * sum + 100.0, "{sum} ms of {total_ms} ms");
+    }
+
+    #[test]
+    fn sizes_that_cannot_be_timed_are_refused_by_flag() {
+        for (flags, flag) in [
+            (["prefill", "--sizes", "1,0"], "--sizes"),
+            (["decode", "--batches", "0"], "--batches"),
+            (["decode", "--context", "0"], "--context"),
+            (["prefill", "--rounds", "0"], "--rounds"),
+        ] {
+            let error = bench(&flags).expect_err(flag).to_string();
+            assert!(error.starts_with(flag), "{error}");
+        }
+    }
+}
