@@ -44,6 +44,9 @@ pub enum Error {
     /// No device of the wanted kind can be used.
     #[error("no usable device: {0}")]
     NoDevice(String),
+    /// Running kernels cannot be watched.
+    #[error("cannot trace kernels: {0}")]
+    Trace(String),
     /// A kernel's source did not compile or load.
     #[error("kernel {kernel}: {message}")]
     Kernel {

@@ -76,7 +76,7 @@ pub use bridge::{Bridge, Carrier};
 pub use cache::{CacheOptions, GraphCache, GraphCacheStats};
 pub use context::{Context, LiveBatch, Rows};
 pub use device::host::{HostControl, HostMemory, HostOptions};
-pub use device::{Device, DeviceKind, Event, LiveObjects, MemoryInfo, PinnedBuffer, Stream};
+pub use device::{Device, DeviceKind, Event, KernelRun, LiveObjects, MemoryInfo, PinnedBuffer, Stream};
 pub use dtype::{DType, Element};
 pub use eager::{Eager, Live};
 pub use error::{Error, Result};

@@ -24,7 +24,7 @@ mod cache;
 mod compile;
 mod nvrtc;
 
-pub use compile::{Arch, CompileError, compile, compile_all, compile_uncached};
+pub use compile::{Arch, CompileError, compile, compile_all, compile_uncached, cuda_roots};
 
 /// The text of one CUDA source file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -51,6 +51,17 @@ pub struct MemoryInfo {
     pub total_bytes: usize,
 }
 
+/// One kernel that a device ran; see [`Device::trace_kernels`]. Times are in nanoseconds, of one clock.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KernelRun {
+    /// The kernel's entry point, as the compiler named it.
+    pub name: String,
+    /// When it began. A kernel that was launched early, before its predecessor ended, has begun then.
+    pub start_ns: u64,
+    /// When it had ended.
+    pub end_ns: u64,
+}
+
 /// A handle to one device. Cloning is cheap; all clones mean the same device.
 ///
 /// # Example
@@ -162,6 +173,29 @@ impl Device {
     /// [`Error::Kernel`] with the compiler's words.
     pub fn prepare(&self, kernels: &[&'static dyn AnyKernel]) -> Result<()> {
         self.backend.prepare(kernels)
+    }
+
+    /// Runs `f`, waits for the device, and returns every kernel that ran meanwhile, also within graphs, in the order of
+    /// their starts. Watching costs time on the host and between kernels, so `f` is not to be timed.
+    ///
+    /// # Errors
+    /// [`Error::Trace`] on the host device, and without CUPTI, which comes with the CUDA toolkit; the first error of the
+    /// work waited for.
+    ///
+    /// # Example
+    /// ```
+    /// use bcg_runtime::{Device, Error};
+    /// assert!(matches!(Device::host().trace_kernels(|| 1), Err(Error::Trace(_))));
+    /// ```
+    pub fn trace_kernels<R>(&self, f: impl FnOnce() -> R) -> Result<(R, Vec<KernelRun>)> {
+        let (mut f, mut result) = (Some(f), None);
+        self.synchronize()?;
+        let runs = self.backend.trace_kernels(&mut || {
+            result = f.take().map(|f| f());
+            self.synchronize()
+        })?;
+        let result = result.ok_or_else(|| Error::Trace("the device did not run what was to be traced".to_owned()))?;
+        Ok((result, runs))
     }
 
     /// Allocates a persistent tensor with undefined contents (NaN on the host device).

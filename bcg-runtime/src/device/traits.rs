@@ -16,7 +16,7 @@
 use std::fmt;
 
 use crate::launch::Launch;
-use crate::{DeviceKind, DevicePtr, MemoryInfo, Result, TensorMap, TensorMapSpec};
+use crate::{DeviceKind, DevicePtr, KernelRun, MemoryInfo, Result, TensorMap, TensorMapSpec};
 
 macro_rules! handles {
     ($($(#[$doc:meta])* $name:ident),*) => { $(
@@ -161,4 +161,6 @@ pub(crate) trait Backend:
     fn tensor_map(&self, spec: &TensorMapSpec<'_>) -> Result<TensorMap>;
     /// Compiles and loads kernels ahead of their first launch, in parallel where that helps.
     fn prepare(&self, kernels: &[&'static dyn crate::launch::AnyKernel]) -> Result<()>;
+    /// Calls `f`, which waits for its work, and returns the kernels that ran meanwhile.
+    fn trace_kernels(&self, f: &mut dyn FnMut() -> Result<()>) -> Result<Vec<KernelRun>>;
 }

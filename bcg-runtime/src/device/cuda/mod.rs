@@ -11,6 +11,7 @@
 //!   refused, done another way, or put off until the captures have ended.
 //! - No call panics, whatever the driver says.
 
+mod cupti;
 mod event;
 mod graph;
 mod memory;
@@ -29,7 +30,7 @@ use cudarc::driver::sys::CUdevice_attribute as Attribute;
 
 use super::traits::Backend;
 use crate::launch::AnyKernel;
-use crate::{DeviceKind, Error, Result, TensorMap, TensorMapSpec};
+use crate::{DeviceKind, Error, KernelRun, Result, TensorMap, TensorMapSpec};
 use module::Modules;
 use sys::{Driver, Relaxed};
 
@@ -278,6 +279,11 @@ impl Backend for CudaBackend {
 
     fn prepare(&self, kernels: &[&'static dyn AnyKernel]) -> Result<()> {
         self.prepare_kernels(kernels)
+    }
+
+    fn trace_kernels(&self, f: &mut dyn FnMut() -> Result<()>) -> Result<Vec<KernelRun>> {
+        self.bind_again()?;
+        cupti::trace(f)
     }
 }
 

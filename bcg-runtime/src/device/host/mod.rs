@@ -35,7 +35,7 @@ pub use memory::HostMemory;
 
 use super::traits::Backend;
 use crate::launch::AnyKernel;
-use crate::{DeviceKind, Result, TensorMap, TensorMapSpec};
+use crate::{DeviceKind, Error, KernelRun, Result, TensorMap, TensorMapSpec};
 use capture::Capture;
 use event::EventState;
 use fault::Faults;
@@ -174,6 +174,11 @@ impl Backend for HostBackend {
 
     fn tensor_map(&self, _spec: &TensorMapSpec<'_>) -> Result<TensorMap> {
         Ok(TensorMap::default())
+    }
+
+    /// Refuses: nothing here runs on a GPU.
+    fn trace_kernels(&self, _: &mut dyn FnMut() -> Result<()>) -> Result<Vec<KernelRun>> {
+        Err(Error::Trace(format!("{} runs no kernel on a GPU; use a CUDA device", self.shared.name)))
     }
 
     /// Does nothing: host references are compiled into the program.

@@ -1,6 +1,7 @@
 //! `bcg bench decode`: the forward of a batch in which each sequence has one new token, with graphs and eagerly.
 
-use anyhow::{Context, ensure};
+use anyhow::ensure;
+use bcg_models::ModelRunner;
 use clap::Args;
 
 use super::forward::{self, Sequences};
@@ -8,7 +9,6 @@ use super::report::{Environment, Report};
 use super::{RoundsArgs, sizes_at_least_one};
 use crate::args::{CaptureArg, EngineArgs};
 use crate::engine::load;
-use crate::progress::bar;
 
 /// Flags of `bcg bench decode`.
 #[derive(Debug, Args)]
@@ -37,7 +37,7 @@ pub struct DecodeArgs {
 pub fn measure(args: &DecodeArgs) -> anyhow::Result<Report> {
     let largest = sizes_at_least_one("--batches", &args.batches)?;
     ensure!(args.context > 0, "--context: a sequence has at least its new token; give at least 1");
-    let rounds = args.rounds.rounds()?;
+    args.rounds.rounds()?;
     let mut flags = args.engine.clone();
     flags.enable_breakable_cuda_graph = true;
     flags.capture = CaptureArg::Ahead;
@@ -57,13 +57,7 @@ pub fn measure(args: &DecodeArgs) -> anyhow::Result<Report> {
         args.context
     ));
     report.note(forward::NOTE);
-    let bar = bar(args.batches.len() as u64, "{msg:>17} [{bar:40}] {pos}/{len}", "timing decode");
-    for &batch in &args.batches {
-        let sequences = Sequences::new(&runner, batch, 1, args.context - 1)?;
-        let times = forward::time(&mut runner, &sequences, rounds).with_context(|| format!("batch of {batch}"))?;
-        report.row("decode", times.row(("batch", batch)));
-        bar.inc(1);
-    }
-    bar.finish_and_clear();
+    let sequences = |runner: &ModelRunner, batch| Sequences::new(runner, batch, 1, args.context - 1);
+    forward::measure(&mut runner, "decode", ("batch", &args.batches), sequences, &args.rounds, &mut report)?;
     Ok(report)
 }

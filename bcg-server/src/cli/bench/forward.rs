@@ -2,12 +2,15 @@
 
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use bcg_models::state::PageLease;
 use bcg_models::{ForwardPath, ModelRunner, SamplingParams, SequenceInput};
 
-use super::report::{Cell, Row};
+use super::RoundsArgs;
+use super::profile::{self, Profile};
+use super::report::{Cell, Report, Row};
 use super::timing::{Rounds, Samples};
+use crate::progress::bar;
 
 /// What the times of a forward include; goes with every table.
 pub(super) const NOTE: &str = "\
@@ -57,14 +60,50 @@ impl Sequences {
 
 /// The times of one batch, in milliseconds.
 #[derive(Debug)]
-pub(super) struct ForwardTimes {
+struct ForwardTimes {
     graph: [Samples; 2],
     eager: [Samples; 2],
     step: Samples,
 }
 
+/// Times each batch and, with `profile`, traces each one, all of them after the last one was timed.
+pub(super) fn measure(
+    runner: &mut ModelRunner,
+    table: &'static str,
+    sizes: (&'static str, &[usize]),
+    sequences: impl Fn(&ModelRunner, usize) -> Result<Sequences>,
+    args: &RoundsArgs,
+    report: &mut Report,
+) -> Result<()> {
+    let (name, sizes) = sizes;
+    let rounds = args.rounds()?;
+    let bar = bar(sizes.len() as u64, "{msg:>17} [{bar:40}] {pos}/{len}", table);
+    let mut medians = Vec::new();
+    for &size in sizes {
+        let sequences = sequences(runner, size)?;
+        let times = time(runner, &sequences, rounds).with_context(|| format!("{size} {name}"))?;
+        medians.push(times.graph_ms());
+        report.row(table, times.row((name, size)));
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    if args.profile {
+        report.note(profile::NOTE);
+    }
+    for (&size, median) in sizes.iter().zip(medians).filter(|_| args.profile) {
+        let sequences = sequences(runner, size)?;
+        let (batch, device) = (sequences.inputs(), runner.device().clone());
+        let profile = Profile::trace(&device, || {
+            runner.forward_only(&batch, ForwardPath::Graph)?;
+            Ok(runner.synchronize()?)
+        })?;
+        profile.rows(report, (name, size), median);
+    }
+    Ok(())
+}
+
 /// Times a batch with graphs, eagerly, and as a whole step, in turns.
-pub(super) fn time(runner: &mut ModelRunner, sequences: &Sequences, rounds: Rounds) -> Result<ForwardTimes> {
+fn time(runner: &mut ModelRunner, sequences: &Sequences, rounds: Rounds) -> Result<ForwardTimes> {
     let batch = sequences.inputs();
     let replays = runner.stats().num_replays;
     runner.forward_only(&batch, ForwardPath::Graph)?;
@@ -91,8 +130,13 @@ fn time_once(runner: &mut ModelRunner, run: impl FnOnce(&mut ModelRunner) -> Res
 }
 
 impl ForwardTimes {
+    /// Median wall time with graphs, in milliseconds.
+    fn graph_ms(&self) -> f64 {
+        self.graph[1].median()
+    }
+
     /// Returns the columns of the table.
-    pub(super) fn row(self, size: (&'static str, usize)) -> Row {
+    fn row(self, size: (&'static str, usize)) -> Row {
         let rounds = self.step.len();
         let [graph_host, graph] = self.graph;
         let [eager_host, eager] = self.eager;

@@ -14,6 +14,7 @@ pub mod capture;
 pub mod decode;
 mod forward;
 pub mod prefill;
+mod profile;
 mod random;
 pub mod report;
 pub mod timing;
@@ -50,6 +51,10 @@ pub struct RoundsArgs {
     /// Seconds after which no further round of a row begins, but three are always made
     #[arg(long, value_name = "SECONDS", default_value_t = 5)]
     pub seconds: u64,
+
+    /// Also trace the kernels of each row, in runs of their own: their times, and how busy they keep the GPU
+    #[arg(long)]
+    pub profile: bool,
 
     /// Also write the figures to this file
     #[arg(long, value_name = "FILE")]
@@ -155,6 +160,8 @@ mod tests {
 
     #[test]
     fn sizes_that_cannot_be_timed_are_refused_by_flag() {
+        let error = bench(&["prefill", "--sizes", "1", "--profile"]).expect_err("no GPU");
+        assert!(format!("{error:#}").starts_with("--profile"), "{error:#}");
         for (flags, flag) in [
             (["prefill", "--sizes", "1,0"], "--sizes"),
             (["decode", "--batches", "0"], "--batches"),

@@ -1,6 +1,6 @@
 //! `bcg bench prefill`: the forward of one request, with graphs and eagerly.
 
-use anyhow::Context;
+use bcg_models::ModelRunner;
 use clap::Args;
 
 use super::forward::{self, Sequences};
@@ -8,7 +8,6 @@ use super::report::{Environment, Report};
 use super::{RoundsArgs, sizes_at_least_one};
 use crate::args::{CaptureArg, EngineArgs};
 use crate::engine::load;
-use crate::progress::bar;
 
 /// Flags of `bcg bench prefill`.
 #[derive(Debug, Args)]
@@ -32,7 +31,7 @@ pub struct PrefillArgs {
 /// What is wrong with the flags or the model, or that a forward failed.
 pub fn measure(args: &PrefillArgs) -> anyhow::Result<Report> {
     let largest = sizes_at_least_one("--sizes", &args.sizes)?;
-    let rounds = args.rounds.rounds()?;
+    args.rounds.rounds()?;
     let mut flags = args.engine.clone();
     flags.enable_breakable_cuda_graph = true;
     flags.capture = CaptureArg::Ahead;
@@ -40,19 +39,13 @@ pub fn measure(args: &PrefillArgs) -> anyhow::Result<Report> {
     flags.cuda_graph_max_tokens = None;
     flags.chunked_prefill_size = flags.chunked_prefill_size.max(largest);
     flags.context_length = Some(flags.context_length.unwrap_or(0).max(largest));
-    flags.kv_cache_tokens = Some(flags.kv_cache_tokens.unwrap_or(0).max(largest));
+    flags.kv_cache_tokens = Some(flags.kv_cache_tokens.unwrap_or(0).max(largest.next_multiple_of(flags.page_size)));
     let mut runner = load::load_runner(&flags.plan()?)?;
 
     let mut report = Report::new(Environment::read(runner.device().name()));
     report.note(format!("model {}, one request of T new tokens", flags.model.display()));
     report.note(forward::NOTE);
-    let bar = bar(args.sizes.len() as u64, "{msg:>17} [{bar:40}] {pos}/{len}", "timing prefill");
-    for &size in &args.sizes {
-        let sequences = Sequences::new(&runner, 1, size, 0)?;
-        let times = forward::time(&mut runner, &sequences, rounds).with_context(|| format!("{size} tokens"))?;
-        report.row("prefill", times.row(("tokens", size)));
-        bar.inc(1);
-    }
-    bar.finish_and_clear();
+    let sequences = |runner: &ModelRunner, size| Sequences::new(runner, 1, size, 0);
+    forward::measure(&mut runner, "prefill", ("tokens", &args.sizes), sequences, &args.rounds, &mut report)?;
     Ok(report)
 }
