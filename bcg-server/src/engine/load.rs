@@ -163,7 +163,8 @@ fn kv_cache(
     }
 }
 
-fn folder_name(dir: &Path) -> String {
+/// Returns the name of a checkpoint's folder.
+pub fn folder_name(dir: &Path) -> String {
     let full = dir.canonicalize().unwrap_or_else(|_| dir.to_path_buf());
     full.file_name().map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
 }

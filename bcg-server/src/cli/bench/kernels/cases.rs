@@ -1,0 +1,267 @@
+//! What is timed: each op at each shape, with the bytes and operations that it cannot do without.
+
+use anyhow::Result;
+use bcg_models::ModelConfig;
+use bcg_models::ops::{self, QkNormRopeKvWrite, SampleInputs};
+use bcg_runtime::{DType, DeviceKind, Tensor};
+
+use super::KernelsArgs;
+use super::attention;
+use super::lab::{Lab, Launch};
+
+/// Makes so many launches of an op, each with buffers of its own.
+pub(super) type Prepare = Box<dyn Fn(&mut Lab, usize) -> Result<Vec<Launch>>>;
+
+/// Tokens of a page.
+pub(super) const PAGE: usize = 16;
+
+/// One op at one shape.
+pub(super) struct Case {
+    /// The op's name.
+    pub(super) op: &'static str,
+    /// Whose shapes these are.
+    pub(super) model: String,
+    /// What differs between the cases of an op and a model.
+    pub(super) shape: String,
+    /// Bytes of the inputs and outputs, each counted once.
+    pub(super) bytes: usize,
+    /// Floating-point operations of the matrix products.
+    pub(super) flops: usize,
+    /// Makes the launches.
+    pub(super) prepare: Prepare,
+}
+
+impl Case {
+    /// The name under which a peer reports the same work.
+    pub(super) fn key(&self) -> String {
+        format!("{}/{}/{}", self.op, self.model, self.shape)
+    }
+}
+
+/// Makes a list of launches by calling `launch` once for each.
+pub(super) fn each(launch: impl Fn(&mut Lab) -> Result<Launch> + 'static) -> Prepare {
+    Box::new(move |lab, count| (0..count).map(|_| launch(lab)).collect())
+}
+
+/// Bytes of the ceiling's copy, and rows, columns and depth of its product.
+const COPY_BYTES: usize = 1 << 30;
+const PRODUCT: usize = 8192;
+
+/// A copy of 1 GiB within the device (1 MiB on the host device).
+pub(super) fn large_copy() -> Case {
+    Case {
+        op: "copy",
+        model: "ceiling".to_owned(),
+        shape: "1 GiB".to_owned(),
+        bytes: 2 * COPY_BYTES,
+        flops: 0,
+        prepare: each(|lab| {
+            let len = if lab.device().kind() == DeviceKind::Host { 1 << 20 } else { COPY_BYTES };
+            let (from, to) = (lab.random(&[len / 2], DType::Bf16)?, lab.device().empty(&[len / 2], DType::Bf16)?);
+            Ok(Box::new(move |cx| cx.copy(&to, &from).map(|()| Vec::new())))
+        }),
+    }
+}
+
+/// A product of two bf16 matrices of 8192 x 8192 (64 x 64 on the host device).
+pub(super) fn large_product() -> Case {
+    Case {
+        op: "linear",
+        model: "ceiling".to_owned(),
+        shape: "8192x8192x8192".to_owned(),
+        bytes: 3 * 2 * PRODUCT * PRODUCT,
+        flops: 2 * PRODUCT * PRODUCT * PRODUCT,
+        prepare: each(|lab| {
+            let side = if lab.device().kind() == DeviceKind::Host { 64 } else { PRODUCT };
+            let (x, weight) = (lab.random(&[side, side], DType::Bf16)?, lab.random(&[side, side], DType::Bf16)?);
+            Ok(Box::new(move |cx| Ok(vec![ops::linear(cx, &x, &weight)?])))
+        }),
+    }
+}
+
+/// The cases of one model.
+pub(super) fn of_model(name: &str, config: &ModelConfig, args: &KernelsArgs) -> Vec<Case> {
+    let model = Shapes { name: name.to_owned(), config: config.clone() };
+    let mut cases = Vec::new();
+    for &tokens in &args.tokens {
+        cases.push(model.embedding(tokens));
+        cases.push(model.rms_norm(tokens));
+        cases.push(model.add_rms_norm(tokens));
+        cases.push(model.silu_mul(tokens));
+        cases.push(model.qk_norm_rope_kv_write(tokens));
+        cases.extend(model.projections(tokens));
+    }
+    cases.extend(args.prefill.iter().map(|shape| attention::prefill(&model, *shape)));
+    cases.extend(args.decode.iter().map(|shape| attention::decode(&model, *shape)));
+    for &rows in &args.logits {
+        cases.push(model.lm_head(rows));
+        cases.push(model.argmax(rows));
+        cases.push(model.sample(rows));
+    }
+    cases
+}
+
+/// A model's name and geometry.
+#[derive(Clone)]
+pub(super) struct Shapes {
+    pub(super) name: String,
+    pub(super) config: ModelConfig,
+}
+
+impl Shapes {
+    pub(super) fn case(&self, op: &'static str, shape: String, bytes: usize, flops: usize, prepare: Prepare) -> Case {
+        Case { op, model: self.name.clone(), shape, bytes, flops, prepare }
+    }
+
+    /// Bytes of an element.
+    pub(super) fn size(&self) -> usize {
+        self.config.dtype.size_bytes()
+    }
+
+    fn embedding(&self, tokens: usize) -> Case {
+        let ModelConfig { vocab_size, hidden_size, dtype, .. } = self.config;
+        let bytes = tokens * (4 + 2 * hidden_size * self.size());
+        let prepare: Prepare = Box::new(move |lab, count| {
+            let table = lab.random(&[vocab_size, hidden_size], dtype)?;
+            let launch = |lab: &Lab, index: usize| -> Result<Launch> {
+                let id = |row: usize| (((index * tokens + row) * 7919) % vocab_size) as i32;
+                let (ids, table) = (lab.tensor(&(0..tokens).map(id).collect::<Vec<_>>())?, table.clone());
+                Ok(Box::new(move |cx| Ok(vec![ops::embedding(cx, &ids, &table)?])))
+            };
+            (0..count).map(|index| launch(lab, index)).collect()
+        });
+        self.case("embedding", format!("T={tokens}"), bytes, 0, prepare)
+    }
+
+    fn rms_norm(&self, tokens: usize) -> Case {
+        let ModelConfig { hidden_size, dtype, rms_norm_eps: eps, .. } = self.config;
+        let bytes = (2 * tokens + 1) * hidden_size * self.size();
+        let prepare = each(move |lab| {
+            let (x, weight) = (lab.random(&[tokens, hidden_size], dtype)?, lab.random(&[hidden_size], dtype)?);
+            Ok(Box::new(move |cx| Ok(vec![ops::rms_norm(cx, &x, &weight, eps)?])))
+        });
+        self.case("rms_norm", format!("T={tokens}"), bytes, 0, prepare)
+    }
+
+    fn add_rms_norm(&self, tokens: usize) -> Case {
+        let ModelConfig { hidden_size, dtype, rms_norm_eps: eps, .. } = self.config;
+        let bytes = (4 * tokens + 1) * hidden_size * self.size();
+        let prepare = each(move |lab| {
+            let shape = [tokens, hidden_size];
+            let (x, residual) = (lab.random(&shape, dtype)?, lab.random(&shape, dtype)?);
+            let weight = lab.random(&[hidden_size], dtype)?;
+            Ok(Box::new(move |cx| {
+                let (normed, sum) = ops::add_rms_norm(cx, &x, &residual, &weight, eps)?;
+                Ok(vec![normed, sum])
+            }))
+        });
+        self.case("add_rms_norm", format!("T={tokens}"), bytes, 0, prepare)
+    }
+
+    fn silu_mul(&self, tokens: usize) -> Case {
+        let ModelConfig { intermediate_size: inner, dtype, .. } = self.config;
+        let bytes = 3 * tokens * inner * self.size();
+        let prepare = each(move |lab| {
+            let gate_up = lab.random(&[tokens, 2 * inner], dtype)?;
+            Ok(Box::new(move |cx| Ok(vec![ops::silu_mul(cx, &gate_up)?])))
+        });
+        self.case("silu_mul", format!("T={tokens}"), bytes, 0, prepare)
+    }
+
+    fn qk_norm_rope_kv_write(&self, tokens: usize) -> Case {
+        let ModelConfig { num_attention_heads: q_heads, num_key_value_heads: kv_heads, head_dim, dtype, .. } =
+            self.config;
+        let (eps, theta) = (self.config.rms_norm_eps, self.config.rope_theta);
+        let width = (q_heads + 2 * kv_heads) * head_dim;
+        // Everything that is read is written, as queries or into the cache.
+        let bytes = tokens * (2 * width * self.size() + 8) + 2 * head_dim * self.size() + 2 * head_dim;
+        let prepare = each(move |lab| {
+            let qkv = lab.random(&[tokens, width], dtype)?;
+            let (q_weight, k_weight) = (lab.random(&[head_dim], dtype)?, lab.random(&[head_dim], dtype)?);
+            let inv_freq = lab.tensor(&ops::rope_inv_freq(theta, head_dim))?;
+            let pages = [tokens.div_ceil(PAGE), PAGE, kv_heads, head_dim];
+            let (k_cache, v_cache) = (lab.device().empty(&pages, dtype)?, lab.device().empty(&pages, dtype)?);
+            let positions = lab.tensor(&(0..tokens as i32).collect::<Vec<_>>())?;
+            let slots = positions.clone();
+            Ok(Box::new(move |cx| {
+                let inputs = QkNormRopeKvWrite {
+                    qkv: &qkv,
+                    q_weight: &q_weight,
+                    k_weight: &k_weight,
+                    inv_freq: &inv_freq,
+                    positions: &positions,
+                    slots: &slots,
+                    k_cache: &k_cache,
+                    v_cache: &v_cache,
+                    eps,
+                };
+                Ok(vec![ops::qk_norm_rope_kv_write(cx, &inputs)?])
+            }))
+        });
+        self.case("qk_norm_rope_kv_write", format!("T={tokens}"), bytes, 0, prepare)
+    }
+
+    fn projections(&self, tokens: usize) -> Vec<Case> {
+        let ModelConfig { hidden_size: hidden, intermediate_size: inner, head_dim, .. } = self.config;
+        let q_width = self.config.num_attention_heads * head_dim;
+        let kv_width = self.config.num_key_value_heads * head_dim;
+        let shapes = [
+            ("qkv_proj", q_width + 2 * kv_width, hidden),
+            ("o_proj", hidden, q_width),
+            ("gate_up_proj", 2 * inner, hidden),
+            ("down_proj", hidden, inner),
+        ];
+        let case = |(name, outputs, depth)| {
+            let dtype = self.config.dtype;
+            self.product(format!("{name} T={tokens}"), [tokens, outputs, depth], dtype)
+        };
+        shapes.into_iter().map(case).collect()
+    }
+
+    fn lm_head(&self, rows: usize) -> Case {
+        let sides = [rows, self.config.vocab_size, self.config.hidden_size];
+        self.product(format!("lm_head T={rows}"), sides, DType::F32)
+    }
+
+    fn product(&self, shape: String, [rows, outputs, depth]: [usize; 3], out: DType) -> Case {
+        let dtype = self.config.dtype;
+        let bytes = (rows + outputs) * depth * self.size() + rows * outputs * out.size_bytes();
+        let prepare = each(move |lab| {
+            let (x, weight) = (lab.random(&[rows, depth], dtype)?, lab.random(&[outputs, depth], dtype)?);
+            Ok(Box::new(move |cx| Ok(vec![ops::linear_to(cx, &x, &weight, out)?])))
+        });
+        self.case("linear", shape, bytes, 2 * rows * outputs * depth, prepare)
+    }
+
+    fn argmax(&self, rows: usize) -> Case {
+        let vocab = self.config.vocab_size;
+        let prepare = each(move |lab| {
+            let logits = lab.random(&[rows, vocab], DType::F32)?;
+            Ok(Box::new(move |cx| Ok(vec![ops::argmax(cx, &logits)?])))
+        });
+        self.case("argmax", format!("B={rows}"), rows * (vocab + 1) * 4, 0, prepare)
+    }
+
+    fn sample(&self, rows: usize) -> Case {
+        let vocab = self.config.vocab_size;
+        let prepare = each(move |lab| {
+            let logits = lab.random(&[rows, vocab], DType::F32)?;
+            let all = |lab: &Lab, value: f32| lab.tensor(&vec![value; rows]);
+            let (temperature, top_p, min_p) = (all(lab, 0.7)?, all(lab, 0.95)?, all(lab, 0.0)?);
+            let top_k: Tensor = lab.tensor(&vec![50_i32; rows])?;
+            let (seed, step) = (lab.tensor(&vec![1_i64; rows])?, lab.tensor(&vec![0_i64; rows])?);
+            Ok(Box::new(move |cx| {
+                let inputs = SampleInputs {
+                    temperature: &temperature,
+                    top_k: &top_k,
+                    top_p: &top_p,
+                    min_p: &min_p,
+                    seed: &seed,
+                    step: &step,
+                };
+                Ok(vec![ops::sample(cx, &logits, &inputs)?])
+            }))
+        });
+        self.case("sample", format!("B={rows}"), rows * (vocab + 1) * 4, 0, prepare)
+    }
+}

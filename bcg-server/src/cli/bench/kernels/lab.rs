@@ -1,0 +1,94 @@
+//! Times ops on the device: launches on buffers that take turns, in one graph, replayed back to back.
+
+use std::time::Instant;
+
+use anyhow::Result;
+use bcg_runtime::{
+    BreakableCudaGraph, CaptureStream, Context, DType, Device, DeviceKind, Element, Runner, RunnerOptions, Tensor,
+};
+
+use super::cases::Case;
+use crate::cli::bench::random;
+use crate::cli::bench::timing::{Rounds, Samples};
+
+/// Bytes that the launches of a graph touch together where that is possible: several times any L2 cache.
+const TOUCHED_BYTES: usize = 256 << 20;
+
+/// Launches in a graph at most.
+const LAUNCHES_MAX: usize = 64;
+
+/// Microseconds of device work in one sample at least, so that starting and waiting do not count.
+const SAMPLE_US: f64 = 2000.0;
+
+/// Replays in one sample at most.
+const REPLAYS_MAX: usize = 256;
+
+/// Enqueues one launch of an op on its own buffers and returns its outputs, which are kept until the graph ends.
+pub(super) type Launch = Box<dyn Fn(&mut CaptureStream) -> bcg_runtime::Result<Vec<Tensor>> + Send + Sync>;
+
+/// The device and the runner that cases are timed on.
+pub(super) struct Lab {
+    device: Device,
+    runner: Runner,
+}
+
+impl Lab {
+    pub(super) fn new(device: Device) -> Result<Self> {
+        let runner = Runner::new(&device, RunnerOptions { name: "bench".to_owned(), ..RunnerOptions::default() })?;
+        Ok(Self { device, runner })
+    }
+
+    pub(super) fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Makes a tensor of random numbers.
+    pub(super) fn random(&mut self, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        let tensor = self.device.empty(shape, dtype)?;
+        random::fill(&self.device, &mut self.runner, &tensor)?;
+        Ok(tensor)
+    }
+
+    /// Makes a tensor of the given numbers.
+    pub(super) fn tensor<T: Element>(&self, data: &[T]) -> Result<Tensor> {
+        Ok(self.device.tensor(&[data.len()], data)?)
+    }
+
+    /// Returns the microseconds of one launch.
+    pub(super) fn time(&mut self, case: &Case, rounds: Rounds) -> Result<Samples> {
+        let launches = (case.prepare)(self, self.num_launches(case))?;
+        let count = launches.len();
+        let forward = move |cx: &mut Context<'_, ()>| {
+            // Outputs stay alive until the end, so that no two launches write to the same memory.
+            let outputs = launches.iter().map(|launch| launch(cx)).collect::<bcg_runtime::Result<Vec<_>>>()?;
+            drop(outputs);
+            Ok(())
+        };
+        self.runner.eager(&(), &forward)?; // compiles the kernels and lets the arena grow
+        let mut graph = BreakableCudaGraph::<(), ()>::new(case.op);
+        graph.capture(&mut self.runner, &(), forward)?;
+        let once = self.replay(&graph, 1)?.min(self.replay(&graph, 1)?);
+        let replays = ((SAMPLE_US / once).ceil() as usize).clamp(1, REPLAYS_MAX);
+        let samples = rounds.run(|| Ok(self.replay(&graph, replays)? / (replays * count) as f64))?;
+        Ok(Samples::new(samples))
+    }
+
+    /// Microseconds of so many replays.
+    fn replay(&mut self, graph: &BreakableCudaGraph<(), ()>, replays: usize) -> Result<f64> {
+        self.runner.synchronize()?;
+        let begun = Instant::now();
+        for _ in 0..replays {
+            graph.replay(&mut self.runner, &())?;
+        }
+        self.runner.synchronize()?;
+        Ok(begun.elapsed().as_secs_f64() * 1e6)
+    }
+
+    /// The host device has no cache to outgrow.
+    fn num_launches(&self, case: &Case) -> usize {
+        match self.device.kind() {
+            DeviceKind::Host => 2,
+            DeviceKind::Cuda => TOUCHED_BYTES.div_ceil(case.bytes.max(1)).clamp(2, LAUNCHES_MAX),
+        }
+    }
+}
