@@ -1,7 +1,7 @@
 //! The forward alone, for those who time it.
 
 use super::ModelRunner;
-use crate::batch::SequenceInput;
+use crate::batch::{Phase, SequenceInput};
 use crate::error::Result;
 
 /// How a forward is run, for [`ModelRunner::forward_only`].
@@ -24,7 +24,7 @@ impl ModelRunner {
             ForwardPath::Graph => self.run(batch)?,
             ForwardPath::Eager => {
                 let rows = batch.iter().map(|sequence| sequence.tokens.len()).sum();
-                self.run_eagerly(batch, rows)?
+                self.run_eagerly(batch, Phase::of(batch), rows)?
             }
         };
         Ok(())

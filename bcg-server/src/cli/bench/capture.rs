@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use bcg_models::{ModelRunner, Progress};
+use bcg_models::{CaptureSummary, ModelRunner, Phase, Progress};
 use clap::Args;
 
 use super::report::{Environment, Report};
@@ -15,7 +15,7 @@ use crate::progress::LoadProgress;
 /// Flags of `bcg bench capture`.
 #[derive(Debug, Args)]
 pub struct CaptureArgs {
-    /// Flags of the engine; graphs are on whatever they say, up to 8192 tokens unless they say otherwise.
+    /// Flags of the engine; graphs are on whatever they say. Without sizes, SGLang's: 58 of prefills, 36 of decodes.
     #[command(flatten)]
     pub engine: EngineArgs,
 
@@ -24,8 +24,16 @@ pub struct CaptureArgs {
     pub json: Option<PathBuf>,
 }
 
-/// Largest token count that is captured when no flag says another.
-const MAX_TOKENS: usize = 8192;
+/// SGLang's capture sizes of prefills to 8192 tokens: first size, last size, step.
+const PREFILL: [[usize; 3]; 6] =
+    [[4, 32, 4], [48, 256, 16], [288, 512, 32], [576, 1024, 64], [1280, 4096, 256], [4608, 8192, 512]];
+
+/// SGLang's capture sizes of decodes to 256 sequences, in the same way.
+const DECODE: [[usize; 3]; 4] = [[1, 1, 1], [2, 4, 2], [8, 12, 4], [16, 256, 8]];
+
+fn expand(ranges: &[[usize; 3]]) -> Vec<usize> {
+    ranges.iter().flat_map(|&[first, last, step]| (first..=last).step_by(step)).collect()
+}
 
 /// Captures and times.
 ///
@@ -35,20 +43,20 @@ pub fn measure(args: &CaptureArgs) -> Result<Report> {
     let mut flags = args.engine.clone();
     flags.enable_breakable_cuda_graph = true;
     flags.capture = CaptureArg::Ahead;
-    let largest = match (&flags.cuda_graph_sizes, flags.cuda_graph_max_tokens) {
-        (Some(sizes), _) => sizes.iter().copied().max().unwrap_or(1),
-        (None, Some(tokens)) => tokens,
-        (None, None) => *flags.cuda_graph_max_tokens.insert(MAX_TOKENS),
-    };
-    flags.chunked_prefill_size = flags.chunked_prefill_size.max(largest);
+    if flags.cuda_graph_max_tokens.is_none() {
+        let sizes = flags.cuda_graph_sizes.get_or_insert_with(|| expand(&PREFILL));
+        flags.chunked_prefill_size = flags.chunked_prefill_size.max(sizes.iter().copied().max().unwrap_or(1));
+        let sizes = flags.cuda_graph_decode_sizes.get_or_insert_with(|| expand(&DECODE));
+        flags.max_running_requests = flags.max_running_requests.max(sizes.iter().copied().max().unwrap_or(1));
+    }
     let mut progress = LoadProgress::new();
     let mut runner = load::load_uncaptured(&flags.plan()?, &mut progress)?;
 
     let mut report = Report::new(Environment::read(runner.device().name()));
     report.note(format!("model {}", flags.model.display()));
     report.note(
-        "ms: host time of the size's capture, its dummy run included. arena_bytes: arena memory that a replay uses, shared \
-         by all sizes. device_bytes: device memory that is gone after the capture, executables and arena growth together.",
+        "ms: host time of a size's capture. arena_bytes: arena memory that a replay uses, shared by all sizes. graph_bytes, \
+         device_bytes: device memory that is gone after the capture, without and with what the arena grew.",
     );
     let device = runner.device().clone();
     let free = || device.memory_info().map(|memory| memory.free_bytes);
@@ -60,14 +68,16 @@ pub fn measure(args: &CaptureArgs) -> Result<Report> {
     progress.finish(&runner, Some(&summary));
     let marks = marks.into_iter().map(|(at, free)| Ok(Mark { at, free_bytes: free? })).collect::<Result<Vec<_>>>()?;
     let (first, last) = (marks.first().context("no size was captured")?, marks.last().context("no size was captured")?);
-    each_size(&runner, &summary.sizes, &marks, &mut report);
+    each_size(&runner, &summary, &marks, &mut report);
     report.row(
         "capture",
         vec![
-            ("sizes", summary.sizes.len().into()),
+            ("prefill_sizes", summary.prefill_sizes.len().into()),
+            ("decode_sizes", summary.decode_sizes.len().into()),
             ("segments", summary.segments.into()),
             ("breaks", summary.breaks.into()),
             ("seconds", (last.at - first.at).as_secs_f64().into()),
+            ("arena_bytes", summary.arena_bytes.into()),
             ("graph_bytes", summary.graph_bytes.into()),
             ("device_bytes", first.free_bytes.saturating_sub(last.free_bytes).into()),
         ],
@@ -81,18 +91,34 @@ struct Mark {
     free_bytes: usize,
 }
 
-/// Adds a row for each size. They are captured from the largest down, with a mark before each and one at the end.
-fn each_size(runner: &ModelRunner, sizes: &[usize], marks: &[Mark], report: &mut Report) {
-    for (&size, pair) in sizes.iter().rev().zip(marks.windows(2)) {
-        let description = runner.describe(size).unwrap_or_default();
+/// Adds a row for each size. Prefills come first, each phase from the largest size down, with a mark before each size
+/// and one at the end.
+fn each_size(runner: &ModelRunner, summary: &CaptureSummary, marks: &[Mark], report: &mut Report) {
+    let of = |phase, sizes: &[usize]| sizes.iter().rev().map(|&size| (phase, size)).collect::<Vec<_>>();
+    let sizes = [of(Phase::Prefill, &summary.prefill_sizes), of(Phase::Decode, &summary.decode_sizes)].concat();
+    for ((phase, size), pair) in sizes.into_iter().zip(marks.windows(2)) {
+        let description = runner.describe(phase, size).unwrap_or_default();
         report.row(
             "capture of a size",
             vec![
-                ("tokens", size.into()),
+                ("phase", phase.name().into()),
+                ("size", size.into()),
                 ("ms", ((pair[1].at - pair[0].at).as_secs_f64() * 1e3).into()),
                 ("arena_bytes", description.extent_bytes.into()),
                 ("device_bytes", pair[0].free_bytes.saturating_sub(pair[1].free_bytes).into()),
             ],
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_sizes_are_58_and_36() {
+        let (prefill, decode) = (expand(&PREFILL), expand(&DECODE));
+        assert_eq!((prefill.len(), prefill.first(), prefill.last()), (58, Some(&4), Some(&8192)));
+        assert_eq!((decode.len(), &decode[..7]), (36, &[1, 2, 4, 8, 12, 16, 24][..]));
     }
 }

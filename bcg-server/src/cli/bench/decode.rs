@@ -41,7 +41,8 @@ pub fn measure(args: &DecodeArgs) -> anyhow::Result<Report> {
     let mut flags = args.engine.clone();
     flags.enable_breakable_cuda_graph = true;
     flags.capture = CaptureArg::Ahead;
-    flags.cuda_graph_sizes = Some(args.batches.clone());
+    flags.cuda_graph_sizes = Some(vec![1]); // no prefill is timed
+    flags.cuda_graph_decode_sizes = Some(args.batches.clone());
     flags.cuda_graph_max_tokens = None;
     flags.max_running_requests = largest;
     flags.chunked_prefill_size = flags.chunked_prefill_size.max(largest);

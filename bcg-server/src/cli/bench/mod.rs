@@ -151,15 +151,43 @@ mod tests {
 
     #[test]
     fn capture_times_every_size_and_their_sum() {
-        let report = bench(&["capture", "--cuda-graph-max-tokens", "20"]).expect("captures");
+        let sizes = ["--cuda-graph-sizes", "2,20", "--cuda-graph-decode-sizes", "1,4"];
+        let report = bench(&[&["capture"], &sizes[..]].concat()).expect("captures");
         let sizes = rows(&report, "capture of a size");
-        assert_eq!(sizes.iter().map(|row| &row["tokens"]).collect::<Vec<_>>(), [20, 18, 16, 12, 8, 4, 2, 1]);
+        assert_eq!(sizes.iter().map(|row| &row["size"]).collect::<Vec<_>>(), [20, 2, 4, 1]);
+        assert_eq!(sizes.iter().filter(|row| row["phase"] == "decode").count(), 2);
         sizes.iter().for_each(|row| positive(row, &["ms", "arena_bytes"]));
         let total = rows(&report, "capture")[0];
-        assert_eq!((&total["sizes"], &total["breaks"]), (&8.into(), &4.into()));
+        assert_eq!(
+            (&total["prefill_sizes"], &total["decode_sizes"], &total["breaks"]),
+            (&2.into(), &2.into(), &4.into())
+        );
         let sum: f64 = sizes.iter().filter_map(|row| row["ms"].as_f64()).sum();
         let total_ms = total["seconds"].as_f64().expect("seconds") * 1e3;
         assert!((sum - total_ms).abs() < 1e-6 * total_ms, "{sum} ms of {total_ms} ms");
+    }
+
+    #[test]
+    fn kernels_times_every_op_beside_its_ceiling_and_a_peer() {
+        let peers = std::env::temp_dir().join(format!("bcg-peers-{}.json", std::process::id()));
+        std::fs::write(&peers, r#"{"us": {"rms_norm/tiny-qwen3/T=3": 1e9}}"#).expect("a writable temporary folder");
+        let shapes = ["--tokens", "3", "--logits", "2", "--prefill", "2x4,1x3+20", "--decode", "2x20"];
+        let flags = ["kernels", "--rounds", "3", "--peers", peers.to_str().expect("UTF-8")];
+        let report = bench(&[&flags[..], &shapes[..]].concat()).expect("times");
+        std::fs::remove_file(peers).expect("the file is there");
+        positive(rows(&report, "ceilings")[0], &["copy_gb_per_s", "product_tflop_per_s"]);
+        let rows = rows(&report, "kernels");
+        assert_eq!(rows.len(), 5 + 4 + 2 + 1 + 3);
+        for row in &rows {
+            positive(row, &["us_p50", "percent", "gb_per_s"]);
+            assert_eq!(
+                row["tflop_per_s"].is_number(),
+                ["linear", "attention_prefill", "attention_decode"].contains(&row["op"].as_str().unwrap())
+            );
+        }
+        let with_peer: Vec<_> = rows.iter().filter(|row| row["peer_us"].is_number()).collect();
+        assert_eq!((with_peer.len(), &with_peer[0]["op"]), (1, &"rms_norm".into()));
+        positive(with_peer[0], &["peer_ratio"]);
     }
 
     #[test]
@@ -170,6 +198,8 @@ mod tests {
             (["prefill", "--sizes", "1,0"], "--sizes"),
             (["decode", "--batches", "0"], "--batches"),
             (["decode", "--context", "0"], "--context"),
+            (["kernels", "--tokens", "0"], "--tokens"),
+            (["kernels", "--op", "nonsense"], "--op"),
             (["prefill", "--rounds", "0"], "--rounds"),
         ] {
             let error = bench(&flags).expect_err(flag).to_string();

@@ -36,6 +36,7 @@ pub fn measure(args: &PrefillArgs) -> anyhow::Result<Report> {
     flags.enable_breakable_cuda_graph = true;
     flags.capture = CaptureArg::Ahead;
     flags.cuda_graph_sizes = Some(args.sizes.clone());
+    flags.cuda_graph_decode_sizes = Some(vec![1]); // one new token is a decode
     flags.cuda_graph_max_tokens = None;
     flags.chunked_prefill_size = flags.chunked_prefill_size.max(largest);
     flags.context_length = Some(flags.context_length.unwrap_or(0).max(largest));
