@@ -9,6 +9,7 @@ mod clients;
 mod kernels;
 mod licenses;
 mod package;
+mod plots;
 mod process;
 mod tidy;
 mod venv;
@@ -25,6 +26,7 @@ cargo xtask <command>
   kernels         compile every kernel for sm_80, sm_90a and sm_100a with NVRTC from its Python wheel; needs no GPU
   test-clients    run the official openai client against the server
   package         package every crate that can be published [--verify builds them too] [--allow-dirty]
+  plots DIR       draw what `bcg bench … --json` wrote into DIR: docs/plots/*.svg
   gpu-bundle      put everything that a GPU machine must run into target/gpu-bundle
   test-gpu        make the bundle and run it on this machine's GPU; an error without one";
 
@@ -42,7 +44,7 @@ fn run() -> Result<()> {
     let mut args = std::env::args().skip(1);
     let command = args.next();
     let flags: Vec<String> = args.collect();
-    if command.as_deref() != Some("package")
+    if !matches!(command.as_deref(), Some("package" | "plots"))
         && let Some(flag) = flags.first()
     {
         bail!("unexpected argument `{flag}`\n\n{USAGE}");
@@ -53,6 +55,7 @@ fn run() -> Result<()> {
         Some("kernels") => kernels::run(),
         Some("test-clients") => clients::run(),
         Some("package") => package::run(&flags),
+        Some("plots") => plots::run(&flags),
         Some("gpu-bundle") => bundle::run(),
         Some("test-gpu") => bundle::test(),
         Some("help" | "--help" | "-h") => {
