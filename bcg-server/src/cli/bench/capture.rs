@@ -53,7 +53,7 @@ pub fn measure(args: &CaptureArgs) -> Result<Report> {
     let mut runner = load::load_uncaptured(&flags.plan()?, &mut progress)?;
 
     let mut report = Report::new(Environment::read(runner.device().name()));
-    report.note(format!("model {}", flags.model.display()));
+    let model = load::folder_name(&flags.model);
     report.note(
         "ms: host time of a size's capture. arena_bytes: arena memory that a replay uses, shared by all sizes. graph_bytes, \
          device_bytes: device memory that is gone after the capture, without and with what the arena grew.",
@@ -72,6 +72,7 @@ pub fn measure(args: &CaptureArgs) -> Result<Report> {
     report.row(
         "capture",
         vec![
+            ("model", model.as_str().into()),
             ("prefill_sizes", summary.prefill_sizes.len().into()),
             ("decode_sizes", summary.decode_sizes.len().into()),
             ("segments", summary.segments.into()),

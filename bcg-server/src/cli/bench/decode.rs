@@ -48,6 +48,7 @@ pub fn measure(args: &DecodeArgs) -> anyhow::Result<Report> {
     flags.chunked_prefill_size = flags.chunked_prefill_size.max(largest);
     flags.context_length = Some(flags.context_length.unwrap_or(0).max(args.context));
     flags.kv_cache_tokens = Some(largest * args.context.next_multiple_of(flags.page_size));
+    flags.mem_fraction_static = None; // the KV cache has the size that the bench needs
     let mut runner = load::load_runner(&flags.plan()?)?;
     super::random::fill_kv(&runner)?;
 
@@ -59,6 +60,7 @@ pub fn measure(args: &DecodeArgs) -> anyhow::Result<Report> {
     ));
     report.note(forward::NOTE);
     let sequences = |runner: &ModelRunner, batch| Sequences::new(runner, batch, 1, args.context - 1);
-    forward::measure(&mut runner, "decode", ("batch", &args.batches), sequences, &args.rounds, &mut report)?;
+    let model = load::folder_name(&flags.model);
+    forward::measure(&mut runner, &model, "decode", ("batch", &args.batches), sequences, &args.rounds, &mut report)?;
     Ok(report)
 }

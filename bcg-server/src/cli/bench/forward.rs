@@ -8,7 +8,7 @@ use bcg_models::{ForwardPath, ModelRunner, SamplingParams, SequenceInput};
 
 use super::RoundsArgs;
 use super::profile::{self, Profile};
-use super::report::{Cell, Report, Row};
+use super::report::{Report, Row};
 use super::timing::{Rounds, Samples};
 use crate::progress::bar;
 
@@ -69,6 +69,7 @@ struct ForwardTimes {
 /// Times each batch and, with `profile`, traces each one, all of them after the last one was timed.
 pub(super) fn measure(
     runner: &mut ModelRunner,
+    model: &str,
     table: &'static str,
     sizes: (&'static str, &[usize]),
     sequences: impl Fn(&ModelRunner, usize) -> Result<Sequences>,
@@ -83,7 +84,7 @@ pub(super) fn measure(
         let sequences = sequences(runner, size)?;
         let times = time(runner, &sequences, rounds).with_context(|| format!("{size} {name}"))?;
         medians.push(times.graph_ms());
-        report.row(table, times.row((name, size)));
+        report.row(table, times.row(model, (name, size)));
         bar.inc(1);
     }
     bar.finish_and_clear();
@@ -97,7 +98,7 @@ pub(super) fn measure(
             runner.forward_only(&batch, ForwardPath::Graph)?;
             Ok(runner.synchronize()?)
         })?;
-        profile.rows(report, (name, size), median);
+        profile.rows(report, model, (name, size), median);
     }
     Ok(())
 }
@@ -136,18 +137,19 @@ impl ForwardTimes {
     }
 
     /// Returns the columns of the table.
-    fn row(self, size: (&'static str, usize)) -> Row {
+    fn row(self, model: &str, size: (&'static str, usize)) -> Row {
         let rounds = self.step.len();
         let [graph_host, graph] = self.graph;
         let [eager_host, eager] = self.eager;
         vec![
-            (size.0, Cell::Count(size.1)),
+            ("model", model.into()),
+            (size.0, size.1.into()),
             ("graph_ms", graph.into()),
             ("eager_ms", eager.into()),
             ("step_ms", self.step.into()),
             ("graph_host_ms", graph_host.into()),
             ("eager_host_ms", eager_host.into()),
-            ("rounds", Cell::Count(rounds)),
+            ("rounds", rounds.into()),
         ]
     }
 }

@@ -41,12 +41,14 @@ pub fn measure(args: &PrefillArgs) -> anyhow::Result<Report> {
     flags.chunked_prefill_size = flags.chunked_prefill_size.max(largest);
     flags.context_length = Some(flags.context_length.unwrap_or(0).max(largest));
     flags.kv_cache_tokens = Some(flags.kv_cache_tokens.unwrap_or(0).max(largest.next_multiple_of(flags.page_size)));
+    flags.mem_fraction_static = None; // the KV cache has the size that the bench needs
     let mut runner = load::load_runner(&flags.plan()?)?;
 
     let mut report = Report::new(Environment::read(runner.device().name()));
     report.note(format!("model {}, one request of T new tokens", flags.model.display()));
     report.note(forward::NOTE);
     let sequences = |runner: &ModelRunner, size| Sequences::new(runner, 1, size, 0);
-    forward::measure(&mut runner, "prefill", ("tokens", &args.sizes), sequences, &args.rounds, &mut report)?;
+    let model = load::folder_name(&flags.model);
+    forward::measure(&mut runner, &model, "prefill", ("tokens", &args.sizes), sequences, &args.rounds, &mut report)?;
     Ok(report)
 }

@@ -39,13 +39,14 @@ impl Profile {
     }
 
     /// Adds a row to the table `profile`, and one for each kernel to `profile by kernel`.
-    pub(super) fn rows(&self, report: &mut Report, size: (&'static str, usize), wall_ms: f64) {
+    pub(super) fn rows(&self, report: &mut Report, model: &str, size: (&'static str, usize), wall_ms: f64) {
         let per_forward = |ns: u64| ns as f64 / 1e6 / self.forwards as f64;
         let sum = per_forward(self.runs.iter().map(duration).sum());
         let busy = per_forward(union_ns(&self.runs));
         report.row(
             "profile",
             vec![
+                ("model", model.into()),
                 (size.0, size.1.into()),
                 ("wall_ms", wall_ms.into()),
                 ("kernels", (self.runs.len() / self.forwards).into()),
@@ -59,6 +60,7 @@ impl Profile {
             report.row(
                 "profile by kernel",
                 vec![
+                    ("model", model.into()),
                     (size.0, size.1.into()),
                     ("kernel", name.into()),
                     ("count", (count / self.forwards).into()),
@@ -117,7 +119,7 @@ mod tests {
         let profile = Profile { runs: [runs.clone(), runs].concat(), forwards: 2 };
         assert_eq!(profile.by_name(), [("b", 2, 6_000_000), ("a", 4, 4_000_000)]);
         let mut report = Report::new(Environment::read("test"));
-        profile.rows(&mut report, ("tokens", 16), 10.0);
+        profile.rows(&mut report, "m", ("tokens", 16), 10.0);
         let json = report.json();
         let rows = json["rows"].as_array().expect("rows");
         assert_eq!((&rows[0]["kernels"], &rows[0]["kernels_ms"]), (&3.into(), &5.0.into()));

@@ -45,7 +45,7 @@ impl Lab {
     /// Makes a tensor of random numbers.
     pub(super) fn random(&mut self, shape: &[usize], dtype: DType) -> Result<Tensor> {
         let tensor = self.device.empty(shape, dtype)?;
-        random::fill(&self.device, &mut self.runner, &tensor)?;
+        random::fill(&mut self.runner, &tensor)?;
         Ok(tensor)
     }
 
