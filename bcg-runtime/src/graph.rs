@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::capture::catch_panic;
-use crate::capture::recorder::{CaptureGuard, Recorder};
+use crate::capture::recorder::{CaptureGuard, CaptureMode, Recorder};
 use crate::device::PinnedBuffer;
 use crate::freeze::Claims;
 use crate::generation::Stamp;
@@ -36,6 +36,10 @@ pub struct GraphOptions {
     /// The number of breaks that a capture must have; any other number is an error. It catches a function that
     /// somebody forgot to annotate.
     pub expected_breaks: Option<usize>,
+    /// Segments with the same kernels in the same order, such as those of a model's layers, share one executable, which
+    /// is updated before each launch. On an H200 that saves about 0.1 MiB of device memory a segment and costs 0.7 µs of
+    /// host time a launch (docs/BENCHMARKS.md): for sizes whose forward takes much longer than that.
+    pub shares_executables: bool,
 }
 
 /// A forward captured as segments with eager breaks between them.
@@ -132,7 +136,7 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
             self.captured = Ok(Captured { forward: Box::new(forward), recording: None });
             return Ok(output);
         }
-        let (recording, output) = record(runner.stream_mut(), live, self.options.expected_breaks, &forward, false)?;
+        let (recording, output) = record(runner.stream_mut(), live, self.options, &forward, false)?;
         self.captured = Ok(Captured { forward: Box::new(forward), recording: Some(recording) });
         Ok(output)
     }
@@ -170,11 +174,10 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
         self.captured = Err("its last capture failed");
         let span = tracing::info_span!("capture", graph = %self.name);
         let _entered = span.enter();
-        let expected_breaks = self.options.expected_breaks;
-        let recorded = match record(runner.stream_mut(), live, expected_breaks, &forward, true) {
+        let recorded = match record(runner.stream_mut(), live, self.options, &forward, true) {
             Err(error @ Error::NeedsRun { .. }) => {
                 tracing::debug!(%error, "captured with a run");
-                record(runner.stream_mut(), live, expected_breaks, &forward, false)
+                record(runner.stream_mut(), live, self.options, &forward, false)
             }
             recorded => recorded,
         };
@@ -259,13 +262,13 @@ impl<L: LiveBatch, O: Freeze> fmt::Debug for BreakableCudaGraph<L, O> {
 fn record<L: LiveBatch, O: Freeze>(
     stream: &mut CaptureStream,
     live: &L,
-    expected_breaks: Option<usize>,
+    options: GraphOptions,
     forward: &Forward<L, O>,
     is_dry: bool,
 ) -> Result<(Recording<L, O>, O)> {
     let begun = Instant::now();
     stream.begin_forward(live.rows(), 0)?;
-    let mut guard = if is_dry { CaptureGuard::begin_dry(stream)? } else { CaptureGuard::begin(stream)? };
+    let mut guard = CaptureGuard::begin(stream, CaptureMode { is_dry, shares_execs: options.shares_executables })?;
     let run = || {
         let mut cx = Context { stream: guard.stream, live, recorder: Some(&mut guard.recorder) };
         forward(&mut cx)
@@ -279,7 +282,7 @@ fn record<L: LiveBatch, O: Freeze>(
     let frozen_output = output.freeze(&mut claims).map_err(|error| error.in_segment(guard.recorder.segment_index()))?;
     let arena = guard.stream.arena().clone();
     let Recorder { steps, retained, pinned, stamps, .. } = guard.seal()?;
-    check_census(&steps, expected_breaks)?;
+    check_census(&steps, options.expected_breaks)?;
     let recording = Recording {
         steps,
         output: frozen_output,
@@ -323,7 +326,7 @@ impl<L: LiveBatch, O: Freeze> Recording<L, O> {
         for step in &self.steps {
             match step {
                 Step::Segment(segment) => description.segments.push(SegmentDescription {
-                    is_empty: segment.exec.is_none(),
+                    is_empty: segment.is_empty(),
                     num_nodes: segment.nodes.total(),
                     num_copies: segment.nodes.copies,
                     num_fills: segment.nodes.fills,

@@ -1,28 +1,80 @@
-//! A segment: one executable CUDA graph between two breaks.
+//! A segment: one executable CUDA graph between two breaks, its own or one shared with equal segments.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::arena::{BlockRecord, FrozenTensor};
 use crate::capture::breaks::BreakSite;
 use crate::device::traits::NodeCounts;
-use crate::device::{GraphExec, Stream};
+use crate::device::{Graph, GraphExec, Stream};
 use crate::{Eager, Result};
 
 /// One executable graph, or nothing where no work was captured.
 #[derive(Debug)]
 pub(crate) struct Segment {
-    /// `None` for an empty segment, which costs no launch.
-    pub(crate) exec: Option<GraphExec>,
+    pub(crate) exec: Executable,
     pub(crate) nodes: NodeCounts,
     pub(crate) kernels: Vec<&'static str>,
 }
 
+/// What a segment launches.
+#[derive(Debug)]
+pub(crate) enum Executable {
+    /// An empty segment, which costs no launch.
+    Empty,
+    /// Its own executable.
+    Own(GraphExec),
+    /// An executable that equal segments share, and the graph that it is updated to before this segment's launch.
+    Shared { exec: Arc<SharedExec>, graph: Graph, segment: usize },
+}
+
+/// An executable of several segments.
+#[derive(Debug)]
+pub(crate) struct SharedExec {
+    exec: GraphExec,
+    /// The segment whose graph it holds.
+    holds: AtomicUsize,
+}
+
 impl Segment {
+    pub(crate) fn is_empty(&self) -> bool {
+        matches!(self.exec, Executable::Empty)
+    }
+
     pub(crate) fn launch(&self, stream: &Stream) -> Result<()> {
         match &self.exec {
-            Some(exec) => exec.launch(stream),
-            None => Ok(()),
+            Executable::Empty => Ok(()),
+            Executable::Own(exec) => exec.launch(stream),
+            Executable::Shared { exec, graph, segment } => {
+                // Replays of one graph never overlap on the host: they borrow its runner.
+                if exec.holds.load(Ordering::Relaxed) != *segment {
+                    exec.exec.update(graph)?;
+                    exec.holds.store(*segment, Ordering::Relaxed);
+                }
+                exec.exec.launch(stream)
+            }
         }
+    }
+
+    /// Makes the executable of segment number `segment`, that of an equal one of `earlier` if there is one.
+    pub(crate) fn shared<'a>(
+        graph: Graph,
+        segment: usize,
+        nodes: NodeCounts,
+        kernels: &[&'static str],
+        earlier: impl Iterator<Item = &'a Self>,
+    ) -> Result<Executable> {
+        let equal = earlier.filter(|earlier| earlier.nodes == nodes && earlier.kernels == kernels);
+        for other in equal {
+            if let Executable::Shared { exec, .. } = &other.exec
+                && exec.exec.update(&graph)?
+            {
+                exec.holds.store(segment, Ordering::Relaxed);
+                return Ok(Executable::Shared { exec: Arc::clone(exec), graph, segment });
+            }
+        }
+        let exec = Arc::new(SharedExec { exec: graph.instantiate()?, holds: AtomicUsize::new(segment) });
+        Ok(Executable::Shared { exec, graph, segment })
     }
 }
 

@@ -42,6 +42,9 @@ pub type GraphStats = GraphCacheStats;
 /// New tokens of one sequence of a dummy batch: attention costs little then.
 const DUMMY_SEQUENCE_TOKENS: usize = 128;
 
+/// Rows from which the layers' segments share executables: updating them costs less than 1 % of such a forward.
+const SHARE_EXECUTABLES_FROM: usize = 512;
+
 /// A loaded model with its KV cache, its graphs and the stream they run on.
 ///
 /// # Example
@@ -117,7 +120,8 @@ impl ModelRunner {
                 verify_every: options.verify_graph,
                 // Ahead, every size of the ladder stays.
                 graphs_max: if options.graph == GraphMode::Ahead { usize::MAX } else { 128 },
-                graph: GraphOptions { debug_eager: options.debug_graph, expected_breaks: None },
+                share_from: SHARE_EXECUTABLES_FROM,
+                graph: GraphOptions { debug_eager: options.debug_graph, ..GraphOptions::default() },
             };
             Ok::<_, Error>(GraphCache::new(phase.name(), cache_options))
         };

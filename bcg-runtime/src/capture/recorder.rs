@@ -14,7 +14,7 @@ use super::breaks::BreakSite;
 use super::state::CaptureState;
 use crate::device::{Graph, PinnedBuffer};
 use crate::generation::Stamp;
-use crate::segment::{Break, Segment, Step};
+use crate::segment::{Break, Executable, Segment, Step};
 use crate::stream::SegmentLog;
 use crate::tensor::PersistentBuffer;
 use crate::{CaptureStream, Error, Result};
@@ -30,6 +30,8 @@ pub(crate) struct Recorder<L> {
     pub(crate) steps: Vec<Step<L>>,
     /// Segments among the steps.
     num_segments: usize,
+    /// Equal segments share an executable.
+    shares_execs: bool,
     pub(crate) retained: Vec<Arc<PersistentBuffer>>,
     pub(crate) pinned: Vec<Arc<PinnedBuffer>>,
     pub(crate) stamps: Vec<Stamp>,
@@ -41,6 +43,7 @@ impl<L> Recorder<L> {
             state: CaptureState::Idle,
             steps: Vec::new(),
             num_segments: 0,
+            shares_execs: false,
             retained: Vec::new(),
             pinned: Vec::new(),
             stamps: Vec::new(),
@@ -123,7 +126,15 @@ impl<L> Recorder<L> {
             let what = format!("{} memory nodes were captured; allocate through CaptureStream::empty", nodes.memory);
             return Err(Error::CaptureForbidden { what });
         }
-        let exec = (nodes.kernels + nodes.copies + nodes.fills > 0).then(|| graph.instantiate()).transpose()?;
+        let earlier = self.steps.iter().filter_map(|step| match step {
+            Step::Segment(segment) => Some(segment),
+            Step::Break(_) => None,
+        });
+        let exec = match nodes.kernels + nodes.copies + nodes.fills {
+            0 => Executable::Empty,
+            _ if self.shares_execs => Segment::shared(graph, self.num_segments, nodes, &log.kernels, earlier)?,
+            _ => Executable::Own(graph.instantiate()?),
+        };
         let segment = Segment { exec, nodes, kernels: log.kernels };
         if !stream.is_dry {
             segment.launch(stream.main())?;
@@ -143,6 +154,15 @@ impl<L> Recorder<L> {
     }
 }
 
+/// How a capture goes about it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CaptureMode {
+    /// Nothing runs until the guard goes.
+    pub(crate) is_dry: bool,
+    /// Equal segments share an executable.
+    pub(crate) shares_execs: bool,
+}
+
 /// Owns an open capture and aborts it on drop.
 pub(crate) struct CaptureGuard<'a, L> {
     pub(crate) stream: &'a mut CaptureStream,
@@ -150,20 +170,15 @@ pub(crate) struct CaptureGuard<'a, L> {
 }
 
 impl<'a, L> CaptureGuard<'a, L> {
-    pub(crate) fn begin(stream: &'a mut CaptureStream) -> Result<Self> {
+    pub(crate) fn begin(stream: &'a mut CaptureStream, mode: CaptureMode) -> Result<Self> {
         if IS_CAPTURING.replace(true) {
             let state = "another capture is open on this thread";
             return Err(Error::CaptureState { transition: "begin", state });
         }
         let mut guard = Self { stream, recorder: Recorder::new() };
+        guard.recorder.shares_execs = mode.shares_execs;
         guard.recorder.begin(guard.stream)?;
-        Ok(guard)
-    }
-
-    /// As [`CaptureGuard::begin`], with nothing running until the guard goes.
-    pub(crate) fn begin_dry(stream: &'a mut CaptureStream) -> Result<Self> {
-        let guard = Self::begin(stream)?;
-        (guard.stream.is_dry, guard.stream.needs_run) = (true, None);
+        (guard.stream.is_dry, guard.stream.needs_run) = (mode.is_dry, None);
         Ok(guard)
     }
 

@@ -430,6 +430,12 @@ pub(crate) struct GraphExec {
 }
 
 impl GraphExec {
+    /// Makes later launches run the nodes of `graph`; launches that were enqueued keep theirs. Returns `false`, and
+    /// changes nothing, if the graph has another structure.
+    pub(crate) fn update(&self, graph: &Graph) -> Result<bool> {
+        self.device.backend().update_exec(self.handle, graph.handle)
+    }
+
     pub(crate) fn launch(&self, stream: &Stream) -> Result<()> {
         self.device.backend().launch_graph(self.handle, stream.handle)
     }

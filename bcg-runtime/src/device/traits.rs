@@ -142,6 +142,9 @@ pub(crate) trait GraphBackend {
     fn abort_capture(&self, stream: StreamHandle);
     fn node_counts(&self, graph: GraphHandle) -> Result<NodeCounts>;
     fn instantiate(&self, graph: GraphHandle) -> Result<ExecHandle>;
+    /// Makes later launches of `exec` run the nodes of `graph`; launches that were enqueued keep theirs. Returns `false`,
+    /// and changes nothing, if the graph has another structure than that which `exec` was made from.
+    fn update_exec(&self, exec: ExecHandle, graph: GraphHandle) -> Result<bool>;
     fn launch_graph(&self, exec: ExecHandle, stream: StreamHandle) -> Result<()>;
     fn destroy_graph(&self, graph: GraphHandle);
     /// Destroys an executable graph; one that still runs finishes first.

@@ -3,7 +3,8 @@
 use std::sync::{Arc, Barrier, Mutex};
 
 use bcg_runtime::{
-    BreakableCudaGraph, Context, DType, Device, Eager, Error, Freeze, LiveBatch, Result, Tensor, eager_on_graph,
+    BreakableCudaGraph, Context, DType, Device, Eager, Error, Freeze, GraphOptions, LiveBatch, Result, Tensor,
+    eager_on_graph,
 };
 
 use super::fixture::{
@@ -393,6 +394,36 @@ pub fn a_break_that_reads_back_is_captured_ahead_with_a_run(device: &Device) {
     graph.capture_ahead(&mut runner, &batch(1.0), forward.clone()).expect("a capture");
     assert_eq!(census(&graph), (2, 1));
     replays_like_eager(&mut runner, &graph, &batches(), forward);
+}
+
+/// Segments with the same kernels may share an executable; those with others never do, and all replay like eager runs.
+pub fn equal_segments_may_share_an_executable(device: &Device) {
+    let x = iota(device, &[40], 1.0);
+    let mut runner = runner(device);
+    let forward = move |cx: &mut Context<'_, Batch>| {
+        let mut y = step(cx, &x)?;
+        for i in 0..6 {
+            y = scaled(cx, &y)?;
+            y = step(cx, &y)?;
+            if i == 3 {
+                y = axpy(cx, 2.0, &y, &y)?;
+            }
+        }
+        Ok(y)
+    };
+    let mut num_execs = |shares_executables| {
+        let before = device.live_objects().execs;
+        let options = GraphOptions { shares_executables, ..GraphOptions::default() };
+        let mut graph = Graph::with_options("shared", options);
+        let captured = graph.capture(&mut runner, &batch(2.0), forward.clone()).expect("a capture");
+        let captured = bits(&mut runner, &captured);
+        let eager = runner.eager(&batch(2.0), &forward).expect("an eager run");
+        assert_eq!(captured, bits(&mut runner, &eager), "a capture is also a run");
+        assert_eq!(census(&graph), (7, 6));
+        replays_like_eager(&mut runner, &graph, &batches(), &forward);
+        device.live_objects().execs - before
+    };
+    assert_eq!((num_execs(false), num_execs(true)), (7, 2));
 }
 
 /// `is_capturing` is true in captured code only: not in breaks, not at replay, not in eager runs.

@@ -44,6 +44,7 @@ macro_rules! conformance_rules {
                 the_output_of_a_capture_equals_eager,
                 a_capture_ahead_runs_nothing_and_replays_like_eager,
                 a_break_that_reads_back_is_captured_ahead_with_a_run,
+                equal_segments_may_share_an_executable,
                 only_captured_code_is_capturing,
                 ten_thousand_segments_are_legal,
             }

@@ -83,6 +83,11 @@ impl GraphBackend for CudaBackend {
         Ok(ExecHandle(exec))
     }
 
+    fn update_exec(&self, exec: ExecHandle, graph: GraphHandle) -> Result<bool> {
+        self.bind()?;
+        self.driver.update_exec(exec.0, graph.0)
+    }
+
     fn launch_graph(&self, exec: ExecHandle, stream: StreamHandle) -> Result<()> {
         self.bind()?;
         self.driver.launch_graph(exec.0, stream.0)

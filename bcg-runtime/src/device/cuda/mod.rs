@@ -360,6 +360,7 @@ mod tests {
             backend.end_capture(STREAM).err(),
             backend.node_counts(GraphHandle(1)).err(),
             backend.instantiate(GraphHandle(1)).err(),
+            backend.update_exec(ExecHandle(1), GraphHandle(1)).err(),
             backend.launch_graph(ExecHandle(1), STREAM).err(),
         ];
         for (i, error) in errors.into_iter().enumerate() {

@@ -31,6 +31,7 @@ const DRIVER_VERSION_MIN: i32 = 12_040;
 
 pub(super) const OUT_OF_MEMORY: i32 = 2;
 pub(super) const NOT_FOUND: i32 = 500;
+const GRAPH_EXEC_UPDATE_FAILURE: i32 = 910;
 pub(super) const CAPTURE_INVALIDATED: u32 = 901;
 
 const CAPTURE_MODE_THREAD_LOCAL: u32 = 1;
@@ -121,6 +122,7 @@ driver! {
     cuGraphGetNodes(u64, *mut u64, *mut usize);
     cuGraphNodeGetType(u64, *mut u32);
     cuGraphInstantiateWithFlags(*mut u64, u64, u64);
+    cuGraphExecUpdate_v2(u64, u64, *mut sys::CUgraphExecUpdateResultInfo);
     cuGraphLaunch(u64, u64);
     cuGraphDestroy(u64);
     cuGraphExecDestroy(u64);
@@ -592,6 +594,18 @@ impl Driver {
         // SAFETY: a live graph (contract of `traits`); the out-pointer is writable for the call.
         unsafe { call!(self.cuGraphInstantiateWithFlags(&raw mut exec, graph, 0)) }?;
         Ok(exec)
+    }
+
+    /// Updates an executable graph; `false` if the structures differ.
+    pub(super) fn update_exec(&self, exec: u64, graph: u64) -> Result<bool> {
+        let mut info = std::mem::MaybeUninit::<sys::CUgraphExecUpdateResultInfo>::uninit();
+        // SAFETY: a live executable graph and a live graph (contract of `traits`); `info` is writable for the call and is
+        // not read: its closed enum may not know the driver's code.
+        match unsafe { call!(self.cuGraphExecUpdate_v2(exec, graph, info.as_mut_ptr())) } {
+            Ok(()) => Ok(true),
+            Err(Error::Driver { code: GRAPH_EXEC_UPDATE_FAILURE, .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     pub(super) fn launch_graph(&self, exec: u64, stream: u64) -> Result<()> {

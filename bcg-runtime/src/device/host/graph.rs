@@ -35,6 +35,12 @@ impl GraphNodes {
         let leaves = (0..nodes.len() as u32).filter(|idx| !inner.contains(idx)).collect();
         Self { nodes, leaves }
     }
+
+    /// Tells whether an executable of this graph can be updated to `other`: the same kinds of work in the same order.
+    fn is_like(&self, other: &Self) -> bool {
+        let is_like = |(a, b): (&Node, &Node)| a.deps == b.deps && a.lane == b.lane && a.work.is_like(&b.work);
+        self.nodes.len() == other.nodes.len() && self.nodes.iter().zip(&other.nodes).all(is_like)
+    }
 }
 
 /// An executable graph.
@@ -86,6 +92,17 @@ impl GraphBackend for HostBackend {
         let handle = state.new_handle();
         state.execs.insert(handle, exec);
         Ok(ExecHandle(handle))
+    }
+
+    fn update_exec(&self, exec: ExecHandle, graph: GraphHandle) -> Result<bool> {
+        let state = &mut *self.enter("cuGraphExecUpdate")?;
+        let graph = Arc::clone(state.graph(graph));
+        let exec = state.execs.get_mut(&exec.0).expect("guards pass live executables only");
+        let is_like = exec.graph.is_like(&graph);
+        if is_like {
+            exec.graph = graph;
+        }
+        Ok(is_like)
     }
 
     fn launch_graph(&self, exec: ExecHandle, stream: StreamHandle) -> Result<()> {

@@ -52,6 +52,14 @@ impl Work {
         }
     }
 
+    /// Tells whether a node of this work can be updated to `other`: only addresses, values and sizes may differ.
+    pub(super) fn is_like(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Launch(a), Self::Launch(b)) => std::ptr::addr_eq(a.kernel, b.kernel),
+            (a, b) => std::mem::discriminant(a) == std::mem::discriminant(b),
+        }
+    }
+
     pub(super) fn count(&self, counts: &mut NodeCounts) {
         match self {
             Self::Launch(_) => counts.kernels += 1,
