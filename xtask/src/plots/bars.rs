@@ -34,7 +34,7 @@ pub(super) fn draw(title: &str, subtitle: &str, bars: &[Bar]) -> String {
         svg.rule([at(tick), TOP - 6.0], [at(tick), height - 30.0]);
         svg.text([at(tick), height - 14.0], Anchor::Middle, &format!("{tick} %"));
     }
-    for (index, (name, colour)) in [("bcg", COLOURS[0]), ("PyTorch", COLOURS[1])].into_iter().enumerate() {
+    for (index, (name, colour)) in [("bcg", COLOURS[0]), ("PyTorch", COLOURS[2])].into_iter().enumerate() {
         let x = LEFT + 90.0 * index as f64;
         svg.bar("legend", [x, 62.0], [14.0, 10.0], colour);
         svg.text([x + 20.0, 71.0], Anchor::Start, name);
@@ -48,7 +48,7 @@ pub(super) fn draw(title: &str, subtitle: &str, bars: &[Bar]) -> String {
             svg.bar("own", [LEFT, y], [at(bar.own) - LEFT, BAR], COLOURS[0]);
             svg.text([at(bar.own) + 4.0, y + 9.0], Anchor::Start, &format!("{:.0}", bar.own));
             if let Some(peer) = bar.peer {
-                svg.bar("peer", [LEFT, y + BAR + 1.0], [at(peer) - LEFT, BAR], COLOURS[1]);
+                svg.bar("peer", [LEFT, y + BAR + 1.0], [at(peer) - LEFT, BAR], COLOURS[2]);
                 svg.text([at(peer) + 4.0, y + BAR + 10.0], Anchor::Start, &format!("{peer:.0}"));
             }
             y += ROW;

@@ -68,6 +68,7 @@ fn pictures(reports: &[Value], sglang: &Value) -> Vec<(String, String)> {
                     y: "wall time, ms",
                     series: vec![
                         Series::line("bcg, graphs", own.points(size, "graph_ms_p50")),
+                        Series::line("bcg, graphs, to the token", own.points(size, "step_ms_p50")),
                         Series::line("bcg, eager", own.points(size, "eager_ms_p50")),
                         Series::line("bcg, kernels alone", profile.points(size, "busy_ms")),
                         Series::dots("SGLang, graphs", peer.points(size, "graph_ms")),
@@ -136,7 +137,7 @@ mod tests {
     }
 
     fn forwards() -> Value {
-        let row = |tokens: usize, ms: f64| json!({"name": "prefill", "model": "m-8b", "tokens": tokens, "graph_ms_p50": ms, "eager_ms_p50": 2.0 * ms});
+        let row = |tokens: usize, ms: f64| json!({"name": "prefill", "model": "m-8b", "tokens": tokens, "graph_ms_p50": ms, "step_ms_p50": 1.1 * ms, "eager_ms_p50": 2.0 * ms});
         let profile = json!({"name": "profile", "model": "m-8b", "tokens": 16, "busy_ms": 4.5});
         json!({ "environment": environment(), "rows": [row(16, 5.0), row(1, 4.0), row(8192, 100.0), profile] })
     }
@@ -164,13 +165,21 @@ mod tests {
         let [(name, svg)] = &pictures[..] else { panic!("{} pictures", pictures.len()) };
         assert_eq!(name, "prefill-m-8b.svg");
         let texts = texts(svg);
-        for wanted in ["bcg, graphs", "bcg, eager", "bcg, kernels alone", "SGLang, graphs", "wall time, ms", "8192"] {
+        for wanted in [
+            "bcg, graphs",
+            "bcg, graphs, to the token",
+            "bcg, eager",
+            "bcg, kernels alone",
+            "SGLang, graphs",
+            "wall time, ms",
+            "8192",
+        ] {
             assert!(texts.iter().any(|text| text == wanted), "{wanted}: {texts:?}");
         }
         assert!(!texts.iter().any(|text| text.contains("full graph")), "{texts:?}");
         assert!(texts.iter().any(|text| text.contains("<H200> & \"more\"")), "{texts:?}");
-        // Three points on each of two lines, one of the profile, one of SGLang; the legend has its own.
-        assert_eq!((count(svg, "polyline", "series"), count(svg, "circle", "point")), (3, 8));
+        // Three points on each of three lines, one of the profile, one of SGLang; the legend has its own.
+        assert_eq!((count(svg, "polyline", "series"), count(svg, "circle", "point")), (4, 11));
     }
 
     #[test]

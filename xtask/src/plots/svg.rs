@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 /// Colours that differ in hue and in brightness.
-pub(super) const COLOURS: [&str; 6] = ["#1f6feb", "#d1570b", "#2da44e", "#8250df", "#bf3989", "#57606a"];
+pub(super) const COLOURS: [&str; 7] = ["#1f6feb", "#54aeff", "#d1570b", "#2da44e", "#8250df", "#bf3989", "#57606a"];
 
 /// Where a text's position is in the text.
 #[derive(Clone, Copy)]
