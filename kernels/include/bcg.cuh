@@ -92,33 +92,65 @@ template <typename V, typename Op> BCG_DEVICE V block_reduce(V v, V identity, Op
 }
 
 // Neighbouring elements that fill 16 bytes, the widest access of a thread.
-template <typename T> struct alignas(16) Pack {
+template <typename T> struct Pack {
     static constexpr u32 LEN = 16 / sizeof(T);
-    T v[LEN];
+    u32 words[4];
 };
+
+BCG_DEVICE u32 to_bits(float v) { return __float_as_uint(v); }
+BCG_DEVICE u32 to_bits(bf16 v) { return v.bits; }
+BCG_DEVICE u32 to_bits(f16 v) { return v.bits; }
+
+// Element e of a pack.
+BCG_DEVICE float get(const Pack<float>& p, u32 e) { return __uint_as_float(p.words[e]); }
+BCG_DEVICE float get(const Pack<bf16>& p, u32 e) {
+    u32 word = p.words[e / 2];
+    return __uint_as_float(e % 2 ? word & 0xffff0000u : word << 16);
+}
+BCG_DEVICE float get(const Pack<f16>& p, u32 e) { return to_f32(f16{(u16)(p.words[e / 2] >> 16 * (e % 2))}); }
+
+// The pack of f32 values, each rounded as from_f32 does.
+template <typename T> BCG_DEVICE Pack<T> pack(const float (&v)[Pack<T>::LEN]);
+template <> BCG_DEVICE Pack<float> pack<float>(const float (&v)[4]) {
+    return {{__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])}};
+}
+template <> BCG_DEVICE Pack<bf16> pack<bf16>(const float (&v)[8]) {
+    Pack<bf16> p;
+#pragma unroll
+    for (u32 w = 0; w < 4; w++) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(p.words[w]) : "f"(v[2 * w + 1]), "f"(v[2 * w]));
+    return p;
+}
+template <> BCG_DEVICE Pack<f16> pack<f16>(const float (&v)[8]) {
+    Pack<f16> p;
+#pragma unroll
+    for (u32 w = 0; w < 4; w++) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(p.words[w]) : "f"(v[2 * w + 1]), "f"(v[2 * w]));
+    return p;
+}
 
 // Elements first … of a row of `columns`: one access where WIDE says that address and width are multiples of 16 bytes,
 // else one for each element; zeros beyond the row.
 template <bool WIDE, typename T> BCG_DEVICE Pack<T> load_pack(const T* row, u32 first, u32 columns) {
-    Pack<T> pack;
     if (WIDE) {
-        *(uint4*)&pack = first < columns ? *(const uint4*)(row + first) : make_uint4(0, 0, 0, 0);
-    } else {
-#pragma unroll
-        for (u32 e = 0; e < Pack<T>::LEN; e++) pack.v[e] = first + e < columns ? row[first + e] : from_f32<T>(0.0f);
+        uint4 v = first < columns ? *(const uint4*)(row + first) : make_uint4(0, 0, 0, 0);
+        return {{v.x, v.y, v.z, v.w}};
     }
-    return pack;
+    constexpr u32 PER_WORD = 4 / sizeof(T);
+    Pack<T> p = {};
+#pragma unroll
+    for (u32 e = 0; e < Pack<T>::LEN; e++)
+        if (first + e < columns) p.words[e / PER_WORD] |= to_bits(row[first + e]) << 16 * (e % PER_WORD);
+    return p;
 }
 
 // Writes what load_pack reads.
-template <bool WIDE, typename T> BCG_DEVICE void store_pack(T* row, u32 first, u32 columns, const Pack<T>& pack) {
+template <bool WIDE, typename T> BCG_DEVICE void store_pack(T* row, u32 first, u32 columns, const Pack<T>& p) {
     if (WIDE) {
-        if (first < columns) *(uint4*)(row + first) = *(const uint4*)&pack;
-    } else {
-#pragma unroll
-        for (u32 e = 0; e < Pack<T>::LEN; e++)
-            if (first + e < columns) row[first + e] = pack.v[e];
+        if (first < columns) *(uint4*)(row + first) = make_uint4(p.words[0], p.words[1], p.words[2], p.words[3]);
+        return;
     }
+#pragma unroll
+    for (u32 e = 0; e < Pack<T>::LEN; e++)
+        if (first + e < columns) row[first + e] = from_f32<T>(get(p, e));
 }
 
 // Copies a row of words by all threads of all blocks in y.

@@ -52,24 +52,52 @@ BCG_DEVICE u32 order(float v) {
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-// Candidates for the best of a row: the larger value wins, then the lower index. 0, what NaN makes, is no candidate.
-BCG_DEVICE u64 candidate(u32 key, u32 index) { return key == 0 ? 0 : (u64)key << 32 | (u32)~index; }
-BCG_DEVICE i32 candidate_index(u64 best) { return best == 0 ? 0 : (i32)~(u32)best; }
+// The float of an order other than 0.
+BCG_DEVICE float unorder(u32 key) { return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key); }
 
-// A block's share of a row of logits, in packs of four columns dealt to all threads of the cluster in turn.
+BCG_DEVICE float not_a_number() { return __int_as_float(0x7fc00000); }
+
+// The best that a thread has met: the larger value wins, then the lower index; NaN never does.
+struct Best {
+    float value;
+    u32 index;
+
+    BCG_DEVICE Best() : value(not_a_number()), index(0) {}
+
+    // Offers values in ascending order of their indices.
+    BCG_DEVICE void offer(float v, u32 i) {
+        if (v > value || value != value) {
+            value = v;
+            index = i;
+        }
+    }
+
+    // Orders the best of several threads; 0 for none.
+    BCG_DEVICE u64 key() const { return value != value ? 0 : (u64)order(value) << 32 | (u32)~index; }
+};
+
+// The index in the largest Best::key() of a row, 0 if there is none.
+BCG_DEVICE i32 best_index(u64 key) { return key == 0 ? 0 : (i32)~(u32)key; }
+
+// Four neighbouring logits.
+struct Quad {
+    float v[4];
+};
+
+// A block's share of a row of logits, in quads of columns dealt to all threads of the cluster in turn.
 struct LogitsRow {
     const float* logits;
     u32 columns;
     u32 rank;   // of the block in its cluster
-    bool wide;  // a pack is one access
+    bool wide;  // a quad is one access
 
     BCG_DEVICE LogitsRow(const float* all, i64 stride, u32 columns)
         : logits(all + blockIdx.x / CLUSTER * stride), columns(columns), rank(blockIdx.x % CLUSTER),
           wide(((u64)all | (u64)stride * 4 | (u64)columns * 4) % 16 == 0) {}
 
     // Four logits; NaN beyond the row.
-    BCG_DEVICE Pack<float> load(u32 first) const {
-        const float nan = __int_as_float(0x7fc00000);
+    BCG_DEVICE Quad load(u32 first) const {
+        const float nan = not_a_number();
         float4 v = make_float4(nan, nan, nan, nan);
         if (wide) {
             if (first < columns) v = *(const float4*)(logits + first);
@@ -82,16 +110,16 @@ struct LogitsRow {
         return {{v.x, v.y, v.z, v.w}};
     }
 
-    // Calls f(first column, pack, number of the pack), ascending, equally often in all threads of the block.
+    // Calls f(first column, quad, number of the quad), ascending, equally often in all threads of the block.
     template <typename F> BCG_DEVICE void for_each(F f) const {
         constexpr u32 UNROLL = 4, STEP = CLUSTER_BLOCKS * LOGITS_THREADS * 4;
         u32 mine = (rank * LOGITS_THREADS + threadIdx.x) * 4, number = 0;
         for (u32 base = 0; base < columns; base += UNROLL * STEP) {
-            Pack<float> packs[UNROLL];
+            Quad quads[UNROLL];
 #pragma unroll
-            for (u32 u = 0; u < UNROLL; u++) packs[u] = load(base + mine + u * STEP);
+            for (u32 u = 0; u < UNROLL; u++) quads[u] = load(base + mine + u * STEP);
 #pragma unroll
-            for (u32 u = 0; u < UNROLL; u++) f(base + mine + u * STEP, packs[u], number++);
+            for (u32 u = 0; u < UNROLL; u++) f(base + mine + u * STEP, quads[u], number++);
         }
     }
 };

@@ -39,11 +39,12 @@ template <typename T, bool WIDE> BCG_DEVICE void add_rms_norm(const AddRmsNormAr
         }
 #pragma unroll
         for (u32 p = 0; p < PACKS; p++) {
+            float sums[LEN];
 #pragma unroll
-            for (u32 e = 0; e < LEN; e++) {
-                values[p].v[e] = from_f32<T>(to_f32(values[p].v[e]) + to_f32(added[p].v[e]));
-                squares += to_f32(values[p].v[e]) * to_f32(values[p].v[e]);
-            }
+            for (u32 e = 0; e < LEN; e++) sums[e] = get(values[p], e) + get(added[p], e);
+            values[p] = pack<T>(sums);
+#pragma unroll
+            for (u32 e = 0; e < LEN; e++) squares += get(values[p], e) * get(values[p], e);
             store_pack<WIDE>(sum, first + p * step, a.columns, values[p]);
         }
     }
@@ -57,11 +58,10 @@ template <typename T, bool WIDE> BCG_DEVICE void add_rms_norm(const AddRmsNormAr
                 values[p] = load_pack<WIDE>(sum, c, a.columns);
                 weights[p] = load_pack<WIDE>(weight, c, a.columns);
             }
-            Pack<T> out;
+            float out[LEN];
 #pragma unroll
-            for (u32 e = 0; e < LEN; e++)
-                out.v[e] = from_f32<T>(round_to<T>(to_f32(values[p].v[e]) * scale) * to_f32(weights[p].v[e]));
-            store_pack<WIDE>(normed, c, a.columns, out);
+            for (u32 e = 0; e < LEN; e++) out[e] = round_to<T>(get(values[p], e) * scale) * get(weights[p], e);
+            store_pack<WIDE>(normed, c, a.columns, pack<T>(out));
         }
     }
 }
@@ -73,6 +73,6 @@ template <typename T> BCG_DEVICE void add_rms_norm(const AddRmsNormArgs& a) {
     else add_rms_norm<T, false>(a);
 }
 
-extern "C" __global__ void add_rms_norm_bf16(AddRmsNormArgs a) { add_rms_norm<bf16>(a); }
-extern "C" __global__ void add_rms_norm_f16(AddRmsNormArgs a) { add_rms_norm<f16>(a); }
-extern "C" __global__ void add_rms_norm_f32(AddRmsNormArgs a) { add_rms_norm<float>(a); }
+extern "C" __global__ __launch_bounds__(512) void add_rms_norm_bf16(AddRmsNormArgs a) { add_rms_norm<bf16>(a); }
+extern "C" __global__ __launch_bounds__(512) void add_rms_norm_f16(AddRmsNormArgs a) { add_rms_norm<f16>(a); }
+extern "C" __global__ __launch_bounds__(512) void add_rms_norm_f32(AddRmsNormArgs a) { add_rms_norm<float>(a); }

@@ -16,18 +16,12 @@ extern "C" __global__ ROW_CLUSTER __launch_bounds__(LOGITS_THREADS, 2) void argm
     wait_for_inputs();
     release_dependents();
     if (row.rank >= CLUSTER_BLOCKS) return;
-    u32 key = 0, index = 0;
-    row.for_each([&](u32 first, const Pack<float>& logits, u32) {
+    Best best;
+    row.for_each([&](u32 first, const Quad& logits, u32) {
 #pragma unroll
-        for (u32 e = 0; e < 4; e++) {
-            u32 k = order(logits.v[e]);
-            if (k > key) {
-                key = k;
-                index = first + e;
-            }
-        }
+        for (u32 e = 0; e < 4; e++) best.offer(logits.v[e], first + e);
     });
     cluster_wait();
-    u64 best = cluster_reduce(candidate(key, index), 0ull, Max(), slots);
-    if (row.rank == 0 && threadIdx.x == 0) a.out[blockIdx.x / CLUSTER] = candidate_index(best);
+    u64 key = cluster_reduce(best.key(), 0ull, Max(), slots);
+    if (row.rank == 0 && threadIdx.x == 0) a.out[blockIdx.x / CLUSTER] = best_index(key);
 }

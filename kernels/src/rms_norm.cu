@@ -31,7 +31,7 @@ template <typename T, bool WIDE> BCG_DEVICE void rms_norm(const RmsNormArgs& a) 
 #pragma unroll
         for (u32 p = 0; p < PACKS; p++)
 #pragma unroll
-            for (u32 e = 0; e < LEN; e++) sum += to_f32(values[p].v[e]) * to_f32(values[p].v[e]);
+            for (u32 e = 0; e < LEN; e++) sum += get(values[p], e) * get(values[p], e);
     }
     sum = block_reduce(sum, 0.0f, Sum());
     float scale = 1.0f / sqrtf(sum / (float)a.columns + a.eps);
@@ -43,11 +43,10 @@ template <typename T, bool WIDE> BCG_DEVICE void rms_norm(const RmsNormArgs& a) 
                 values[p] = load_pack<WIDE>(x, c, a.columns);
                 weights[p] = load_pack<WIDE>(weight, c, a.columns);
             }
-            Pack<T> normed;
+            float normed[LEN];
 #pragma unroll
-            for (u32 e = 0; e < LEN; e++)
-                normed.v[e] = from_f32<T>(round_to<T>(to_f32(values[p].v[e]) * scale) * to_f32(weights[p].v[e]));
-            store_pack<WIDE>(out, c, a.columns, normed);
+            for (u32 e = 0; e < LEN; e++) normed[e] = round_to<T>(get(values[p], e) * scale) * get(weights[p], e);
+            store_pack<WIDE>(out, c, a.columns, pack<T>(normed));
         }
     }
 }
@@ -58,6 +57,6 @@ template <typename T> BCG_DEVICE void rms_norm(const RmsNormArgs& a) {
     else rms_norm<T, false>(a);
 }
 
-extern "C" __global__ void rms_norm_bf16(RmsNormArgs a) { rms_norm<bf16>(a); }
-extern "C" __global__ void rms_norm_f16(RmsNormArgs a) { rms_norm<f16>(a); }
-extern "C" __global__ void rms_norm_f32(RmsNormArgs a) { rms_norm<float>(a); }
+extern "C" __global__ __launch_bounds__(512) void rms_norm_bf16(RmsNormArgs a) { rms_norm<bf16>(a); }
+extern "C" __global__ __launch_bounds__(512) void rms_norm_f16(RmsNormArgs a) { rms_norm<f16>(a); }
+extern "C" __global__ __launch_bounds__(512) void rms_norm_f32(RmsNormArgs a) { rms_norm<float>(a); }

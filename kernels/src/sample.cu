@@ -13,7 +13,7 @@ struct SampleArgs {
     i32* out;
     i64 stride;
     u32 columns;
-    u32 num_kept;  // packs of a thread in dynamic shared memory: its whole share of the row, or none
+    u32 num_kept;  // quads of a thread in dynamic shared memory: its whole share of the row, or none
 };
 
 constexpr u32 NUM_BINS = 2048, BIN_BITS = 11;
@@ -32,19 +32,21 @@ struct Shared {
     Found found;
 };
 
+constexpr u64 GOLDEN = 0x9e3779b97f4a7c15ull;
+
+// 64 random bits for each counter: the same on the host.
 BCG_DEVICE u64 mix(u64 z) {
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
     return z ^ (z >> 31);
 }
 
-// 23 random bits for each seed, step and token: the same on the host.
-BCG_DEVICE u32 random_bits(u64 stream, u32 token) {
-    return (u32)(mix(stream + 0x9e3779b97f4a7c15ull * ((u64)token + 1)) >> 41);
-}
-
 // The number in (0, 1) that 23 bits make.
 BCG_DEVICE float uniform(u32 bits) { return ((float)bits + 0.5f) * (1.0f / 8388608.0f); }
+
+struct Larger {
+    BCG_DEVICE float operator()(float a, float b) const { return fmaxf(a, b); }  // of a number and NaN, the number
+};
 
 // The likelihood of a token relative to the likeliest.
 BCG_DEVICE float weight(float z, float top) { return z == top ? 1.0f : expf(z - top); }
@@ -56,26 +58,26 @@ BCG_DEVICE u64 fixed(float weight) { return __float2ull_rn(weight * 175921860444
 struct ScaledRow {
     LogitsRow row;
     float temperature;
-    Pack<float>* kept;
+    Quad* kept;
     u32 num_kept;  // 0: computed again by each pass
 
-    BCG_DEVICE Pack<float> scale(Pack<float> pack) const {
+    BCG_DEVICE Quad scale(Quad quad) const {
 #pragma unroll
-        for (u32 e = 0; e < 4; e++) pack.v[e] /= temperature;
-        return pack;
+        for (u32 e = 0; e < 4; e++) quad.v[e] /= temperature;
+        return quad;
     }
 
-    // The first pass: calls f(first column, pack) and keeps the packs.
+    // The first pass: calls f(first column, quad) and keeps the quads.
     template <typename F> BCG_DEVICE void first_pass(F f) const {
-        row.for_each([&](u32 first, const Pack<float>& logits, u32 number) {
-            Pack<float> z = scale(logits);
+        row.for_each([&](u32 first, const Quad& logits, u32 number) {
+            Quad z = scale(logits);
             if (number < num_kept) kept[number * LOGITS_THREADS + threadIdx.x] = z;
             f(first, z);
         });
     }
 
     template <typename F> BCG_DEVICE void for_each(F f) const {
-        if (num_kept == 0) row.for_each([&](u32 first, const Pack<float>& logits, u32) { f(first, scale(logits)); });
+        if (num_kept == 0) row.for_each([&](u32 first, const Quad& logits, u32) { f(first, scale(logits)); });
         u32 first = (row.rank * LOGITS_THREADS + threadIdx.x) * 4;
         for (u32 n = 0; n < num_kept; n++, first += CLUSTER_BLOCKS * LOGITS_THREADS * 4)
             f(first, kept[n * LOGITS_THREADS + threadIdx.x]);
@@ -134,29 +136,30 @@ BCG_DEVICE Found find_bin(Shared& s, u32 rank, u64 above, double& wanted) {
     return s.found;
 }
 
-// Bins of equal width below the maximum; the last one reaches down to -infinity.
+// Bins of equal width below the largest value; the last one reaches down to -infinity.
 constexpr float BINS_PER_UNIT = 64.0f;
 BCG_DEVICE u32 coarse_bin(float z, float top) {
-    return z == top ? 0 : (u32)fminf((top - z) * BINS_PER_UNIT, (float)(NUM_BINS - 1));
+    return min(__float2uint_rz((top - z) * BINS_PER_UNIT), NUM_BINS - 1);  // infinity - infinity counts as 0
 }
 
-// The largest key, at least `least`, from which on the row's tokens amount to `wanted` (see find_bin), counted or by
-// their weights. Bins by value first, then each time finer ones by key within the bin that was found.
+// The largest value, at least `least`, from which on the row's tokens amount to `wanted` (see find_bin), counted or by
+// their weights. Bins by value first, then each time finer ones by order() within the bin that was found.
 template <bool IS_MASS>
-BCG_DEVICE u32 find_threshold(const ScaledRow& row, Shared& s, u32 least, float top, double wanted) {
-    u32 coarse = NUM_BINS, low = 1, high = order(top), shift = 32;
+BCG_DEVICE float find_threshold(const ScaledRow& row, Shared& s, float least, float top, double wanted) {
+    u32 coarse = NUM_BINS, low = order(least), high = order(top), shift = 0;
     for (u64 above = 0;;) {
         for (u32 bin = threadIdx.x; bin < NUM_BINS; bin += LOGITS_THREADS) s.low[bin] = s.high[bin] = 0;
         __syncthreads();
-        row.for_each([&](u32, const Pack<float>& pack) {
+        float from = unorder(low), to = unorder(high);
+        row.for_each([&](u32, const Quad& quad) {
 #pragma unroll
             for (u32 e = 0; e < 4; e++) {
-                float z = pack.v[e];
-                u32 key = order(z), bin = coarse_bin(z, top);
-                if (key < least) continue;
+                float z = quad.v[e];
+                if (!(z >= from && z <= to)) continue;
+                u32 bin = coarse_bin(z, top);
                 if (coarse < NUM_BINS) {
-                    if (bin != coarse || key < low || key > high) continue;
-                    bin = (high - key) >> shift;
+                    if (bin != coarse) continue;
+                    bin = (high - order(z)) >> shift;
                 }
                 u64 amount = IS_MASS ? fixed(weight(z, top)) : 1;
                 u32 part = (u32)amount, carry = 0;
@@ -168,13 +171,13 @@ BCG_DEVICE u32 find_threshold(const ScaledRow& row, Shared& s, u32 least, float 
         Found found = find_bin(s, row.row.rank, above, wanted);
         if (found.bin == NUM_BINS) return least;  // all together amount to less
         above = found.above;
-        if (coarse == NUM_BINS) {  // the bin, a little wider than rounding can make it
+        if (coarse == NUM_BINS) {  // the orders of the bin, and a few more than rounding can add
             coarse = found.bin;
             high = min(high, order(top - ((float)coarse - 0.1f) / BINS_PER_UNIT));
-            if (coarse < NUM_BINS - 1) low = order(top - ((float)coarse + 1.1f) / BINS_PER_UNIT);
+            if (coarse < NUM_BINS - 1) low = max(low, order(top - ((float)coarse + 1.1f) / BINS_PER_UNIT));
         } else {
             high -= found.bin << shift;
-            if (shift == 0) return high;
+            if (shift == 0) return unorder(high);
             low = max(low, high - ((1u << shift) - 1));
         }
         u32 width = high - low;
@@ -182,36 +185,33 @@ BCG_DEVICE u32 find_threshold(const ScaledRow& row, Shared& s, u32 least, float 
     }
 }
 
-// The best score that a thread has met, and the best that its warp has.
+// The Gumbel race: a token's score is its value plus a random number that its likelihood to win follows.
 struct Race {
     u64 stream;
-    float best, bar;
-    u32 index;
+    Best best;
+    float bar;  // the best score of the warp
 
     BCG_DEVICE Race(const SampleArgs& a, u32 b)
-        : stream(mix((u64)a.seed[b] + 0x9e3779b97f4a7c15ull * ((u64)a.step[b] + 1))), best(minus_infinity()),
-          bar(minus_infinity()), index(0xffffffffu) {}
+        : stream(mix((u64)a.seed[b] + GOLDEN * ((u64)a.step[b] + 1))), bar(minus_infinity()) {}
 
-    // Enters the tokens of a pack; NaN takes no part.
-    BCG_DEVICE void enter(u32 first, const Pack<float>& pack) {
+    // Enters the tokens of a quad; NaN takes no part. Called by whole warps.
+    BCG_DEVICE void enter(u32 first, const Quad& quad) {
+        u64 counter = stream + GOLDEN * ((u64)first + 1);
 #pragma unroll
-        for (u32 e = 0; e < 4; e++) {
-            float z = pack.v[e];
-            u32 bits = random_bits(stream, first + e);
+        for (u32 e = 0; e < 4; e++, counter += GOLDEN) {
+            float z = quad.v[e];
+            u32 bits = (u32)(mix(counter) >> 41);
             // -log(u) is at least 1 - u, so the score is at most this; the margin covers the quick logarithm.
-            if (!(z - (__logf(uniform(0x7fffff - bits)) - 0.01f) >= bar)) continue;
+            float rest = (2.0f - __uint_as_float(0x3f800000u | bits)) - 0.5f / 8388608.0f;
+            if (!(z - (__logf(rest) - 0.01f) >= bar)) continue;
             float score = z - logf(-logf(uniform(bits)));
-            if (score > best || (score == best && index == 0xffffffffu)) {
-                best = score;
-                index = first + e;
-            }
+            best.offer(score, first + e);
         }
-        bar = warp_reduce(best, Max());
+        bar = fmaxf(bar, warp_reduce(best.value, Larger()));
     }
-
-    BCG_DEVICE u64 winner() const { return index == 0xffffffffu ? 0 : candidate(order(best), index); }
 };
 
+// The key of the best of a row that is not greedy.
 BCG_DEVICE u64 draw(const SampleArgs& a, const ScaledRow& row, Shared& s, u32 b) {
     Race race(a, b);
     i32 top_k = a.top_k[b];
@@ -219,50 +219,43 @@ BCG_DEVICE u64 draw(const SampleArgs& a, const ScaledRow& row, Shared& s, u32 b)
     bool has_top_k = top_k > 0 && (u32)top_k < a.columns;
     if (!has_top_k && !(top_p < 1.0f) && !(min_p > 0.0f)) {
         ScaledRow passing = {row.row, row.temperature, nullptr, 0};
-        passing.for_each([&](u32 first, const Pack<float>& z) { race.enter(first, z); });
+        passing.for_each([&](u32 first, const Quad& z) { race.enter(first, z); });
         cluster_wait();
-        return race.winner();
+        return race.best.key();
     }
-    u32 largest = 0;
-    row.first_pass([&](u32, const Pack<float>& z) {
+    float top = not_a_number();
+    row.first_pass([&](u32, const Quad& z) {
 #pragma unroll
-        for (u32 e = 0; e < 4; e++) largest = max(largest, order(z.v[e]));
+        for (u32 e = 0; e < 4; e++) top = fmaxf(top, z.v[e]);  // of a number and NaN, the number
     });
     cluster_wait();
-    largest = (u32)cluster_reduce((u64)largest, 0ull, Max(), s.maxima);
+    u32 largest = (u32)cluster_reduce((u64)order(top), 0ull, Max(), s.maxima);
     if (largest == 0) return 0;  // nothing but NaN
-    float top = __uint_as_float(largest >> 31 ? largest & 0x7fffffffu : ~largest);
-    u32 threshold = 1;  // NaN is never kept
+    top = unorder(largest);
+    float threshold = minus_infinity();
     if (has_top_k) threshold = find_threshold<false>(row, s, threshold, top, (double)top_k);
     if (top_p < 1.0f) threshold = find_threshold<true>(row, s, threshold, top, -(double)fmaxf(top_p, 1e-30f));
-    row.for_each([&](u32 first, Pack<float> z) {
+    row.for_each([&](u32 first, Quad z) {
         bool any = false;
 #pragma unroll
         for (u32 e = 0; e < 4; e++) {
-            u32 key = order(z.v[e]);
-            bool stays = key >= threshold && (key == largest || !(weight(z.v[e], top) < min_p));
-            if (!stays) z.v[e] = __int_as_float(0x7fc00000);
+            bool stays = z.v[e] >= threshold && (!(min_p > 0.0f) || z.v[e] == top || !(weight(z.v[e], top) < min_p));
+            if (!stays) z.v[e] = not_a_number();
             any |= stays;
         }
         if (__any_sync(FULL_WARP, any)) race.enter(first, z);
     });
-    return race.winner();
+    return race.best.key();
 }
 
 BCG_DEVICE u64 greedy(const LogitsRow& row) {
-    u32 key = 0, index = 0;
-    row.for_each([&](u32 first, const Pack<float>& logits, u32) {
+    Best best;
+    row.for_each([&](u32 first, const Quad& logits, u32) {
 #pragma unroll
-        for (u32 e = 0; e < 4; e++) {
-            u32 k = order(logits.v[e]);
-            if (k > key) {
-                key = k;
-                index = first + e;
-            }
-        }
+        for (u32 e = 0; e < 4; e++) best.offer(logits.v[e], first + e);
     });
     cluster_wait();
-    return candidate(key, index);
+    return best.key();
 }
 
 extern "C" __global__ ROW_CLUSTER __launch_bounds__(LOGITS_THREADS, 2) void sample(SampleArgs a) {
@@ -275,8 +268,8 @@ extern "C" __global__ ROW_CLUSTER __launch_bounds__(LOGITS_THREADS, 2) void samp
     release_dependents();
     if (row.rank >= CLUSTER_BLOCKS) return;
     float temperature = a.temperature[b];
-    ScaledRow scaled = {row, temperature, (Pack<float>*)kept, CLUSTER_BLOCKS == CLUSTER ? a.num_kept : 0};
+    ScaledRow scaled = {row, temperature, (Quad*)kept, CLUSTER_BLOCKS == CLUSTER ? a.num_kept : 0};
     u64 best = temperature > 0.0f ? draw(a, scaled, s, b) : greedy(row);
     best = cluster_reduce(best, 0ull, Max(), s.winners);
-    if (row.rank == 0 && threadIdx.x == 0) a.out[b] = candidate_index(best);
+    if (row.rank == 0 && threadIdx.x == 0) a.out[b] = best_index(best);
 }

@@ -18,13 +18,13 @@ template <typename T, bool WIDE> BCG_DEVICE void silu_mul(const SiluMulArgs& a) 
     u32 step = gridDim.y * blockDim.x * LEN;
     for (u32 c = (blockIdx.y * blockDim.x + threadIdx.x) * LEN; c < a.columns; c += step) {
         Pack<T> gate = load_pack<WIDE>(gates, c, a.columns), up = load_pack<WIDE>(gates + a.columns, c, a.columns);
+        float product[LEN];
 #pragma unroll
         for (u32 e = 0; e < LEN; e++) {
-            float g = to_f32(gate.v[e]);
-            float silu = round_to<T>(__fdividef(g, 1.0f + expf(-g)));
-            up.v[e] = from_f32<T>(silu * to_f32(up.v[e]));
+            float g = get(gate, e);
+            product[e] = round_to<T>(__fdividef(g, 1.0f + expf(-g))) * get(up, e);
         }
-        store_pack<WIDE>(out, c, a.columns, up);
+        store_pack<WIDE>(out, c, a.columns, pack<T>(product));
     }
 }
 

@@ -22,7 +22,7 @@ struct AddRmsNormArgs {
     eps: f32,
 }
 
-static ADD_RMS_NORM: PerFloat<AddRmsNormArgs> = 
+static ADD_RMS_NORM: PerFloat<AddRmsNormArgs> =
     per_float!("add_rms_norm", bcg_kernels::ADD_RMS_NORM, host).programmatic();
 
 /// Adds `x` to the residual and normalises the sum; returns the normed rows and the new residual.

@@ -48,8 +48,7 @@ pub fn fill<T: Element>(cx: &mut CaptureStream, x: &Tensor, value: T) -> Result<
     CHECK.dtype("x", x, T::DTYPE)?;
     let mut pattern = [0; 8];
     pattern.chunks_mut(size_of::<T>()).for_each(|bytes| bytes.copy_from_slice(bytemuck::bytes_of(&value)));
-    let args =
-        FillArgs { x: cx.addr(x)?, pattern, stride_bytes: row_stride_bytes(x), row_bytes: row_bytes(x) };
+    let args = FillArgs { x: cx.addr(x)?, pattern, stride_bytes: row_stride_bytes(x), row_bytes: row_bytes(x) };
     cx.launch(&FILL, CHECK.blocks_per_row(x)?, args)
 }
 

@@ -139,8 +139,7 @@ pub fn qk_norm_rope_kv_write(cx: &mut CaptureStream, input: &QkNormRopeKvWrite<'
     let kernel = QK_NORM_ROPE_KV_WRITE.get(CHECK, "qkv", dtype)?;
     let q_heads = heads - 2 * kv_heads;
     let group = (head_dim / 2 / pack_len(dtype)).next_power_of_two();
-    let mut dims = CHECK.block_per_row(qkv, block_threads(heads, group))?;
-    dims.shared_bytes = (head_dim * size_of::<f32>()) as u32;
+    let dims = CHECK.block_per_row(qkv, block_threads(heads, group))?;
     let q_out = cx.empty(&[tokens, q_heads * head_dim], dtype)?;
     let args = QkNormRopeKvWriteArgs {
         qkv: cx.addr(qkv)?,

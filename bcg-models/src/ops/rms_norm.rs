@@ -19,8 +19,7 @@ struct RmsNormArgs {
     eps: f32,
 }
 
-static RMS_NORM: PerFloat<RmsNormArgs> = 
-    per_float!("rms_norm", bcg_kernels::RMS_NORM, host).programmatic();
+static RMS_NORM: PerFloat<RmsNormArgs> = per_float!("rms_norm", bcg_kernels::RMS_NORM, host).programmatic();
 
 /// Normalises each row of `x` by its root mean square and scales it by `weight`.
 ///
