@@ -73,6 +73,6 @@ template <typename T> BCG_DEVICE void add_rms_norm(const AddRmsNormArgs& a) {
     else add_rms_norm<T, false>(a);
 }
 
-extern "C" __global__ __launch_bounds__(512) void add_rms_norm_bf16(AddRmsNormArgs a) { add_rms_norm<bf16>(a); }
-extern "C" __global__ __launch_bounds__(512) void add_rms_norm_f16(AddRmsNormArgs a) { add_rms_norm<f16>(a); }
-extern "C" __global__ __launch_bounds__(512) void add_rms_norm_f32(AddRmsNormArgs a) { add_rms_norm<float>(a); }
+extern "C" __global__ void add_rms_norm_bf16(AddRmsNormArgs a) { add_rms_norm<bf16>(a); }
+extern "C" __global__ void add_rms_norm_f16(AddRmsNormArgs a) { add_rms_norm<f16>(a); }
+extern "C" __global__ void add_rms_norm_f32(AddRmsNormArgs a) { add_rms_norm<float>(a); }

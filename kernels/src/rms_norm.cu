@@ -57,6 +57,6 @@ template <typename T> BCG_DEVICE void rms_norm(const RmsNormArgs& a) {
     else rms_norm<T, false>(a);
 }
 
-extern "C" __global__ __launch_bounds__(512) void rms_norm_bf16(RmsNormArgs a) { rms_norm<bf16>(a); }
-extern "C" __global__ __launch_bounds__(512) void rms_norm_f16(RmsNormArgs a) { rms_norm<f16>(a); }
-extern "C" __global__ __launch_bounds__(512) void rms_norm_f32(RmsNormArgs a) { rms_norm<float>(a); }
+extern "C" __global__ void rms_norm_bf16(RmsNormArgs a) { rms_norm<bf16>(a); }
+extern "C" __global__ void rms_norm_f16(RmsNormArgs a) { rms_norm<f16>(a); }
+extern "C" __global__ void rms_norm_f32(RmsNormArgs a) { rms_norm<float>(a); }
