@@ -1,4 +1,5 @@
-// One block per row. Host reference, shapes and geometry: bcg-models/src/ops/add_rms_norm.rs.
+// One block per row, which its threads keep in registers if it fits. Host reference, shapes and geometry:
+// bcg-models/src/ops/add_rms_norm.rs.
 #include "bcg.cuh"
 
 struct AddRmsNormArgs {
@@ -13,26 +14,63 @@ struct AddRmsNormArgs {
     float eps;
 };
 
-template <typename T> BCG_DEVICE void add_rms_norm(const AddRmsNormArgs& a) {
+constexpr u32 PACKS = 2;  // that a thread keeps
+
+template <typename T, bool WIDE> BCG_DEVICE void add_rms_norm(const AddRmsNormArgs& a) {
+    constexpr u32 LEN = Pack<T>::LEN;
     const T* x = (const T*)a.x + (i64)blockIdx.x * a.x_stride;
     const T* residual = (const T*)a.residual + (i64)blockIdx.x * a.residual_stride;
     const T* weight = (const T*)a.weight;
     T* normed = (T*)a.normed + (i64)blockIdx.x * a.columns;
     T* sum = (T*)a.sum + (i64)blockIdx.x * a.columns;
+    u32 step = blockDim.x * LEN, tile = PACKS * step, mine = threadIdx.x * LEN;
+    Pack<T> values[PACKS], weights[PACKS];
+#pragma unroll
+    for (u32 p = 0; p < PACKS; p++) weights[p] = load_pack<WIDE>(weight, mine + p * step, a.columns);
+    wait_for_inputs();
+    release_dependents();
     float squares = 0.0f;
-    for (u32 c = threadIdx.x; c < a.columns; c += blockDim.x) {
-        T added = from_f32<T>(to_f32(x[c]) + to_f32(residual[c]));
-        sum[c] = added;
-        float v = to_f32(added);
-        squares += v * v;
+    for (u32 first = mine; first < a.columns; first += tile) {
+        Pack<T> added[PACKS];
+#pragma unroll
+        for (u32 p = 0; p < PACKS; p++) {
+            values[p] = load_pack<WIDE>(x, first + p * step, a.columns);
+            added[p] = load_pack<WIDE>(residual, first + p * step, a.columns);
+        }
+#pragma unroll
+        for (u32 p = 0; p < PACKS; p++) {
+            float sums[LEN];
+#pragma unroll
+            for (u32 e = 0; e < LEN; e++) sums[e] = get(values[p], e) + get(added[p], e);
+            values[p] = pack<T>(sums);
+#pragma unroll
+            for (u32 e = 0; e < LEN; e++) squares += get(values[p], e) * get(values[p], e);
+            store_pack<WIDE>(sum, first + p * step, a.columns, values[p]);
+        }
     }
     squares = block_reduce(squares, 0.0f, Sum());
     float scale = 1.0f / sqrtf(squares / (float)a.columns + a.eps);
-    // Each thread reads back only the elements of `sum` that it wrote.
-    for (u32 c = threadIdx.x; c < a.columns; c += blockDim.x) {
-        float v = round_to<T>(to_f32(sum[c]) * scale);
-        normed[c] = from_f32<T>(v * to_f32(weight[c]));
+    for (u32 first = mine; first < a.columns; first += tile) {
+#pragma unroll
+        for (u32 p = 0; p < PACKS; p++) {
+            u32 c = first + p * step;
+            if (a.columns > tile) {  // each thread reads back what it wrote
+                values[p] = load_pack<WIDE>(sum, c, a.columns);
+                weights[p] = load_pack<WIDE>(weight, c, a.columns);
+            }
+            float out[LEN];
+#pragma unroll
+            for (u32 e = 0; e < LEN; e++) out[e] = round_to<T>(get(values[p], e) * scale) * get(weights[p], e);
+            store_pack<WIDE>(normed, c, a.columns, pack<T>(out));
+        }
     }
+}
+
+template <typename T> BCG_DEVICE void add_rms_norm(const AddRmsNormArgs& a) {
+    u64 low = (u64)a.x | (u64)a.residual | (u64)a.weight | (u64)a.normed | (u64)a.sum;
+    low |= (a.x_stride | a.residual_stride | a.columns) * sizeof(T);
+    if (low % 16 == 0) add_rms_norm<T, true>(a);
+    else add_rms_norm<T, false>(a);
 }
 
 extern "C" __global__ void add_rms_norm_bf16(AddRmsNormArgs a) { add_rms_norm<bf16>(a); }

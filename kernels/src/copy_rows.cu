@@ -1,4 +1,4 @@
-// One block per row. Host reference, shapes and geometry: bcg-models/src/ops/copy_rows.rs.
+// One row for each block in x. Host reference, shapes and geometry: bcg-models/src/ops/copy_rows.rs.
 #include "bcg.cuh"
 
 struct CopyRowsArgs {
@@ -10,6 +10,8 @@ struct CopyRowsArgs {
 };
 
 extern "C" __global__ void copy_rows(CopyRowsArgs a) {
+    wait_for_inputs();
+    release_dependents();
     i64 row = blockIdx.x;
-    block_copy(a.dst + row * a.dst_stride_bytes, a.src + row * a.src_stride_bytes, a.row_bytes);
+    copy_row(a.dst + row * a.dst_stride_bytes, a.src + row * a.src_stride_bytes, a.row_bytes);
 }

@@ -1,4 +1,4 @@
-// One block per output row. Host reference, shapes and geometry: bcg-models/src/ops/gather_rows.rs.
+// One output row for each block in x. Host reference, shapes and geometry: bcg-models/src/ops/gather_rows.rs.
 #include "bcg.cuh"
 
 struct GatherRowsArgs {
@@ -11,8 +11,10 @@ struct GatherRowsArgs {
 };
 
 extern "C" __global__ void gather_rows(GatherRowsArgs a) {
+    wait_for_inputs();
+    release_dependents();
     i64 row = a.index[blockIdx.x];
     u8* out = a.out + (i64)blockIdx.x * a.row_bytes;
-    if (row >= 0 && row < a.x_rows) block_copy(out, a.x + row * a.x_stride_bytes, a.row_bytes);
-    else block_zero(out, a.row_bytes);
+    if (row >= 0 && row < a.x_rows) copy_row(out, a.x + row * a.x_stride_bytes, a.row_bytes);
+    else fill_row(out, a.row_bytes, 0);
 }

@@ -45,6 +45,7 @@ impl Source {
 /// The headers that every source may include: name and text.
 pub const HEADERS: &[(&str, &str)] = &[
     ("bcg.cuh", include_str!("../include/bcg.cuh")),
+    ("logits.cuh", include_str!("../include/logits.cuh")),
     ("paged_attention.cuh", include_str!("../include/paged_attention.cuh")),
 ];
 
@@ -69,8 +70,6 @@ sources! {
     ATTENTION_PREFILL = "attention_prefill.cu",
     /// Strided copy of rows.
     COPY_ROWS = "copy_rows.cu",
-    /// Table lookup.
-    EMBEDDING = "embedding.cu",
     /// One value everywhere.
     FILL = "fill.cu",
     /// Sets elements to seeded, nearly normal random numbers.

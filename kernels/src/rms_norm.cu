@@ -1,4 +1,5 @@
-// One block per row. Host reference, shapes and geometry: bcg-models/src/ops/rms_norm.rs.
+// One block per row, which its threads keep in registers if it fits. Host reference, shapes and geometry:
+// bcg-models/src/ops/rms_norm.rs.
 #include "bcg.cuh"
 
 struct RmsNormArgs {
@@ -10,21 +11,50 @@ struct RmsNormArgs {
     float eps;
 };
 
-template <typename T> BCG_DEVICE void rms_norm(const RmsNormArgs& a) {
+constexpr u32 PACKS = 2;  // that a thread keeps
+
+template <typename T, bool WIDE> BCG_DEVICE void rms_norm(const RmsNormArgs& a) {
+    constexpr u32 LEN = Pack<T>::LEN;
     const T* x = (const T*)a.x + (i64)blockIdx.x * a.x_stride;
     const T* weight = (const T*)a.weight;
     T* out = (T*)a.out + (i64)blockIdx.x * a.columns;
+    u32 step = blockDim.x * LEN, tile = PACKS * step, mine = threadIdx.x * LEN;
+    Pack<T> values[PACKS], weights[PACKS];
+#pragma unroll
+    for (u32 p = 0; p < PACKS; p++) weights[p] = load_pack<WIDE>(weight, mine + p * step, a.columns);
+    wait_for_inputs();
+    release_dependents();
     float sum = 0.0f;
-    for (u32 c = threadIdx.x; c < a.columns; c += blockDim.x) {
-        float v = to_f32(x[c]);
-        sum += v * v;
+    for (u32 first = mine; first < a.columns; first += tile) {
+#pragma unroll
+        for (u32 p = 0; p < PACKS; p++) values[p] = load_pack<WIDE>(x, first + p * step, a.columns);
+#pragma unroll
+        for (u32 p = 0; p < PACKS; p++)
+#pragma unroll
+            for (u32 e = 0; e < LEN; e++) sum += get(values[p], e) * get(values[p], e);
     }
     sum = block_reduce(sum, 0.0f, Sum());
     float scale = 1.0f / sqrtf(sum / (float)a.columns + a.eps);
-    for (u32 c = threadIdx.x; c < a.columns; c += blockDim.x) {
-        float normed = round_to<T>(to_f32(x[c]) * scale);
-        out[c] = from_f32<T>(normed * to_f32(weight[c]));
+    for (u32 first = mine; first < a.columns; first += tile) {
+#pragma unroll
+        for (u32 p = 0; p < PACKS; p++) {
+            u32 c = first + p * step;
+            if (a.columns > tile) {
+                values[p] = load_pack<WIDE>(x, c, a.columns);
+                weights[p] = load_pack<WIDE>(weight, c, a.columns);
+            }
+            float normed[LEN];
+#pragma unroll
+            for (u32 e = 0; e < LEN; e++) normed[e] = round_to<T>(get(values[p], e) * scale) * get(weights[p], e);
+            store_pack<WIDE>(out, c, a.columns, pack<T>(normed));
+        }
     }
+}
+
+template <typename T> BCG_DEVICE void rms_norm(const RmsNormArgs& a) {
+    u64 low = (u64)a.x | (u64)a.weight | (u64)a.out | (a.x_stride | a.columns) * sizeof(T);
+    if (low % 16 == 0) rms_norm<T, true>(a);
+    else rms_norm<T, false>(a);
 }
 
 extern "C" __global__ void rms_norm_bf16(RmsNormArgs a) { rms_norm<bf16>(a); }

@@ -1,4 +1,4 @@
-// One block per row. Host reference, shapes and geometry: bcg-models/src/ops/scrub_tail.rs.
+// One row for each block in x. Host reference, shapes and geometry: bcg-models/src/ops/scrub_tail.rs.
 #include "bcg.cuh"
 
 struct ScrubTailArgs {
@@ -9,6 +9,8 @@ struct ScrubTailArgs {
 };
 
 extern "C" __global__ void scrub_tail(ScrubTailArgs a) {
+    wait_for_inputs();
+    release_dependents();
     i64 row = blockIdx.x;
-    if (row >= *a.valid_rows) block_zero(a.x + row * a.stride_bytes, a.row_bytes);
+    if (row >= *a.valid_rows) fill_row(a.x + row * a.stride_bytes, a.row_bytes, 0);
 }

@@ -1,4 +1,4 @@
-// One block per row. Host reference, shapes and geometry: bcg-models/src/ops/silu_mul.rs.
+// Rows in x, pieces of a row in y. Host reference, shapes and geometry: bcg-models/src/ops/silu_mul.rs.
 #include "bcg.cuh"
 
 struct SiluMulArgs {
@@ -9,15 +9,29 @@ struct SiluMulArgs {
     u32 padding;
 };
 
-template <typename T> BCG_DEVICE void silu_mul(const SiluMulArgs& a) {
-    const T* gate = (const T*)a.gate_up + (i64)blockIdx.x * a.stride;
-    const T* up = gate + a.columns;
+template <typename T, bool WIDE> BCG_DEVICE void silu_mul(const SiluMulArgs& a) {
+    constexpr u32 LEN = Pack<T>::LEN;
+    const T* gates = (const T*)a.gate_up + (i64)blockIdx.x * a.stride;
     T* out = (T*)a.out + (i64)blockIdx.x * a.columns;
-    for (u32 c = threadIdx.x; c < a.columns; c += blockDim.x) {
-        float g = to_f32(gate[c]);
-        float silu = round_to<T>(g / (1.0f + expf(-g)));
-        out[c] = from_f32<T>(silu * to_f32(up[c]));
+    wait_for_inputs();
+    release_dependents();
+    u32 step = gridDim.y * blockDim.x * LEN;
+    for (u32 c = (blockIdx.y * blockDim.x + threadIdx.x) * LEN; c < a.columns; c += step) {
+        Pack<T> gate = load_pack<WIDE>(gates, c, a.columns), up = load_pack<WIDE>(gates + a.columns, c, a.columns);
+        float product[LEN];
+#pragma unroll
+        for (u32 e = 0; e < LEN; e++) {
+            float g = get(gate, e);
+            product[e] = round_to<T>(__fdividef(g, 1.0f + expf(-g))) * get(up, e);
+        }
+        store_pack<WIDE>(out, c, a.columns, pack<T>(product));
     }
+}
+
+template <typename T> BCG_DEVICE void silu_mul(const SiluMulArgs& a) {
+    u64 low = (u64)a.gate_up | (u64)a.out | (a.stride | a.columns) * sizeof(T);
+    if (low % 16 == 0) silu_mul<T, true>(a);
+    else silu_mul<T, false>(a);
 }
 
 extern "C" __global__ void silu_mul_bf16(SiluMulArgs a) { silu_mul<bf16>(a); }

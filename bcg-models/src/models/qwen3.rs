@@ -52,7 +52,7 @@ impl Qwen3 {
 
 impl Model for Qwen3 {
     fn forward(&self, cx: &mut Context<'_, ForwardBatch>, inputs: &TokenInputs, kv: &KvCache) -> Result<Tensor> {
-        let mut residual = ops::embedding(cx, &inputs.token_ids, &self.embed_tokens)?; // [T, C]
+        let mut residual = ops::gather_rows(cx, &self.embed_tokens, &inputs.token_ids)?; // [T, C]
         let mut branch = None;
         for (layer, kv) in self.layers.iter().zip(kv.layers()) {
             let out = layer.forward(cx, branch, residual, inputs, kv)?;

@@ -4,7 +4,7 @@ use bcg_runtime::{CaptureStream, DevicePtr, Dims, HostMemory, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 
 use super::check::Check;
-use super::float::{Float, PerFloat, per_float, rms_scale, row};
+use super::float::{Float, PerFloat, per_float, rms_dims, rms_scale, row};
 
 const CHECK: Check = Check::new("add_rms_norm");
 
@@ -22,7 +22,8 @@ struct AddRmsNormArgs {
     eps: f32,
 }
 
-static ADD_RMS_NORM: PerFloat<AddRmsNormArgs> = per_float!("add_rms_norm", bcg_kernels::ADD_RMS_NORM, host);
+static ADD_RMS_NORM: PerFloat<AddRmsNormArgs> =
+    per_float!("add_rms_norm", bcg_kernels::ADD_RMS_NORM, host).programmatic();
 
 /// Adds `x` to the residual and normalises the sum; returns the normed rows and the new residual.
 ///
@@ -65,7 +66,7 @@ pub fn add_rms_norm(
     CHECK.dtype("residual", residual, x.dtype())?;
     CHECK.dense("weight", weight, &[x.dim(1)], x.dtype())?;
     let kernel = ADD_RMS_NORM.get(CHECK, "x", x.dtype())?;
-    let dims = CHECK.block_per_row(x, 256)?;
+    let dims = rms_dims(CHECK, x)?;
     let (normed, sum) = (cx.empty(x.shape(), x.dtype())?, cx.empty(x.shape(), x.dtype())?);
     let args = AddRmsNormArgs {
         x: cx.addr(x)?,

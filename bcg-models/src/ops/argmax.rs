@@ -7,6 +7,7 @@ use bytemuck::{AnyBitPattern, NoUninit};
 
 use super::check::Check;
 use super::float::row;
+use super::logits;
 
 const CHECK: Check = Check::new("argmax");
 
@@ -20,7 +21,7 @@ struct ArgmaxArgs {
     _padding: u32,
 }
 
-static ARGMAX: Kernel<ArgmaxArgs> = Kernel::new("argmax", &bcg_kernels::ARGMAX, host);
+static ARGMAX: Kernel<ArgmaxArgs> = Kernel::new("argmax", &bcg_kernels::ARGMAX, host).programmatic();
 
 /// Finds the index of the largest value of each row.
 ///
@@ -50,7 +51,7 @@ static ARGMAX: Kernel<ArgmaxArgs> = Kernel::new("argmax", &bcg_kernels::ARGMAX, 
 pub fn argmax(cx: &mut CaptureStream, logits: &Tensor) -> Result<Tensor> {
     CHECK.rank("logits", logits, &["B", "V"])?;
     CHECK.dtype("logits", logits, DType::F32)?;
-    let dims = CHECK.block_per_row(logits, 1024)?;
+    let dims = logits::dims(CHECK, logits)?;
     let out = cx.empty(&[logits.dim(0)], DType::I32)?;
     let args = ArgmaxArgs {
         logits: cx.addr(logits)?,
@@ -64,7 +65,7 @@ pub fn argmax(cx: &mut CaptureStream, logits: &Tensor) -> Result<Tensor> {
 }
 
 fn host(a: &ArgmaxArgs, dims: &Dims, memory: &HostMemory<'_>) -> Result<()> {
-    for b in 0..dims.grid[0] as usize {
+    for b in 0..logits::rows(dims) {
         let logits = row::<f32>(memory, a.logits, a.stride, b, a.columns as usize)?;
         let best = largest(logits.iter().map(Cell::get).enumerate());
         row::<i32>(memory, a.out, 1, b, 1)?[0].set(best);

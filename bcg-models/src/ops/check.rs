@@ -72,6 +72,14 @@ impl Check {
         Ok(Dims::linear(self.u32("rows", tensor.dim(0))?, threads))
     }
 
+    /// Blocks of 128 threads: in x one row of `tensor`, in y pieces of it, four 16-byte words for each thread.
+    pub(crate) fn blocks_per_row(self, tensor: &Tensor) -> Result<Dims> {
+        const PIECE_BYTES: i64 = 4 * 16 * 128;
+        let dims = self.block_per_row(tensor, 128)?;
+        let pieces = row_bytes(tensor).div_euclid(PIECE_BYTES).clamp(1, 64) as u32;
+        Ok(Dims { grid: [dims.grid[0], pieces, 1], ..dims })
+    }
+
     /// One warp for each item, four in a block.
     pub(crate) fn warp_per_item(self, items: usize) -> Result<Dims> {
         Ok(Dims::linear(self.u32("blocks", items.div_ceil(WARPS as usize))?, 32 * WARPS))

@@ -18,7 +18,7 @@ struct CopyRowsArgs {
     row_bytes: i64,
 }
 
-static COPY_ROWS: Kernel<CopyRowsArgs> = Kernel::new("copy_rows", &bcg_kernels::COPY_ROWS, host);
+static COPY_ROWS: Kernel<CopyRowsArgs> = Kernel::new("copy_rows", &bcg_kernels::COPY_ROWS, host).programmatic();
 
 /// Copies the rows of `src` into `dst`, whatever the distance between the rows of either.
 ///
@@ -50,7 +50,7 @@ static COPY_ROWS: Kernel<CopyRowsArgs> = Kernel::new("copy_rows", &bcg_kernels::
 pub fn copy_rows(cx: &mut CaptureStream, dst: &Tensor, src: &Tensor) -> Result<()> {
     CHECK.shape("src", src, dst.shape())?;
     CHECK.dtype("src", src, dst.dtype())?;
-    let dims = CHECK.block_per_row(src, 128)?;
+    let dims = CHECK.blocks_per_row(src)?;
     let args = CopyRowsArgs {
         src: cx.addr(src)?,
         dst: cx.addr(dst)?,

@@ -3,7 +3,7 @@
 use bcg_runtime::{CaptureStream, DevicePtr, Dims, Element, HostMemory, Kernel, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 
-use super::check::{Check, row_stride_bytes};
+use super::check::{Check, row_bytes, row_stride_bytes};
 use super::float::byte_row;
 
 const CHECK: Check = Check::new("fill");
@@ -12,16 +12,13 @@ const CHECK: Check = Check::new("fill");
 #[derive(Clone, Copy, NoUninit, AnyBitPattern)]
 struct FillArgs {
     x: DevicePtr,
-    bits: u64,
-    stride: i64,
-    columns: u32,
-    _padding: u32,
+    /// The element, repeated to 8 bytes.
+    pattern: [u8; 8],
+    stride_bytes: i64,
+    row_bytes: i64,
 }
 
-static FILL_1: Kernel<FillArgs> = Kernel::new("fill_1", &bcg_kernels::FILL, host::<1>);
-static FILL_2: Kernel<FillArgs> = Kernel::new("fill_2", &bcg_kernels::FILL, host::<2>);
-static FILL_4: Kernel<FillArgs> = Kernel::new("fill_4", &bcg_kernels::FILL, host::<4>);
-static FILL_8: Kernel<FillArgs> = Kernel::new("fill_8", &bcg_kernels::FILL, host::<8>);
+static FILL: Kernel<FillArgs> = Kernel::new("fill", &bcg_kernels::FILL, host).programmatic();
 
 /// Sets every element of `x` to `value`, in place.
 ///
@@ -49,29 +46,16 @@ static FILL_8: Kernel<FillArgs> = Kernel::new("fill_8", &bcg_kernels::FILL, host
 /// ```
 pub fn fill<T: Element>(cx: &mut CaptureStream, x: &Tensor, value: T) -> Result<()> {
     CHECK.dtype("x", x, T::DTYPE)?;
-    let kernel = match size_of::<T>() {
-        1 => &FILL_1,
-        2 => &FILL_2,
-        4 => &FILL_4,
-        _ => &FILL_8,
-    };
-    let mut bits = [0; 8];
-    bits[..size_of::<T>()].copy_from_slice(bytemuck::bytes_of(&value));
-    let args = FillArgs {
-        x: cx.addr(x)?,
-        bits: u64::from_le_bytes(bits),
-        stride: row_stride_bytes(x) / size_of::<T>() as i64,
-        columns: CHECK.u32("elements of a row", x.shape()[1..].iter().product())?,
-        _padding: 0,
-    };
-    cx.launch(kernel, CHECK.block_per_row(x, 128)?, args)
+    let mut pattern = [0; 8];
+    pattern.chunks_mut(size_of::<T>()).for_each(|bytes| bytes.copy_from_slice(bytemuck::bytes_of(&value)));
+    let args = FillArgs { x: cx.addr(x)?, pattern, stride_bytes: row_stride_bytes(x), row_bytes: row_bytes(x) };
+    cx.launch(&FILL, CHECK.blocks_per_row(x)?, args)
 }
 
-fn host<const BYTES: usize>(a: &FillArgs, dims: &Dims, memory: &HostMemory<'_>) -> Result<()> {
-    let (element, width) = (a.bits.to_le_bytes(), BYTES as i64);
+fn host(a: &FillArgs, dims: &Dims, memory: &HostMemory<'_>) -> Result<()> {
     for t in 0..dims.grid[0] as usize {
-        let row = byte_row(memory, a.x, a.stride * width, t, i64::from(a.columns) * width)?;
-        row.iter().zip(element[..BYTES].iter().cycle()).for_each(|(byte, value)| byte.set(*value));
+        let row = byte_row(memory, a.x, a.stride_bytes, t, a.row_bytes)?;
+        row.iter().zip(a.pattern.iter().cycle()).for_each(|(byte, value)| byte.set(*value));
     }
     Ok(())
 }

@@ -4,7 +4,7 @@
 
 use std::cell::Cell;
 
-use bcg_runtime::{DType, DevicePtr, Element, HostMemory, Kernel, KernelArgs, Result};
+use bcg_runtime::{DType, DevicePtr, Dims, Element, HostMemory, Kernel, KernelArgs, Result, Tensor};
 
 use super::check::Check;
 
@@ -55,6 +55,12 @@ pub(crate) struct PerFloat<A: KernelArgs> {
 }
 
 impl<A: KernelArgs> PerFloat<A> {
+    /// Lets the kernels start while the kernel before still runs; see [`Kernel::programmatic`].
+    pub(crate) const fn programmatic(self) -> Self {
+        let Self { bf16, f16, f32 } = self;
+        Self { bf16: bf16.programmatic(), f16: f16.programmatic(), f32: f32.programmatic() }
+    }
+
     /// Returns the kernel of a dtype; the refusal of another names `name`.
     pub(crate) fn get(&'static self, check: Check, name: &str, dtype: DType) -> Result<&'static Kernel<A>> {
         match dtype {
@@ -77,6 +83,11 @@ macro_rules! per_float {
     };
 }
 pub(crate) use per_float;
+
+/// Elements of a 16-byte word, the widest access of a thread (`Pack::LEN` in `kernels/include/bcg.cuh`).
+pub(crate) const fn pack_len(dtype: DType) -> usize {
+    16 / dtype.size_bytes()
+}
 
 /// Views row `row` of a matrix on the host device: `len` elements, rows `stride` elements apart.
 pub(crate) fn row<'a, T: Element>(
@@ -108,6 +119,14 @@ pub(crate) fn copy_cells<T: Copy>(to: &[Cell<T>], from: &[Cell<T>]) {
 /// Appends elements as f32.
 pub(crate) fn extend_f32<T: Float>(to: &mut Vec<f32>, from: &[Cell<T>]) {
     to.extend(from.iter().map(|value| value.get().to_f32()));
+}
+
+/// The geometry of the RMS norms: one block per row, of so many threads that each keeps two words of a row of up to
+/// 1024 words.
+pub(crate) fn rms_dims(check: Check, x: &Tensor) -> Result<Dims> {
+    const PACKS: usize = 2;
+    let threads = x.dim(1).div_ceil(PACKS * pack_len(x.dtype())).next_multiple_of(32);
+    check.block_per_row(x, threads.clamp(32, 512) as u32)
 }
 
 /// The factor by which an RMS norm scales a row.

@@ -19,11 +19,11 @@ struct GatherRowsArgs {
     x_rows: i64,
 }
 
-static GATHER_ROWS: Kernel<GatherRowsArgs> = Kernel::new("gather_rows", &bcg_kernels::GATHER_ROWS, host);
+static GATHER_ROWS: Kernel<GatherRowsArgs> = Kernel::new("gather_rows", &bcg_kernels::GATHER_ROWS, host).programmatic();
 
-/// Gathers rows of `x` by index, such as the last token of each sequence.
+/// Gathers rows of `x` by index, such as the embeddings of tokens or the last token of each sequence.
 ///
-/// `out[b] = x[index[b]]`; an index outside `x` gives a row of zeros.
+/// `out[b] = x[index[b]]`; an index outside `x`, as a padded row may hold, gives a row of zeros.
 ///
 /// # Shapes
 /// - `x`: `[T, C]`, any dtype, may be row-sliced.   - `index`: `[B]` i32.   - `out`: `[B, C]`.
@@ -51,8 +51,8 @@ pub fn gather_rows(cx: &mut CaptureStream, x: &Tensor, index: &Tensor) -> Result
     CHECK.rank("x", x, &["T", "C"])?;
     CHECK.rank("index", index, &["B"])?;
     CHECK.dense("index", index, index.shape(), DType::I32)?;
-    let dims = CHECK.block_per_row(index, 128)?;
     let out = cx.empty(&[index.dim(0), x.dim(1)], x.dtype())?;
+    let dims = CHECK.blocks_per_row(&out)?;
     let args = GatherRowsArgs {
         x: cx.addr(x)?,
         index: cx.addr(index)?,

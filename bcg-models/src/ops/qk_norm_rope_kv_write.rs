@@ -5,8 +5,8 @@ use std::cell::Cell;
 use bcg_runtime::{CaptureStream, DType, DevicePtr, Dims, HostMemory, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 
-use super::check::{Check, WARPS};
-use super::float::{Float, PerFloat, copy_cells, per_float, rms_scale, row};
+use super::check::Check;
+use super::float::{Float, PerFloat, copy_cells, pack_len, per_float, rms_scale, row};
 use super::paged_kv::check_caches;
 
 const CHECK: Check = Check::new("qk_norm_rope_kv_write");
@@ -26,16 +26,16 @@ struct QkNormRopeKvWriteArgs {
     qkv_stride: i64,
     page_stride: i64,
     num_pages: i64,
-    tokens: u32,
     q_heads: u32,
     kv_heads: u32,
     head_dim: u32,
     page_size: u32,
+    group: u32,
     eps: f32,
 }
 
 static QK_NORM_ROPE_KV_WRITE: PerFloat<QkNormRopeKvWriteArgs> =
-    per_float!("qk_norm_rope_kv_write", bcg_kernels::QK_NORM_ROPE_KV_WRITE, host);
+    per_float!("qk_norm_rope_kv_write", bcg_kernels::QK_NORM_ROPE_KV_WRITE, host).programmatic();
 
 /// The inputs of [`qk_norm_rope_kv_write()`].
 #[derive(Clone, Copy, Debug)]
@@ -138,8 +138,8 @@ pub fn qk_norm_rope_kv_write(cx: &mut CaptureStream, input: &QkNormRopeKvWrite<'
     CHECK.dense("slots", input.slots, &[tokens], DType::I32)?;
     let kernel = QK_NORM_ROPE_KV_WRITE.get(CHECK, "qkv", dtype)?;
     let q_heads = heads - 2 * kv_heads;
-    let mut dims = CHECK.warp_per_item(tokens * heads)?;
-    dims.shared_bytes = (WARPS as usize * head_dim * size_of::<f32>()) as u32;
+    let group = (head_dim / 2 / pack_len(dtype)).next_power_of_two();
+    let dims = CHECK.block_per_row(qkv, block_threads(heads, group))?;
     let q_out = cx.empty(&[tokens, q_heads * head_dim], dtype)?;
     let args = QkNormRopeKvWriteArgs {
         qkv: cx.addr(qkv)?,
@@ -154,19 +154,26 @@ pub fn qk_norm_rope_kv_write(cx: &mut CaptureStream, input: &QkNormRopeKvWrite<'
         qkv_stride: qkv.row_stride() as i64,
         page_stride: input.k_cache.row_stride() as i64,
         num_pages: input.k_cache.dim(0) as i64,
-        tokens: CHECK.u32("T", tokens)?,
         q_heads: CHECK.u32("Hq", q_heads)?,
         kv_heads: CHECK.u32("Hkv", kv_heads)?,
         head_dim: CHECK.u32("D", head_dim)?,
         page_size: CHECK.u32("S", page_size)?,
+        group: group as u32,
         eps: input.eps,
     };
     cx.launch(kernel, dims, args)?;
     Ok(q_out)
 }
 
-fn host<T: Float>(a: &QkNormRopeKvWriteArgs, _: &Dims, memory: &HostMemory<'_>) -> Result<()> {
-    let (tokens, q_heads, kv_heads) = (a.tokens as usize, a.q_heads as usize, a.kv_heads as usize);
+/// The threads of a token's block: `group` lanes for each head, in as few equal turns as registers allow.
+fn block_threads(heads: usize, group: usize) -> u32 {
+    const THREADS_MAX: usize = 768;
+    let turns = (heads * group).div_ceil(THREADS_MAX);
+    (heads.div_ceil(turns) * group).next_multiple_of(32) as u32
+}
+
+fn host<T: Float>(a: &QkNormRopeKvWriteArgs, dims: &Dims, memory: &HostMemory<'_>) -> Result<()> {
+    let (tokens, q_heads, kv_heads) = (dims.grid[0] as usize, a.q_heads as usize, a.kv_heads as usize);
     let (head_dim, page_size) = (a.head_dim as usize, a.page_size as usize);
     let q_weight = memory.view::<T>(a.q_weight, head_dim)?;
     let k_weight = memory.view::<T>(a.k_weight, head_dim)?;
@@ -214,6 +221,14 @@ mod tests {
     use super::*;
     use crate::ops::check::testing::refusal;
     use bcg_runtime::Device;
+
+    #[test]
+    fn a_block_has_lanes_for_its_heads_and_fits() {
+        assert_eq!(block_threads(48, 8), 384, "one turn");
+        assert_eq!(block_threads(80, 16), 640, "two equal turns");
+        assert_eq!(block_threads(3, 2), 32, "whole warps");
+        assert!((1..500).all(|heads| block_threads(heads, 32) <= 768));
+    }
 
     #[test]
     fn wrong_tensors_are_refused_by_name() -> Result<()> {

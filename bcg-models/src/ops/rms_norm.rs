@@ -4,7 +4,7 @@ use bcg_runtime::{CaptureStream, DevicePtr, Dims, HostMemory, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 
 use super::check::Check;
-use super::float::{Float, PerFloat, per_float, rms_scale, row};
+use super::float::{Float, PerFloat, per_float, rms_dims, rms_scale, row};
 
 const CHECK: Check = Check::new("rms_norm");
 
@@ -19,7 +19,7 @@ struct RmsNormArgs {
     eps: f32,
 }
 
-static RMS_NORM: PerFloat<RmsNormArgs> = per_float!("rms_norm", bcg_kernels::RMS_NORM, host);
+static RMS_NORM: PerFloat<RmsNormArgs> = per_float!("rms_norm", bcg_kernels::RMS_NORM, host).programmatic();
 
 /// Normalises each row of `x` by its root mean square and scales it by `weight`.
 ///
@@ -53,7 +53,7 @@ pub fn rms_norm(cx: &mut CaptureStream, x: &Tensor, weight: &Tensor, eps: f32) -
     CHECK.rank("x", x, &["T", "C"])?;
     CHECK.dense("weight", weight, &[x.dim(1)], x.dtype())?;
     let kernel = RMS_NORM.get(CHECK, "x", x.dtype())?;
-    let dims = CHECK.block_per_row(x, 256)?;
+    let dims = rms_dims(CHECK, x)?;
     let out = cx.empty(x.shape(), x.dtype())?;
     let args = RmsNormArgs {
         x: cx.addr(x)?,

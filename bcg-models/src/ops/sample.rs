@@ -6,6 +6,7 @@ use bytemuck::{AnyBitPattern, NoUninit};
 use super::argmax::largest;
 use super::check::Check;
 use super::float::row;
+use super::logits;
 
 const CHECK: Check = Check::new("sample");
 
@@ -22,10 +23,14 @@ struct SampleArgs {
     out: DevicePtr,
     stride: i64,
     columns: u32,
-    _padding: u32,
+    num_kept: u32,
 }
 
-static SAMPLE: Kernel<SampleArgs> = Kernel::new("sample", &bcg_kernels::SAMPLE, host);
+static SAMPLE: Kernel<SampleArgs> = Kernel::new("sample", &bcg_kernels::SAMPLE, host).programmatic();
+
+/// The most shared memory in which a block keeps its share of a row for the passes after the first, for V up to 163,840;
+/// two such blocks fit on a multiprocessor of Hopper.
+const KEPT_BYTES_MAX: usize = 80 * 1024;
 
 /// The parameters of [`sample()`], one per row.
 #[derive(Clone, Copy, Debug)]
@@ -92,7 +97,10 @@ pub fn sample(cx: &mut CaptureStream, logits: &Tensor, inputs: &SampleInputs<'_>
     CHECK.dense("min_p", inputs.min_p, &rows, DType::F32)?;
     CHECK.dense("seed", inputs.seed, &rows, DType::I64)?;
     CHECK.dense("step", inputs.step, &rows, DType::I64)?;
-    let dims = CHECK.block_per_row(logits, 1024)?;
+    let mut dims = logits::dims(CHECK, logits)?;
+    let packs = logits::packs_per_thread(logits.dim(1));
+    let num_kept = if logits::packs_bytes(packs) <= KEPT_BYTES_MAX { packs } else { 0 };
+    dims.shared_bytes = logits::packs_bytes(num_kept) as u32;
     let out = cx.empty(&rows, DType::I32)?;
     let args = SampleArgs {
         logits: cx.addr(logits)?,
@@ -105,14 +113,14 @@ pub fn sample(cx: &mut CaptureStream, logits: &Tensor, inputs: &SampleInputs<'_>
         out: cx.addr(&out)?,
         stride: logits.row_stride() as i64,
         columns: CHECK.u32("V", logits.dim(1))?,
-        _padding: 0,
+        num_kept: num_kept as u32,
     };
     cx.launch(&SAMPLE, dims, args)?;
     Ok(out)
 }
 
 fn host(a: &SampleArgs, dims: &Dims, memory: &HostMemory<'_>) -> Result<()> {
-    let rows = dims.grid[0] as usize;
+    let rows = logits::rows(dims);
     let temperature = memory.load::<f32>(a.temperature, rows)?;
     let (top_k, top_p) = (memory.load::<i32>(a.top_k, rows)?, memory.load::<f32>(a.top_p, rows)?);
     let min_p = memory.load::<f32>(a.min_p, rows)?;
@@ -148,11 +156,11 @@ fn kept(scaled: &[f32], top_k: i32, top_p: f32, min_p: f32) -> Vec<usize> {
         order.retain(|token| scaled[*token] >= least);
     }
     if top_p < 1.0 {
-        let wanted = f64::from(top_p) * order.iter().map(|token| f64::from(weight(*token))).sum::<f64>();
-        let mut mass = 0.0;
+        let wanted = f64::from(top_p) * order.iter().map(|token| fixed(weight(*token))).sum::<u64>() as f64;
+        let mut mass = 0;
         let reached = order.iter().position(|token| {
-            mass += f64::from(weight(*token));
-            mass >= wanted
+            mass += fixed(weight(*token));
+            mass as f64 >= wanted
         });
         let least = reached.map_or(f32::NEG_INFINITY, |place| scaled[order[place]]);
         order.retain(|token| scaled[*token] >= least);
@@ -160,6 +168,11 @@ fn kept(scaled: &[f32], top_k: i32, top_p: f32, min_p: f32) -> Vec<usize> {
     order.retain(|token| weight(*token) >= min_p || scaled[*token] == max);
     order.sort_unstable();
     order
+}
+
+/// A weight in 0..=1 as a whole number, so that sums of weights have no order.
+fn fixed(weight: f32) -> u64 {
+    (f64::from(weight) * (1u64 << 44) as f64).round_ties_even() as u64
 }
 
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;

@@ -17,7 +17,7 @@ struct ScrubTailArgs {
     row_bytes: i64,
 }
 
-static SCRUB_TAIL: Kernel<ScrubTailArgs> = Kernel::new("scrub_tail", &bcg_kernels::SCRUB_TAIL, host);
+static SCRUB_TAIL: Kernel<ScrubTailArgs> = Kernel::new("scrub_tail", &bcg_kernels::SCRUB_TAIL, host).programmatic();
 
 /// Zeroes the padded rows of `x`, in place.
 ///
@@ -55,7 +55,7 @@ static SCRUB_TAIL: Kernel<ScrubTailArgs> = Kernel::new("scrub_tail", &bcg_kernel
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
 pub fn scrub_tail(cx: &mut CaptureStream, x: &Tensor) -> Result<()> {
-    let dims = CHECK.block_per_row(x, 128)?;
+    let dims = CHECK.blocks_per_row(x)?;
     let args = ScrubTailArgs {
         x: cx.addr(x)?,
         valid_rows: cx.valid_rows_ptr(),

@@ -4,7 +4,7 @@ use bcg_runtime::{CaptureStream, DevicePtr, Dims, HostMemory, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 
 use super::check::Check;
-use super::float::{Float, PerFloat, per_float, row};
+use super::float::{Float, PerFloat, pack_len, per_float, row};
 
 const CHECK: Check = Check::new("silu_mul");
 
@@ -18,7 +18,9 @@ struct SiluMulArgs {
     _padding: u32,
 }
 
-static SILU_MUL: PerFloat<SiluMulArgs> = per_float!("silu_mul", bcg_kernels::SILU_MUL, host);
+static SILU_MUL: PerFloat<SiluMulArgs> = per_float!("silu_mul", bcg_kernels::SILU_MUL, host).programmatic();
+
+const THREADS: u32 = 128;
 
 /// Applies SiLU to the first half of each row and multiplies it with the second half.
 ///
@@ -52,7 +54,10 @@ pub fn silu_mul(cx: &mut CaptureStream, gate_up: &Tensor) -> Result<Tensor> {
         return Err(CHECK.error("`gate_up` [T, 2 I]", format!("{:?}", gate_up.shape())));
     }
     let kernel = SILU_MUL.get(CHECK, "gate_up", gate_up.dtype())?;
-    let dims = CHECK.block_per_row(gate_up, 256)?;
+    let mut dims = CHECK.block_per_row(gate_up, THREADS)?;
+    // In y one pack for each thread; a grid that CUDA cannot take goes around again.
+    let packs = (gate_up.dim(1) / 2).div_ceil(pack_len(gate_up.dtype()));
+    dims.grid[1] = packs.div_ceil(THREADS as usize).clamp(1, 65_535) as u32;
     let out = cx.empty(&[gate_up.dim(0), gate_up.dim(1) / 2], gate_up.dtype())?;
     let args = SiluMulArgs {
         gate_up: cx.addr(gate_up)?,

@@ -111,14 +111,28 @@ impl Fixture {
         self.floats(shape, dtype, &values)
     }
 
+    /// Makes matrices of numbers in -1..1 in all ways that rows may lie: dense, and between columns of NaN at addresses
+    /// that are multiples of 16 bytes or not.
+    pub(super) fn random_rows(&mut self, rows: usize, columns: usize, dtype: DType) -> [Known; 3] {
+        let aligned = columns.next_multiple_of(8) - columns + 8;
+        [
+            self.random(&[rows, columns], dtype),
+            self.random_sliced(rows, columns, dtype),
+            self.random_between(rows, columns, 8, aligned, dtype),
+        ]
+    }
+
     /// Makes a row-sliced matrix of numbers in -1..1, between columns of NaN.
     pub(super) fn random_sliced(&mut self, rows: usize, columns: usize, dtype: DType) -> Known {
-        let (left, right) = (3, 5);
+        self.random_between(rows, columns, 3, 5, dtype)
+    }
+
+    fn random_between(&mut self, rows: usize, columns: usize, left: usize, right: usize, dtype: DType) -> Known {
         let mut wide = vec![];
         for _ in 0..rows {
-            wide.extend([f64::NAN; 3]);
+            wide.extend(vec![f64::NAN; left]);
             wide.extend(self.numbers(columns));
-            wide.extend([f64::NAN; 5]);
+            wide.extend(vec![f64::NAN; right]);
         }
         let known = self.floats(&[rows, left + columns + right], dtype, &wide);
         Known {

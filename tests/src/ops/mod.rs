@@ -17,8 +17,8 @@ use linear::{linear_matches_the_formula, linear_rows_do_not_depend_on_other_rows
 use norms::{add_rms_norm_matches_the_formula, rms_norm_matches_the_formula, silu_mul_matches_the_formula};
 use qk_norm_rope_kv_write::rope_turns_and_writes_each_token_in_its_slot;
 use rows::{
-    copy_rows_touches_nothing_else, embedding_looks_up_rows, fill_random_follows_the_formula, fill_reaches_every_dtype,
-    gather_rows_picks_rows, scrub_tail_zeroes_padded_rows_only,
+    copy_rows_touches_nothing_else, fill_random_follows_the_formula, fill_reaches_every_dtype,
+    fill_reaches_every_element_of_wide_rows, gather_rows_picks_rows, scrub_tail_zeroes_padded_rows_only,
 };
 use sampling::{
     argmax_takes_the_first_of_the_largest, sample_draws_what_the_formula_draws, sample_follows_the_probabilities,
@@ -37,11 +37,11 @@ pub const RULES: &[Rule] = crate::rules![
     prefill_attends_to_prefix_and_itself,
     prefill_rows_do_not_depend_on_other_sequences,
     decode_attends_to_all_keys,
-    embedding_looks_up_rows,
     gather_rows_picks_rows,
     copy_rows_touches_nothing_else,
     fill_reaches_every_dtype,
     fill_random_follows_the_formula,
+    fill_reaches_every_element_of_wide_rows,
     scrub_tail_zeroes_padded_rows_only,
     argmax_takes_the_first_of_the_largest,
     sample_draws_what_the_formula_draws,

@@ -5,19 +5,23 @@ use bcg_runtime::Device;
 
 use super::fixture::{FLOATS, Fixture, assert_close, rms_norm};
 
-const SHAPES: [(usize, usize); 5] = [(1, 1), (3, 128), (5, 100), (2, 4097), (300, 32)];
+/// Rows and columns: one of either, widths of no whole 16 bytes, more rows than multiprocessors, rows wider than the
+/// registers of a block.
+const SHAPES: [(usize, usize); 8] =
+    [(1, 1), (3, 128), (5, 100), (2, 4097), (300, 32), (1, 4096), (2, 16_384), (1, 20_003)];
 
-/// `rms_norm` is `x / sqrt(mean(x²) + eps) * weight`, for dense and row-sliced inputs.
+/// `rms_norm` is `x / sqrt(mean(x²) + eps) * weight`, however the rows lie.
 pub(super) fn rms_norm_matches_the_formula(device: &Device) {
     let mut fixture = Fixture::new(device);
     for dtype in FLOATS {
         for (rows, columns) in SHAPES {
-            let x = fixture.random_sliced(rows, columns, dtype);
             let weight = fixture.random(&[columns], dtype);
-            let out = fixture.run(|cx| ops::rms_norm(cx, &x.tensor, &weight.tensor, 1e-6));
-            let expected: Vec<f64> =
-                x.values.chunks(columns).flat_map(|row| rms_norm(row, &weight.values, 1e-6)).collect();
-            assert_close("rms_norm", &fixture.read(&out), &expected, dtype, 4.0, 1e-3);
+            for x in fixture.random_rows(rows, columns, dtype) {
+                let out = fixture.run(|cx| ops::rms_norm(cx, &x.tensor, &weight.tensor, 1e-6));
+                let expected: Vec<f64> =
+                    x.values.chunks(columns).flat_map(|row| rms_norm(row, &weight.values, 1e-6)).collect();
+                assert_close("rms_norm", &fixture.read(&out), &expected, dtype, 4.0, 1e-3);
+            }
         }
     }
 }
@@ -27,17 +31,18 @@ pub(super) fn add_rms_norm_matches_the_formula(device: &Device) {
     let mut fixture = Fixture::new(device);
     for dtype in FLOATS {
         for (rows, columns) in SHAPES {
-            let x = fixture.random_sliced(rows, columns, dtype);
             let residual = fixture.random(&[rows, columns], dtype);
             let weight = fixture.random(&[columns], dtype);
-            let (normed, sum) =
-                fixture.run(|cx| ops::add_rms_norm(cx, &x.tensor, &residual.tensor, &weight.tensor, 1e-6));
-            let sums: Vec<f64> = x.values.iter().zip(&residual.values).map(|(x, r)| x + r).collect();
-            let actual = fixture.read(&sum);
-            assert_close("sum", &actual, &sums, dtype, 1.0, 0.0);
-            let expected: Vec<f64> =
-                actual.chunks(columns).flat_map(|row| rms_norm(row, &weight.values, 1e-6)).collect();
-            assert_close("normed", &fixture.read(&normed), &expected, dtype, 4.0, 1e-3);
+            for x in fixture.random_rows(rows, columns, dtype) {
+                let (normed, sum) =
+                    fixture.run(|cx| ops::add_rms_norm(cx, &x.tensor, &residual.tensor, &weight.tensor, 1e-6));
+                let sums: Vec<f64> = x.values.iter().zip(&residual.values).map(|(x, r)| x + r).collect();
+                let actual = fixture.read(&sum);
+                assert_close("sum", &actual, &sums, dtype, 1.0, 0.0);
+                let expected: Vec<f64> =
+                    actual.chunks(columns).flat_map(|row| rms_norm(row, &weight.values, 1e-6)).collect();
+                assert_close("normed", &fixture.read(&normed), &expected, dtype, 4.0, 1e-3);
+            }
         }
     }
 }
@@ -47,12 +52,14 @@ pub(super) fn silu_mul_matches_the_formula(device: &Device) {
     let mut fixture = Fixture::new(device);
     for dtype in FLOATS {
         for (rows, columns) in SHAPES {
-            let x = fixture.random_sliced(rows, 2 * columns, dtype);
-            let out = fixture.run(|cx| ops::silu_mul(cx, &x.tensor));
-            let halves = x.values.chunks(2 * columns).map(|row| row.split_at(columns));
-            let expected: Vec<f64> =
-                halves.flat_map(|(gate, up)| gate.iter().zip(up).map(|(g, u)| g / (1.0 + (-g).exp()) * u)).collect();
-            assert_close("silu_mul", &fixture.read(&out), &expected, dtype, 4.0, 1e-3);
+            for x in fixture.random_rows(rows, 2 * columns, dtype) {
+                let out = fixture.run(|cx| ops::silu_mul(cx, &x.tensor));
+                let halves = x.values.chunks(2 * columns).map(|row| row.split_at(columns));
+                let expected: Vec<f64> = halves
+                    .flat_map(|(gate, up)| gate.iter().zip(up).map(|(g, u)| g / (1.0 + (-g).exp()) * u))
+                    .collect();
+                assert_close("silu_mul", &fixture.read(&out), &expected, dtype, 4.0, 1e-3);
+            }
         }
         let extreme = fixture.floats(&[1, 4], dtype, &[-1000.0, 1000.0, 3.0, 0.5]);
         let out = fixture.run(|cx| ops::silu_mul(cx, &extreme.tensor));

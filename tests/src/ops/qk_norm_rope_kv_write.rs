@@ -23,18 +23,22 @@ fn rope(head: &[f64], position: i32, inv_freq: &[f32]) -> Vec<f64> {
 /// writes nothing.
 pub(super) fn rope_turns_and_writes_each_token_in_its_slot(device: &Device) {
     for dtype in FLOATS {
-        for (q_heads, kv_heads, head_dim) in [(4, 2, 64), (3, 3, 32), (5, 1, 128), (2, 1, 96), (1, 1, 256)] {
-            check(device, dtype, q_heads, kv_heads, head_dim);
+        let heads = [(4, 2, 64), (3, 3, 32), (5, 1, 128), (2, 1, 96), (1, 1, 256), (32, 8, 128), (64, 8, 224)];
+        for (q_heads, kv_heads, head_dim) in heads {
+            for lie in 0..3 {
+                check(device, dtype, (q_heads, kv_heads, head_dim), lie);
+            }
         }
     }
 }
 
-fn check(device: &Device, dtype: DType, q_heads: usize, kv_heads: usize, head_dim: usize) {
+/// Checks one choice of heads; `lie` says which of the ways in which rows may lie.
+fn check(device: &Device, dtype: DType, (q_heads, kv_heads, head_dim): (usize, usize, usize), lie: usize) {
     let mut fixture = Fixture::new(device);
     let (tokens, pages, page_size) = (7, 3, 4);
     let (positions, slots) = ([0, 1, 2, 511, 30_000, 7, 9], [5, 0, -1, 11, 3, -1, 4]);
     let heads = q_heads + 2 * kv_heads;
-    let qkv = fixture.random_sliced(tokens, heads * head_dim, dtype);
+    let qkv = &fixture.random_rows(tokens, heads * head_dim, dtype)[lie];
     let (q_weight, k_weight) = (fixture.random(&[head_dim], dtype), fixture.random(&[head_dim], dtype));
     let frequencies = ops::rope_inv_freq(1_000_000.0, head_dim);
     let inv_freq = device.tensor(&[head_dim / 2], &frequencies).expect("a tensor");

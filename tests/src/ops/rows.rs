@@ -1,34 +1,21 @@
-//! `embedding`, `gather_rows`, `copy_rows`, `fill`, `fill_random`, `scrub_tail`.
+//! `gather_rows`, `copy_rows`, `fill`, `fill_random`, `scrub_tail`.
 
 use bcg_models::ops;
 use bcg_runtime::{DType, Device, LiveBatch, Rows, Runner, RunnerOptions};
 
 use super::fixture::{FLOATS, Fixture, assert_close};
 
-/// `embedding` copies table rows bit for bit; an id outside the table gives zeros.
-pub(super) fn embedding_looks_up_rows(device: &Device) {
-    let mut fixture = Fixture::new(device);
-    for dtype in FLOATS {
-        for columns in [1, 7, 64, 128] {
-            let table = fixture.random(&[11, columns], dtype);
-            let ids = [3, 0, 10, 3, -1, 11, i32::MAX, i32::MIN];
-            let on_device = fixture.ints(&ids);
-            let out = fixture.run(|cx| ops::embedding(cx, &on_device, &table.tensor));
-            assert_eq!(fixture.read(&out), picked(&table.values, columns, &ids), "{dtype}, {columns} columns");
-        }
-    }
-}
-
-/// `gather_rows` copies rows of a row-sliced input bit for bit; an index outside gives zeros.
+/// `gather_rows` copies rows bit for bit, however they lie; an index outside gives zeros.
 pub(super) fn gather_rows_picks_rows(device: &Device) {
     let mut fixture = Fixture::new(device);
     for dtype in FLOATS {
-        for columns in [1, 7, 64, 128] {
-            let x = fixture.random_sliced(9, columns, dtype);
-            let index = [8, 0, 4, -5, 9];
+        for columns in [1, 7, 64, 128, 6000] {
+            let index = [8, 3, 0, 10, 3, -1, 11, i32::MAX, i32::MIN];
             let on_device = fixture.ints(&index);
-            let out = fixture.run(|cx| ops::gather_rows(cx, &x.tensor, &on_device));
-            assert_eq!(fixture.read(&out), picked(&x.values, columns, &index), "{dtype}, {columns} columns");
+            for x in fixture.random_rows(11, columns, dtype) {
+                let out = fixture.run(|cx| ops::gather_rows(cx, &x.tensor, &on_device));
+                assert_eq!(fixture.read(&out), picked(&x.values, columns, &index), "{dtype}, {columns} columns");
+            }
         }
     }
 }
@@ -44,16 +31,18 @@ fn picked(values: &[f64], columns: usize, index: &[i32]) -> Vec<f64> {
 pub(super) fn copy_rows_touches_nothing_else(device: &Device) {
     let mut fixture = Fixture::new(device);
     for dtype in FLOATS {
-        for (first, columns) in [(0, 1), (1, 6), (3, 5), (8, 8)] {
-            let matrix = fixture.random(&[4, 16], dtype);
-            let src = fixture.random_sliced(4, columns, dtype);
-            let dst = matrix.tensor.columns(first..first + columns).expect("a column range");
-            fixture.run(|cx| ops::copy_rows(cx, &dst, &src.tensor));
-            let mut expected = matrix.values;
-            for (row, values) in expected.chunks_mut(16).zip(src.values.chunks(columns)) {
-                row[first..first + columns].copy_from_slice(values);
+        for (first, columns) in [(0, 1), (1, 6), (3, 5), (8, 8), (8, 9000), (16, 8192)] {
+            let width = columns + 24;
+            for src in fixture.random_rows(4, columns, dtype) {
+                let matrix = fixture.random(&[4, width], dtype);
+                let dst = matrix.tensor.columns(first..first + columns).expect("a column range");
+                fixture.run(|cx| ops::copy_rows(cx, &dst, &src.tensor));
+                let mut expected = matrix.values;
+                for (row, values) in expected.chunks_mut(width).zip(src.values.chunks(columns)) {
+                    row[first..first + columns].copy_from_slice(values);
+                }
+                assert_eq!(fixture.read(&matrix.tensor), expected, "{dtype}, {columns} columns from {first}");
             }
-            assert_eq!(fixture.read(&matrix.tensor), expected, "{dtype}, {columns} columns from {first}");
         }
     }
 }
@@ -112,6 +101,18 @@ fn nearly_normal(seed: u64, index: u64) -> f64 {
     let bits = mix(mix(seed.wrapping_add(golden)).wrapping_add(golden.wrapping_mul(index)));
     let sum: f64 = bits.to_le_bytes().chunks(2).map(|pair| f64::from(u16::from_le_bytes([pair[0], pair[1]]))).sum();
     (sum - 131_070.0) / (65_536.0 / 3f64.sqrt())
+}
+
+/// `fill` reaches every element of rows that many blocks share, and nothing beside them.
+pub(super) fn fill_reaches_every_element_of_wide_rows(device: &Device) {
+    let mut fixture = Fixture::new(device);
+    for (first, columns) in [(0, 24_000), (8, 16_384), (1, 9001)] {
+        let width = columns + 16;
+        let matrix = device.zeros(&[3, width], DType::Bf16).expect("a tensor");
+        fixture.run(|cx| ops::fill(cx, &matrix.columns(first..first + columns)?, half::bf16::from_f32(2.5)));
+        let row = (0..width).map(|c| if (first..first + columns).contains(&c) { 2.5 } else { 0.0 });
+        assert_eq!(fixture.read(&matrix), row.collect::<Vec<f64>>().repeat(3), "{columns} columns from {first}");
+    }
 }
 
 struct Padded(usize);

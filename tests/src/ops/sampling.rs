@@ -8,15 +8,16 @@ use super::fixture::Fixture;
 /// `argmax` takes the lowest index of the largest value; NaN never wins.
 pub(super) fn argmax_takes_the_first_of_the_largest(device: &Device) {
     let mut fixture = Fixture::new(device);
-    for columns in [1, 31, 1000, 151_936] {
-        let mut logits = fixture.random_sliced(5, columns, DType::F32);
-        let out = fixture.run(|cx| ops::argmax(cx, &logits.tensor));
-        let expected: Vec<i32> = logits.values.chunks(columns).map(first_largest).collect();
-        assert_eq!(fixture.read_i32(&out), expected, "{columns} columns");
+    for (rows, columns) in [(5, 1), (5, 31), (300, 1000), (5, 151_936), (1, 151_936), (1, 70_001)] {
+        for logits in fixture.random_rows(rows, columns, DType::F32) {
+            let out = fixture.run(|cx| ops::argmax(cx, &logits.tensor));
+            let expected: Vec<i32> = logits.values.chunks(columns).map(first_largest).collect();
+            assert_eq!(fixture.read_i32(&out), expected, "{columns} columns");
+        }
         // Few different values, so that there are many ties, and NaN among them.
-        logits.values.iter_mut().for_each(|v| *v = (*v * 3.0).round());
-        logits.values.iter_mut().step_by(5).for_each(|v| *v = f64::NAN);
-        let ties = fixture.floats(&[5, columns], DType::F32, &logits.values);
+        let mut values: Vec<f64> = fixture.numbers(rows * columns).into_iter().map(|v| (v * 3.0).round()).collect();
+        values.iter_mut().step_by(5).for_each(|v| *v = f64::NAN);
+        let ties = fixture.floats(&[rows, columns], DType::F32, &values);
         let out = fixture.run(|cx| ops::argmax(cx, &ties.tensor));
         let expected: Vec<i32> = ties.values.chunks(columns).map(first_largest).collect();
         assert_eq!(fixture.read_i32(&out), expected, "{columns} columns with ties");
@@ -116,13 +117,16 @@ pub(super) fn sample_draws_what_the_formula_draws(device: &Device) {
         Row { temperature: 0.6, top_k: 20, top_p: 0.95, min_p: 0.01, ..PLAIN },
         Row { top_k: 1_000_000, ..PLAIN },
     ];
-    for columns in [1, 50, 3000] {
+    // The last row does not fit in the memory of its blocks.
+    for (columns, times) in [(1, 20), (50, 20), (3000, 20), (151_936, 1), (200_001, 1)] {
         let rows: Vec<Row> =
-            (0..20).flat_map(|i| filters.map(|row| Row { seed: i * 31 - 100, step: i % 3, ..row })).collect();
+            (0..times).flat_map(|i| filters.map(|row| Row { seed: i * 31 - 100, step: i % 3, ..row })).collect();
         let mut values = fixture.numbers(rows.len() * columns);
         values.iter_mut().for_each(|v| *v *= 6.0);
         let logits = fixture.floats(&[rows.len(), columns], DType::F32, &values);
         let drawn = draw(&mut fixture, &logits.tensor, &rows);
+        let alone = draw(&mut fixture, &logits.tensor.rows(0..1).expect("a row range"), &rows[..1]);
+        assert_eq!(alone, drawn[..1], "a draw does not depend on other rows");
         for ((row, logits), token) in rows.iter().zip(logits.values.chunks(columns)).zip(drawn) {
             let scores = scores(logits, *row);
             let tied = scores.get(1).is_some_and(|second| scores[0].1 - second.1 < 1e-4);

@@ -84,7 +84,7 @@ pub(super) fn of_model(name: &str, config: &ModelConfig, args: &KernelsArgs) -> 
     let model = Shapes { name: name.to_owned(), config: config.clone() };
     let mut cases = Vec::new();
     for &tokens in &args.tokens {
-        cases.push(model.embedding(tokens));
+        cases.push(model.gather_rows(tokens));
         cases.push(model.rms_norm(tokens));
         cases.push(model.add_rms_norm(tokens));
         cases.push(model.silu_mul(tokens));
@@ -118,7 +118,7 @@ impl Shapes {
         self.config.dtype.size_bytes()
     }
 
-    fn embedding(&self, tokens: usize) -> Case {
+    fn gather_rows(&self, tokens: usize) -> Case {
         let ModelConfig { vocab_size, hidden_size, dtype, .. } = self.config;
         let bytes = tokens * (4 + 2 * hidden_size * self.size());
         let prepare: Prepare = Box::new(move |lab, count| {
@@ -126,11 +126,11 @@ impl Shapes {
             let launch = |lab: &Lab, index: usize| -> Result<Launch> {
                 let id = |row: usize| (((index * tokens + row) * 7919) % vocab_size) as i32;
                 let (ids, table) = (lab.tensor(&(0..tokens).map(id).collect::<Vec<_>>())?, table.clone());
-                Ok(Box::new(move |cx| Ok(vec![ops::embedding(cx, &ids, &table)?])))
+                Ok(Box::new(move |cx| Ok(vec![ops::gather_rows(cx, &table, &ids)?])))
             };
             (0..count).map(|index| launch(lab, index)).collect()
         });
-        self.case("embedding", format!("T={tokens}"), bytes, 0, prepare)
+        self.case("gather_rows", format!("T={tokens}"), bytes, 0, prepare)
     }
 
     fn rms_norm(&self, tokens: usize) -> Case {
