@@ -98,8 +98,11 @@ def main():
     listed = [{"tokens": t, "first_row": len(t) - len(r)} for t, r in zip(texts, references)]
     (args.out / "reference.json").write_text(json.dumps({"sequences": listed}) + "\n")
 
-    # For comparison: how far the same model lies from it in bf16.
+    # For comparison: how far the same model lies from it in bf16. The rotary frequencies stay float32, as when it is loaded.
+    frequencies = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model = model.bfloat16()
+    for name, buffer in model.named_buffers():
+        buffer.data = frequencies[name]
     for tokens, reference in zip(texts, references):
         rows = logits(model, tokens, len(reference))
         errors = (rows - reference).norm(dim=1) / reference.norm(dim=1)
