@@ -64,10 +64,11 @@ pub struct UploadOptions {
 }
 
 impl Default for UploadOptions {
-    /// As many threads as the machine runs at once, eight at most: they then fill the link to the device.
+    /// As many threads as the machine runs at once, eight at most, which come near the rate of the link to the device.
+    /// Buffers of 1 MiB stay in the processor's cache; larger ones measured slower.
     fn default() -> Self {
         let parallelism = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { num_threads: parallelism.min(8), staging_bytes: 8 << 20 }
+        Self { num_threads: parallelism.min(8), staging_bytes: 1 << 20 }
     }
 }
 

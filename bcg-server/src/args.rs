@@ -113,8 +113,8 @@ pub struct EngineArgs {
     #[arg(long, alias = "max-total-tokens", value_name = "TOKENS")]
     pub kv_cache_tokens: Option<usize>,
 
-    /// Part of the GPU's memory, 0.0 to 1.0, for weights and KV cache together [default: 0.9]
-    #[arg(long, value_name = "FRACTION", conflicts_with = "kv_cache_tokens")]
+    /// Part of the GPU's memory, 0.0 to 1.0, for weights and KV cache together; --kv-cache-tokens wins [default: 0.9]
+    #[arg(long, value_name = "FRACTION")]
     pub mem_fraction_static: Option<f64>,
 
     /// Tokens in one page of the KV cache

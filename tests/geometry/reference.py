@@ -31,6 +31,11 @@ LENGTHS = [1, 21, 64, 129, 300, 777]
 ROWS_MAX = 32
 # The standard deviation of logits.
 LOGIT_STD = 2.0
+# The scale of query and key norms. Scores have its square as standard deviation: attention to hundreds of keys then picks
+# few of them, and its output stays a good part of the logits (0.2 to 0.6 of them, by length).
+QK_SCALE = 1.5
+# The size of what a branch adds to the residual stream, as 1 / sqrt(number of branches) for four layers.
+BRANCH_STD = 0.35
 
 
 def random_weights(model, seed):
@@ -39,11 +44,12 @@ def random_weights(model, seed):
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, device=model.device)
         if parameter.dim() == 1:
-            value = 1 + 0.1 * noise
+            value = (1 + 0.1 * noise) * (QK_SCALE if "q_norm" in name or "k_norm" in name else 1.0)
         elif "embed_tokens" in name:
             value = noise
         else:
-            std = LOGIT_STD if "lm_head" in name else 1.0
+            stds = {"lm_head": LOGIT_STD, "o_proj": BRANCH_STD, "down_proj": BRANCH_STD}
+            std = next((std for part, std in stds.items() if part in name), 1.0)
             value = noise * (std / math.sqrt(parameter.shape[1]))
         parameter.data.copy_(value.bfloat16())
 
@@ -92,8 +98,11 @@ def main():
     listed = [{"tokens": t, "first_row": len(t) - len(r)} for t, r in zip(texts, references)]
     (args.out / "reference.json").write_text(json.dumps({"sequences": listed}) + "\n")
 
-    # For comparison: how far the same model lies from it in bf16.
+    # For comparison: how far the same model lies from it in bf16. The rotary frequencies stay float32, as when it is loaded.
+    frequencies = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model = model.bfloat16()
+    for name, buffer in model.named_buffers():
+        buffer.data = frequencies[name]
     for tokens, reference in zip(texts, references):
         rows = logits(model, tokens, len(reference))
         errors = (rows - reference).norm(dim=1) / reference.norm(dim=1)

@@ -29,7 +29,7 @@ enum Origin {
     /// Files, uploaded all together at the end.
     Files { files: WeightFiles, uploader: Uploader },
     /// The device makes them up.
-    Random(RandomWeights),
+    Random(Box<RandomWeights>),
 }
 
 impl std::fmt::Debug for Weights<'_> {
@@ -56,7 +56,7 @@ impl<'a> Weights<'a> {
     /// # Errors
     /// The device's.
     pub fn random(device: &'a Device, dtype: DType) -> Result<Self> {
-        Ok(Self { origin: Origin::Random(RandomWeights::new(device)?), device, dtype, progress: None })
+        Ok(Self { origin: Origin::Random(Box::new(RandomWeights::new(device)?)), device, dtype, progress: None })
     }
 
     /// Calls `progress(bytes done, bytes in all)` while [`finish`](Self::finish) writes the tensors.
