@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs the GPU bundle: correctness first, then figures, a short table last. Needs an NVIDIA driver and NVRTC (CUDA 12.4 or
-# newer), nothing else. The log and the figures land in $OUT, or in out/ beside this script.
+# Runs the GPU bundle: correctness first, then figures, a short table last. Needs an NVIDIA driver, NVRTC and
+# cuBLASLt (CUDA 12.4 or newer), nothing else. The log and the figures land in $OUT, or in out/ beside this script.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cd "$here" || exit 1
@@ -68,6 +68,7 @@ fi
 # 2. Fast?
 step "inspect" 60 bin/bcg inspect "${model[@]}" --size 64
 step "generate" 60 bin/bcg generate "${model[@]}" "${graphs[@]}" --chat --prompt "Raj has 10 boxes with 12 books in each. How many books is that?"
+step "matmul bench" 60 bin/matmul --json "$out/matmul.json"
 step "replay bench" 180 bin/replay --device cuda --json "$out/replay.json"
 
 echo

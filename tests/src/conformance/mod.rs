@@ -45,6 +45,7 @@ macro_rules! conformance_rules {
                 a_capture_ahead_runs_nothing_and_replays_like_eager,
                 a_break_that_reads_back_is_captured_ahead_with_a_run,
                 only_captured_code_is_capturing,
+                a_matrix_product_is_captured_like_a_kernel,
                 ten_thousand_segments_are_legal,
             }
             live_and_frozen {
