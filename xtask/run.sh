@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the GPU bundle. Needs an NVIDIA driver and NVRTC (CUDA 12.4 or newer); CUPTI for profiles, and python3 with torch for
+# Runs the GPU bundle. Needs an NVIDIA driver and NVRTC and cuBLASLt (CUDA 12.4 or newer); CUPTI for profiles, and python3 with torch for
 # what is compared with PyTorch. The log and the figures land in $OUT, or in out/ beside this script.
 #
 #   run.sh         correctness first, then a few figures, a short table last
@@ -77,6 +77,7 @@ correctness() {
     # Fast?
     step "inspect" 60 bin/bcg inspect "${model[@]}" --size 64
     step "generate" 60 bin/bcg generate "${model[@]}" "${graphs[@]}" --chat --prompt "Raj has 10 boxes with 12 books in each. How many books is that?"
+    step "matmul bench" 60 bin/matmul --json "$out/matmul.json"
     step "replay bench" 180 bin/replay --device cuda --json "$out/replay.json"
 }
 

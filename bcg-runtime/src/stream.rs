@@ -205,10 +205,7 @@ impl CaptureStream {
         if dims.is_empty() {
             return Ok(());
         }
-        self.counts.launches += 1;
-        if let Some(segment) = &mut self.segment {
-            segment.kernels.push(kernel.name());
-        }
+        self.count_launch(kernel.name());
         let launch = Launch::new(kernel, dims, &args);
         self.enqueue(|device, stream| device.backend().launch(stream, &launch))
     }
@@ -420,6 +417,19 @@ impl CaptureStream {
         }
     }
 
+    /// Tells whether side streams or scopes are open, so that freed blocks are kept back.
+    pub(crate) fn is_forked(&self) -> bool {
+        self.scope_depth > 0 || !self.forks.is_empty()
+    }
+
+    /// Counts a kernel that is about to be enqueued.
+    pub(crate) fn count_launch(&mut self, name: &'static str) {
+        self.counts.launches += 1;
+        if let Some(segment) = &mut self.segment {
+            segment.kernels.push(name);
+        }
+    }
+
     /// Forgets what a failed forward left open.
     pub(crate) fn reset_forks(&mut self) {
         if self.forks.is_empty() && self.scope_depth == 0 && Arc::ptr_eq(&self.current, &self.main) {
@@ -467,7 +477,7 @@ impl CaptureStream {
         self.enqueue(|device, stream| device.backend().fill_u8(stream, ptr, byte, bytes))
     }
 
-    fn enqueue(&mut self, call: impl FnOnce(&Device, StreamHandle) -> Result<()>) -> Result<()> {
+    pub(crate) fn enqueue(&mut self, call: impl FnOnce(&Device, StreamHandle) -> Result<()>) -> Result<()> {
         let stream = self.current.handle();
         if stream != self.main.handle() {
             self.touch(stream, &self.current.shared_name());
@@ -497,7 +507,7 @@ impl CaptureStream {
     }
 
     fn update_keep_back(&self) {
-        self.arena.set_keep_back(self.scope_depth > 0 || !self.forks.is_empty());
+        self.arena.set_keep_back(self.is_forked());
     }
 
     fn join_scope(&mut self, scope: usize) -> Result<()> {

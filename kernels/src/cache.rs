@@ -1,8 +1,8 @@
-//! The cubins on disk.
+//! What is worth keeping between processes, on disk: cubins, and the runtime's choices of algorithms.
 //!
 //! - An entry is complete or absent: it is written beside its place and renamed.
 //! - An entry carries a checksum; a damaged one is ignored with a warning and written again.
-//! - Nothing here is an error: without a usable folder every kernel is compiled again, once per process.
+//! - Nothing here is an error: without a usable folder everything is made again, once per process.
 
 use std::fs;
 use std::io;
@@ -14,15 +14,31 @@ use crate::{HEADERS, Source};
 const MAGIC: &[u8; 8] = b"BCGCUB01";
 const HEADER_BYTES: usize = MAGIC.len() + 16;
 
-/// A folder of cubins.
+/// A folder of entries, each a file: the user's cache.
+///
+/// # Example
+/// ```
+/// # let dir = std::env::temp_dir().join(format!("bcg-doc-{}", std::process::id()));
+/// use bcg_kernels::Cache;
+/// let cache = Cache::new(&dir);
+/// cache.store("answer", b"42");
+/// assert_eq!((cache.load("answer"), cache.load("other")), (Some(b"42".to_vec()), None));
+/// # std::fs::remove_dir_all(&dir).unwrap();
+/// ```
 #[derive(Clone, Debug)]
-pub(crate) struct Cache {
+pub struct Cache {
     dir: PathBuf,
 }
 
 impl Cache {
-    /// Returns the user's cache, if the environment names one.
-    pub(crate) fn of_user() -> Option<Self> {
+    /// Makes a cache in a folder, which is made when it is first written to.
+    pub fn new(dir: impl Into<PathBuf>) -> Self {
+        Self { dir: dir.into() }
+    }
+
+    /// Returns the user's cache, if the environment names one: `BCG_CACHE_DIR`, else `$XDG_CACHE_HOME/bcg`, else
+    /// `~/.cache/bcg`.
+    pub fn of_user() -> Option<Self> {
         let named = |variable: &str| std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
         let dir = named("BCG_CACHE_DIR")
             .or_else(|| named("XDG_CACHE_HOME").map(|dir| dir.join("bcg")))
@@ -31,40 +47,40 @@ impl Cache {
     }
 
     /// Returns an entry, or `None` if it is absent or damaged.
-    pub(crate) fn load(&self, entry: &str) -> Option<Vec<u8>> {
+    pub fn load(&self, entry: &str) -> Option<Vec<u8>> {
         let path = self.dir.join(entry);
         let bytes = match fs::read(&path) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
             Err(error) => {
-                tracing::warn!(path = %path.display(), %error, "cubin cache: cannot read, compiling again");
+                tracing::warn!(path = %path.display(), %error, "cache: cannot read an entry, making it again");
                 return None;
             }
         };
-        let cubin = verified(&bytes);
-        if cubin.is_none() {
-            tracing::warn!(path = %path.display(), "cubin cache: damaged entry, compiling again");
+        let contents = verified(&bytes);
+        if contents.is_none() {
+            tracing::warn!(path = %path.display(), "cache: damaged entry, making it again");
         }
-        cubin.map(<[u8]>::to_vec)
+        contents.map(<[u8]>::to_vec)
     }
 
     /// Writes an entry; a failure is a warning.
-    pub(crate) fn store(&self, entry: &str, cubin: &[u8]) {
+    pub fn store(&self, entry: &str, contents: &[u8]) {
         let path = self.dir.join(entry);
-        if let Err(error) = self.write(&path, cubin) {
-            tracing::warn!(path = %path.display(), %error, "cubin cache: cannot write");
+        if let Err(error) = self.write(&path, contents) {
+            tracing::warn!(path = %path.display(), %error, "cache: cannot write");
         }
     }
 
-    fn write(&self, path: &Path, cubin: &[u8]) -> io::Result<()> {
+    fn write(&self, path: &Path, contents: &[u8]) -> io::Result<()> {
         static WRITES: AtomicU64 = AtomicU64::new(0);
         fs::create_dir_all(&self.dir)?;
         let unique = WRITES.fetch_add(1, Ordering::Relaxed);
         let partial = path.with_extension(format!("partial-{}-{unique}", std::process::id()));
-        let mut bytes = Vec::with_capacity(HEADER_BYTES + cubin.len());
+        let mut bytes = Vec::with_capacity(HEADER_BYTES + contents.len());
         bytes.extend_from_slice(MAGIC);
-        bytes.extend_from_slice(&checksum(cubin));
-        bytes.extend_from_slice(cubin);
+        bytes.extend_from_slice(&checksum(contents));
+        bytes.extend_from_slice(contents);
         let written = fs::write(&partial, bytes).and_then(|()| fs::rename(&partial, path));
         if written.is_err() {
             let _ = fs::remove_file(&partial); // the first error is the one to report
@@ -74,9 +90,9 @@ impl Cache {
 }
 
 fn verified(bytes: &[u8]) -> Option<&[u8]> {
-    let (header, cubin) = bytes.split_at_checked(HEADER_BYTES)?;
-    let sound = header[..MAGIC.len()] == *MAGIC && header[MAGIC.len()..] == checksum(cubin) && !cubin.is_empty();
-    sound.then_some(cubin)
+    let (header, contents) = bytes.split_at_checked(HEADER_BYTES)?;
+    let sound = header[..MAGIC.len()] == *MAGIC && header[MAGIC.len()..] == checksum(contents) && !contents.is_empty();
+    sound.then_some(contents)
 }
 
 fn checksum(bytes: &[u8]) -> [u8; 16] {
@@ -85,15 +101,27 @@ fn checksum(bytes: &[u8]) -> [u8; 16] {
     hash.0.to_le_bytes()
 }
 
-/// What a cubin depends on, hashed.
+/// What an entry depends on, hashed: part of its name.
+///
+/// # Example
+/// ```
+/// use bcg_kernels::Key;
+/// assert_ne!(Key::of(&[b"ab", b"c"]).finish(), Key::of(&[b"a", b"bc"]).finish());
+/// ```
 #[derive(Clone, Debug)]
-pub(crate) struct Key(Fnv128);
+pub struct Key(Fnv128);
 
 impl Key {
+    /// Hashes parts, in their order.
+    pub fn of(parts: &[&[u8]]) -> Self {
+        let mut key = Self(Fnv128::new());
+        parts.iter().for_each(|part| key.add(part));
+        key
+    }
+
     /// Hashes the compiler's version, `source` and all headers.
     pub(crate) fn new(version: (i32, i32), source: &Source) -> Self {
-        let mut key = Self(Fnv128::new());
-        key.add(format!("nvrtc {}.{}", version.0, version.1).as_bytes());
+        let mut key = Self::of(&[format!("nvrtc {}.{}", version.0, version.1).as_bytes()]);
         key.add(source.name.as_bytes());
         key.add(source.text.as_bytes());
         for (name, text) in HEADERS {
@@ -104,13 +132,13 @@ impl Key {
     }
 
     /// Adds one more part; its length is hashed too, so that parts cannot run into each other.
-    pub(crate) fn add(&mut self, part: &[u8]) {
+    pub fn add(&mut self, part: &[u8]) {
         self.0.add(&(part.len() as u64).to_le_bytes());
         self.0.add(part);
     }
 
     /// Returns the key in hexadecimal.
-    pub(crate) fn finish(&self) -> String {
+    pub fn finish(&self) -> String {
         format!("{:032x}", self.0.0)
     }
 }

@@ -22,9 +22,12 @@
 
 mod cache;
 mod compile;
+mod library;
 mod nvrtc;
 
+pub use cache::{Cache, Key};
 pub use compile::{Arch, CompileError, compile, compile_all, compile_uncached, cuda_roots};
+pub use library::{library_candidates, open_library};
 
 /// The text of one CUDA source file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -76,8 +79,6 @@ sources! {
     FILL_RANDOM = "fill_random.cu",
     /// Rows by index.
     GATHER_ROWS = "gather_rows.cu",
-    /// Matrix product with a transposed weight.
-    LINEAR = "linear.cu",
     /// Query and key norm, rotary embedding, key-value write.
     QK_NORM_ROPE_KV_WRITE = "qk_norm_rope_kv_write.cu",
     /// RMS norm.

@@ -1,4 +1,4 @@
-//! Raw binding of NVRTC, CUDA's runtime compiler: the only unsafe code of this crate.
+//! Raw binding of NVRTC, CUDA's runtime compiler.
 //!
 //! - The library is looked for once per process and never unloaded; its absence is an error, never a panic.
 //! - A program is destroyed when its guard drops, on every path.
@@ -7,12 +7,12 @@
 //! of names lacks `libnvrtc.so.13`, the only name in CUDA 13's Python wheels.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
-use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use libloading::Library;
 
 use crate::compile::CompileError;
+use crate::library::{library_candidates, open_library};
 
 type Program = *mut c_void;
 type SizeOf = unsafe extern "C" fn(Program, *mut usize) -> c_int;
@@ -49,39 +49,12 @@ pub(crate) fn nvrtc() -> Result<&'static Nvrtc, CompileError> {
     NVRTC.get_or_init(Nvrtc::load).as_ref().map_err(|message| CompileError::NoCompiler { message: message.clone() })
 }
 
-/// Returns the names and paths to try, in order.
-fn candidates() -> Vec<PathBuf> {
-    const NAMES: [&str; 3] = ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"];
-    if let Some(path) = std::env::var_os("BCG_NVRTC") {
-        return vec![path.into()];
-    }
-    let mut paths: Vec<PathBuf> = NAMES.iter().map(PathBuf::from).collect();
-    for root in crate::compile::cuda_roots() {
-        paths.extend(["lib64", "lib"].iter().flat_map(|dir| NAMES.map(|name| root.join(dir).join(name))));
-    }
-    paths
-}
-
 impl Nvrtc {
     fn load() -> Result<Self, String> {
-        let candidates = candidates();
-        let mut errors = Vec::new();
-        for path in &candidates {
-            // SAFETY: loading runs the library's initialisers; the names above are NVIDIA's NVRTC, whose initialisers
-            // have no precondition, or a path that the user named as NVRTC in BCG_NVRTC.
-            match unsafe { Library::new(path) } {
-                Ok(library) => return Self::bind(library).map_err(|e| format!("{}: {e}", path.display())),
-                Err(error) if path.is_absolute() && path.exists() => errors.push(error.to_string()),
-                Err(_) => {}
-            }
-        }
-        let names: Vec<String> = candidates.iter().map(|path| path.display().to_string()).collect();
-        let mut message = format!("looked for {}", names.join(", "));
-        for error in errors {
-            message.push_str("; ");
-            message.push_str(&error);
-        }
-        Err(message)
+        let candidates = library_candidates("BCG_NVRTC", &["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"]);
+        // SAFETY: the names are NVIDIA's NVRTC, or a path that the user named as NVRTC in BCG_NVRTC.
+        let (library, path) = unsafe { open_library(&candidates) }?;
+        Self::bind(library).map_err(|error| format!("{}: {error}", path.display()))
     }
 
     fn bind(library: Library) -> Result<Self, libloading::Error> {

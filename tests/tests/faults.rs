@@ -35,6 +35,7 @@ fn busy(cx: &mut Eager<'_, Batch>, x: &Tensor, cell: &Tensor) -> Result<(Tensor,
 /// A forward that makes every kind of driver call that a forward can make.
 fn forward(device: &Device) -> impl Fn(&mut Context<'_, Batch>) -> Result<Tensor> + Clone + Send + Sync + use<> {
     let x = iota(device, &[SIZE, 4], 1.0);
+    let weight = iota(device, &[4, 4], -1.0);
     let cell = device.zeros(&[1], DType::I32).expect("a cell");
     let pinned = Arc::new(PinnedBuffer::new(device, SIZE * 16).expect("pinned memory"));
     pinned.write(&[0.5f32; SIZE * 4]).expect("a write");
@@ -46,7 +47,9 @@ fn forward(device: &Device) -> impl Fn(&mut Context<'_, Batch>) -> Result<Tensor
             let side = cx.side_stream("segment side")?;
             cx.on(&side, |cx| axpy(cx, 1.0, &y, &x))
         })?;
-        let (y, w) = busy(cx, &z, &cell)?;
+        let product = cx.empty(&[SIZE, 4], DType::F32)?;
+        cx.matmul(&product, &z, &weight)?;
+        let (y, w) = busy(cx, &product, &cell)?;
         cx.break_graph()?;
         let out = cx.empty(&[SIZE, 8], DType::F32)?;
         cx.fill_zero(&out)?;

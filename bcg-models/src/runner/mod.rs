@@ -84,7 +84,8 @@ pub struct ModelRunner {
 }
 
 impl ModelRunner {
-    /// Loads the checkpoint in `dir` and warms up: kernels are compiled and the arena gets its size.
+    /// Loads the checkpoint in `dir` and warms up: kernels are compiled, the arena gets its size, and matrix products of the
+    /// sizes to capture are tuned.
     ///
     /// # Errors
     /// Those of the checkpoint's files, of the options, and of the device.
@@ -140,6 +141,8 @@ impl ModelRunner {
         progress(Progress { stage: Stage::WarmUp, done: 0, total: 1 });
         runner.warm_up()?;
         progress(Progress { stage: Stage::WarmUp, done: 1, total: 1 });
+        let sizes: Vec<usize> = Phase::ALL.iter().flat_map(|&phase| runner.graph_sizes(phase)).copied().collect();
+        device.tune_matmuls(&sizes, &mut |done, total| progress(Progress { stage: Stage::Tune, done, total }))?;
         Ok(runner)
     }
 

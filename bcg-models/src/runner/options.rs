@@ -197,6 +197,8 @@ pub enum Stage {
     KvCache,
     /// Kernels are compiled or loaded and the arena gets its size; one step.
     WarmUp,
+    /// Algorithms of matrix products are timed, where no earlier run did; counted in products.
+    Tune,
     /// Graphs are captured; counted in sizes.
     Capture,
 }
@@ -208,6 +210,7 @@ impl Stage {
             Self::LoadWeights => "loading weights",
             Self::KvCache => "making KV cache",
             Self::WarmUp => "warming up",
+            Self::Tune => "tuning matrix products",
             Self::Capture => "capturing graphs",
         }
     }

@@ -16,7 +16,8 @@
 use std::fmt;
 
 use crate::launch::Launch;
-use crate::{DeviceKind, DevicePtr, KernelRun, MemoryInfo, Result, TensorMap, TensorMapSpec};
+use crate::matmul::MatmulTuning;
+use crate::{DType, DeviceKind, DevicePtr, KernelRun, MemoryInfo, Result, TensorMap, TensorMapSpec};
 
 macro_rules! handles {
     ($($(#[$doc:meta])* $name:ident),*) => { $(
@@ -121,6 +122,67 @@ pub(crate) struct RowCopy {
     pub(crate) rows: usize,
 }
 
+/// Matrix products.
+pub(crate) trait MatmulBackend {
+    /// Chooses how products of this shape are computed: the same way until they are tuned.
+    fn plan_matmul(&self, shape: &MatmulShape) -> Result<MatmulPlan>;
+    /// The most workspace that any plan needs, in bytes.
+    fn matmul_workspace_bytes_max(&self) -> usize;
+    /// Enqueues a product; nothing in its shape is 0.
+    fn matmul(&self, stream: StreamHandle, product: &Matmul) -> Result<()>;
+    /// Times the plans of every product that was planned so far, for each of `rows` up to the most rows that it was
+    /// planned with, and keeps the fastest. `progress` gets the number done and the total.
+    fn tune_matmuls(&self, rows: &[usize], progress: &mut dyn FnMut(usize, usize)) -> Result<MatmulTuning>;
+}
+
+/// `out[t, n] = sum_k x[t, k] * weight[n, k]`: all that its algorithm may depend on. Strides in elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct MatmulShape {
+    /// T.
+    pub(crate) rows: usize,
+    /// N.
+    pub(crate) outputs: usize,
+    /// K.
+    pub(crate) depth: usize,
+    pub(crate) x_stride: usize,
+    pub(crate) weight_stride: usize,
+    pub(crate) out_stride: usize,
+    /// Of `x` and `weight`: bf16, f16 or f32.
+    pub(crate) dtype: DType,
+    /// That of `x`, or f32.
+    pub(crate) out_dtype: DType,
+    /// What all three addresses are multiples of, in bytes: 256, 16, or the dtype's size.
+    pub(crate) alignment: usize,
+}
+
+impl fmt::Display for MatmulShape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { rows, outputs, depth, x_stride, weight_stride, out_stride, dtype, out_dtype, alignment } = self;
+        write!(f, "[T={rows}, N={outputs}, K={depth}] {dtype} to {out_dtype}, ")?;
+        write!(f, "rows {x_stride}, {weight_stride} and {out_stride} elements apart, aligned to {alignment} bytes")
+    }
+}
+
+/// How a product is computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct MatmulPlan {
+    pub(crate) workspace_bytes: usize,
+    /// The algorithm, in the backend's own words.
+    pub(crate) algorithm: [u64; 8],
+}
+
+/// One product, complete.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Matmul {
+    pub(crate) shape: MatmulShape,
+    pub(crate) plan: MatmulPlan,
+    pub(crate) x: DevicePtr,
+    pub(crate) weight: DevicePtr,
+    pub(crate) out: DevicePtr,
+    /// Scratch memory of the size that the plan says; null if that is 0.
+    pub(crate) workspace: DevicePtr,
+}
+
 /// Events: points in a stream's order.
 pub(crate) trait EventBackend {
     fn create_event(&self) -> Result<EventHandle>;
@@ -153,7 +215,7 @@ pub(crate) trait GraphBackend {
 
 /// All that a device does.
 pub(crate) trait Backend:
-    MemoryBackend + StreamBackend + EventBackend + GraphBackend + fmt::Debug + Send + Sync + 'static
+    MemoryBackend + StreamBackend + MatmulBackend + EventBackend + GraphBackend + fmt::Debug + Send + Sync + 'static
 {
     fn kind(&self) -> DeviceKind;
     fn name(&self) -> &str;

@@ -469,3 +469,24 @@ pub fn ten_thousand_segments_are_legal(device: &Device) {
     graph.replay(&mut runner, &()).expect("a replay");
     assert_eq!(runner.read::<i32>(&cell).expect("a read"), [2 * SEGMENTS as i32]);
 }
+
+/// A matrix product is captured like a kernel: the segment names it, and a replay computes it anew.
+pub fn a_matrix_product_is_captured_like_a_kernel(device: &Device) {
+    let x = iota(device, &[6, 16], 1.0);
+    let weight = iota(device, &[8, 16], -3.0);
+    let graph = assert_like_eager(&mut runner(device), &batches(), move |cx| {
+        let y = step(cx, &x)?;
+        let y = scaled(cx, &y)?;
+        let z = cx.empty(&[6, 8], DType::F32)?;
+        cx.matmul(&z, &y, &weight)?;
+        let z = scaled(cx, &z)?;
+        let beside = cx.empty(&[6, 6], DType::F32)?;
+        cx.scope(|cx| {
+            let side = cx.side_stream("product")?;
+            cx.on(&side, |cx| cx.matmul(&beside, &z, &z))
+        })?;
+        Ok(beside)
+    });
+    let segments = graph.describe().segments;
+    assert_eq!((&segments[1].kernels[..], &segments[2].kernels[..]), (&["matmul"][..], &["matmul"][..]));
+}

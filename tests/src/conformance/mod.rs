@@ -46,6 +46,7 @@ macro_rules! conformance_rules {
                 a_break_that_reads_back_is_captured_ahead_with_a_run,
                 equal_segments_may_share_an_executable,
                 only_captured_code_is_capturing,
+                a_matrix_product_is_captured_like_a_kernel,
                 ten_thousand_segments_are_legal,
             }
             live_and_frozen {

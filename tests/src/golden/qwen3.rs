@@ -6,7 +6,7 @@ use bcg_models::state::PageLease;
 use bcg_models::{
     Error, GenerateOptions, GraphMode, LoadFormat, ModelRunner, RunnerOptions, SamplingParams, SequenceInput,
 };
-use bcg_runtime::Device;
+use bcg_runtime::{Device, DeviceKind};
 use serde_json::Value;
 
 use super::{load, options, tiny_qwen3};
@@ -70,6 +70,18 @@ fn assert_close(got: &[f32], expected: &[f32], what: &str) {
     }
 }
 
+/// Asserts that one thing was computed in two ways. Where the batches had different numbers of rows, only the host device
+/// gives the same bits: on CUDA a matrix product may then sum in another order, so the logits are near, and choose the same
+/// token.
+#[track_caller]
+fn assert_same(device: &Device, got: &[f32], expected: &[f32], what: &str) {
+    if device.kind() == DeviceKind::Host {
+        assert_eq!(got, expected, "{what}");
+    }
+    assert_close(got, expected, what);
+    assert_eq!(argmax(got), argmax(expected), "{what}");
+}
+
 /// The last logits lie within bf16 rounding of the reference, and every position has its most likely token.
 pub fn logits_match_the_reference(device: &Device) {
     let mut runner = load(device, options(GraphMode::Off));
@@ -91,17 +103,19 @@ pub fn logits_match_the_reference(device: &Device) {
     }
 }
 
-/// Chunks of a prompt, each attending to the pages of those before it, end in the same bits as the prompt at once.
+/// Chunks of a prompt, each attending to the pages of those before it, end in the same logits as the prompt at once.
 pub fn a_prompt_in_chunks_equals_the_prompt_at_once(device: &Device) {
     let mut runner = load(device, options(GraphMode::Off));
     for case in reference() {
         let tokens = tokens_of(&case);
         let len = tokens.len();
         let whole = logits_in_steps(&mut runner, &tokens, &[len]);
-        assert_eq!(logits_in_steps(&mut runner, &tokens, &[len / 2, len]), whole);
+        let halves = logits_in_steps(&mut runner, &tokens, &[len / 2, len]);
+        assert_same(device, &halves, &whole, &format!("halves of {len} tokens"));
         // 16 tokens are a page: ends before, on and behind its edge.
         for edge in [15, 16, 17, 18] {
-            assert_eq!(logits_in_steps(&mut runner, &tokens, &[edge, len]), whole, "{edge} of {len} tokens");
+            let chunks = logits_in_steps(&mut runner, &tokens, &[edge, len]);
+            assert_same(device, &chunks, &whole, &format!("{edge} of {len} tokens"));
         }
     }
 }
@@ -131,7 +145,7 @@ pub fn a_ragged_batch_equals_each_sequence_alone(device: &Device) {
         .collect();
     let output = runner.step(&batch).expect("a step");
     for (index, (token, alone)) in output.tokens.iter().zip(&alone).enumerate() {
-        assert_eq!(token.logits.as_deref(), Some(alone.as_slice()), "sequence {index}");
+        assert_same(device, token.logits.as_deref().expect("logits"), alone, &format!("sequence {index}"));
     }
     pool.check(&leases);
 }

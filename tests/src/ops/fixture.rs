@@ -18,7 +18,7 @@ pub(super) fn epsilon(dtype: DType) -> f64 {
 /// A device, a runner on it, and numbers that are the same on every device.
 pub(super) struct Fixture {
     pub(super) device: Device,
-    runner: Runner,
+    pub(super) runner: Runner,
     state: u64,
 }
 

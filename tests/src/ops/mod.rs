@@ -13,7 +13,10 @@ mod sampling;
 use attention::{
     decode_attends_to_all_keys, prefill_attends_to_prefix_and_itself, prefill_rows_do_not_depend_on_other_sequences,
 };
-use linear::{linear_matches_the_formula, linear_rows_do_not_depend_on_other_rows};
+use linear::{
+    linear_gives_the_same_bits_each_time, linear_matches_the_formula, linear_of_nothing_is_zero,
+    linear_rows_do_not_depend_on_other_rows, tuned_products_match_the_formula,
+};
 use norms::{add_rms_norm_matches_the_formula, rms_norm_matches_the_formula, silu_mul_matches_the_formula};
 use qk_norm_rope_kv_write::rope_turns_and_writes_each_token_in_its_slot;
 use rows::{
@@ -33,6 +36,9 @@ pub const RULES: &[Rule] = crate::rules![
     silu_mul_matches_the_formula,
     linear_matches_the_formula,
     linear_rows_do_not_depend_on_other_rows,
+    linear_gives_the_same_bits_each_time,
+    linear_of_nothing_is_zero,
+    tuned_products_match_the_formula,
     rope_turns_and_writes_each_token_in_its_slot,
     prefill_attends_to_prefix_and_itself,
     prefill_rows_do_not_depend_on_other_sequences,

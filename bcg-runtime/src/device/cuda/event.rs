@@ -28,7 +28,7 @@ impl EventBackend for CudaBackend {
     }
 
     fn synchronize_event(&self, event: EventHandle) -> Result<()> {
-        let _relaxed = self.enter_to_wait()?;
+        let _relaxed = self.enter_if_capturing()?;
         self.driver.synchronize_event(event.0)
     }
 }

@@ -11,13 +11,17 @@
 //!   refused, done another way, or put off until the captures have ended.
 //! - No call panics, whatever the driver says.
 
+mod cublaslt;
 mod cupti;
 mod event;
 mod graph;
+mod matmul;
 mod memory;
 mod module;
+mod plans;
 mod stream;
 mod sys;
+mod tuning;
 
 use std::cell::Cell;
 use std::fmt;
@@ -31,6 +35,7 @@ use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use super::traits::Backend;
 use crate::launch::AnyKernel;
 use crate::{DeviceKind, Error, KernelRun, Result, TensorMap, TensorMapSpec};
+use matmul::Matmuls;
 use module::Modules;
 use sys::{Driver, Relaxed};
 
@@ -56,6 +61,7 @@ pub(crate) struct CudaBackend {
     /// Kernels may start before the one ahead has ended: compute capability 9.0 and newer.
     can_overlap: bool,
     modules: Modules,
+    matmuls: Matmuls,
     gate: Mutex<Gate>,
     /// `gate.captures.len()`, for a look without the lock.
     num_captures: AtomicUsize,
@@ -140,6 +146,7 @@ impl CudaBackend {
             num_multiprocessors: 1,
             can_overlap: arch.major >= 9,
             modules: Modules::new(),
+            matmuls: Matmuls::new(),
             gate: Mutex::default(),
             num_captures: AtomicUsize::new(0),
         }
@@ -195,9 +202,9 @@ impl CudaBackend {
         if gate.spoil() { Err(Error::CaptureForbidden { what: what.to_owned() }) } else { Ok(()) }
     }
 
-    /// Makes the context current for a call that may wait. While captures are open, it lets the call pass: waiting for
-    /// other streams disturbs none.
-    fn enter_to_wait(&self) -> Result<Option<Relaxed>> {
+    /// Makes the context current for a call that may wait or load kernels. While captures are open, it lets the call
+    /// pass: neither disturbs one.
+    fn enter_if_capturing(&self) -> Result<Option<Relaxed>> {
         self.bind()?;
         (self.num_captures.load(Ordering::Acquire) > 0).then(|| self.driver.relax()).transpose()
     }
@@ -298,6 +305,12 @@ impl Drop for CudaBackend {
         // Every guard keeps the device alive, so no stream, graph or allocation is left that could use these.
         let put_off = std::mem::take(&mut self.gate().put_off);
         put_off.iter().for_each(|memory| self.release(memory));
+        if let Some(matmuls) = self.matmuls.take() {
+            self.enter_and_log(move |_| {
+                drop(matmuls);
+                Ok(())
+            });
+        }
         for module in self.modules.take() {
             self.enter_and_log(|driver| driver.unload_module(module));
         }

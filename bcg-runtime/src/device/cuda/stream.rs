@@ -24,7 +24,7 @@ impl StreamBackend for CudaBackend {
     }
 
     fn synchronize_stream(&self, stream: StreamHandle) -> Result<()> {
-        let _relaxed = self.enter_to_wait()?;
+        let _relaxed = self.enter_if_capturing()?;
         self.refuse_while_capturing(
             stream.0,
             "synchronising a stream that captures; end the segment with a break first",
@@ -107,7 +107,7 @@ impl StreamBackend for CudaBackend {
         row_bytes: usize,
         src: &[u8],
     ) -> Result<()> {
-        let _relaxed = self.enter_to_wait()?;
+        let _relaxed = self.enter_if_capturing()?;
         self.refuse_while_capturing(stream.0, "copying pageable host memory; fill a PinnedBuffer before the capture")?;
         // SAFETY: `src` is borrowed until the end of this function. If it is pageable, the driver has copied it into its
         // own staging memory when the call returns (CUDA driver API, "API synchronization behavior", memcpy, async); if
@@ -123,7 +123,7 @@ impl StreamBackend for CudaBackend {
         if dst.is_empty() {
             return Ok(());
         }
-        let _relaxed = self.enter_to_wait()?;
+        let _relaxed = self.enter_if_capturing()?;
         self.refuse_while_capturing(stream.0, "copying to the host; read inside a break or after the forward")?;
         // SAFETY: `dst` is borrowed mutably until the end of this function, and the wait below outlasts the copy. If the
         // wait fails, the context is lost and the copy does not run any more.

@@ -116,6 +116,7 @@ driver! {
     cuStreamEndCapture(u64, *mut u64);
     cuStreamIsCapturing(u64, *mut u32);
     cuEventCreate(*mut u64, u32);
+    cuEventElapsedTime(*mut f32, u64, u64);
     cuEventDestroy_v2(u64);
     cuEventRecord(u64, u64);
     cuEventSynchronize(u64);
@@ -527,6 +528,22 @@ impl Driver {
         // SAFETY: the out-pointer is writable for the call.
         unsafe { call!(self.cuEventCreate(&raw mut event, flags)) }?;
         Ok(event)
+    }
+
+    /// Makes an event that also takes the time.
+    pub(super) fn create_timed_event(&self) -> Result<u64> {
+        let mut event = 0;
+        // SAFETY: the out-pointer is writable for the call.
+        unsafe { call!(self.cuEventCreate(&raw mut event, 0)) }?;
+        Ok(event)
+    }
+
+    /// Returns the milliseconds between two timed events that have happened.
+    pub(super) fn elapsed_ms(&self, begin: u64, end: u64) -> Result<f32> {
+        let mut elapsed = 0.0;
+        // SAFETY: live events (`tuning.rs` owns them); the out-pointer is writable for the call.
+        unsafe { call!(self.cuEventElapsedTime(&raw mut elapsed, begin, end)) }?;
+        Ok(elapsed)
     }
 
     pub(super) fn destroy_event(&self, event: u64) -> Result<()> {

@@ -6,9 +6,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use super::graph::GraphNodes;
+use super::matmul;
 use super::memory::HostMemory;
 use super::regions::Memory;
-use crate::device::traits::{NodeCounts, RowCopy};
+use crate::device::traits::{Matmul, NodeCounts, RowCopy};
 use crate::launch::Launch;
 use crate::{DevicePtr, Dims, Error, Result};
 
@@ -17,11 +18,11 @@ const SHARED_BYTES_MAX: u32 = 227 << 10;
 
 /// What an operation does.
 #[derive(Clone, Debug)]
-#[expect(clippy::large_enum_variant, reason = "a launch is inline so that enqueuing one allocates nothing")]
 pub(super) enum Work {
     /// Joins what it depends on.
     Nothing,
     Launch(Launch),
+    Matmul(Matmul),
     Fill {
         dst: DevicePtr,
         pattern: [u8; 4],
@@ -45,6 +46,7 @@ impl Work {
         match self {
             Self::Nothing => Ok(()),
             Self::Launch(launch) => run_kernel(launch, memory),
+            Self::Matmul(product) => matmul::run(product, memory),
             Self::Fill { dst, pattern, bytes } => memory.fill("fill", *dst, *pattern, *bytes),
             Self::Copy { name, copy } => copy_rows(name, copy, memory),
             Self::Upload { dst, data } => memory.write("copy from host", *dst, data),
@@ -62,7 +64,7 @@ impl Work {
 
     pub(super) fn count(&self, counts: &mut NodeCounts) {
         match self {
-            Self::Launch(_) => counts.kernels += 1,
+            Self::Launch(_) | Self::Matmul(_) => counts.kernels += 1,
             Self::Fill { .. } => counts.fills += 1,
             Self::Copy { .. } | Self::Upload { .. } => counts.copies += 1,
             Self::Nothing | Self::Node(..) => counts.other += 1,
