@@ -1,4 +1,5 @@
-// For any dtype and head dim: one block per sequence and query head; its warps take the keys in turn and are merged in the order of the warps.
+// For any dtype and head dim: one block per sequence and query head. Its warps take the keys in turn and are merged in
+// the order of the warps.
 // Host reference, shapes and geometry: bcg-models/src/ops/attention_decode.rs.
 #include "attention_decode.cuh"
 

@@ -12,6 +12,21 @@
 
 constexpr u32 WARPS = 4, CHUNK = 16, TILE = WARPS * CHUNK, STAGES = 3, BATCH = 8, THREADS = 32 * WARPS;
 
+// Loads of what another block wrote. In the order of the program, so several are under way together.
+BCG_DEVICE float2 load_fresh(const float2* p) {
+    float2 v;
+    asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
+    return v;
+}
+BCG_DEVICE float4 load_fresh(const float4* p) {
+    float4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "l"(p)
+                 : "memory");
+    return v;
+}
+
 // A place in the list of tiles, and how many of the block's tiles are left from there on.
 struct Walk {
     i32 sequence, item, tile, tiles, len;
@@ -86,7 +101,8 @@ template <typename T, u32 D, u32 NT> struct Decode {
         if (lane == 0) shared.valid[warp][stage] = valid;
         if (valid) {
             u32 kv_head = (u32)w.item / items_per_kv_head;
-            i64 place = is_key ? (page * a.kv.page_stride + (i64)(offset * a.kv.kv_heads + kv_head) * D) * (i64)sizeof(T) : 0;
+            i64 element = page * a.kv.page_stride + (i64)(offset * a.kv.kv_heads + kv_head) * D;
+            i64 place = is_key ? element * (i64)sizeof(T) : 0;
             constexpr u32 PER_ROW = ROW_BYTES / 16, ROWS = 32 / PER_ROW;
             u32 column = lane % PER_ROW;
             u32 keys = shared_address(shared.ring[warp][stage][0]), values = shared_address(shared.ring[warp][stage][1]);
@@ -103,7 +119,6 @@ template <typename T, u32 D, u32 NT> struct Decode {
         copy_async_commit();
     }
 
-    // Starts to read the queries of an item.
     BCG_DEVICE void load_queries(const Walk& w) {
         u32 heads = num_heads(w);
         const T* row = (const T*)a.q + w.sequence * a.q_stride + (i64)first_head(w) * D;
@@ -142,7 +157,7 @@ template <typename T, u32 D, u32 NT> struct Decode {
 #pragma unroll
             for (u32 n = 0; n < NT; n++) mma<T>(s[n], k, q[n][i]);
         }
-        u32 p[NT][2], rest[NT][2];
+        u32 p[NT][2], rest[NT][2];  // weights in T, and what that rounding leaves
         bool low = valid >> lane / 4 & 1, high = valid >> (lane / 4 + 8) & 1;
 #pragma unroll
         for (u32 n = 0; n < NT; n++) {
@@ -169,7 +184,8 @@ template <typename T, u32 D, u32 NT> struct Decode {
             for (u32 j = 0; j < 2; j++) {
                 T x = from_f32<T>(s[n][2 * j]), y = from_f32<T>(s[n][2 * j + 1]);
                 p[n][j] = transpose_matrix(pack(x, y));
-                rest[n][j] = transpose_matrix(pack(from_f32<T>(s[n][2 * j] - to_f32(x)), from_f32<T>(s[n][2 * j + 1] - to_f32(y))));
+                T x_rest = from_f32<T>(s[n][2 * j] - to_f32(x)), y_rest = from_f32<T>(s[n][2 * j + 1] - to_f32(y));
+                rest[n][j] = transpose_matrix(pack(x_rest, y_rest));
             }
         }
 #pragma unroll
@@ -224,8 +240,7 @@ template <typename T, u32 D, u32 NT> struct Decode {
                 }
             }
             __syncthreads();
-            u32 here = heads - n * 8 < 8 ? heads - n * 8 : 8;
-            if (heads <= n * 8) here = 0;
+            u32 rest = heads > n * 8 ? heads - n * 8 : 0, here = rest < 8 ? rest : 8;
             for (u32 e = threadIdx.x; e < here * (D / 4); e += THREADS) {
                 u32 head = e / (D / 4), d = e % (D / 4) * 4;
                 float m = minus_infinity(), total = 0.0f;
@@ -246,8 +261,8 @@ template <typename T, u32 D, u32 NT> struct Decode {
         }
     }
 
-    // Counts a piece of an item on the blocks first..=last; the block that counts the last one merges all.
-    BCG_DEVICE void arrive(const Walk& w, u32 first, u32 last) {
+    // Counts a piece of an item on the blocks first..=last, and tells whether it is the last one to be written.
+    BCG_DEVICE bool arrives_last(u32 first, u32 last) {
         __syncthreads();
         if (threadIdx.x == 0) {
             u32 before;
@@ -258,7 +273,11 @@ template <typename T, u32 D, u32 NT> struct Decode {
             shared.is_last = before == last - first;
         }
         __syncthreads();
-        if (!shared.is_last) return;
+        return shared.is_last;
+    }
+
+    // Adds up the pieces of an item; writes the output.
+    BCG_DEVICE void merge(const Walk& w, u32 first, u32 last) const {
         for (u32 e = threadIdx.x; e < num_heads(w) * (D / 4); e += THREADS) {
             u32 head = e / (D / 4), d = e % (D / 4) * 4;
             float m = minus_infinity(), total = 0.0f;
@@ -269,14 +288,15 @@ template <typename T, u32 D, u32 NT> struct Decode {
 #pragma unroll
                 for (u32 j = 0; j < BATCH; j++) {
                     u32 block = i + j < last ? i + j : last, slot = 2 * block + (block == first);
-                    s[j] = *piece_sum(slot, head);
-                    part[j] = *(const float4*)(piece(slot, head) + d);
+                    s[j] = load_fresh(piece_sum(slot, head));
+                    part[j] = load_fresh((const float4*)(piece(slot, head) + d));
                 }
 #pragma unroll
                 for (u32 j = 0; j < BATCH; j++) {
                     bool is_empty = i + j > last || s[j].y == 0.0f;
                     float larger = is_empty ? m : fmaxf(m, s[j].x);
-                    float kept = m == larger ? 1.0f : exp2_fast(m - larger), weight = is_empty ? 0.0f : exp2_fast(s[j].x - larger);
+                    float kept = m == larger ? 1.0f : exp2_fast(m - larger);
+                    float weight = is_empty ? 0.0f : exp2_fast(s[j].x - larger);
                     m = larger;
                     total = total * kept + s[j].y * weight;
                     add(v, kept, part[j], weight);
@@ -304,11 +324,11 @@ template <typename T, u32 D, u32 NT> struct Decode {
             if (ahead.tiles) advance(ahead);
             look_up(ahead, page, offset);
         }
-        if (w.tiles > 0) load_queries(w);
         zero_rows();
         float scale = a.scale * 1.4426950408889634f;
         u32 stage = 0, into = STAGES - 1, first = plan.first;
         while (w.tiles > 0) {
+            load_queries(w);
             clear();
             bool begins = w.tile == 0, ends;
             while (true) {
@@ -324,12 +344,11 @@ template <typename T, u32 D, u32 NT> struct Decode {
                 if (ends || w.tiles == 1) break;
                 advance(w);
             }
-            Walk done = w;
+            if (begins) first = blockIdx.x;
+            finish(w, begins && ends, 2 * blockIdx.x + begins);
+            u32 last = ends ? blockIdx.x : (u32)plan.last;
+            if (first < last && arrives_last(first, last)) merge(w, first, last);
             advance(w);
-            if (w.tiles > 0) load_queries(w);  // under way while the item is finished
-            finish(done, begins && ends, 2 * blockIdx.x + begins);
-            if (!begins || !ends) arrive(done, first, ends ? blockIdx.x : (u32)plan.last);
-            first = blockIdx.x;
         }
     }
 };

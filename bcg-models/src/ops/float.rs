@@ -55,6 +55,12 @@ pub(crate) struct PerFloat<A: KernelArgs> {
 }
 
 impl<A: KernelArgs> PerFloat<A> {
+    /// Lets the kernels start while the kernel before still runs; see [`Kernel::programmatic`].
+    pub(crate) const fn programmatic(self) -> Self {
+        let Self { bf16, f16, f32 } = self;
+        Self { bf16: bf16.programmatic(), f16: f16.programmatic(), f32: f32.programmatic() }
+    }
+
     /// Returns the kernel of a dtype; the refusal of another names `name`.
     pub(crate) fn get(&'static self, check: Check, name: &str, dtype: DType) -> Result<&'static Kernel<A>> {
         match dtype {

@@ -11,7 +11,8 @@ mod rows;
 mod sampling;
 
 use attention::{
-    decode_attends_to_all_keys, prefill_attends_to_prefix_and_itself, prefill_rows_do_not_depend_on_other_sequences,
+    decode_attends_to_all_keys, decode_rows_do_not_depend_on_padded_rows, prefill_attends_to_prefix_and_itself,
+    prefill_rows_do_not_depend_on_other_sequences,
 };
 use linear::{linear_matches_the_formula, linear_rows_do_not_depend_on_other_rows};
 use norms::{add_rms_norm_matches_the_formula, rms_norm_matches_the_formula, silu_mul_matches_the_formula};
@@ -37,6 +38,7 @@ pub const RULES: &[Rule] = crate::rules![
     prefill_attends_to_prefix_and_itself,
     prefill_rows_do_not_depend_on_other_sequences,
     decode_attends_to_all_keys,
+    decode_rows_do_not_depend_on_padded_rows,
     embedding_looks_up_rows,
     gather_rows_picks_rows,
     copy_rows_touches_nothing_else,
