@@ -22,8 +22,7 @@ const EXECUTABLES: [(&str, &str); 4] =
 const EXAMPLE: &str = "own_kernel";
 
 /// Folders of the project that travel along.
-const FOLDERS: [&str; 5] =
-    ["models/tiny-qwen3", "models/geometries", "tests/data", "tests/geometry", "benches/peers"];
+const FOLDERS: [&str; 5] = ["models/tiny-qwen3", "models/geometries", "tests/data", "tests/geometry", "benches/peers"];
 
 /// Runs `cargo xtask gpu-bundle`.
 pub(crate) fn run() -> Result<()> {

@@ -109,7 +109,7 @@ impl PagedKvArgs {
     pub(super) fn is_aligned(&self, elements: usize) -> bool {
         let bytes = 2 * elements as u64;
         let is_aligned = |address: DevicePtr| address.as_u64().is_multiple_of(bytes);
-        is_aligned(self.k) && is_aligned(self.v) && self.page_stride as usize % elements == 0
+        is_aligned(self.k) && is_aligned(self.v) && (self.page_stride as usize).is_multiple_of(elements)
     }
 
     /// Gathers the first `len` keys and values of sequence `b`, as far as its page table goes.
