@@ -10,6 +10,7 @@
 
 use bcg_runtime::{DType, Device, LiveBatch, Result, Rows, Runner, Tensor};
 
+use crate::ops::DecodePlan;
 use crate::sampling::SamplingParams;
 
 /// One sequence's part of a step.
@@ -85,6 +86,8 @@ pub struct DecodeInputs {
     pub kv_lens: Tensor,
     /// `[T, pages]` i32, as wide as the longest possible sequence needs.
     pub page_table: Tensor,
+    /// How attention is spread over the device; see [`DecodePlan`].
+    pub plan: Tensor,
 }
 
 /// The live batch.
@@ -141,8 +144,10 @@ pub struct InputBuffers {
     sections: Tensor,
     /// `[B, pages]`: the page tables of a decode, as wide as the longest possible sequence needs.
     decode_pages: Tensor,
+    decode_plan: DecodePlan,
     sampling: SamplingBuffers,
     staging: Vec<i32>,
+    staged_plan: Vec<i32>,
     page_size: usize,
 }
 
@@ -181,16 +186,24 @@ impl Sections<'_> {
     }
 
     /// The sections that captured code reads.
-    fn captured(&mut self, phase: Phase, rows: usize, decode_pages: &Tensor) -> Result<TokenInputs> {
+    fn captured(
+        &mut self,
+        phase: Phase,
+        rows: usize,
+        decode_pages: &Tensor,
+        decode_plan: DecodePlan,
+    ) -> Result<TokenInputs> {
         Ok(TokenInputs {
             token_ids: self.next(rows)?,
             positions: self.next(rows)?,
             slot_mapping: self.next(rows)?,
             decode: match phase {
                 Phase::Prefill => None,
-                Phase::Decode => {
-                    Some(DecodeInputs { kv_lens: self.next(rows)?, page_table: decode_pages.rows(0..rows)? })
-                }
+                Phase::Decode => Some(DecodeInputs {
+                    kv_lens: self.next(rows)?,
+                    page_table: decode_pages.rows(0..rows)?,
+                    plan: self.next(decode_plan.shape().iter().product())?.reshape(&decode_plan.shape())?,
+                }),
             },
         })
     }
@@ -210,12 +223,13 @@ impl InputBuffers {
     ///
     /// # Errors
     /// The device's.
-    pub fn new(device: &Device, limits: BatchLimits, page_size: usize) -> Result<Self> {
+    pub fn new(device: &Device, limits: BatchLimits, page_size: usize, decode_plan: DecodePlan) -> Result<Self> {
         let zeros = |len: usize, dtype| device.zeros(&[len], dtype);
         let BatchLimits { rows, sequences, pages_per_sequence } = limits;
         let aligned = |len: usize| len.next_multiple_of(SECTION_ALIGNMENT);
-        // Tokens, positions, slots; lengths, last rows, starts; page tables.
-        let len = 3 * aligned(rows) + 3 * aligned(sequences + 1) + aligned(sequences * pages_per_sequence);
+        let plan: usize = decode_plan.shape().iter().product();
+        // Tokens, positions, slots; lengths, last rows, starts; plan; page tables.
+        let len = 3 * aligned(rows) + 3 * aligned(sequences + 1) + plan + aligned(sequences * pages_per_sequence);
         Ok(Self {
             sections: zeros(len, DType::I32)?,
             decode_pages: device.zeros(&[sequences, pages_per_sequence], DType::I32)?,
@@ -227,7 +241,9 @@ impl InputBuffers {
                 seed: zeros(sequences, DType::I64)?,
                 step: zeros(sequences, DType::I64)?,
             },
+            decode_plan,
             staging: Vec::new(),
+            staged_plan: Vec::new(),
             page_size,
         })
     }
@@ -237,7 +253,7 @@ impl InputBuffers {
     /// # Errors
     /// [`bcg_runtime::Error::Shape`] beyond the limits.
     pub fn token_inputs(&self, phase: Phase, rows: usize) -> Result<TokenInputs> {
-        Sections { buffer: &self.sections, end: 0 }.captured(phase, rows, &self.decode_pages)
+        Sections { buffer: &self.sections, end: 0 }.captured(phase, rows, &self.decode_pages, self.decode_plan)
     }
 
     /// Uploads a batch that is padded to `padded` rows. With `write_kv` off no key or value is kept: a dummy batch.
@@ -259,13 +275,18 @@ impl InputBuffers {
         let phase = Phase::of(batch);
         self.stage_tokens(batch, padded, write_kv);
         let mut sections = Sections { buffer: &self.sections, end: 0 };
-        let captured = sections.captured(phase, padded, &self.decode_pages)?;
+        let captured = sections.captured(phase, padded, &self.decode_pages, self.decode_plan)?;
         let kv_lens = match &captured.decode {
             Some(decode) => decode.kv_lens.clone(),
             None => sections.next(batch.len())?,
         };
         let lens = batch.iter().map(|sequence| sequence.kv_len() as i32);
+        let lens_begin = self.staging.len();
         push_section(&mut self.staging, lens, kv_lens.dim(0), 0);
+        if phase == Phase::Decode {
+            self.decode_plan.fill(&self.staging[lens_begin..][..batch.len()], &mut self.staged_plan);
+            push_section(&mut self.staging, self.staged_plan.iter().copied(), self.staged_plan.len(), 0);
+        }
         let ends = || {
             batch.iter().scan(0, |end, sequence| {
                 *end += sequence.tokens.len() as i32;
@@ -388,7 +409,7 @@ mod tests {
     fn padded_rows_write_nothing_and_belong_to_no_sequence() {
         let device = Device::host();
         let mut runner = Runner::new(&device, RunnerOptions::default()).expect("a runner");
-        let mut buffers = InputBuffers::new(&device, LIMITS, 4).expect("buffers");
+        let mut buffers = InputBuffers::new(&device, LIMITS, 4, DecodePlan::new(&device, 4, 2)).expect("buffers");
         let params = SamplingParams::greedy();
         let batch = [input(&[7, 8, 9], 3, &[5, 2], &params), input(&[6], 0, &[1], &params)];
         let live = buffers.fill(&mut runner, &batch, 6, true).expect("filled");
@@ -409,7 +430,7 @@ mod tests {
     fn a_padded_decode_has_a_row_without_keys_for_each_padded_row() {
         let device = Device::host();
         let mut runner = Runner::new(&device, RunnerOptions::default()).expect("a runner");
-        let mut buffers = InputBuffers::new(&device, LIMITS, 4).expect("buffers");
+        let mut buffers = InputBuffers::new(&device, LIMITS, 4, DecodePlan::new(&device, 4, 2)).expect("buffers");
         let params = SamplingParams::greedy();
         let batch = [input(&[7], 3, &[5], &params), input(&[6], 4, &[1, 3], &params)];
         let live = buffers.fill(&mut runner, &batch, 4, false).expect("filled");
@@ -428,7 +449,7 @@ mod tests {
     fn the_largest_batches_fit_their_buffers() {
         let device = Device::host();
         let mut runner = Runner::new(&device, RunnerOptions::default()).expect("a runner");
-        let mut buffers = InputBuffers::new(&device, LIMITS, 4).expect("buffers");
+        let mut buffers = InputBuffers::new(&device, LIMITS, 4, DecodePlan::new(&device, 4, 2)).expect("buffers");
         let (params, pages) = (SamplingParams::greedy(), [0, 1, 2, 3]);
         let prefill = [input(&[1, 2], 14, &pages, &params); 8];
         buffers.fill(&mut runner, &prefill, 16, true).expect("the largest prefill");

@@ -1,23 +1,14 @@
-// One block per sequence and query head; its warps take the keys in turn and are merged in the order of the warps.
+// For any dtype and head dim: one block per sequence and query head. Its warps take the keys in turn and are merged in
+// the order of the warps.
 // Host reference, shapes and geometry: bcg-models/src/ops/attention_decode.rs.
-#include "paged_attention.cuh"
-
-struct AttentionDecodeArgs {
-    const void* q;
-    void* out;
-    const i32* kv_lens;
-    PagedKv kv;
-    i64 q_stride;
-    u32 sequences;
-    u32 q_heads;
-    float scale;
-    u32 padding;
-};
+#include "attention_decode.cuh"
 
 constexpr u32 WARPS = 8;
 
 template <typename T> BCG_DEVICE void attention_decode(const AttentionDecodeArgs& a) {
     __shared__ Softmax parts[WARPS][32];
+    wait_for_inputs();
+    release_dependents();
     i64 b = blockIdx.x / a.q_heads;
     u32 head = blockIdx.x % a.q_heads, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     i64 end = a.kv_lens[b], capacity = (i64)a.kv.max_pages * a.kv.page_size;

@@ -47,8 +47,10 @@ impl Source {
 
 /// The headers that every source may include: name and text.
 pub const HEADERS: &[(&str, &str)] = &[
+    ("attention_decode.cuh", include_str!("../include/attention_decode.cuh")),
     ("bcg.cuh", include_str!("../include/bcg.cuh")),
     ("logits.cuh", include_str!("../include/logits.cuh")),
+    ("mma.cuh", include_str!("../include/mma.cuh")),
     ("paged_attention.cuh", include_str!("../include/paged_attention.cuh")),
 ];
 
@@ -69,6 +71,8 @@ sources! {
     ARGMAX = "argmax.cu",
     /// Attention of one query per sequence over paged keys and values.
     ATTENTION_DECODE = "attention_decode.cu",
+    /// The same on tensor cores, split over a persistent grid by a plan.
+    ATTENTION_DECODE_TILED = "attention_decode_tiled.cu",
     /// Causal attention of new tokens over paged keys and values.
     ATTENTION_PREFILL = "attention_prefill.cu",
     /// Strided copy of rows.

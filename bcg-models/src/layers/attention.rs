@@ -97,7 +97,7 @@ impl Attention {
             None => attend(cx, &q, kv, self.scale)?,
             Some(decode) => {
                 let kv = PagedKv { k_cache: &kv.k, v_cache: &kv.v, page_table: &decode.page_table };
-                ops::attention_decode(cx, &q, &kv, &decode.kv_lens, self.scale)?
+                ops::attention_decode(cx, &q, &kv, &decode.kv_lens, &decode.plan, self.scale)?
             }
         }; // [T, Hq D]
         self.o_proj.forward(cx, &attended)

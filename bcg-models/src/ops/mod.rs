@@ -5,7 +5,8 @@
 //!
 //! - A host reference rounds exactly where the CUDA kernel does, and sums in f32.
 //! - A row of an output depends on the same row of the inputs only, never on how many rows there are. So padding
-//!   changes no valid row, and NaN in padded rows stays there.
+//!   changes no valid row, and NaN in padded rows stays there. Only [`attention_decode()`] cuts a row's sum where the
+//!   lengths of other sequences have it, but not padded ones.
 //! - No op reads anything back, synchronises or looks at a live value.
 //!
 //! A new op is four files: `kernels/src/x.cu`, `ops/x.rs`, a line here, a test in `tests/src/ops/x.rs`.
@@ -14,6 +15,7 @@
 //! vocabulary, P pages, S page size.
 
 mod check;
+mod decode_plan;
 mod float;
 mod paged_kv;
 
@@ -38,6 +40,7 @@ pub use argmax::argmax;
 pub use attention_decode::attention_decode;
 pub use attention_prefill::attention_prefill;
 pub use copy_rows::copy_rows;
+pub use decode_plan::DecodePlan;
 pub use fill::fill;
 pub use fill_random::fill_random;
 pub use gather_rows::gather_rows;

@@ -105,6 +105,13 @@ impl PagedKvArgs {
         self.kv_heads as usize
     }
 
+    /// Tells whether every key and value begins at a multiple of `elements` elements.
+    pub(super) fn is_aligned(&self, elements: usize) -> bool {
+        let bytes = 2 * elements as u64;
+        let is_aligned = |address: DevicePtr| address.as_u64().is_multiple_of(bytes);
+        is_aligned(self.k) && is_aligned(self.v) && (self.page_stride as usize).is_multiple_of(elements)
+    }
+
     /// Gathers the first `len` keys and values of sequence `b`, as far as its page table goes.
     pub(super) fn gather<T: Float>(&self, memory: &HostMemory<'_>, b: usize, head: usize, len: i32) -> Result<HeadKv> {
         let (head_dim, page_size, max_pages) = (self.head_dim(), self.page_size as usize, self.max_pages as usize);

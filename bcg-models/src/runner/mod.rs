@@ -111,7 +111,8 @@ impl ModelRunner {
         let kv_shape = [num_pages, options.page_size, config.num_key_value_heads, config.head_dim];
         let kv_cache = KvCache::new(device, config.dtype, config.num_hidden_layers, kv_shape)?;
         progress(Progress { stage: Stage::KvCache, done: 1, total: 1 });
-        let inputs = InputBuffers::new(device, options.limits()?, options.page_size)?;
+        let decode_plan = ops::DecodePlan::new(device, config.num_attention_heads, config.num_key_value_heads);
+        let inputs = InputBuffers::new(device, options.limits()?, options.page_size, decode_plan)?;
         let runtime_options =
             bcg_runtime::RunnerOptions { name: "model".to_owned(), poison: options.poison, ..Default::default() };
         let graphs = |phase: Phase| {

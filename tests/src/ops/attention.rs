@@ -1,6 +1,6 @@
 //! `attention_prefill` and `attention_decode`.
 
-use bcg_models::ops::{self, PagedKv};
+use bcg_models::ops::{self, DecodePlan, PagedKv};
 use bcg_runtime::{DType, Device, Tensor};
 
 use super::fixture::{FLOATS, Fixture, Known, assert_close};
@@ -125,22 +125,60 @@ pub(super) fn prefill_rows_do_not_depend_on_other_sequences(device: &Device) {
     assert_eq!(fixture.read(&alone), both[8 * width..]);
 }
 
+/// The plan of a decode of these lengths.
+fn plan(fixture: &Fixture, kv_lens: &[i32], heads: (usize, usize)) -> Tensor {
+    let decode_plan = DecodePlan::new(&fixture.device, heads.0, heads.1);
+    let mut values = vec![];
+    decode_plan.fill(kv_lens, &mut values);
+    fixture.device.tensor(&decode_plan.shape(), &values).expect("a tensor")
+}
+
 /// One query attends to every key of its sequence; a sequence without keys (a padded row) gives zeros.
 pub(super) fn decode_attends_to_all_keys(device: &Device) {
-    for dtype in FLOATS {
-        for (q_heads, kv_heads, head_dim, page_size) in [(4, 2, 64, 16), (3, 1, 32, 4), (2, 2, 128, 1), (2, 1, 256, 5)]
-        {
+    // Query heads, key-value heads, head dim, page size.
+    let small = [(4, 2, 64, 16), (3, 1, 32, 4), (2, 2, 128, 1), (2, 1, 256, 5), (4, 4, 64, 4), (18, 1, 64, 64)];
+    let large = [(32, 8, 128, 16), (16, 8, 128, 64), (8, 1, 128, 1), (40, 8, 64, 16), (24, 2, 128, 4)];
+    let small = small.iter().map(|shape| (shape, vec![1, 0, 63, 64, 65, 17, 1003, 128]));
+    let large = large.iter().map(|shape| (shape, vec![0, 130, 65, 7]));
+    for (&(q_heads, kv_heads, head_dim, page_size), kv_lens) in small.chain(large) {
+        for dtype in FLOATS {
             let mut fixture = Fixture::new(device);
-            let kv_lens = [1, 0, 17, 300, 8];
             let cache = Cache::new(&mut fixture, dtype, &kv_lens, page_size, (kv_heads, head_dim));
             let q = fixture.random_sliced(kv_lens.len(), q_heads * head_dim, dtype);
             let (scale, lens) = ((head_dim as f32).powf(-0.5), fixture.ints(&kv_lens));
-            let out = fixture.run(|cx| ops::attention_decode(cx, &q.tensor, &cache.paged(), &lens, scale));
+            let plan = plan(&fixture, &kv_lens, (q_heads, kv_heads));
+            let mut decode = || {
+                let out = fixture.run(|cx| ops::attention_decode(cx, &q.tensor, &cache.paged(), &lens, &plan, scale));
+                fixture.read(&out)
+            };
+            let (first, second) = (decode(), decode());
             let rows = q.values.chunks(q_heads * head_dim).enumerate();
             let expected: Vec<f64> =
                 rows.flat_map(|(b, query)| cache.attend(query, b, kv_lens[b] as usize, scale.into())).collect();
             let what = format!("{q_heads}/{kv_heads} heads of {head_dim}, pages of {page_size}");
-            assert_close(&what, &fixture.read(&out), &expected, dtype, 2.0, 0.5);
+            assert_close(&what, &first, &expected, dtype, 2.0, 0.5);
+            assert_eq!(first, second, "{what}, {dtype}: a plan serves any number of launches");
         }
+    }
+}
+
+/// Padding a decode with rows without keys changes no bit of the other rows: so a replay is an eager run.
+pub(super) fn decode_rows_do_not_depend_on_padded_rows(device: &Device) {
+    for (kv_lens, heads) in [(vec![700, 0, 3, 65, 1500], (4, 2)), (vec![2000], (2, 1))] {
+        let mut fixture = Fixture::new(device);
+        let padded_lens = [&kv_lens[..], &[0; 6]].concat();
+        let cache = Cache::new(&mut fixture, DType::Bf16, &padded_lens, 16, (heads.1, 128));
+        let q = fixture.random(&[padded_lens.len(), heads.0 * 128], DType::Bf16);
+        let mut decode = |kv_lens: &[i32]| {
+            let rows = 0..kv_lens.len();
+            let table = cache.page_table.rows(rows.clone()).expect("a row range");
+            let (paged, q) = (PagedKv { page_table: &table, ..cache.paged() }, q.tensor.rows(rows).expect("rows"));
+            let (lens, plan) = (fixture.ints(kv_lens), plan(&fixture, kv_lens, heads));
+            let out = fixture.run(|cx| ops::attention_decode(cx, &q, &paged, &lens, &plan, 0.1));
+            fixture.read(&out)
+        };
+        let (alone, padded) = (decode(&kv_lens), decode(&padded_lens));
+        assert_eq!(alone, padded[..alone.len()]);
+        assert!(padded[alone.len()..].iter().all(|value| *value == 0.0));
     }
 }

@@ -11,7 +11,8 @@ mod rows;
 mod sampling;
 
 use attention::{
-    decode_attends_to_all_keys, prefill_attends_to_prefix_and_itself, prefill_rows_do_not_depend_on_other_sequences,
+    decode_attends_to_all_keys, decode_rows_do_not_depend_on_padded_rows, prefill_attends_to_prefix_and_itself,
+    prefill_rows_do_not_depend_on_other_sequences,
 };
 use linear::{
     linear_gives_the_same_bits_each_time, linear_matches_the_formula, linear_of_nothing_is_zero,
@@ -43,6 +44,7 @@ pub const RULES: &[Rule] = crate::rules![
     prefill_attends_to_prefix_and_itself,
     prefill_rows_do_not_depend_on_other_sequences,
     decode_attends_to_all_keys,
+    decode_rows_do_not_depend_on_padded_rows,
     gather_rows_picks_rows,
     copy_rows_touches_nothing_else,
     fill_reaches_every_dtype,

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use anyhow::Result;
 use bcg_models::ModelConfig;
-use bcg_models::ops::{self, PagedKv};
+use bcg_models::ops::{self, DecodePlan, PagedKv};
 use bcg_runtime::Tensor;
 
 use super::cases::{Case, PAGE, Shapes, each};
@@ -171,8 +171,12 @@ pub(super) fn decode(model: &Shapes, shape: DecodeShape) -> Case {
         let q = lab.random(&[sequences, config.num_attention_heads * config.head_dim], config.dtype)?;
         let lens = vec![tokens; sequences];
         let cache = Cache::new(lab, &config, &lens)?;
-        let lens = lab.tensor(&as_i32(&lens))?;
-        Ok(Box::new(move |cx| Ok(vec![ops::attention_decode(cx, &q, &cache.view(), &lens, scale)?])))
+        let lens = as_i32(&lens);
+        let decode_plan = DecodePlan::new(lab.device(), config.num_attention_heads, config.num_key_value_heads);
+        let mut plan = Vec::new();
+        decode_plan.fill(&lens, &mut plan);
+        let (lens, plan) = (lab.tensor(&lens)?, lab.tensor(&plan)?.reshape(&decode_plan.shape())?);
+        Ok(Box::new(move |cx| Ok(vec![ops::attention_decode(cx, &q, &cache.view(), &lens, &plan, scale)?])))
     });
     let bytes = bytes(model, sequences, sequences * tokens);
     model.case("attention_decode", shape.to_string(), bytes, flops(model, sequences * tokens), prepare)
