@@ -308,7 +308,7 @@ template <typename T, u32 D, u32 NT> struct Decode {
 
     BCG_DEVICE void zero_rows() const {
         for (u32 b = blockIdx.x; b < a.sequences; b += gridDim.x)
-            if (a.kv_lens[b] <= 0) block_zero((u8*)((T*)a.out + (i64)b * a.q_heads * D), (i64)a.q_heads * D * sizeof(T));
+            if (a.kv_lens[b] <= 0) fill_row((u8*)((T*)a.out + (i64)b * a.q_heads * D), (i64)a.q_heads * D * sizeof(T), 0);
     }
 
     BCG_DEVICE void run() {
