@@ -27,6 +27,8 @@ pub(super) struct Case {
     pub(super) bytes: usize,
     /// Floating-point operations of the matrix products.
     pub(super) flops: usize,
+    /// Whether the launches are captured. A copy that is not goes another way through the chip, which is faster.
+    pub(super) in_graph: bool,
     /// Makes the launches.
     pub(super) prepare: Prepare,
 }
@@ -55,6 +57,7 @@ pub(super) fn large_copy() -> Case {
         shape: "1 GiB".to_owned(),
         bytes: 2 * COPY_BYTES,
         flops: 0,
+        in_graph: false,
         prepare: each(|lab| {
             let len = if lab.device().kind() == DeviceKind::Host { 1 << 20 } else { COPY_BYTES };
             let (from, to) = (lab.random(&[len / 2], DType::Bf16)?, lab.device().empty(&[len / 2], DType::Bf16)?);
@@ -71,6 +74,7 @@ pub(super) fn large_product() -> Case {
         shape: "8192x8192x8192".to_owned(),
         bytes: 3 * 2 * PRODUCT * PRODUCT,
         flops: 2 * PRODUCT * PRODUCT * PRODUCT,
+        in_graph: true,
         prepare: each(|lab| {
             let side = if lab.device().kind() == DeviceKind::Host { 64 } else { PRODUCT };
             let (x, weight) = (lab.random(&[side, side], DType::Bf16)?, lab.random(&[side, side], DType::Bf16)?);
@@ -110,7 +114,7 @@ pub(super) struct Shapes {
 
 impl Shapes {
     pub(super) fn case(&self, op: &'static str, shape: String, bytes: usize, flops: usize, prepare: Prepare) -> Case {
-        Case { op, model: self.name.clone(), shape, bytes, flops, prepare }
+        Case { op, model: self.name.clone(), shape, bytes, flops, in_graph: true, prepare }
     }
 
     /// Bytes of an element.
