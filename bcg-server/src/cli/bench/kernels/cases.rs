@@ -29,6 +29,8 @@ pub(super) struct Case {
     pub(super) flops: usize,
     /// Whether the launches are captured. A copy that is not goes another way through the chip, which is faster.
     pub(super) in_graph: bool,
+    /// Rows for which matrix products are tuned before.
+    pub(super) tuned_rows: Option<usize>,
     /// Makes the launches.
     pub(super) prepare: Prepare,
 }
@@ -58,6 +60,7 @@ pub(super) fn large_copy() -> Case {
         bytes: 2 * COPY_BYTES,
         flops: 0,
         in_graph: false,
+        tuned_rows: None,
         prepare: each(|lab| {
             let len = if lab.device().kind() == DeviceKind::Host { 1 << 20 } else { COPY_BYTES };
             let (from, to) = (lab.random(&[len / 2], DType::Bf16)?, lab.device().empty(&[len / 2], DType::Bf16)?);
@@ -75,6 +78,7 @@ pub(super) fn large_product() -> Case {
         bytes: 3 * 2 * PRODUCT * PRODUCT,
         flops: 2 * PRODUCT * PRODUCT * PRODUCT,
         in_graph: true,
+        tuned_rows: Some(PRODUCT),
         prepare: each(|lab| {
             let side = if lab.device().kind() == DeviceKind::Host { 64 } else { PRODUCT };
             let (x, weight) = (lab.random(&[side, side], DType::Bf16)?, lab.random(&[side, side], DType::Bf16)?);
@@ -114,7 +118,7 @@ pub(super) struct Shapes {
 
 impl Shapes {
     pub(super) fn case(&self, op: &'static str, shape: String, bytes: usize, flops: usize, prepare: Prepare) -> Case {
-        Case { op, model: self.name.clone(), shape, bytes, flops, in_graph: true, prepare }
+        Case { op, model: self.name.clone(), shape, bytes, flops, in_graph: true, tuned_rows: None, prepare }
     }
 
     /// Bytes of an element.
@@ -234,7 +238,8 @@ impl Shapes {
             let (x, weight) = (lab.random(&[rows, depth], dtype)?, lab.random(&[outputs, depth], dtype)?);
             Ok(Box::new(move |cx| Ok(vec![ops::linear_to(cx, &x, &weight, out)?])))
         });
-        self.case("linear", shape, bytes, 2 * rows * outputs * depth, prepare)
+        let case = self.case("linear", shape, bytes, 2 * rows * outputs * depth, prepare);
+        Case { tuned_rows: Some(rows), ..case }
     }
 
     fn argmax(&self, rows: usize) -> Case {

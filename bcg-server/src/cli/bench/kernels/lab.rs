@@ -65,6 +65,9 @@ impl Lab {
             Ok(())
         };
         self.runner.eager(&(), &forward)?; // compiles the kernels and lets the arena grow
+        if let Some(rows) = case.tuned_rows {
+            self.device.tune_matmuls(&[rows], &mut |_, _| ())?;
+        }
         if !case.in_graph {
             return self.samples(count, rounds, |runner| runner.eager(&(), &forward));
         }
