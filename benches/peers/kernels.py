@@ -22,7 +22,7 @@ from torch.nn.attention.bias import causal_lower_right
 TOUCHED_BYTES = 256 << 20
 LAUNCHES_MAX = 64
 SAMPLE_US = 2000.0
-REPLAYS_MAX = 256
+REPEATS_MAX = 256
 ROUNDS = 20
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
@@ -33,31 +33,33 @@ def random(*shape):
     return torch.randn(shape, **bf16)
 
 
-def timed(nbytes, make):
-    """Microseconds of one call of the functions that `make()` returns, each with buffers of its own; None if it fails."""
+def timed(nbytes, make, in_graph=True):
+    """Microseconds of one call of the functions that `make()` returns, each with buffers of its own."""
     calls = [make() for _ in range(max(2, min(LAUNCHES_MAX, -(-TOUCHED_BYTES // max(nbytes, 1)))))]
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls[:2]:
             call()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [call() for call in calls]
-    replay(graph, 1)
-    replays = int(max(1, min(REPLAYS_MAX, -(-SAMPLE_US // replay(graph, 1)))))
-    times = sorted(replay(graph, replays) / (replays * len(calls)) for _ in range(ROUNDS))
-    del kept
-    return times[(len(times) * 50 + 99) // 100 - 1]
+    run = lambda: [call() for call in calls]
+    if in_graph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept = run()
+        run = graph.replay
+    seconds(run, 1)
+    repeats = int(max(1, min(REPEATS_MAX, -(-SAMPLE_US // (seconds(run, 1) * 1e6)))))
+    times = sorted(seconds(run, repeats) * 1e6 / (repeats * len(calls)) for _ in range(ROUNDS))
+    return times[(len(times) + 1) // 2 - 1]
 
 
-def replay(graph, replays):
+def seconds(run, repeats):
     torch.cuda.synchronize()
     begun = time.perf_counter()
-    for _ in range(replays):
-        graph.replay()
+    for _ in range(repeats):
+        run()
     torch.cuda.synchronize()
-    return (time.perf_counter() - begun) * 1e6
+    return time.perf_counter() - begun
 
 
 class Peers:
@@ -88,7 +90,7 @@ class Peers:
         shape, width = f"T={T}", (self.q_heads + 2 * self.kv_heads) * D
         table = random(self.vocab, C)
 
-        def embedding():
+        def gather_rows():
             ids = torch.randint(self.vocab, (T,), device="cuda")
             return lambda: F.embedding(ids, table)
 
@@ -109,7 +111,7 @@ class Peers:
             x = random(T, 2 * I)
             return lambda: F.silu(x[:, :I]) * x[:, I:]
 
-        self.time("embedding", shape, T * (4 + 4 * C), embedding)
+        self.time("gather_rows", shape, T * (4 + 4 * C), gather_rows)
         self.time("rms_norm", shape, (2 * T + 1) * C * 2, rms_norm)
         self.time("add_rms_norm", shape, (4 * T + 1) * C * 2, add_rms_norm)
         self.time("silu_mul", shape, 3 * T * I * 2, silu_mul)
@@ -237,7 +239,7 @@ def ceilings():
         x, weight = random(8192, 8192), random(8192, 8192)
         return lambda: F.linear(x, weight)
 
-    peers["copy/ceiling/1 GiB"] = timed(2 << 30, copy)
+    peers["copy/ceiling/1 GiB"] = timed(2 << 30, copy, in_graph=False)
     peers["linear/ceiling/8192x8192x8192"] = timed(3 * 2 * 8192 * 8192, product)
     return peers
 

@@ -172,7 +172,7 @@ fn options(arch: Arch) -> Vec<String> {
 }
 
 /// Returns the folders in which CUDA may be installed.
-pub fn cuda_roots() -> Vec<PathBuf> {
+pub(crate) fn cuda_roots() -> Vec<PathBuf> {
     let named = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(std::env::var_os).map(PathBuf::from);
     named.chain([PathBuf::from("/usr/local/cuda")]).collect()
 }

@@ -26,7 +26,7 @@ mod library;
 mod nvrtc;
 
 pub use cache::{Cache, Key};
-pub use compile::{Arch, CompileError, compile, compile_all, compile_uncached, cuda_roots};
+pub use compile::{Arch, CompileError, compile, compile_all, compile_uncached};
 pub use library::{library_candidates, open_library};
 
 /// The text of one CUDA source file.

@@ -6,9 +6,9 @@
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::mem::offset_of;
-use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
+use bcg_kernels::{library_candidates, open_library};
 use libloading::Library;
 
 use crate::{Error, KernelRun, Result};
@@ -100,29 +100,13 @@ fn check(call: &str, code: c_int) -> Result<()> {
     if code == 0 { Ok(()) } else { Err(Error::Trace(format!("{call} failed with code {code}"))) }
 }
 
-/// Returns the names and paths to try, in order.
-fn candidates() -> Vec<PathBuf> {
-    const NAMES: [&str; 3] = ["libcupti.so.13", "libcupti.so.12", "libcupti.so"];
-    let mut paths: Vec<PathBuf> = NAMES.iter().map(PathBuf::from).collect();
-    for root in bcg_kernels::cuda_roots() {
-        paths
-            .extend(["lib64", "extras/CUPTI/lib64"].iter().flat_map(|dir| NAMES.map(|name| root.join(dir).join(name))));
-    }
-    paths
-}
-
 impl Cupti {
     fn load() -> std::result::Result<Self, String> {
-        let candidates = candidates();
-        for path in &candidates {
-            // SAFETY: loading runs the library's initialisers; the names above are NVIDIA's CUPTI, whose initialisers have
-            // no precondition.
-            if let Ok(library) = unsafe { Library::new(path) } {
-                return Self::bind(library).map_err(|error| format!("{}: {error}", path.display()));
-            }
-        }
-        let names: Vec<String> = candidates.iter().map(|path| path.display().to_string()).collect();
-        Err(format!("CUPTI, which comes with the CUDA toolkit, is missing; looked for {}", names.join(", ")))
+        let candidates = library_candidates("BCG_CUPTI", &["libcupti.so.13", "libcupti.so.12", "libcupti.so"]);
+        // SAFETY: the candidates are NVIDIA's CUPTI, or a path that the user named as CUPTI in BCG_CUPTI.
+        let opened = unsafe { open_library(&candidates) };
+        let (library, path) = opened.map_err(|why| format!("CUPTI comes with the CUDA toolkit; {why}"))?;
+        Self::bind(library).map_err(|error| format!("{}: {error}", path.display()))
     }
 
     fn bind(library: Library) -> std::result::Result<Self, String> {

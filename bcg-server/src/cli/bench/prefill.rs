@@ -45,7 +45,7 @@ pub fn measure(args: &PrefillArgs) -> anyhow::Result<Report> {
     let mut runner = load::load_runner(&flags.plan()?)?;
 
     let mut report = Report::new(Environment::read(runner.device().name()));
-    report.note(format!("model {}, one request of T new tokens", flags.model.display()));
+    report.note(format!("model {}, one request of T new tokens (one token runs as a decode)", flags.model.display()));
     report.note(forward::NOTE);
     let sequences = |runner: &ModelRunner, size| Sequences::new(runner, 1, size, 0);
     let model = load::folder_name(&flags.model);

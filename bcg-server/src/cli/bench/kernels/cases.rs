@@ -27,6 +27,10 @@ pub(super) struct Case {
     pub(super) bytes: usize,
     /// Floating-point operations of the matrix products.
     pub(super) flops: usize,
+    /// Whether the launches are captured. A copy that is not goes another way through the chip, which is faster.
+    pub(super) in_graph: bool,
+    /// Rows for which matrix products are tuned before.
+    pub(super) tuned_rows: Option<usize>,
     /// Makes the launches.
     pub(super) prepare: Prepare,
 }
@@ -55,6 +59,8 @@ pub(super) fn large_copy() -> Case {
         shape: "1 GiB".to_owned(),
         bytes: 2 * COPY_BYTES,
         flops: 0,
+        in_graph: false,
+        tuned_rows: None,
         prepare: each(|lab| {
             let len = if lab.device().kind() == DeviceKind::Host { 1 << 20 } else { COPY_BYTES };
             let (from, to) = (lab.random(&[len / 2], DType::Bf16)?, lab.device().empty(&[len / 2], DType::Bf16)?);
@@ -71,6 +77,8 @@ pub(super) fn large_product() -> Case {
         shape: "8192x8192x8192".to_owned(),
         bytes: 3 * 2 * PRODUCT * PRODUCT,
         flops: 2 * PRODUCT * PRODUCT * PRODUCT,
+        in_graph: true,
+        tuned_rows: Some(PRODUCT),
         prepare: each(|lab| {
             let side = if lab.device().kind() == DeviceKind::Host { 64 } else { PRODUCT };
             let (x, weight) = (lab.random(&[side, side], DType::Bf16)?, lab.random(&[side, side], DType::Bf16)?);
@@ -110,7 +118,7 @@ pub(super) struct Shapes {
 
 impl Shapes {
     pub(super) fn case(&self, op: &'static str, shape: String, bytes: usize, flops: usize, prepare: Prepare) -> Case {
-        Case { op, model: self.name.clone(), shape, bytes, flops, prepare }
+        Case { op, model: self.name.clone(), shape, bytes, flops, in_graph: true, tuned_rows: None, prepare }
     }
 
     /// Bytes of an element.
@@ -230,7 +238,8 @@ impl Shapes {
             let (x, weight) = (lab.random(&[rows, depth], dtype)?, lab.random(&[outputs, depth], dtype)?);
             Ok(Box::new(move |cx| Ok(vec![ops::linear_to(cx, &x, &weight, out)?])))
         });
-        self.case("linear", shape, bytes, 2 * rows * outputs * depth, prepare)
+        let case = self.case("linear", shape, bytes, 2 * rows * outputs * depth, prepare);
+        Case { tuned_rows: Some(rows), ..case }
     }
 
     fn argmax(&self, rows: usize) -> Case {

@@ -20,8 +20,8 @@ const LAUNCHES_MAX: usize = 64;
 /// Microseconds of device work in one sample at least, so that starting and waiting do not count.
 const SAMPLE_US: f64 = 2000.0;
 
-/// Replays in one sample at most.
-const REPLAYS_MAX: usize = 256;
+/// Repeats in one sample at most.
+const REPEATS_MAX: usize = 256;
 
 /// Enqueues one launch of an op on its own buffers and returns its outputs, which are kept until the graph ends.
 pub(super) type Launch = Box<dyn Fn(&mut CaptureStream) -> bcg_runtime::Result<Vec<Tensor>> + Send + Sync>;
@@ -65,23 +65,36 @@ impl Lab {
             Ok(())
         };
         self.runner.eager(&(), &forward)?; // compiles the kernels and lets the arena grow
+        if let Some(rows) = case.tuned_rows {
+            self.device.tune_matmuls(&[rows], &mut |_, _| ())?;
+        }
+        if !case.in_graph {
+            return self.samples(count, rounds, |runner| runner.eager(&(), &forward));
+        }
         let mut graph = BreakableCudaGraph::<(), ()>::new(case.op);
         graph.capture(&mut self.runner, &(), forward)?;
-        let once = self.replay(&graph, 1)?.min(self.replay(&graph, 1)?);
-        let replays = ((SAMPLE_US / once).ceil() as usize).clamp(1, REPLAYS_MAX);
-        let samples = rounds.run(|| Ok(self.replay(&graph, replays)? / (replays * count) as f64))?;
-        Ok(Samples::new(samples))
+        self.samples(count, rounds, |runner| graph.replay(runner, &()))
     }
 
-    /// Microseconds of so many replays.
-    fn replay(&mut self, graph: &BreakableCudaGraph<(), ()>, replays: usize) -> Result<f64> {
-        self.runner.synchronize()?;
-        let begun = Instant::now();
-        for _ in 0..replays {
-            graph.replay(&mut self.runner, &())?;
-        }
-        self.runner.synchronize()?;
-        Ok(begun.elapsed().as_secs_f64() * 1e6)
+    /// Times `run`, which makes `count` launches, and returns the microseconds of one launch.
+    fn samples(
+        &mut self,
+        count: usize,
+        rounds: Rounds,
+        run: impl Fn(&mut Runner) -> bcg_runtime::Result<()>,
+    ) -> Result<Samples> {
+        let mut time = |repeats: usize| -> Result<f64> {
+            self.runner.synchronize()?;
+            let begun = Instant::now();
+            for _ in 0..repeats {
+                run(&mut self.runner)?;
+            }
+            self.runner.synchronize()?;
+            Ok(begun.elapsed().as_secs_f64() * 1e6)
+        };
+        let once = time(1)?.min(time(1)?);
+        let repeats = ((SAMPLE_US / once).ceil() as usize).clamp(1, REPEATS_MAX);
+        Ok(Samples::new(rounds.run(|| Ok(time(repeats)? / (repeats * count) as f64))?))
     }
 
     /// The host device has no cache to outgrow.
