@@ -88,7 +88,7 @@ class Peers:
         shape, width = f"T={T}", (self.q_heads + 2 * self.kv_heads) * D
         table = random(self.vocab, C)
 
-        def embedding():
+        def gather_rows():
             ids = torch.randint(self.vocab, (T,), device="cuda")
             return lambda: F.embedding(ids, table)
 
@@ -109,7 +109,7 @@ class Peers:
             x = random(T, 2 * I)
             return lambda: F.silu(x[:, :I]) * x[:, I:]
 
-        self.time("embedding", shape, T * (4 + 4 * C), embedding)
+        self.time("gather_rows", shape, T * (4 + 4 * C), gather_rows)
         self.time("rms_norm", shape, (2 * T + 1) * C * 2, rms_norm)
         self.time("add_rms_norm", shape, (4 * T + 1) * C * 2, add_rms_norm)
         self.time("silu_mul", shape, 3 * T * I * 2, silu_mul)
