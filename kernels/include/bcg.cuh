@@ -130,27 +130,30 @@ template <> BCG_DEVICE Pack<f16> pack<f16>(const float (&v)[8]) {
 // Elements first … of a row of `columns`: one access where WIDE says that address and width are multiples of 16 bytes,
 // else one for each element; zeros beyond the row.
 template <bool WIDE, typename T> BCG_DEVICE Pack<T> load_pack(const T* row, u32 first, u32 columns) {
-    if (WIDE) {
-        uint4 v = first < columns ? *(const uint4*)(row + first) : make_uint4(0, 0, 0, 0);
-        return {{v.x, v.y, v.z, v.w}};
-    }
-    constexpr u32 PER_WORD = 4 / sizeof(T);
     Pack<T> p = {};
+    if constexpr (WIDE) {
+        if (first < columns) {
+            uint4 v = *(const uint4*)(row + first);
+            p = {{v.x, v.y, v.z, v.w}};
+        }
+    } else {
+        constexpr u32 PER_WORD = 4 / sizeof(T);
 #pragma unroll
-    for (u32 e = 0; e < Pack<T>::LEN; e++)
-        if (first + e < columns) p.words[e / PER_WORD] |= to_bits(row[first + e]) << 16 * (e % PER_WORD);
+        for (u32 e = 0; e < Pack<T>::LEN; e++)
+            if (first + e < columns) p.words[e / PER_WORD] |= to_bits(row[first + e]) << 16 * (e % PER_WORD);
+    }
     return p;
 }
 
 // Writes what load_pack reads.
 template <bool WIDE, typename T> BCG_DEVICE void store_pack(T* row, u32 first, u32 columns, const Pack<T>& p) {
-    if (WIDE) {
+    if constexpr (WIDE) {
         if (first < columns) *(uint4*)(row + first) = make_uint4(p.words[0], p.words[1], p.words[2], p.words[3]);
-        return;
-    }
+    } else {
 #pragma unroll
-    for (u32 e = 0; e < Pack<T>::LEN; e++)
-        if (first + e < columns) row[first + e] = from_f32<T>(get(p, e));
+        for (u32 e = 0; e < Pack<T>::LEN; e++)
+            if (first + e < columns) row[first + e] = from_f32<T>(get(p, e));
+    }
 }
 
 // Copies a row of words by all threads of all blocks in y.

@@ -110,10 +110,12 @@ struct LogitsRow {
         return {{v.x, v.y, v.z, v.w}};
     }
 
-    // Calls f(first column, quad, number of the quad), ascending, equally often in all threads of the block.
-    template <typename F> BCG_DEVICE void for_each(F f) const {
-        constexpr u32 UNROLL = 4, STEP = CLUSTER_BLOCKS * LOGITS_THREADS * 4;
+    // Calls f(first column, quad, number of the quad), ascending, equally often in all threads of the block; UNROLL quads
+    // are on their way at once.
+    template <u32 UNROLL, typename F> BCG_DEVICE void for_each(F f) const {
+        constexpr u32 STEP = CLUSTER_BLOCKS * LOGITS_THREADS * 4;
         u32 mine = (rank * LOGITS_THREADS + threadIdx.x) * 4, number = 0;
+#pragma unroll 1
         for (u32 base = 0; base < columns; base += UNROLL * STEP) {
             Quad quads[UNROLL];
 #pragma unroll

@@ -17,7 +17,7 @@ extern "C" __global__ ROW_CLUSTER __launch_bounds__(LOGITS_THREADS, 2) void argm
     release_dependents();
     if (row.rank >= CLUSTER_BLOCKS) return;
     Best best;
-    row.for_each([&](u32 first, const Quad& logits, u32) {
+    row.for_each<4>([&](u32 first, const Quad& logits, u32) {
 #pragma unroll
         for (u32 e = 0; e < 4; e++) best.offer(logits.v[e], first + e);
     });

@@ -49,6 +49,7 @@ impl Source {
 pub const HEADERS: &[(&str, &str)] = &[
     ("attention_decode.cuh", include_str!("../include/attention_decode.cuh")),
     ("bcg.cuh", include_str!("../include/bcg.cuh")),
+    ("logit_search.cuh", include_str!("../include/logit_search.cuh")),
     ("logits.cuh", include_str!("../include/logits.cuh")),
     ("mma.cuh", include_str!("../include/mma.cuh")),
     ("paged_attention.cuh", include_str!("../include/paged_attention.cuh")),
