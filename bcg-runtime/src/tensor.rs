@@ -94,6 +94,11 @@ impl Tensor {
         Ok(self)
     }
 
+    /// Tells whether the tensor has memory of its own, as weights have; false for one in a stream's arena.
+    pub fn is_persistent(&self) -> bool {
+        matches!(self.storage, Storage::Persistent(_))
+    }
+
     /// Returns the sizes of the dimensions.
     pub fn shape(&self) -> &[usize] {
         self.shape.dims()

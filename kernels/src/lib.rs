@@ -84,6 +84,8 @@ sources! {
     FILL_RANDOM = "fill_random.cu",
     /// Rows by index.
     GATHER_ROWS = "gather_rows.cu",
+    /// Matrix product of few rows with a transposed weight.
+    LINEAR_FEW_ROWS = "linear_few_rows.cu",
     /// Query and key norm, rotary embedding, key-value write.
     QK_NORM_ROPE_KV_WRITE = "qk_norm_rope_kv_write.cu",
     /// RMS norm.

@@ -3,6 +3,7 @@
 use bcg_runtime::{CaptureStream, DType, Result, Tensor};
 
 use super::check::Check;
+use super::linear_few_rows::{self, linear_few_rows};
 
 const CHECK: Check = Check::new("linear");
 
@@ -20,7 +21,9 @@ const CHECK: Check = Check::new("linear");
 ///
 /// # Determinism
 /// The same shapes give the same bits, and what padded rows hold never reaches valid ones. On CUDA another T may be summed in
-/// another order; see [`CaptureStream::matmul`].
+/// another order; see [`CaptureStream::matmul`]. Not so up to 16 rows of bf16 on Hopper and Blackwell, if rows are aligned
+/// to 16 bytes: then a row has the same bits for any T. A weight with memory of its own may be read there before earlier
+/// work has run, so no kernel may write it.
 ///
 /// # Errors
 /// [`bcg_runtime::Error::Shape`] if a shape or dtype differs; those of enqueuing.
@@ -75,7 +78,11 @@ pub fn linear_to(cx: &mut CaptureStream, x: &Tensor, weight: &Tensor, dtype: DTy
         return Err(CHECK.error("the dtype of `x` or f32", format!("{} to {dtype}", x.dtype())));
     }
     let out = cx.empty(&[x.dim(0), weight.dim(0)], dtype)?;
-    cx.matmul(&out, x, weight)?;
+    if linear_few_rows::applies(cx, x, weight, dtype)? {
+        linear_few_rows(cx, x, weight, &out)?;
+    } else {
+        cx.matmul(&out, x, weight)?;
+    }
     Ok(out)
 }
 

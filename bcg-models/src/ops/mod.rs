@@ -28,6 +28,7 @@ mod fill;
 mod fill_random;
 mod gather_rows;
 mod linear;
+mod linear_few_rows;
 mod logits;
 mod qk_norm_rope_kv_write;
 mod rms_norm;

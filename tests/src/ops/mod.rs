@@ -5,6 +5,7 @@
 mod attention;
 mod fixture;
 mod linear;
+mod linear_few_rows;
 mod norms;
 mod qk_norm_rope_kv_write;
 mod rows;
@@ -17,6 +18,10 @@ use attention::{
 use linear::{
     linear_gives_the_same_bits_each_time, linear_matches_the_formula, linear_of_nothing_is_zero,
     linear_rows_do_not_depend_on_other_rows, tuned_products_match_the_formula,
+};
+use linear_few_rows::{
+    linear_of_few_rows_has_the_same_bits_for_any_number_of_rows, linear_of_few_rows_matches_the_formula,
+    linear_of_few_rows_waits_for_a_computed_weight,
 };
 use norms::{add_rms_norm_matches_the_formula, rms_norm_matches_the_formula, silu_mul_matches_the_formula};
 use qk_norm_rope_kv_write::rope_turns_and_writes_each_token_in_its_slot;
@@ -40,6 +45,9 @@ pub const RULES: &[Rule] = crate::rules![
     linear_gives_the_same_bits_each_time,
     linear_of_nothing_is_zero,
     tuned_products_match_the_formula,
+    linear_of_few_rows_matches_the_formula,
+    linear_of_few_rows_has_the_same_bits_for_any_number_of_rows,
+    linear_of_few_rows_waits_for_a_computed_weight,
     rope_turns_and_writes_each_token_in_its_slot,
     prefill_attends_to_prefix_and_itself,
     prefill_rows_do_not_depend_on_other_sequences,
