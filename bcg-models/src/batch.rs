@@ -10,7 +10,7 @@
 
 use bcg_runtime::{DType, Device, LiveBatch, Result, Rows, Runner, Tensor};
 
-use crate::ops::DecodePlan;
+use crate::ops::{DecodePlan, attention_prefill_plan, attention_prefill_plan_len};
 use crate::sampling::SamplingParams;
 
 /// One sequence's part of a step.
@@ -104,6 +104,8 @@ pub struct ForwardBatch {
     pub page_table: Tensor,
     /// `[B]` i32: the last row of each sequence.
     pub last_rows: Tensor,
+    /// The order of the work of [`attention_prefill`](crate::ops::attention_prefill); without items in a decode.
+    pub prefill_plan: Tensor,
 }
 
 impl ForwardBatch {
@@ -228,6 +230,7 @@ impl InputBuffers {
         let BatchLimits { rows, sequences, pages_per_sequence } = limits;
         let aligned = |len: usize| len.next_multiple_of(SECTION_ALIGNMENT);
         let plan: usize = decode_plan.shape().iter().product();
+        let plan = plan.max(aligned(attention_prefill_plan_len(rows, sequences))) + SECTION_ALIGNMENT;
         // Tokens, positions, slots; lengths, last rows, starts; plan; page tables.
         let len = 3 * aligned(rows) + 3 * aligned(sequences + 1) + plan + aligned(sequences * pages_per_sequence);
         Ok(Self {
@@ -293,10 +296,16 @@ impl InputBuffers {
                 Some(*end)
             })
         };
+        let starts_begin = self.staging.len();
         push_section(&mut self.staging, std::iter::once(0).chain(ends()), batch.len() + 1, 0);
         let cu_seqlens_q = sections.next(batch.len() + 1)?;
         push_section(&mut self.staging, ends().map(|end| end - 1), batch.len(), 0);
         let last_rows = sections.next(batch.len())?;
+        let planned = if phase == Phase::Prefill { batch.len() } else { 0 };
+        let starts = &self.staging[starts_begin..][..planned + 1];
+        attention_prefill_plan(starts, &self.staging[lens_begin..][..planned], &mut self.staged_plan);
+        push_section(&mut self.staging, self.staged_plan.iter().copied(), self.staged_plan.len(), 0);
+        let prefill_plan = sections.next(self.staged_plan.len())?;
         let page_table = self.upload(runner, batch, sections.end, captured.decode)?;
         Ok(ForwardBatch {
             rows: Rows { valid, padded },
@@ -306,6 +315,7 @@ impl InputBuffers {
             kv_lens: kv_lens.rows(0..batch.len())?,
             page_table,
             last_rows,
+            prefill_plan,
         })
     }
 

@@ -53,6 +53,7 @@ pub const HEADERS: &[(&str, &str)] = &[
     ("logits.cuh", include_str!("../include/logits.cuh")),
     ("mma.cuh", include_str!("../include/mma.cuh")),
     ("paged_attention.cuh", include_str!("../include/paged_attention.cuh")),
+    ("prefill.cuh", include_str!("../include/prefill.cuh")),
 ];
 
 /// Declares one static per source file, and [`ALL`].
@@ -76,6 +77,8 @@ sources! {
     ATTENTION_DECODE_TILED = "attention_decode_tiled.cu",
     /// Causal attention of new tokens over paged keys and values.
     ATTENTION_PREFILL = "attention_prefill.cu",
+    /// The same for compute capability 9.0.
+    ATTENTION_PREFILL_HOPPER = "attention_prefill_hopper.cu",
     /// Strided copy of rows.
     COPY_ROWS = "copy_rows.cu",
     /// One value everywhere.

@@ -109,5 +109,5 @@ impl Attention {
 fn attend(cx: &mut Eager<'_, ForwardBatch>, q: &Tensor, kv: &LayerKv, scale: f32) -> Result<Tensor> {
     let batch = cx.live();
     let kv = PagedKv { k_cache: &kv.k, v_cache: &kv.v, page_table: &batch.page_table };
-    ops::attention_prefill(cx, q, &kv, &batch.cu_seqlens_q, &batch.kv_lens, scale)
+    ops::attention_prefill(cx, q, &kv, &batch.cu_seqlens_q, &batch.kv_lens, &batch.prefill_plan, scale)
 }

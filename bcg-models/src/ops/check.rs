@@ -79,15 +79,7 @@ impl Check {
         let pieces = row_bytes(tensor).div_euclid(PIECE_BYTES).clamp(1, 64) as u32;
         Ok(Dims { grid: [dims.grid[0], pieces, 1], ..dims })
     }
-
-    /// One warp for each item, four in a block.
-    pub(crate) fn warp_per_item(self, items: usize) -> Result<Dims> {
-        Ok(Dims::linear(self.u32("blocks", items.div_ceil(WARPS as usize))?, 32 * WARPS))
-    }
 }
-
-/// Warps of a block in kernels that give each item a warp.
-pub(crate) const WARPS: u32 = 4;
 
 /// Bytes from one row to the next, as kernels take it.
 pub(crate) fn row_stride_bytes(tensor: &Tensor) -> i64 {

@@ -39,7 +39,7 @@ mod silu_mul;
 pub use add_rms_norm::add_rms_norm;
 pub use argmax::argmax;
 pub use attention_decode::attention_decode;
-pub use attention_prefill::attention_prefill;
+pub use attention_prefill::{attention_prefill, attention_prefill_plan, attention_prefill_plan_len};
 pub use copy_rows::copy_rows;
 pub use decode_plan::DecodePlan;
 pub use fill::fill;

@@ -25,11 +25,11 @@ pub struct PagedKv<'a> {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, NoUninit, AnyBitPattern)]
 pub(super) struct PagedKvArgs {
-    k: DevicePtr,
-    v: DevicePtr,
+    pub(super) k: DevicePtr,
+    pub(super) v: DevicePtr,
     page_table: DevicePtr,
-    page_stride: i64,
-    num_pages: i64,
+    pub(super) page_stride: i64,
+    pub(super) num_pages: i64,
     max_pages: u32,
     page_size: u32,
     kv_heads: u32,

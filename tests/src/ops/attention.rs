@@ -76,53 +76,135 @@ impl Cache {
     }
 }
 
+/// The prefill plan of a batch, on the device.
+fn prefill_plan(fixture: &Fixture, starts: &[i32], kv_lens: &[i32]) -> Tensor {
+    let mut plan = vec![];
+    ops::attention_prefill_plan(starts, kv_lens, &mut plan);
+    fixture.ints(&plan)
+}
+
+/// New tokens behind prefixes, and the queries of all of them followed by padded rows of NaN.
+struct Prefill {
+    cache: Cache,
+    q: Known,
+    starts: Vec<i32>,
+    prefix: Vec<usize>,
+}
+
+impl Prefill {
+    fn new(
+        fixture: &mut Fixture,
+        dtype: DType,
+        sequences: &[(usize, usize)],
+        heads: (usize, usize, usize),
+        page_size: usize,
+    ) -> Self {
+        let (q_heads, kv_heads, head_dim) = heads;
+        let kv_lens: Vec<i32> = sequences.iter().map(|(new, prefix)| (new + prefix) as i32).collect();
+        let cache = Cache::new(fixture, dtype, &kv_lens, page_size, (kv_heads, head_dim));
+        let mut starts = vec![0];
+        sequences.iter().for_each(|(new, _)| starts.push(starts[starts.len() - 1] + *new as i32));
+        let (valid, width) = (starts[sequences.len()] as usize, q_heads * head_dim);
+        let mut q = fixture.numbers(valid * width);
+        q.resize((valid + 3) * width, f64::NAN);
+        let q = fixture.floats(&[valid + 3, width], dtype, &q);
+        Self { cache, q, starts, prefix: sequences.iter().map(|(_, prefix)| *prefix).collect() }
+    }
+
+    fn scale(&self) -> f32 {
+        (self.cache.head_dim as f32).powf(-0.5)
+    }
+
+    /// Runs the op; without the padded rows.
+    fn run(&self, fixture: &mut Fixture) -> Vec<f64> {
+        let plan = prefill_plan(fixture, &self.starts, &self.cache.kv_lens);
+        let (starts, lens) = (fixture.ints(&self.starts), fixture.ints(&self.cache.kv_lens));
+        let (q, kv, scale) = (&self.q.tensor, self.cache.paged(), self.scale());
+        let out = fixture.run(|cx| ops::attention_prefill(cx, q, &kv, &starts, &lens, &plan, scale));
+        let mut out = fixture.read(&out);
+        out.truncate(self.starts[self.prefix.len()] as usize * q.dim(1));
+        out
+    }
+
+    /// The formula, with so many keys hidden from every row of a sequence.
+    fn expected(&self, hidden: usize) -> Vec<f64> {
+        let width = self.q.tensor.dim(1);
+        let mut expected = vec![];
+        for (b, prefix) in self.prefix.iter().enumerate() {
+            let first = self.starts[b] as usize;
+            for row in first..self.starts[b + 1] as usize {
+                let query = &self.q.values[row * width..(row + 1) * width];
+                expected.extend(self.cache.attend(query, b, prefix + row - first + 1 - hidden, self.scale().into()));
+            }
+        }
+        expected
+    }
+
+    /// Values are in -1..1, so rounding each weight to the dtype, as the tensor cores need, moves a weighted mean by no
+    /// more than one rounding, and rounding the mean itself adds one: two roundings relative to 1.
+    fn assert_close(&self, what: &str, actual: &[f64], expected: &[f64]) {
+        assert_close(what, actual, expected, self.q.tensor.dtype(), 2.0, 1.0);
+    }
+}
+
 /// Each new token attends to its sequence's prefix and to the new tokens up to itself; padded rows hold anything.
 pub(super) fn prefill_attends_to_prefix_and_itself(device: &Device) {
+    let few = [(5, 0), (1, 7), (9, 16), (3, 40)];
+    let many = [(1, 300), (150, 0), (129, 100), (40, 217)];
     for dtype in FLOATS {
-        for (q_heads, kv_heads, head_dim, page_size) in [(4, 2, 64, 16), (3, 1, 32, 4), (2, 2, 128, 1), (2, 1, 96, 5)] {
+        for (q_heads, kv_heads, head_dim, page_size, sequences) in [
+            (4, 2, 64, 16, few),
+            (3, 1, 32, 4, few),
+            (2, 2, 128, 1, few),
+            (2, 1, 96, 5, few),
+            (2, 1, 256, 16, few),
+            (32, 8, 64, 64, few),
+            (16, 8, 128, 16, few),
+            (2, 1, 64, 4, many),
+            (2, 1, 128, 64, many),
+            (1, 1, 128, 8, many),
+            (2, 1, 96, 16, many),
+        ] {
             let mut fixture = Fixture::new(device);
-            let (new, prefix) = ([5, 1, 9, 3], [0, 7, 16, 40]);
-            let kv_lens: Vec<i32> = new.iter().zip(prefix).map(|(n, p)| n + p).collect();
-            let cache = Cache::new(&mut fixture, dtype, &kv_lens, page_size, (kv_heads, head_dim));
-            let starts = [0, 5, 6, 15, 18];
-            let (valid, padded, width) = (18, 21, q_heads * head_dim);
-            let mut q = fixture.numbers(valid * width);
-            q.resize(padded * width, f64::NAN);
-            let q = fixture.floats(&[padded, width], dtype, &q);
-            let scale = (head_dim as f32).powf(-0.5);
-            let (starts_on_device, lens) = (fixture.ints(&starts), fixture.ints(&kv_lens));
-            let out = fixture
-                .run(|cx| ops::attention_prefill(cx, &q.tensor, &cache.paged(), &starts_on_device, &lens, scale));
-            let actual = fixture.read(&out);
-            let mut expected = vec![];
-            for b in 0..new.len() {
-                for i in 0..new[b] {
-                    let row = (starts[b] + i) as usize;
-                    let query = &q.values[row * width..(row + 1) * width];
-                    expected.extend(cache.attend(query, b, (prefix[b] + i + 1) as usize, scale.into()));
-                }
-            }
+            let prefill = Prefill::new(&mut fixture, dtype, &sequences, (q_heads, kv_heads, head_dim), page_size);
             let what = format!("{q_heads}/{kv_heads} heads of {head_dim}, pages of {page_size}");
-            assert_close(&what, &actual[..valid * width], &expected, dtype, 2.0, 0.5);
+            prefill.assert_close(&what, &prefill.run(&mut fixture), &prefill.expected(0));
+        }
+    }
+}
+
+/// A page that the cache does not have hides its keys from all rows.
+pub(super) fn prefill_skips_pages_outside_the_cache(device: &Device) {
+    let page_size = 16;
+    for (dtype, head_dim) in [(DType::Bf16, 64), (DType::Bf16, 128), (DType::F16, 64), (DType::F32, 32)] {
+        for outside in [-1, i32::MAX] {
+            let mut fixture = Fixture::new(device);
+            let mut prefill = Prefill::new(&mut fixture, dtype, &[(30, 200)], (2, 1, head_dim), page_size);
+            let mut table = fixture.read_i32(&prefill.cache.page_table);
+            table[2] = outside;
+            prefill.cache.page_table = device.tensor(&[1, table.len()], &table).expect("a tensor");
+            let actual = prefill.run(&mut fixture);
+            prefill.cache.places[0].drain(2 * page_size..3 * page_size);
+            prefill.assert_close("a page outside", &actual, &prefill.expected(page_size));
         }
     }
 }
 
 /// A sequence's rows are the same bits alone and in a batch: so batching changes no token.
 pub(super) fn prefill_rows_do_not_depend_on_other_sequences(device: &Device) {
-    let mut fixture = Fixture::new(device);
-    let cache = Cache::new(&mut fixture, DType::Bf16, &[20, 9], 4, (2, 64));
-    let width = 4 * 64;
-    let q = fixture.random(&[12, width], DType::Bf16);
-    let (starts, lens) = (fixture.ints(&[0, 8, 12]), fixture.ints(&cache.kv_lens));
-    let both = fixture.run(|cx| ops::attention_prefill(cx, &q.tensor, &cache.paged(), &starts, &lens, 0.125));
-    let both = fixture.read(&both);
-    let second = q.tensor.rows(8..12).expect("a row range");
-    let table = cache.page_table.rows(1..2).expect("a row range");
-    let (starts, lens) = (fixture.ints(&[0, 4]), fixture.ints(&[9]));
-    let paged = PagedKv { page_table: &table, ..cache.paged() };
-    let alone = fixture.run(|cx| ops::attention_prefill(cx, &second, &paged, &starts, &lens, 0.125));
-    assert_eq!(fixture.read(&alone), both[8 * width..]);
+    for head_dim in [64, 128, 96] {
+        let mut fixture = Fixture::new(device);
+        let both = Prefill::new(&mut fixture, DType::Bf16, &[(150, 0), (140, 60)], (4, 2, head_dim), 4);
+        let together = both.run(&mut fixture);
+        let width = 4 * head_dim;
+        let q = both.q.tensor.rows(150..290).expect("a row range");
+        let page_table = both.cache.page_table.rows(1..2).expect("a row range");
+        let paged = PagedKv { page_table: &page_table, ..both.cache.paged() };
+        let plan = prefill_plan(&fixture, &[0, 140], &[200]);
+        let (starts, lens, scale) = (fixture.ints(&[0, 140]), fixture.ints(&[200]), both.scale());
+        let alone = fixture.run(|cx| ops::attention_prefill(cx, &q, &paged, &starts, &lens, &plan, scale));
+        assert_eq!(fixture.read(&alone), together[150 * width..]);
+    }
 }
 
 /// The plan of a decode of these lengths.

@@ -13,7 +13,7 @@ mod sampling;
 
 use attention::{
     decode_attends_to_all_keys, decode_rows_do_not_depend_on_padded_rows, prefill_attends_to_prefix_and_itself,
-    prefill_rows_do_not_depend_on_other_sequences,
+    prefill_rows_do_not_depend_on_other_sequences, prefill_skips_pages_outside_the_cache,
 };
 use linear::{
     linear_gives_the_same_bits_each_time, linear_matches_the_formula, linear_of_nothing_is_zero,
@@ -51,6 +51,7 @@ pub const RULES: &[Rule] = crate::rules![
     rope_turns_and_writes_each_token_in_its_slot,
     prefill_attends_to_prefix_and_itself,
     prefill_rows_do_not_depend_on_other_sequences,
+    prefill_skips_pages_outside_the_cache,
     decode_attends_to_all_keys,
     decode_rows_do_not_depend_on_padded_rows,
     gather_rows_picks_rows,

@@ -156,8 +156,10 @@ pub(super) fn prefill(model: &Shapes, shape: PrefillShape) -> Case {
     let prepare = each(move |lab| {
         let q = lab.random(&[queries, config.num_attention_heads * config.head_dim], config.dtype)?;
         let cache = Cache::new(lab, &config, &lens)?;
-        let (starts, lens) = (lab.tensor(&as_i32(&starts))?, lab.tensor(&as_i32(&lens))?);
-        Ok(Box::new(move |cx| Ok(vec![ops::attention_prefill(cx, &q, &cache.view(), &starts, &lens, scale)?])))
+        let (starts, lens, mut plan) = (as_i32(&starts), as_i32(&lens), vec![]);
+        ops::attention_prefill_plan(&starts, &lens, &mut plan);
+        let (starts, lens, plan) = (lab.tensor(&starts)?, lab.tensor(&lens)?, lab.tensor(&plan)?);
+        Ok(Box::new(move |cx| Ok(vec![ops::attention_prefill(cx, &q, &cache.view(), &starts, &lens, &plan, scale)?])))
     });
     model.case("attention_prefill", shape.to_string(), bytes, flops(model, pairs), prepare)
 }

@@ -1,0 +1,226 @@
+// What both prefill attention kernels share: the plan of the work, copies of paged rows, scores to weights, the output.
+//
+// A tile in shared memory is a sequence of groups of 8 rows, a group D / 64 blocks of 64 columns, a row of a block 128
+// bytes, whose eight 16-byte chunks are swizzled: chunk c of row r stands at c ^ (r % 8).
+#pragma once
+#include "mma.cuh"
+#include "paged_attention.cuh"
+
+struct AttentionPrefillArgs {
+    const void* q;
+    void* out;
+    const i32* cu_seqlens_q;
+    const i32* kv_lens;
+    const i32* plan;
+    u8* maps;  // 128 bytes for each block of the Hopper kernels
+    PagedKv kv;
+    i64 q_stride;
+    u32 rows;
+    u32 sequences;
+    u32 q_heads;
+    u32 plan_items;
+    float scale;
+};
+
+constexpr u32 TILE_ROWS = 128;  // query rows of an item of the plan
+constexpr float LOG2_E = 1.4426950408889634f;
+
+// One item of the plan for one head: up to TILE_ROWS query rows of one sequence.
+struct Work {
+    i32 row;      // the first query row
+    i32 row_end;  // behind the last one
+    i32 shift;    // a row's position in its sequence is row + shift
+    i32 keys;     // that the last row sees
+    u32 head;
+};
+
+BCG_DEVICE u64 total_work(const AttentionPrefillArgs& a) {
+    i32 items = a.plan[0];
+    return (u64)(items < 0 ? 0 : min((u32)items, a.plan_items)) * a.q_heads;
+}
+
+// The item of this block's turn, if there is one: back and forth over the blocks, so that each gets as much work.
+BCG_DEVICE bool next_work(u32 turn, u64 total, u64& index) {
+    index = (u64)turn * gridDim.x + (turn % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+    return index < total;
+}
+
+// Reads an item; `sequence` is where its page table is.
+BCG_DEVICE Work load_work(const AttentionPrefillArgs& a, u64 index, u32& sequence) {
+    const i32* item = a.plan + 1 + 2 * (index / a.q_heads);
+    sequence = (u32)item[0];
+    i32 end = a.cu_seqlens_q[sequence + 1];
+    Work w;
+    w.head = (u32)(index % a.q_heads);
+    w.row = item[1];
+    w.row_end = min(min(w.row + (i32)TILE_ROWS, end), (i32)a.rows);
+    w.shift = a.kv_lens[sequence] - end;
+    w.keys = (i32)max(min((i64)w.row_end + w.shift, (i64)a.kv.max_pages * a.kv.page_size), (i64)0);
+    return w;
+}
+
+BCG_DEVICE void copy_16(u32 dst, const void* src) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
+}
+BCG_DEVICE void zero_16(u32 dst, const void* readable) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, 0;" ::"r"(dst), "l"(readable) : "memory");
+}
+
+// Places are in units of 16 bytes from the start of a tensor.
+constexpr u32 NOWHERE = ~0u;
+
+constexpr u32 BLOCK_BYTES = 8 * 128;
+template <u32 D> constexpr u32 GROUP_BYTES = D / 64 * BLOCK_BYTES;
+template <u32 D> constexpr u32 ROW_BYTES = D * 2;
+
+// The address of a 16-byte chunk of a row.
+template <u32 D> BCG_DEVICE u32 chunk_at(u32 tile, u32 row, u32 chunk) {
+    return tile + row / 8 * GROUP_BYTES<D> + chunk / 8 * BLOCK_BYTES + row % 8 * 128 + (((chunk ^ row) % 8) << 4);
+}
+
+// Copies 2-byte rows of D elements to a tile; lane l < ROWS says where row l is, or that it is to be zeros.
+template <u32 D, u32 ROWS> BCG_DEVICE void copy_rows(u32 tile, const void* from, u32 place) {
+    constexpr u32 CHUNKS = D / 8, AT_ONCE = 32 / CHUNKS;
+    u32 lane = threadIdx.x % 32, chunk = lane % CHUNKS, row = lane / CHUNKS;
+    u32 dst = tile + chunk / 8 * BLOCK_BYTES + row * 128, swizzled = (chunk ^ row) % 8;
+    const uint4* src = (const uint4*)from + chunk;
+    if (__all_sync(FULL_WARP, lane >= ROWS || place != NOWHERE)) {
+#pragma unroll
+        for (u32 j = 0; j < ROWS; j += AT_ONCE) {
+            u32 at = __shfl_sync(FULL_WARP, place, j + row);
+            copy_16(dst + j / 8 * GROUP_BYTES<D> + j % 8 * 128 + ((swizzled ^ j % 8) << 4), src + at);
+        }
+    } else {
+#pragma unroll 1
+        for (u32 j = 0; j < ROWS; j += AT_ONCE) {
+            u32 at = __shfl_sync(FULL_WARP, place, j + row);
+            u32 to = dst + j / 8 * GROUP_BYTES<D> + j % 8 * 128 + ((swizzled ^ j % 8) << 4);
+            if (at != NOWHERE) copy_16(to, src + at);
+            else zero_16(to, from);
+        }
+    }
+}
+
+// Where a key lies in the caches, NOWHERE behind the last one; `skipped` if its page is outside the cache.
+BCG_DEVICE u32 find_key(const PagedKv& kv, const i32* pages, u32 kv_head, i32 key, i32 keys, bool& skipped) {
+    skipped = false;
+    if (key >= keys) return NOWHERE;
+    i64 page = pages[(u32)key / kv.page_size];
+    skipped = page < 0 || page >= kv.num_pages;
+    if (skipped) return NOWHERE;
+    return (u32)((page * kv.page_stride + ((i64)((u32)key % kv.page_size) * kv.kv_heads + kv_head) * kv.head_dim) / 8);
+}
+
+BCG_DEVICE u32 find_query(const AttentionPrefillArgs& a, const Work& w, i32 row) {
+    return row < w.row_end ? (u32)((row * a.q_stride + w.head * a.kv.head_dim) / 8) : NOWHERE;
+}
+
+// The pair rounded to T, `low` in the low half.
+template <typename T> BCG_DEVICE u32 round_pair(float low, float high);
+template <> BCG_DEVICE u32 round_pair<bf16>(float low, float high) {
+    u32 packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+template <> BCG_DEVICE u32 round_pair<f16>(float low, float high) {
+    u32 packed;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+// Four lanes share a row, each with 2 of the 8 columns of four blocks; after this each has all 8 columns of one block.
+BCG_DEVICE void transpose(u32 (&x)[4]) {
+    u32 odd = threadIdx.x % 2, high = threadIdx.x / 2 % 2;
+    u32 a = __shfl_xor_sync(FULL_WARP, odd ? x[0] : x[1], 1), b = __shfl_xor_sync(FULL_WARP, odd ? x[2] : x[3], 1);
+    x[0] = odd ? a : x[0], x[1] = odd ? x[1] : a, x[2] = odd ? b : x[2], x[3] = odd ? x[3] : b;
+    a = __shfl_xor_sync(FULL_WARP, high ? x[0] : x[2], 2), b = __shfl_xor_sync(FULL_WARP, high ? x[1] : x[3], 2);
+    x[0] = high ? a : x[0], x[1] = high ? b : x[1], x[2] = high ? x[2] : a, x[3] = high ? x[3] : b;
+}
+
+// What a thread knows of its two query rows, r and r + 8 of the warp's 16: the score that weights are relative to, this
+// lane's part of their sum, and by how much the last tile scaled what was there.
+//
+// Scores and outputs are laid out as the tensor cores leave them: element i is of row i / 2 % 2, at column
+// i / 4 * 8 + lane % 4 * 2 + i % 2.
+struct TwoRows {
+    float max[2];
+    float sum[2];
+    float kept[2];
+
+    BCG_DEVICE void clear() {
+        max[0] = max[1] = minus_infinity();
+        sum[0] = sum[1] = 0.0f;
+    }
+
+    // Turns scores into weights relative to `max`; scale is times log2(e). `max` follows the largest score only when that
+    // is 2⁸ times as heavy: until then the weights are at most 2⁸, which costs no precision, and nothing is rescaled.
+    template <u32 N> BCG_DEVICE void weigh(float (&s)[N], float scale) {
+        float shift[2];
+#pragma unroll
+        for (u32 r = 0; r < 2; r++) {
+            float m[2] = {max[r], s[2 * r]};
+#pragma unroll
+            for (u32 i = 1; i < N / 2; i++) m[i % 2] = fmaxf(m[i % 2], s[i / 2 * 4 + r * 2 + i % 2]);
+            float most = fmaxf(m[0], m[1]);
+            most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, 1));
+            most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, 2));
+            bool grows = (most - max[r]) * scale > 8.0f;
+            kept[r] = grows ? exp2_fast((max[r] - most) * scale) : 1.0f;
+            max[r] = grows ? most : max[r];
+            shift[r] = max[r] == minus_infinity() ? 0.0f : max[r] * scale;
+        }
+        float total[4] = {};
+#pragma unroll
+        for (u32 i = 0; i < N; i++) {
+            s[i] = exp2_fast(s[i] * scale - shift[i / 2 % 2]);
+            total[i % 4] += s[i];
+        }
+#pragma unroll
+        for (u32 r = 0; r < 2; r++) sum[r] = sum[r] * kept[r] + (total[2 * r] + total[2 * r + 1]);
+    }
+
+    template <u32 N> BCG_DEVICE void rescale(float (&o)[N]) const {
+        if (!__any_sync(FULL_WARP, kept[0] != 1.0f || kept[1] != 1.0f)) return;
+#pragma unroll
+        for (u32 i = 0; i < N; i++) o[i] *= kept[i / 2 % 2];
+    }
+
+    // Writes the weighted means of rows `row` and `row + 8`; zeros where no key was seen.
+    template <typename T, u32 N>
+    BCG_DEVICE void store(const AttentionPrefillArgs& a, const Work& w, i32 row, const float (&o)[N]) const {
+#pragma unroll
+        for (u32 r = 0; r < 2; r++) {
+            float total = sum[r];
+            total += __shfl_xor_sync(FULL_WARP, total, 1);
+            total += __shfl_xor_sync(FULL_WARP, total, 2);
+            float inverse = total > 0.0f ? 1.0f / total : 0.0f;
+            i32 t = row + 8 * (i32)r;
+            T* out = (T*)a.out + ((i64)t * a.q_heads + w.head) * (2 * N) + threadIdx.x % 4 * 8;
+#pragma unroll
+            for (u32 j = 0; j < N / 16; j++) {
+                u32 x[4];
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) {
+                    u32 at = (j * 4 + i) * 4 + 2 * r;
+                    x[i] = round_pair<T>(o[at] * inverse, o[at + 1] * inverse);
+                }
+                transpose(x);
+                if (t < w.row_end) *(uint4*)(out + j * 32) = make_uint4(x[0], x[1], x[2], x[3]);
+            }
+        }
+    }
+};
+
+// Hides keys behind each row's own, and those whose bit in `in_cache` is not set.
+template <u32 N> BCG_DEVICE void hide(float (&s)[N], const u32 (&in_cache)[N / 16], i32 first_key, i32 position, i32 num_keys) {
+    i32 column = (i32)(threadIdx.x % 4 * 2);
+    i32 limit[2];
+#pragma unroll
+    for (u32 r = 0; r < 2; r++) limit[r] = min(position + 8 * (i32)r, num_keys - 1) - first_key - column;
+#pragma unroll
+    for (u32 i = 0; i < N; i++) {
+        i32 key = (i32)(i / 4 * 8 + i % 2);
+        bool seen = key <= limit[i / 2 % 2] && (in_cache[i / 16] >> (key % 32 + column) & 1);
+        s[i] = seen ? s[i] : minus_infinity();
+    }
+}
