@@ -47,7 +47,7 @@ template <> BCG_DEVICE void mma<f16>(float (&c)[4], const u32 (&a)[4], const u32
 }
 
 // Two elements in one register, low first.
-template <typename T> BCG_DEVICE u32 pack(T low, T high) { return (u32)low.bits | (u32)high.bits << 16; }
+template <typename T> BCG_DEVICE u32 pair(T low, T high) { return (u32)low.bits | (u32)high.bits << 16; }
 
 // 2^v; one instruction, relative error below 2^-22.
 BCG_DEVICE float exp2_fast(float v) {

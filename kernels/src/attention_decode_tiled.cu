@@ -128,7 +128,7 @@ template <typename T, u32 D, u32 NT> struct Decode {
             const T* of_head = row + head * D + lane % 4 * 2;
 #pragma unroll
             for (u32 i = 0; i < D / 8; i++) {
-                q[n][i / 2][i % 2] = head < heads ? pack(of_head[i * 8], of_head[i * 8 + 1]) : 0;
+                q[n][i / 2][i % 2] = head < heads ? pair(of_head[i * 8], of_head[i * 8 + 1]) : 0;
             }
         }
     }
@@ -183,9 +183,9 @@ template <typename T, u32 D, u32 NT> struct Decode {
 #pragma unroll
             for (u32 j = 0; j < 2; j++) {
                 T x = from_f32<T>(s[n][2 * j]), y = from_f32<T>(s[n][2 * j + 1]);
-                p[n][j] = transpose_matrix(pack(x, y));
+                p[n][j] = transpose_matrix(pair(x, y));
                 T x_rest = from_f32<T>(s[n][2 * j] - to_f32(x)), y_rest = from_f32<T>(s[n][2 * j + 1] - to_f32(y));
-                rest[n][j] = transpose_matrix(pack(x_rest, y_rest));
+                rest[n][j] = transpose_matrix(pair(x_rest, y_rest));
             }
         }
 #pragma unroll
@@ -203,8 +203,8 @@ template <typename T, u32 D, u32 NT> struct Decode {
     BCG_DEVICE void store(const Walk& w, u32 head, u32 d, float4 v, float sum) const {
         float inverse = sum != 0.0f ? 1.0f / sum : 0.0f;
         T* out = (T*)a.out + ((i64)w.sequence * a.q_heads + first_head(w) + head) * D + d;
-        uint2 words = {pack(from_f32<T>(v.x * inverse), from_f32<T>(v.y * inverse)),
-                       pack(from_f32<T>(v.z * inverse), from_f32<T>(v.w * inverse))};
+        uint2 words = {pair(from_f32<T>(v.x * inverse), from_f32<T>(v.y * inverse)),
+                       pair(from_f32<T>(v.z * inverse), from_f32<T>(v.w * inverse))};
         *(uint2*)out = words;
     }
 
@@ -307,8 +307,12 @@ template <typename T, u32 D, u32 NT> struct Decode {
     }
 
     BCG_DEVICE void zero_rows() const {
-        for (u32 b = blockIdx.x; b < a.sequences; b += gridDim.x)
-            if (a.kv_lens[b] <= 0) fill_row((u8*)((T*)a.out + (i64)b * a.q_heads * D), (i64)a.q_heads * D * sizeof(T), 0);
+        u32 words = a.q_heads * D * sizeof(T) / sizeof(uint4);
+        for (u32 b = blockIdx.x; b < a.sequences; b += gridDim.x) {
+            if (a.kv_lens[b] > 0) continue;
+            uint4* row = (uint4*)a.out + (i64)b * words;
+            for (u32 i = threadIdx.x; i < words; i += THREADS) row[i] = uint4{};
+        }
     }
 
     BCG_DEVICE void run() {
