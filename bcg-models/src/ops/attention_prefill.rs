@@ -20,6 +20,8 @@ const CHECK: Check = Check::new("attention_prefill");
 const PLAN_ROWS: usize = 128;
 /// Rows of queries, keys and values that a block of the portable tiled kernels keeps in shared memory.
 const TILE_ROWS: usize = PLAN_ROWS + 4 * 64;
+/// Tiles of 128 queries, keys or values that a block of the Hopper kernels keeps in shared memory.
+const HOPPER_TILES: usize = 2 + 5;
 /// What the tiled kernels keep in shared memory besides, at most: which keys are in the cache, and on Hopper a tensor map,
 /// two items and barriers.
 const SMALL_BYTES: u32 = 1024;
@@ -223,9 +225,7 @@ fn choose(
             (ATTENTION_PREFILL.get(CHECK, "q", dtype)?, dims)
         }
         Some(kernel) if is_hopper && dtype == DType::Bf16 => {
-            // Two tiles of queries, and as many of keys and values as `Shared::SLOTS` of the kernel.
-            let tiles = if head_dim == 64 { 2 + 10 } else { 2 + 5 };
-            let shared_bytes = shared_bytes(tiles * PLAN_ROWS);
+            let shared_bytes = shared_bytes(HOPPER_TILES * PLAN_ROWS);
             (kernel, Dims { grid: blocks(1), block: [384, 1, 1], shared_bytes })
         }
         Some(kernel) => (kernel, Dims { grid: blocks(2), block: [256, 1, 1], shared_bytes: shared_bytes(TILE_ROWS) }),
