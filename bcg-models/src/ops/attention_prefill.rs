@@ -54,14 +54,20 @@ static ATTENTION_PREFILL: PerFloat<AttentionPrefillArgs> =
 /// Kernels on tensor cores, a block for 128 rows of a head.
 macro_rules! tiled {
     ($name:literal, $source:ident, $dtype:ty) => {
-        Kernel::new($name, &bcg_kernels::$source, host::<$dtype>).programmatic()
+        Kernel::new($name, &bcg_kernels::$source, host::<$dtype>)
     };
 }
 
-static BF16_D64: Kernel<AttentionPrefillArgs> = tiled!("attention_prefill_bf16_d64", ATTENTION_PREFILL, half::bf16);
-static BF16_D128: Kernel<AttentionPrefillArgs> = tiled!("attention_prefill_bf16_d128", ATTENTION_PREFILL, half::bf16);
-static F16_D64: Kernel<AttentionPrefillArgs> = tiled!("attention_prefill_f16_d64", ATTENTION_PREFILL, half::f16);
-static F16_D128: Kernel<AttentionPrefillArgs> = tiled!("attention_prefill_f16_d128", ATTENTION_PREFILL, half::f16);
+static BF16_D64: Kernel<AttentionPrefillArgs> =
+    tiled!("attention_prefill_bf16_d64", ATTENTION_PREFILL, half::bf16).programmatic();
+static BF16_D128: Kernel<AttentionPrefillArgs> =
+    tiled!("attention_prefill_bf16_d128", ATTENTION_PREFILL, half::bf16).programmatic();
+static F16_D64: Kernel<AttentionPrefillArgs> =
+    tiled!("attention_prefill_f16_d64", ATTENTION_PREFILL, half::f16).programmatic();
+static F16_D128: Kernel<AttentionPrefillArgs> =
+    tiled!("attention_prefill_f16_d128", ATTENTION_PREFILL, half::f16).programmatic();
+// Not programmatic: each launch makes its tensor maps anew, in memory that the launch before may have had for its own, and
+// launches in a row that overlap were seen to fault.
 static HOPPER_D64: Kernel<AttentionPrefillArgs> =
     tiled!("attention_prefill_hopper_d64", ATTENTION_PREFILL_HOPPER, half::bf16);
 static HOPPER_D128: Kernel<AttentionPrefillArgs> =

@@ -10,8 +10,9 @@ use super::report::Report;
 /// What the profile's columns mean; goes with its tables.
 pub(super) const NOTE: &str = "\
 profile, of one forward: kernels_ms is the sum of the kernels' own times, busy_ms the time in which at least one ran (a \
-kernel that is launched early overlaps its predecessor), both traced by CUPTI in runs of their own; busy_percent is \
-busy_ms of wall_ms, the untraced median, and gap_ms the rest.";
+kernel that is launched early overlaps its predecessor), and span_ms the time from the first kernel's start to the last \
+one's end, all traced by CUPTI in runs of their own; busy_percent is busy_ms of span_ms. wall_ms is the untraced median, \
+of runs back to back, in which the GPU may clock lower.";
 
 /// Forwards that are traced.
 const TRACED: usize = 5;
@@ -43,6 +44,7 @@ impl Profile {
         let per_forward = |ns: u64| ns as f64 / 1e6 / self.forwards as f64;
         let sum = per_forward(self.runs.iter().map(duration).sum());
         let busy = per_forward(union_ns(&self.runs));
+        let span = per_forward(self.runs.chunks(self.runs.len().div_ceil(self.forwards)).map(span_ns).sum());
         report.row(
             "profile",
             vec![
@@ -52,8 +54,8 @@ impl Profile {
                 ("kernels", (self.runs.len() / self.forwards).into()),
                 ("kernels_ms", sum.into()),
                 ("busy_ms", busy.into()),
-                ("busy_percent", (100.0 * busy / wall_ms).into()),
-                ("gap_ms", (wall_ms - busy).into()),
+                ("span_ms", span.into()),
+                ("busy_percent", (100.0 * busy / span).into()),
             ],
         );
         for (name, count, ns) in self.by_name() {
@@ -86,6 +88,12 @@ impl Profile {
 
 fn duration(run: &KernelRun) -> u64 {
     run.end_ns - run.start_ns
+}
+
+/// Nanoseconds from the first start to the last end.
+fn span_ns(runs: &[KernelRun]) -> u64 {
+    let start = runs.iter().map(|run| run.start_ns).min().unwrap_or(0);
+    runs.iter().map(|run| run.end_ns).max().unwrap_or(0) - start
 }
 
 /// Nanoseconds in which at least one kernel ran; `runs` are in the order of their starts.
@@ -123,6 +131,7 @@ mod tests {
         let json = report.json();
         let rows = json["rows"].as_array().expect("rows");
         assert_eq!((&rows[0]["kernels"], &rows[0]["kernels_ms"]), (&3.into(), &5.0.into()));
+        assert_eq!((&rows[0]["span_ms"], &rows[0]["wall_ms"]), (&7.0.into(), &10.0.into()));
         assert_eq!((&rows[1]["kernel"], &rows[1]["share_percent"]), (&"b".into(), &60.0.into()));
         assert_eq!((&rows[2]["count"], &rows[2]["ms"]), (&2.into(), &2.0.into()));
     }
