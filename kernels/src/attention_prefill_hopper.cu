@@ -113,11 +113,19 @@ BCG_DEVICE void wgmma_output(float (&o)[32], const u32* a, u64 b) {
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
+// From the keys to the values, whichever come first, in bytes.
+BCG_DEVICE u64 distance(const PagedKv& kv) {
+    u64 k = (u64)kv.k, v = (u64)kv.v;
+    return max(k, v) - min(k, v);
+}
+
 // Rows of a box of the tensor map: whole groups that no page boundary cuts. 0 where threads have to copy: if the pages do
-// not allow that, and for a head dim of 64, where boxes take longer (measured on an H200 with pages of 16).
+// not allow that, if keys and values lie further apart than a stride of a map can say, and for a head dim of 64, where
+// boxes take longer (measured on an H200 with pages of 16).
 template <u32 D> BCG_DEVICE u32 box_rows(const PagedKv& kv) {
     u32 size = kv.page_size;
-    bool fits = D == 128 && size % 8 == 0 && (size % 32 == 0 || 32 % size == 0) && kv.page_stride % ((i64)kv.kv_heads * D * 8) == 0;
+    bool fits = D == 128 && size % 8 == 0 && (size % 32 == 0 || 32 % size == 0) &&
+                kv.page_stride % ((i64)kv.kv_heads * D * 8) == 0 && distance(kv) < 1ull << 40;
     return fits ? min(size, 32u) : 0;
 }
 
@@ -152,7 +160,7 @@ template <u32 D> BCG_DEVICE void make_map(const PagedKv& kv, u32 rows, u32 share
         BCG_MAP_ELEMENT("global_stride", "b64", "l", 0, token);
         BCG_MAP_ELEMENT("global_stride", "b64", "l", 1, (u64)128);
         BCG_MAP_ELEMENT("global_stride", "b64", "l", 2, 8 * token);
-        BCG_MAP_ELEMENT("global_stride", "b64", "l", 3, max(k, v) - min(k, v));
+        BCG_MAP_ELEMENT("global_stride", "b64", "l", 3, distance(kv));
         BCG_MAP_FIELD("elemtype", "b32", "n", 10);  // bf16
         BCG_MAP_FIELD("interleave_layout", "b32", "n", 0);
         BCG_MAP_FIELD("swizzle_mode", "b32", "n", 3);  // 128 bytes
