@@ -259,23 +259,25 @@ impl InputBuffers {
         Sections { buffer: &self.sections, end: 0 }.captured(phase, rows, &self.decode_pages, self.decode_plan)
     }
 
-    /// Uploads a batch that is padded to `padded` rows. With `write_kv` off no key or value is kept: a dummy batch.
+    /// Uploads a batch for a forward of `phase` that is padded to `padded` rows. With `write_kv` off no key or value is
+    /// kept: a dummy batch.
     ///
     /// # Errors
     /// [`bcg_runtime::Error::Shape`] beyond the limits; the driver's.
     ///
     /// # Panics
-    /// If the batch has more than `padded` tokens, or a sequence has too few pages.
+    /// If the batch has more than `padded` tokens, a sequence has too few pages, or one of a decode has several tokens.
     pub fn fill(
         &mut self,
         runner: &mut Runner,
         batch: &[SequenceInput<'_>],
+        phase: Phase,
         padded: usize,
         write_kv: bool,
     ) -> Result<ForwardBatch> {
         let valid: usize = batch.iter().map(|sequence| sequence.tokens.len()).sum();
         assert!(valid <= padded, "{valid} tokens do not fit into {padded} rows");
-        let phase = Phase::of(batch);
+        assert!(phase == Phase::Prefill || Phase::of(batch) == phase, "a decode has one new token a sequence");
         self.stage_tokens(batch, padded, write_kv);
         let mut sections = Sections { buffer: &self.sections, end: 0 };
         let captured = sections.captured(phase, padded, &self.decode_pages, self.decode_plan)?;
@@ -422,7 +424,7 @@ mod tests {
         let mut buffers = InputBuffers::new(&device, LIMITS, 4, DecodePlan::new(&device, 4, 2)).expect("buffers");
         let params = SamplingParams::greedy();
         let batch = [input(&[7, 8, 9], 3, &[5, 2], &params), input(&[6], 0, &[1], &params)];
-        let live = buffers.fill(&mut runner, &batch, 6, true).expect("filled");
+        let live = buffers.fill(&mut runner, &batch, Phase::Prefill, 6, true).expect("filled");
         let tokens = buffers.token_inputs(Phase::Prefill, 6).expect("views");
         let mut read = |tensor: &Tensor| runner.read::<i32>(tensor).expect("read");
         assert_eq!(read(&tokens.token_ids), [7, 8, 9, 6, 0, 0]);
@@ -443,7 +445,7 @@ mod tests {
         let mut buffers = InputBuffers::new(&device, LIMITS, 4, DecodePlan::new(&device, 4, 2)).expect("buffers");
         let params = SamplingParams::greedy();
         let batch = [input(&[7], 3, &[5], &params), input(&[6], 4, &[1, 3], &params)];
-        let live = buffers.fill(&mut runner, &batch, 4, false).expect("filled");
+        let live = buffers.fill(&mut runner, &batch, Phase::Decode, 4, false).expect("filled");
         assert!(live.phase() == Phase::Decode && live.num_sequences() == 2);
         let tokens = buffers.token_inputs(Phase::Decode, 4).expect("views");
         let decode = tokens.decode.expect("a decode");
@@ -462,8 +464,8 @@ mod tests {
         let mut buffers = InputBuffers::new(&device, LIMITS, 4, DecodePlan::new(&device, 4, 2)).expect("buffers");
         let (params, pages) = (SamplingParams::greedy(), [0, 1, 2, 3]);
         let prefill = [input(&[1, 2], 14, &pages, &params); 8];
-        buffers.fill(&mut runner, &prefill, 16, true).expect("the largest prefill");
+        buffers.fill(&mut runner, &prefill, Phase::Prefill, 16, true).expect("the largest prefill");
         let decode = [input(&[1], 15, &pages, &params); 8];
-        buffers.fill(&mut runner, &decode, 8, true).expect("the largest decode");
+        buffers.fill(&mut runner, &decode, Phase::Decode, 8, true).expect("the largest decode");
     }
 }

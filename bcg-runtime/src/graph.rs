@@ -37,8 +37,8 @@ pub struct GraphOptions {
     /// somebody forgot to annotate.
     pub expected_breaks: Option<usize>,
     /// Segments with the same kernels in the same order, such as those of a model's layers, share one executable, which
-    /// is updated before each launch. On an H200 that saves about 0.1 MiB of device memory a segment and costs 0.7 µs of
-    /// host time a launch (docs/BENCHMARKS.md): for sizes whose forward takes much longer than that.
+    /// is updated before each launch. On an H200 that saves about 0.1 MiB of device memory a segment and costs 0.7 to 5 µs of
+    /// host time a launch (docs/BENCHMARKS.md): for sizes whose kernels take much longer than that.
     pub shares_executables: bool,
 }
 

@@ -42,7 +42,7 @@ pub type GraphStats = GraphCacheStats;
 /// New tokens of one sequence of a dummy batch: attention costs little then.
 const DUMMY_SEQUENCE_TOKENS: usize = 128;
 
-/// Rows from which the layers' segments share executables: updating them costs less than 1 % of such a forward.
+/// Rows from which the layers' segments share executables: kernels then take longer than the host does with the updates.
 const SHARE_EXECUTABLES_FROM: usize = 512;
 
 /// A loaded model with its KV cache, its graphs and the stream they run on.
@@ -192,7 +192,7 @@ impl ModelRunner {
             Phase::Decode => 1,
         };
         self.with_dummy(size, longest, |runner, dummy| {
-            let batch = runner.inputs.fill(&mut runner.runner, dummy, size, false)?;
+            let batch = runner.inputs.fill(&mut runner.runner, dummy, phase, size, false)?;
             let forward = runner.forward(phase, size)?;
             let (graphs, runner) = runner.graphs_and_runner(phase);
             graphs.capture_ahead(size, runner, &batch, forward)
@@ -244,13 +244,13 @@ impl ModelRunner {
         let (phase, rows) = (Phase::of(batch), batch.iter().map(|sequence| sequence.tokens.len()).sum());
         match self.graphs_and_runner(phase).0.decide(rows) {
             Decision::Replay { size } => {
-                let live = self.inputs.fill(&mut self.runner, batch, size, true)?;
+                let live = self.inputs.fill(&mut self.runner, batch, phase, size, true)?;
                 let (graphs, runner) = self.graphs_and_runner(phase);
                 let hidden = graphs.replay(size, runner, &live)?;
                 Ok((live, hidden))
             }
             Decision::Capture { size } => {
-                let live = self.inputs.fill(&mut self.runner, batch, size, true)?;
+                let live = self.inputs.fill(&mut self.runner, batch, phase, size, true)?;
                 let forward = self.forward(phase, size)?;
                 let (graphs, runner) = self.graphs_and_runner(phase);
                 match graphs.capture(size, runner, &live, forward) {
@@ -269,7 +269,7 @@ impl ModelRunner {
         phase: Phase,
         rows: usize,
     ) -> Result<(ForwardBatch, Tensor)> {
-        let live = self.inputs.fill(&mut self.runner, batch, rows, true)?;
+        let live = self.inputs.fill(&mut self.runner, batch, phase, rows, true)?;
         let forward = self.forward(phase, rows)?;
         let hidden = self.runner.eager(&live, forward)?;
         Ok((live, hidden))
@@ -307,10 +307,10 @@ impl ModelRunner {
         let largest = |phase| self.graph_sizes(phase).last().copied();
         let prefill = largest(Phase::Prefill).unwrap_or(DUMMY_SEQUENCE_TOKENS).min(self.options.max_batch_tokens);
         let decode = largest(Phase::Decode).unwrap_or(0).max(self.options.max_running_requests);
-        for (rows, longest) in [(prefill, DUMMY_SEQUENCE_TOKENS), (decode, 1)] {
+        for (phase, rows, longest) in [(Phase::Prefill, prefill, DUMMY_SEQUENCE_TOKENS), (Phase::Decode, decode, 1)] {
             self.with_dummy(rows, longest, |runner, dummy| {
-                let live = runner.inputs.fill(&mut runner.runner, dummy, rows, false)?;
-                let forward = runner.forward(Phase::of(dummy), rows)?;
+                let live = runner.inputs.fill(&mut runner.runner, dummy, phase, rows, false)?;
+                let forward = runner.forward(phase, rows)?;
                 let hidden = runner.runner.eager(&live, forward)?;
                 let sampling = runner.inputs.fill_sampling(&mut runner.runner, dummy)?;
                 let model = Arc::clone(&runner.model);
