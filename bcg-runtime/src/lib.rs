@@ -67,7 +67,6 @@ mod segment;
 mod shape;
 mod stream;
 mod tensor;
-mod tensor_map;
 mod upload;
 
 pub use arena::ArenaStats;
@@ -90,7 +89,6 @@ pub use matmul::{MatmulTuning, TunedMatmul};
 pub use runner::{Runner, RunnerOptions, RunnerStats};
 pub use stream::{CaptureStream, SideStream};
 pub use tensor::Tensor;
-pub use tensor_map::{TensorMap, TensorMapSpec};
 pub use upload::{UploadOptions, UploadSource, Uploader};
 
 /// What the macros expand to. Not part of the public interface.

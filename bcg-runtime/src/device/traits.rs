@@ -17,7 +17,7 @@ use std::fmt;
 
 use crate::launch::Launch;
 use crate::matmul::MatmulTuning;
-use crate::{DType, DeviceKind, DevicePtr, KernelRun, MemoryInfo, Result, TensorMap, TensorMapSpec};
+use crate::{DType, DeviceKind, DevicePtr, KernelRun, MemoryInfo, Result};
 
 macro_rules! handles {
     ($($(#[$doc:meta])* $name:ident),*) => { $(
@@ -222,8 +222,6 @@ pub(crate) trait Backend:
     /// The architecture that kernels are compiled for; `None` on the host device.
     fn compute_capability(&self) -> Option<bcg_kernels::Arch>;
     fn num_multiprocessors(&self) -> u32;
-    /// Encodes a tensor map, whose ranks agree; zeros on the host device.
-    fn tensor_map(&self, spec: &TensorMapSpec<'_>) -> Result<TensorMap>;
     /// Compiles and loads kernels ahead of their first launch, in parallel where that helps.
     fn prepare(&self, kernels: &[&'static dyn crate::launch::AnyKernel]) -> Result<()>;
     /// Calls `f`, which waits for its work, and returns the kernels that ran meanwhile.

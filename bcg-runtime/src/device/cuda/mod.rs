@@ -34,7 +34,7 @@ use cudarc::driver::sys::CUdevice_attribute as Attribute;
 
 use super::traits::Backend;
 use crate::launch::AnyKernel;
-use crate::{DeviceKind, Error, KernelRun, Result, TensorMap, TensorMapSpec};
+use crate::{DeviceKind, Error, KernelRun, Result};
 use matmul::Matmuls;
 use module::Modules;
 use sys::{Driver, Relaxed};
@@ -278,10 +278,6 @@ impl Backend for CudaBackend {
 
     fn num_multiprocessors(&self) -> u32 {
         self.num_multiprocessors
-    }
-
-    fn tensor_map(&self, spec: &TensorMapSpec<'_>) -> Result<TensorMap> {
-        self.driver.tensor_map(spec)
     }
 
     fn prepare(&self, kernels: &[&'static dyn AnyKernel]) -> Result<()> {

@@ -20,8 +20,7 @@ use std::sync::OnceLock;
 use cudarc::driver::sys;
 
 use crate::device::traits::RowCopy;
-use crate::tensor_map::TENSOR_MAP_RANK_MAX;
-use crate::{DType, Error, Result, TensorMap, TensorMapSpec};
+use crate::{Error, Result};
 
 // Handles are opaque pointers that travel as `u64`: the same size, and passed in the same register.
 const _: () = assert!(size_of::<usize>() == 8, "the driver's handles are passed as 64-bit numbers");
@@ -134,7 +133,6 @@ driver! {
     cuFuncGetParamInfo(u64, usize, *mut usize, *mut usize);
     cuFuncGetAttribute(*mut i32, u32, u64);
     cuFuncSetAttribute(u64, u32, i32);
-    cuTensorMapEncodeTiled(*mut TensorMapBytes, u32, u32, u64, *const u64, *const u64, *const u32, *const u32, u32, u32, u32, u32);
     cuLaunchKernelEx(*const sys::CUlaunchConfig, u64, *mut *mut c_void, *mut *mut c_void);
 }
 
@@ -641,45 +639,8 @@ impl Driver {
     }
 }
 
-/// Where the driver writes a tensor map: it asks for this alignment.
-#[repr(align(64))]
-struct TensorMapBytes([u64; 16]);
-
 /// Modules and kernels.
 impl Driver {
-    pub(super) fn tensor_map(&self, spec: &TensorMapSpec<'_>) -> Result<TensorMap> {
-        use sys::{CUtensorMapDataType as Type, CUtensorMapL2promotion as Promotion, CUtensorMapSwizzle as Swizzle};
-        let dtype = match spec.dtype {
-            DType::Bf16 => Type::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-            DType::F16 => Type::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-            DType::F32 => Type::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
-            DType::I32 => Type::CU_TENSOR_MAP_DATA_TYPE_INT32,
-            DType::I64 => Type::CU_TENSOR_MAP_DATA_TYPE_INT64,
-            DType::U8 => Type::CU_TENSOR_MAP_DATA_TYPE_UINT8,
-        };
-        let mut map = TensorMapBytes([0; 16]);
-        let steps = [1u32; TENSOR_MAP_RANK_MAX];
-        // SAFETY: `map` is writable and aligned as asked; the slices have as many elements as the rank says, one less for
-        // the strides (`CaptureStream::tensor_map` checks), and are readable for the call, which only encodes the address.
-        unsafe {
-            call!(self.cuTensorMapEncodeTiled(
-                &raw mut map,
-                dtype as u32,
-                spec.dims.len() as u32,
-                spec.address.0,
-                spec.dims.as_ptr(),
-                spec.strides_bytes.as_ptr(),
-                spec.box_dims.as_ptr(),
-                steps.as_ptr(),
-                0, // no interleave
-                Swizzle::CU_TENSOR_MAP_SWIZZLE_128B as u32,
-                Promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B as u32,
-                0, // zeros outside of the tensor
-            ))
-        }?;
-        Ok(TensorMap(map.0))
-    }
-
     /// Loads a cubin.
     ///
     /// # Safety

@@ -36,7 +36,7 @@ pub use memory::HostMemory;
 
 use super::traits::Backend;
 use crate::launch::AnyKernel;
-use crate::{DeviceKind, Error, KernelRun, Result, TensorMap, TensorMapSpec};
+use crate::{DeviceKind, Error, KernelRun, Result};
 use capture::Capture;
 use event::EventState;
 use fault::Faults;
@@ -171,10 +171,6 @@ impl Backend for HostBackend {
 
     fn num_multiprocessors(&self) -> u32 {
         4
-    }
-
-    fn tensor_map(&self, _spec: &TensorMapSpec<'_>) -> Result<TensorMap> {
-        Ok(TensorMap::default())
     }
 
     /// Refuses: nothing here runs on a GPU.
