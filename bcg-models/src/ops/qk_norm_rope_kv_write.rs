@@ -139,7 +139,7 @@ pub fn qk_norm_rope_kv_write(cx: &mut CaptureStream, input: &QkNormRopeKvWrite<'
     let kernel = QK_NORM_ROPE_KV_WRITE.get(CHECK, "qkv", dtype)?;
     let q_heads = heads - 2 * kv_heads;
     let group = (head_dim / 2 / pack_len(dtype)).next_power_of_two();
-    let dims = CHECK.block_per_row(qkv, block_threads(heads, group))?;
+    let dims = CHECK.block_per_row(qkv, block_threads(tokens, heads, group))?;
     let q_out = cx.empty(&[tokens, q_heads * head_dim], dtype)?;
     let args = QkNormRopeKvWriteArgs {
         qkv: cx.addr(qkv)?,
@@ -165,10 +165,11 @@ pub fn qk_norm_rope_kv_write(cx: &mut CaptureStream, input: &QkNormRopeKvWrite<'
     Ok(q_out)
 }
 
-/// The threads of a token's block: `group` lanes for each head, in as few equal turns as registers allow.
-fn block_threads(heads: usize, group: usize) -> u32 {
-    const THREADS_MAX: usize = 768;
-    let turns = (heads * group).div_ceil(THREADS_MAX);
+/// The threads of a token's block: `group` lanes for each head, in as few equal turns as registers allow. Where there are
+/// tokens enough to fill the device, more blocks with a few turns each are faster.
+fn block_threads(tokens: usize, heads: usize, group: usize) -> u32 {
+    let threads_max = if tokens < 1024 { 768 } else { 192 };
+    let turns = (heads * group).div_ceil(threads_max);
     (heads.div_ceil(turns) * group).next_multiple_of(32) as u32
 }
 
@@ -224,10 +225,11 @@ mod tests {
 
     #[test]
     fn a_block_has_lanes_for_its_heads_and_fits() {
-        assert_eq!(block_threads(48, 8), 384, "one turn");
-        assert_eq!(block_threads(80, 16), 640, "two equal turns");
-        assert_eq!(block_threads(3, 2), 32, "whole warps");
-        assert!((1..500).all(|heads| block_threads(heads, 32) <= 768));
+        assert_eq!(block_threads(1, 48, 8), 384, "one turn");
+        assert_eq!(block_threads(1, 80, 16), 640, "two equal turns");
+        assert_eq!(block_threads(1, 3, 2), 32, "whole warps");
+        assert_eq!(block_threads(2048, 48, 8), 192, "two turns of many tokens");
+        assert!((1..500).all(|heads| block_threads(1, heads, 32) <= 768));
     }
 
     #[test]
