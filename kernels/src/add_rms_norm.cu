@@ -1,6 +1,6 @@
 // One block per row, which its threads keep in registers if it fits. Host reference, shapes and geometry:
 // bcg-models/src/ops/add_rms_norm.rs.
-#include "bcg.cuh"
+#include "rms_norm.cuh"
 
 struct AddRmsNormArgs {
     const void* x;
@@ -13,8 +13,6 @@ struct AddRmsNormArgs {
     u32 columns;
     float eps;
 };
-
-constexpr u32 PACKS = 2;  // that a thread keeps
 
 template <typename T, bool WIDE> BCG_DEVICE void add_rms_norm(const AddRmsNormArgs& a) {
     constexpr u32 LEN = Pack<T>::LEN;
@@ -48,22 +46,7 @@ template <typename T, bool WIDE> BCG_DEVICE void add_rms_norm(const AddRmsNormAr
             store_pack<WIDE>(sum, first + p * step, a.columns, values[p]);
         }
     }
-    squares = block_reduce(squares, 0.0f, Sum());
-    float scale = 1.0f / sqrtf(squares / (float)a.columns + a.eps);
-    for (u32 first = mine; first < a.columns; first += tile) {
-#pragma unroll
-        for (u32 p = 0; p < PACKS; p++) {
-            u32 c = first + p * step;
-            if (a.columns > tile) {  // each thread reads back what it wrote
-                values[p] = load_pack<WIDE>(sum, c, a.columns);
-                weights[p] = load_pack<WIDE>(weight, c, a.columns);
-            }
-            float out[LEN];
-#pragma unroll
-            for (u32 e = 0; e < LEN; e++) out[e] = round_to<T>(get(values[p], e) * scale) * get(weights[p], e);
-            store_pack<WIDE>(normed, c, a.columns, pack<T>(out));
-        }
-    }
+    store_normed<T, WIDE>(normed, sum, weight, values, weights, a.columns, squares, a.eps);
 }
 
 template <typename T> BCG_DEVICE void add_rms_norm(const AddRmsNormArgs& a) {

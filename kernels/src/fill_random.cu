@@ -1,5 +1,5 @@
 // Threads stride over all elements. Host reference, shapes and geometry: bcg-models/src/ops/fill_random.rs.
-#include "bcg.cuh"
+#include "random.cuh"
 
 struct FillRandomArgs {
     void* x;
@@ -13,10 +13,7 @@ template <typename T> BCG_DEVICE void fill_random(const FillRandomArgs& a) {
     T* x = (T*)a.x;
     i64 step = (i64)gridDim.x * blockDim.x;
     for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < a.elements; i += step) {
-        u64 z = a.key + (u64)i * 0x9e3779b97f4a7c15ull;
-        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-        z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-        z ^= z >> 31;
+        u64 z = mix(a.key + (u64)i * GOLDEN);
         i32 sum = (i32)(z & 0xffff) + (i32)(z >> 16 & 0xffff) + (i32)(z >> 32 & 0xffff) + (i32)(z >> 48);
         x[i] = from_f32<T>(__fmaf_rn((float)(sum - 131070), a.scale, a.mean));
     }

@@ -54,6 +54,8 @@ pub const HEADERS: &[(&str, &str)] = &[
     ("mma.cuh", include_str!("../include/mma.cuh")),
     ("paged_attention.cuh", include_str!("../include/paged_attention.cuh")),
     ("prefill.cuh", include_str!("../include/prefill.cuh")),
+    ("random.cuh", include_str!("../include/random.cuh")),
+    ("rms_norm.cuh", include_str!("../include/rms_norm.cuh")),
 ];
 
 /// Declares one static per source file, and [`ALL`].

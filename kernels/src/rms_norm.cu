@@ -1,6 +1,6 @@
 // One block per row, which its threads keep in registers if it fits. Host reference, shapes and geometry:
 // bcg-models/src/ops/rms_norm.rs.
-#include "bcg.cuh"
+#include "rms_norm.cuh"
 
 struct RmsNormArgs {
     const void* x;
@@ -10,8 +10,6 @@ struct RmsNormArgs {
     u32 columns;
     float eps;
 };
-
-constexpr u32 PACKS = 2;  // that a thread keeps
 
 template <typename T, bool WIDE> BCG_DEVICE void rms_norm(const RmsNormArgs& a) {
     constexpr u32 LEN = Pack<T>::LEN;
@@ -33,22 +31,7 @@ template <typename T, bool WIDE> BCG_DEVICE void rms_norm(const RmsNormArgs& a) 
 #pragma unroll
             for (u32 e = 0; e < LEN; e++) sum += get(values[p], e) * get(values[p], e);
     }
-    sum = block_reduce(sum, 0.0f, Sum());
-    float scale = 1.0f / sqrtf(sum / (float)a.columns + a.eps);
-    for (u32 first = mine; first < a.columns; first += tile) {
-#pragma unroll
-        for (u32 p = 0; p < PACKS; p++) {
-            u32 c = first + p * step;
-            if (a.columns > tile) {
-                values[p] = load_pack<WIDE>(x, c, a.columns);
-                weights[p] = load_pack<WIDE>(weight, c, a.columns);
-            }
-            float normed[LEN];
-#pragma unroll
-            for (u32 e = 0; e < LEN; e++) normed[e] = round_to<T>(get(values[p], e) * scale) * get(weights[p], e);
-            store_pack<WIDE>(out, c, a.columns, pack<T>(normed));
-        }
-    }
+    store_normed<T, WIDE>(out, x, weight, values, weights, a.columns, sum, a.eps);
 }
 
 template <typename T> BCG_DEVICE void rms_norm(const RmsNormArgs& a) {

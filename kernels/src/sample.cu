@@ -1,6 +1,7 @@
 // A cluster of blocks per row. Temperature, then top-k, then top-p, then min-p, then the Gumbel maximum of what is left.
 // Host reference, shapes and geometry: bcg-models/src/ops/sample.rs.
 #include "logit_search.cuh"
+#include "random.cuh"
 
 struct SampleArgs {
     const float* logits;
@@ -15,15 +16,6 @@ struct SampleArgs {
     u32 columns;
     u32 num_kept;  // quads of a thread in dynamic shared memory: its whole share of the row, or none
 };
-
-constexpr u64 GOLDEN = 0x9e3779b97f4a7c15ull;
-
-// 64 random bits for each counter: the same on the host.
-BCG_DEVICE u64 mix(u64 z) {
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-    return z ^ (z >> 31);
-}
 
 // The number in (0, 1) that 23 bits make.
 BCG_DEVICE float uniform(u32 bits) { return ((float)bits + 0.5f) * (1.0f / 8388608.0f); }

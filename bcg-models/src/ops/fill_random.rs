@@ -5,13 +5,13 @@ use bytemuck::{AnyBitPattern, NoUninit};
 
 use super::check::Check;
 use super::float::{Float, PerFloat, per_float};
+use super::random::{GOLDEN, mix};
 
 const CHECK: Check = Check::new("fill_random");
 
 /// Four 16-bit numbers have this sum on average; the standard deviation of the sum is 65536 / sqrt(3).
 const MEAN_OF_SUM: i32 = 131_070;
 const STD_OF_SUM: f64 = 37_837.227_1;
-const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 const THREADS: u32 = 256;
 /// Blocks that fill any device; their threads take several elements each.
 const BLOCKS_MAX: usize = 8192;
@@ -68,13 +68,6 @@ pub fn fill_random(cx: &mut CaptureStream, x: &Tensor, seed: u64, mean: f32, std
         scale: (f64::from(std) / STD_OF_SUM) as f32,
     };
     cx.launch(kernel, Dims::linear(blocks as u32, THREADS), args)
-}
-
-/// Scrambles 64 bits (SplitMix64).
-fn mix(z: u64) -> u64 {
-    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }
 
 fn host<T: Float>(a: &FillRandomArgs, _dims: &Dims, memory: &HostMemory<'_>) -> Result<()> {

@@ -19,6 +19,7 @@ mod check;
 mod decode_plan;
 mod float;
 mod paged_kv;
+mod random;
 
 mod add_rms_norm;
 mod argmax;

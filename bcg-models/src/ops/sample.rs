@@ -7,6 +7,7 @@ use super::argmax::largest;
 use super::check::Check;
 use super::float::row;
 use super::logits;
+use super::random::{GOLDEN, mix};
 
 const CHECK: Check = Check::new("sample");
 
@@ -173,15 +174,6 @@ fn kept(scaled: &[f32], top_k: i32, top_p: f32, min_p: f32) -> Vec<usize> {
 /// A weight in 0..=1 as a whole number, so that sums of weights have no order.
 fn fixed(weight: f32) -> u64 {
     (f64::from(weight) * (1u64 << 44) as f64).round_ties_even() as u64
-}
-
-const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
-
-/// The output function of SplitMix64.
-fn mix(mut z: u64) -> u64 {
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }
 
 /// A number in (0, 1) for each stream and token, with 23 random bits.

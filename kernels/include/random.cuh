@@ -1,0 +1,13 @@
+// Random bits that depend on a counter alone, by SplitMix64. Rust twin: bcg-models/src/ops/random.rs.
+#pragma once
+#include "bcg.cuh"
+
+// From one counter to the next.
+constexpr u64 GOLDEN = 0x9e3779b97f4a7c15ull;
+
+// 64 random bits for each counter: the same on the host.
+BCG_DEVICE u64 mix(u64 z) {
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return z ^ (z >> 31);
+}
