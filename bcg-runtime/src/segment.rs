@@ -7,7 +7,7 @@ use crate::arena::{BlockRecord, FrozenTensor};
 use crate::capture::breaks::BreakSite;
 use crate::device::traits::NodeCounts;
 use crate::device::{Graph, GraphExec, Stream};
-use crate::{Eager, Result};
+use crate::{Eager, Error, Result};
 
 /// One executable graph, or nothing where no work was captured.
 #[derive(Debug)]
@@ -48,7 +48,11 @@ impl Segment {
             Executable::Shared { exec, graph, segment } => {
                 // Replays of one graph never overlap on the host: they borrow its runner.
                 if exec.holds.load(Ordering::Relaxed) != *segment {
-                    exec.exec.update(graph)?;
+                    if !exec.exec.update(graph)? {
+                        let what = "the driver no longer updates a shared executable to this segment, as it did at \
+                                    capture; capture again without GraphOptions::shares_executables";
+                        return Err(Error::other(what));
+                    }
                     exec.holds.store(*segment, Ordering::Relaxed);
                 }
                 exec.exec.launch(stream)
@@ -97,4 +101,29 @@ pub(crate) struct Break<L> {
 pub(crate) enum Step<L> {
     Segment(Segment),
     Break(Break<L>),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Device;
+    use crate::device::Allocation;
+
+    #[test]
+    fn a_shared_executable_that_cannot_be_updated_is_never_launched() -> Result<()> {
+        let device = Device::host();
+        let (stream, memory) = (Stream::new(&device, "main")?, Allocation::new(&device, 4)?);
+        let captured = |num_fills: usize| {
+            device.backend().begin_capture(stream.handle())?;
+            (0..num_fills).try_for_each(|_| device.backend().fill_u8(stream.handle(), memory.ptr(), 1, 4))?;
+            Graph::end_capture(&stream)
+        };
+        let (one, two) = (captured(1)?, captured(2)?);
+        let exec = Arc::new(SharedExec { exec: one.instantiate()?, holds: AtomicUsize::new(0) });
+        let exec = Executable::Shared { exec, graph: two, segment: 1 };
+        let segment = Segment { exec, nodes: NodeCounts::default(), kernels: Vec::new() };
+        let refused = segment.launch(&stream).expect_err("another structure");
+        assert!(refused.to_string().contains("shares_executables"), "{refused}");
+        Ok(())
+    }
 }
