@@ -7,8 +7,8 @@
 use std::sync::Arc;
 
 use bcg_runtime::{
-    BreakableCudaGraph, Context, DType, Device, Eager, Error, LiveObjects, PinnedBuffer, Result, Runner, RunnerOptions,
-    Tensor, eager_on_graph,
+    BreakableCudaGraph, Context, DType, Device, Eager, Error, GraphOptions, LiveObjects, PinnedBuffer, Result, Runner,
+    RunnerOptions, Tensor, eager_on_graph,
 };
 use bcg_tests::conformance::fixture::{Batch, Graph, assert_usable, batch, failure, iota, padded, scaled, step};
 use bcg_tests::conformance::kernels::{axpy, count};
@@ -211,6 +211,47 @@ fn each_call_of_a_replay_fails_once_and_the_graph_stays() {
         },
         |state| &mut state.runner,
     );
+}
+
+#[test]
+fn each_call_of_a_capture_with_shared_executables_and_of_its_replay_fails_once() {
+    let live = padded(3.0, 4, SIZE);
+    let layers = |x: Tensor| {
+        move |cx: &mut Context<'_, Batch>| {
+            (0..3).try_fold(x.clone(), |x, _| {
+                let y = step(cx, &x)?;
+                scaled(cx, &y)
+            })
+        }
+    };
+    let expected = {
+        let rig = Rig::new();
+        let mut runner = rig.runner();
+        let output = runner.eager(&live, layers(iota(&rig.device, &[SIZE, 4], 1.0))).expect("an eager run");
+        runner.read::<f32>(&output).expect("a read")
+    };
+    let updates = std::cell::Cell::new(0);
+    fail_each_call(
+        "shared",
+        |rig| {
+            let options = GraphOptions { shares_executables: true, ..GraphOptions::default() };
+            let forward = layers(iota(&rig.device, &[SIZE, 4], 1.0));
+            let mut runner = rig.runner();
+            runner.eager(&live, &forward).expect("the arena gets its size");
+            (State { runner, graph: BreakableCudaGraph::with_options("shared", options), forward }, rig.device.clone())
+        },
+        |(state, device)| {
+            let control = device.host_control().expect("a host device");
+            let mark = control.num_calls();
+            state.graph.capture_ahead(&mut state.runner, &live, state.forward.clone())?;
+            let output = state.graph.replay(&mut state.runner, &live)?;
+            let calls = control.calls_since(mark);
+            updates.set(updates.get() + calls.iter().filter(|call| **call == "cuGraphExecUpdate").count());
+            check(&mut state.runner, &output, &expected)
+        },
+        |(state, _)| &mut state.runner,
+    );
+    assert!(updates.get() > 0, "equal segments share an executable");
 }
 
 #[test]
