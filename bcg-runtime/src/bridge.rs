@@ -330,14 +330,14 @@ bridge_tuples! {
 
 /// Zeroes the padded rows of the outputs that have them (law L11).
 pub(crate) fn scrub(stream: &mut CaptureStream, bridges: &[FrozenTensor], rows: Option<Rows>) -> Result<()> {
-    let Some(Rows { valid, padded }) = rows.filter(|rows| rows.valid < rows.padded) else { return Ok(()) };
+    let Some(Rows { padded, .. }) = rows.filter(|rows| rows.valid < rows.padded) else { return Ok(()) };
     for bridge in bridges {
         if bridge.shape.dims()[0] != padded {
             continue;
         }
         let size = bridge.dtype.size_bytes();
         let row_bytes = bridge.shape.row_elements() * size;
-        stream.scrub_rows(bridge.ptr, row_bytes, bridge.row_stride * size, valid..padded)?;
+        stream.scrub_rows(bridge.ptr, padded, row_bytes, bridge.row_stride * size)?;
     }
     Ok(())
 }

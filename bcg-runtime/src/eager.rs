@@ -4,6 +4,7 @@ use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::replay::record::{self, Needs};
 use crate::tensor::{read_rows, write_rows};
 use crate::{Context, Element, LiveBatch, Result, Runner, Tensor};
 
@@ -55,9 +56,9 @@ impl<'a, L: LiveBatch> Eager<'a, L> {
     /// work waited for.
     pub fn read<T: Element>(&mut self, tensor: &Tensor) -> Result<Vec<T>> {
         tensor.check_dtype("Eager::read", T::DTYPE)?;
-        self.stream.check_runs("Eager::read")?;
+        record::leave(self.device(), "Eager::read", Needs::Results)?;
         let ptr = self.addr(tensor)?;
-        read_rows(self.stream.main().as_ref(), tensor, ptr)
+        read_rows(self.stream.main().stream_ref(), tensor, ptr)
     }
 
     /// Enqueues a copy of `data`, in row-major order, into a tensor. `data` may be reused at once.
@@ -66,9 +67,9 @@ impl<'a, L: LiveBatch> Eager<'a, L> {
     /// [`crate::Error::Shape`] if dtype or length differ; those of [`crate::CaptureStream::addr`]; the driver's.
     pub fn upload<T: Element>(&mut self, tensor: &Tensor, data: &[T]) -> Result<()> {
         tensor.check_dtype("Eager::upload", T::DTYPE)?;
-        self.stream.check_runs("Eager::upload")?;
+        record::leave(self.device(), "Eager::upload", Needs::Results)?;
         let ptr = self.addr(tensor)?;
-        write_rows("Eager::upload", self.stream.main().as_ref(), tensor, ptr, bytemuck::cast_slice(data))
+        write_rows("Eager::upload", self.stream.main().stream_ref(), tensor, ptr, bytemuck::cast_slice(data))
     }
 
     /// Waits until the work enqueued so far has run.
@@ -76,7 +77,6 @@ impl<'a, L: LiveBatch> Eager<'a, L> {
     /// # Errors
     /// The first error of that work.
     pub fn synchronize(&mut self) -> Result<()> {
-        self.stream.check_runs("Eager::synchronize")?;
         self.stream.main().synchronize()
     }
 }

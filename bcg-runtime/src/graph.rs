@@ -9,7 +9,9 @@ use crate::capture::recorder::{CaptureGuard, CaptureMode, Recorder};
 use crate::device::PinnedBuffer;
 use crate::freeze::Claims;
 use crate::generation::Stamp;
-use crate::replay::{chain, verify};
+use crate::replay::heal::Healer;
+use crate::replay::record::Span;
+use crate::replay::{self, ReplayMode, ReplayPath, record, verify};
 use crate::segment::Step;
 use crate::tensor::{PersistentBuffer, foreign};
 use crate::{CaptureStream, Context, Error, Freeze, LiveBatch, Result, Runner};
@@ -75,6 +77,7 @@ pub struct GraphOptions {
 pub struct BreakableCudaGraph<L: LiveBatch, O: Freeze> {
     name: String,
     options: GraphOptions,
+    last_replay: Option<ReplayPath>,
     captured: Result<Captured<L, O>, &'static str>,
 }
 
@@ -87,6 +90,7 @@ pub(crate) struct Captured<L, O: Freeze> {
 
 /// Steps and what they point at. Field order is teardown order: executables before the memory they use.
 pub(crate) struct Recording<L, O: Freeze> {
+    pub(crate) healer: Healer,
     pub(crate) steps: Vec<Step<L>>,
     pub(crate) output: O::Frozen,
     pub(crate) stamps: Vec<Stamp>,
@@ -106,7 +110,7 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
 
     /// As [`BreakableCudaGraph::new`], with options.
     pub fn with_options(name: impl Into<String>, options: GraphOptions) -> Self {
-        Self { name: name.into(), options, captured: Err("it was never captured") }
+        Self { name: name.into(), options, last_replay: None, captured: Err("it was never captured") }
     }
 
     /// Returns the graph's name.
@@ -190,15 +194,13 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
     /// # Errors
     /// [`Error::NotCaptured`] without a successful capture; [`Error::Generation`] if something the graph uses was
     /// replaced; [`Error::Break`] or [`Error::Segment`] for what fails on the way. After an error there is no output.
-    pub fn replay(&self, runner: &mut Runner, live: &L) -> Result<O> {
-        let captured = self.captured()?;
-        match &captured.recording {
-            None => runner.eager(live, &captured.forward),
-            Some(recording) => {
-                self.check_arena(recording, runner)?;
-                chain::replay(recording, runner.stream_mut(), live)
-            }
-        }
+    pub fn replay(&mut self, runner: &mut Runner, live: &L) -> Result<O> {
+        let captured = Self::captured(&mut self.captured, &self.name)?;
+        let Some(recording) = &mut captured.recording else { return runner.eager(live, &captured.forward) };
+        check_arena(&self.name, &recording.arena, runner)?;
+        let (output, path) = replay::replay(recording, runner.stream_mut(), live)?;
+        self.last_replay = Some(path);
+        Ok(output)
     }
 
     /// Replays, then runs the same forward eagerly, and compares them bit for bit at every break and at the end.
@@ -207,15 +209,18 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
     ///
     /// # Errors
     /// [`Error::Mismatch`] naming the first segment or output that differs; those of both runs.
-    pub fn replay_verified(&self, runner: &mut Runner, live: &L) -> Result<O> {
-        let captured = self.captured()?;
-        match &captured.recording {
-            None => runner.eager(live, &captured.forward),
-            Some(recording) => {
-                self.check_arena(recording, runner)?;
-                verify::replay(&self.name, captured, recording, runner, live)
-            }
-        }
+    pub fn replay_verified(&mut self, runner: &mut Runner, live: &L) -> Result<O> {
+        let Captured { forward, recording } = Self::captured(&mut self.captured, &self.name)?;
+        let Some(recording) = recording else { return runner.eager(live, forward) };
+        check_arena(&self.name, &recording.arena, runner)?;
+        let (output, path) = verify::replay(&self.name, forward, recording, runner, live)?;
+        self.last_replay = Some(path);
+        Ok(output)
+    }
+
+    /// Returns how the last replay that succeeded went, if there was one.
+    pub fn last_replay(&self) -> Option<ReplayPath> {
+        self.last_replay
     }
 
     /// Drops the capture: its executables, its frozen arguments and its share of what they use.
@@ -237,17 +242,20 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
         description
     }
 
-    fn captured(&self) -> Result<&Captured<L, O>> {
-        self.captured.as_ref().map_err(|&reason| Error::NotCaptured { name: self.name.clone(), reason })
+    fn captured<'a>(
+        captured: &'a mut Result<Captured<L, O>, &'static str>,
+        name: &str,
+    ) -> Result<&'a mut Captured<L, O>> {
+        captured.as_mut().map_err(|reason| Error::NotCaptured { name: name.to_owned(), reason })
     }
+}
 
-    fn check_arena(&self, recording: &Recording<L, O>, runner: &mut Runner) -> Result<()> {
-        let arena = runner.stream_mut().arena();
-        if arena.is(&recording.arena) {
-            return Ok(());
-        }
-        Err(foreign(&format!("graph `{}` on {:?}", self.name, recording.arena), &format!("{arena:?}")))
+fn check_arena(graph: &str, recorded: &crate::arena::Arena, runner: &mut Runner) -> Result<()> {
+    let arena = runner.stream_mut().arena();
+    if arena.is(recorded) {
+        return Ok(());
     }
+    Err(foreign(&format!("graph `{graph}` on {recorded:?}"), &format!("{arena:?}")))
 }
 
 impl<L: LiveBatch, O: Freeze> fmt::Debug for BreakableCudaGraph<L, O> {
@@ -274,16 +282,18 @@ fn record<L: LiveBatch, O: Freeze>(
         forward(&mut cx)
     };
     let result = catch_panic(run).map_err(|error| error.in_segment(guard.recorder.segment_index()));
-    if let Some(what) = guard.stream.needs_run.take() {
+    if let Some(what) = record::needs_run() {
         return Err(Error::NeedsRun { what });
     }
     let output = result?;
     let mut claims = Claims::new(guard.stream);
     let frozen_output = output.freeze(&mut claims).map_err(|error| error.in_segment(guard.recorder.segment_index()))?;
     let arena = guard.stream.arena().clone();
-    let Recorder { steps, retained, pinned, stamps, .. } = guard.seal()?;
+    let Recorder { mut steps, spans, retained, pinned, stamps, .. } = guard.seal()?;
     check_census(&steps, options.expected_breaks)?;
+    let healer = prepare(stream, &mut steps, spans)?;
     let recording = Recording {
+        healer,
         steps,
         output: frozen_output,
         stamps,
@@ -303,6 +313,22 @@ fn record<L: LiveBatch, O: Freeze>(
     Ok((recording, output))
 }
 
+/// Makes what replays launch: a merged executable for each span, and one for each segment that none covers.
+fn prepare<L>(stream: &CaptureStream, steps: &mut [Step<L>], spans: Vec<Span>) -> Result<Healer> {
+    let is_healed = stream.replay_mode() == ReplayMode::Healed;
+    let healer = Healer::new(stream.main(), steps.len(), if is_healed { &spans } else { &[] })?;
+    drop(spans);
+    for step in steps {
+        let Step::Segment(segment) = step else { continue };
+        if !healer.covers(segment.index) {
+            segment.prepare().map_err(|error| error.in_segment(segment.index))?;
+        } else if let Some(segment) = Arc::get_mut(segment) {
+            segment.forget_executable(); // made again should the chain be needed
+        }
+    }
+    Ok(healer)
+}
+
 fn check_census<L>(steps: &[Step<L>], expected: Option<usize>) -> Result<()> {
     let names: Vec<&str> = steps
         .iter()
@@ -320,10 +346,20 @@ fn check_census<L>(steps: &[Step<L>], expected: Option<usize>) -> Result<()> {
 }
 
 impl<L: LiveBatch, O: Freeze> Recording<L, O> {
+    /// Tells whether a healed replay may differ from a chain.
+    pub(crate) fn may_heal(&self) -> bool {
+        let mut breaks = self.steps.iter().filter_map(|step| match step {
+            Step::Break(step) => Some(step.not_healable.is_none()),
+            Step::Segment(_) => None,
+        });
+        breaks.clone().count() == 0 || breaks.any(|is_healable| is_healable)
+    }
+
     fn describe(&self, description: &mut Description) {
         description.extent_bytes = self.extent_bytes;
         description.capture_time = self.capture_time;
-        for step in &self.steps {
+        description.num_merged = self.healer.num_merged();
+        for (index, step) in self.steps.iter().enumerate() {
             match step {
                 Step::Segment(segment) => description.segments.push(SegmentDescription {
                     is_empty: segment.is_empty(),
@@ -340,6 +376,8 @@ impl<L: LiveBatch, O: Freeze> Recording<L, O> {
                     num_launches: step.launches,
                     num_args: step.args.len(),
                     bridge_bytes: step.outputs.iter().map(crate::arena::FrozenTensor::size_bytes).sum(),
+                    not_healable: step.not_healable,
+                    num_patched: self.healer.num_patched(index),
                 }),
             }
         }
@@ -355,6 +393,8 @@ pub struct Description {
     pub segments: Vec<SegmentDescription>,
     /// The breaks, in order.
     pub breaks: Vec<BreakDescription>,
+    /// Executables that do the work of several segments and the breaks between them.
+    pub num_merged: usize,
     /// Arena bytes that a replay uses.
     pub extent_bytes: usize,
     /// Host time of the capture, its run included.
@@ -393,4 +433,8 @@ pub struct BreakDescription {
     pub num_args: usize,
     /// Bytes of its outputs.
     pub bridge_bytes: usize,
+    /// What it did that cannot be recorded, so that each replay runs it as a break of its own; `None` if it heals.
+    pub not_healable: Option<&'static str>,
+    /// Nodes of its work that healed replays have patched so far.
+    pub num_patched: u64,
 }

@@ -61,8 +61,10 @@ mod graph;
 mod ladder;
 mod launch;
 mod matmul;
+mod op;
 mod replay;
 mod runner;
+mod scrub;
 mod segment;
 mod shape;
 mod stream;
@@ -86,6 +88,7 @@ pub use graph::{BreakDescription, BreakableCudaGraph, Description, GraphOptions,
 pub use ladder::{Decision, EagerReason, Ladder};
 pub use launch::{ARG_BYTES_MAX, AnyKernel, ArgBytes, DevicePtr, Dims, HostFn, Kernel, KernelArgs, Launch};
 pub use matmul::{MatmulTuning, TunedMatmul};
+pub use replay::{ChainReason, ReplayMode, ReplayPath};
 pub use runner::{Runner, RunnerOptions, RunnerStats};
 pub use stream::{CaptureStream, SideStream};
 pub use tensor::Tensor;

@@ -114,7 +114,7 @@ impl CaptureStream {
         let workspace = workspace.as_ref().map_or(Ok(DevicePtr::NULL), |workspace| self.addr(workspace))?;
         let product = Matmul { shape, plan, x: x_ptr, weight: weight_ptr, out: out_ptr, workspace };
         self.count_launch("matmul");
-        self.enqueue(|device, stream| device.backend().matmul(stream, &product))
+        self.enqueue("a matrix product", |device, stream| device.backend().matmul(stream, &product))
     }
 
     /// Makes the arena large enough for the workspace of any plan, where it may grow: other numbers of rows, captured

@@ -3,7 +3,7 @@
 use crate::arena::ArenaStats;
 use crate::capture::catch_panic;
 use crate::tensor::{read_rows, write_rows};
-use crate::{CaptureStream, Context, Device, Eager, Element, Error, LiveBatch, Result, Rows, Tensor};
+use crate::{CaptureStream, Context, Device, Eager, Element, Error, LiveBatch, ReplayMode, Result, Rows, Tensor};
 
 /// How a runner is set up.
 ///
@@ -25,11 +25,19 @@ pub struct RunnerOptions {
     pub arena_bytes_max: Option<usize>,
     /// Fill dead arena memory with NaN before each replay, and fresh blocks when they are taken.
     pub poison: bool,
+    /// How graphs are replayed.
+    pub replay: ReplayMode,
 }
 
 impl Default for RunnerOptions {
     fn default() -> Self {
-        Self { name: "runner".to_owned(), arena_bytes: 32 << 20, arena_bytes_max: None, poison: false }
+        Self {
+            name: "runner".to_owned(),
+            arena_bytes: 32 << 20,
+            arena_bytes_max: None,
+            poison: false,
+            replay: ReplayMode::Healed,
+        }
     }
 }
 
@@ -130,7 +138,7 @@ impl Runner {
     pub fn upload<T: Element>(&mut self, tensor: &Tensor, data: &[T]) -> Result<()> {
         tensor.check_dtype("Runner::upload", T::DTYPE)?;
         let ptr = self.stream.addr(tensor)?;
-        write_rows("Runner::upload", self.stream.main().as_ref(), tensor, ptr, bytemuck::cast_slice(data))
+        write_rows("Runner::upload", self.stream.main().stream_ref(), tensor, ptr, bytemuck::cast_slice(data))
     }
 
     /// Reads a tensor, in row-major order, after the work enqueued so far. Waits for the device.
@@ -141,7 +149,7 @@ impl Runner {
     pub fn read<T: Element>(&mut self, tensor: &Tensor) -> Result<Vec<T>> {
         tensor.check_dtype("Runner::read", T::DTYPE)?;
         let ptr = self.stream.addr(tensor)?;
-        read_rows(self.stream.main().as_ref(), tensor, ptr)
+        read_rows(self.stream.main().stream_ref(), tensor, ptr)
     }
 
     /// Waits until the work enqueued so far has run.
@@ -168,6 +176,11 @@ impl Runner {
     /// [`Error::OutOfMemory`].
     pub fn restore_memory(&mut self) -> Result<()> {
         self.stream.arena().restore()
+    }
+
+    /// Changes how graphs are replayed from now on, those that are captured already included.
+    pub fn set_replay_mode(&mut self, mode: ReplayMode) {
+        self.stream.set_replay_mode(mode);
     }
 
     /// Returns what the arena holds.

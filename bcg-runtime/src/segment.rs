@@ -1,7 +1,7 @@
-//! A segment: one executable CUDA graph between two breaks, its own or one shared with equal segments.
+//! A segment: the work captured between two breaks, as one executable graph, its own or one shared with equal segments.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::arena::{BlockRecord, FrozenTensor};
 use crate::capture::breaks::BreakSite;
@@ -9,76 +9,106 @@ use crate::device::traits::NodeCounts;
 use crate::device::{Graph, GraphExec, Stream};
 use crate::{Eager, Error, Result};
 
-/// One executable graph, or nothing where no work was captured.
+/// What was captured between two breaks. Its executable is made at its first launch, which may never come: a merged
+/// executable does the work of many segments.
 #[derive(Debug)]
 pub(crate) struct Segment {
-    pub(crate) exec: Executable,
+    /// Among the segments of its graph.
+    pub(crate) index: usize,
+    /// Nothing if no work was captured: launching that costs nothing.
+    pub(crate) graph: Option<Graph>,
     pub(crate) nodes: NodeCounts,
     pub(crate) kernels: Vec<&'static str>,
+    /// The first piece of work is a kernel that may start before the one ahead of it has ended.
+    pub(crate) is_programmatic: bool,
+    /// Where equal segments find each other's executables; `None` if each has its own.
+    pub(crate) pool: Option<Arc<SharedExecs>>,
+    pub(crate) exec: OnceLock<Executable>,
 }
 
 /// What a segment launches.
 #[derive(Debug)]
 pub(crate) enum Executable {
-    /// An empty segment, which costs no launch.
-    Empty,
     /// Its own executable.
     Own(GraphExec),
-    /// An executable that equal segments share, and the graph that it is updated to before this segment's launch.
-    Shared { exec: Arc<SharedExec>, graph: Graph, segment: usize },
+    /// One that equal segments share, and that is updated to this segment's graph before its launch.
+    Shared(Arc<SharedExec>),
 }
+
+/// The executables that segments of one graph share.
+pub(crate) type SharedExecs = Mutex<Vec<Arc<SharedExec>>>;
 
 /// An executable of several segments.
 #[derive(Debug)]
 pub(crate) struct SharedExec {
     exec: GraphExec,
+    nodes: NodeCounts,
+    kernels: Vec<&'static str>,
     /// The segment whose graph it holds.
     holds: AtomicUsize,
 }
 
 impl Segment {
     pub(crate) fn is_empty(&self) -> bool {
-        matches!(self.exec, Executable::Empty)
+        self.graph.is_none()
     }
 
     pub(crate) fn launch(&self, stream: &Stream) -> Result<()> {
-        match &self.exec {
-            Executable::Empty => Ok(()),
+        let Some(graph) = &self.graph else { return Ok(()) };
+        match self.executable(graph)? {
             Executable::Own(exec) => exec.launch(stream),
-            Executable::Shared { exec, graph, segment } => {
+            Executable::Shared(shared) => {
                 // Replays of one graph never overlap on the host: they borrow its runner.
-                if exec.holds.load(Ordering::Relaxed) != *segment {
-                    if !exec.exec.update(graph)? {
-                        let what = "the driver no longer updates a shared executable to this segment, as it did at \
-                                    capture; capture again without GraphOptions::shares_executables";
+                if shared.holds.load(Ordering::Relaxed) != self.index {
+                    if !shared.exec.update(graph)? {
+                        let what = "the driver no longer updates a shared executable to this segment, as it did before; \
+                                    capture again without GraphOptions::shares_executables";
                         return Err(Error::other(what));
                     }
-                    exec.holds.store(*segment, Ordering::Relaxed);
+                    shared.holds.store(self.index, Ordering::Relaxed);
                 }
-                exec.exec.launch(stream)
+                shared.exec.launch(stream)
             }
         }
     }
 
-    /// Makes the executable of segment number `segment`, that of an equal one of `earlier` if there is one.
-    pub(crate) fn shared<'a>(
-        graph: Graph,
-        segment: usize,
-        nodes: NodeCounts,
-        kernels: &[&'static str],
-        earlier: impl Iterator<Item = &'a Self>,
-    ) -> Result<Executable> {
-        let equal = earlier.filter(|earlier| earlier.nodes == nodes && earlier.kernels == kernels);
-        for other in equal {
-            if let Executable::Shared { exec, .. } = &other.exec
-                && exec.exec.update(&graph)?
-            {
-                exec.holds.store(segment, Ordering::Relaxed);
-                return Ok(Executable::Shared { exec: Arc::clone(exec), graph, segment });
+    /// Makes the executable now, so that the first launch need not.
+    pub(crate) fn prepare(&self) -> Result<()> {
+        self.graph.as_ref().map_or(Ok(()), |graph| self.executable(graph).map(|_| ()))
+    }
+
+    /// Gives the executable up; one that still runs finishes first.
+    pub(crate) fn forget_executable(&mut self) {
+        self.exec = OnceLock::new();
+        if let Some(pool) = &self.pool {
+            pool.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        }
+    }
+
+    fn executable(&self, graph: &Graph) -> Result<&Executable> {
+        if let Some(exec) = self.exec.get() {
+            return Ok(exec);
+        }
+        let exec = match &self.pool {
+            None => Executable::Own(graph.instantiate()?),
+            Some(pool) => Executable::Shared(self.shared(graph, pool)?),
+        };
+        Ok(self.exec.get_or_init(|| exec))
+    }
+
+    /// Returns the executable of an equal segment, or a new one.
+    fn shared(&self, graph: &Graph, pool: &SharedExecs) -> Result<Arc<SharedExec>> {
+        let mut pool = pool.lock().unwrap_or_else(PoisonError::into_inner);
+        for shared in pool.iter().filter(|shared| shared.nodes == self.nodes && shared.kernels == self.kernels) {
+            if shared.exec.update(graph)? {
+                shared.holds.store(self.index, Ordering::Relaxed);
+                return Ok(Arc::clone(shared));
             }
         }
-        let exec = Arc::new(SharedExec { exec: graph.instantiate()?, holds: AtomicUsize::new(segment) });
-        Ok(Executable::Shared { exec, graph, segment })
+        let (exec, kernels) = (graph.instantiate()?, self.kernels.clone());
+        let shared = Arc::new(SharedExec { exec, nodes: self.nodes, kernels, holds: AtomicUsize::new(self.index) });
+        pool.push(Arc::clone(&shared));
+        Ok(shared)
     }
 }
 
@@ -95,11 +125,13 @@ pub(crate) struct Break<L> {
     pub(crate) outputs: Vec<FrozenTensor>,
     /// Launches of the body at capture.
     pub(crate) launches: usize,
+    /// Why its work cannot become nodes of a merged executable, if so.
+    pub(crate) not_healable: Option<&'static str>,
 }
 
 /// One step of a graph.
 pub(crate) enum Step<L> {
-    Segment(Segment),
+    Segment(Arc<Segment>),
     Break(Break<L>),
 }
 
@@ -113,16 +145,17 @@ mod tests {
     fn a_shared_executable_that_cannot_be_updated_is_never_launched() -> Result<()> {
         let device = Device::host();
         let (stream, memory) = (Stream::new(&device, "main")?, Allocation::new(&device, 4)?);
-        let captured = |num_fills: usize| {
+        let captured = |index: usize, exec: OnceLock<Executable>| {
             device.backend().begin_capture(stream.handle())?;
-            (0..num_fills).try_for_each(|_| device.backend().fill_u8(stream.handle(), memory.ptr(), 1, 4))?;
-            Graph::end_capture(&stream)
+            (0..=index).try_for_each(|_| device.backend().fill_u8(stream.handle(), memory.ptr(), 1, 4))?;
+            let graph = Some(Graph::end_capture(&stream)?);
+            let (nodes, kernels, pool) = (NodeCounts::default(), Vec::new(), Some(Arc::default()));
+            Ok::<_, Error>(Segment { index, graph, nodes, kernels, is_programmatic: false, pool, exec })
         };
-        let (one, two) = (captured(1)?, captured(2)?);
-        let exec = Arc::new(SharedExec { exec: one.instantiate()?, holds: AtomicUsize::new(0) });
-        let exec = Executable::Shared { exec, graph: two, segment: 1 };
-        let segment = Segment { exec, nodes: NodeCounts::default(), kernels: Vec::new() };
-        let refused = segment.launch(&stream).expect_err("another structure");
+        let one = captured(0, OnceLock::new())?;
+        one.launch(&stream)?;
+        let two = captured(1, one.exec)?; // has two nodes, and the executable of one
+        let refused = two.launch(&stream).expect_err("another structure");
         assert!(refused.to_string().contains("shares_executables"), "{refused}");
         Ok(())
     }

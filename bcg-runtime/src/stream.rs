@@ -4,7 +4,6 @@
 //! captured code cannot do what a graph cannot hold (law L7). It owns the bookkeeping of side streams: work on a side
 //! stream must be joined before the segment, the break or the forward ends, and a missing join names the stream.
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use crate::arena::{Arena, FrozenTensor};
@@ -12,10 +11,14 @@ use crate::device::traits::{EventHandle, RowCopy, StreamHandle};
 use crate::device::{Allocation, PinnedBuffer};
 use crate::generation::Stamp;
 use crate::launch::Launch;
+use crate::op::Op;
+use crate::replay::record;
 use crate::replay::verify::Probe;
 use crate::shape::Shape;
 use crate::tensor::{PersistentBuffer, Storage, Tensor, foreign};
-use crate::{DType, Device, DevicePtr, Dims, Error, Event, Kernel, KernelArgs, Result, RunnerOptions, Stream};
+use crate::{
+    DType, Device, DevicePtr, Dims, Error, Event, Kernel, KernelArgs, ReplayMode, Result, RunnerOptions, Stream,
+};
 
 /// The queue of device work that ops take, whether it runs now or is captured.
 ///
@@ -50,8 +53,6 @@ pub struct CaptureStream {
     options: RunnerOptions,
     /// A capture records and nothing runs: work outside segments is dropped.
     pub(crate) is_dry: bool,
-    /// A call of a capture that records only, which it could not serve.
-    pub(crate) needs_run: Option<&'static str>,
     pub(crate) segment: Option<SegmentLog>,
     pub(crate) probe: Option<Probe>,
     pub(crate) counts: WorkCounts,
@@ -75,6 +76,8 @@ pub(crate) struct SegmentLog {
     pub(crate) retained: Vec<Arc<PersistentBuffer>>,
     pub(crate) pinned: Vec<Arc<PinnedBuffer>>,
     pub(crate) stamps: Vec<Stamp>,
+    /// The first piece of work is a kernel that may start before the one ahead of it has ended.
+    pub(crate) is_programmatic: Option<bool>,
     /// An enqueuing call failed, so the segment misses work whatever the caller makes of the error.
     pub(crate) is_broken: bool,
 }
@@ -141,7 +144,6 @@ impl CaptureStream {
             valid_rows_now: None,
             options,
             is_dry: false,
-            needs_run: None,
             segment: None,
             probe: None,
             counts: WorkCounts::default(),
@@ -206,8 +208,7 @@ impl CaptureStream {
             return Ok(());
         }
         self.count_launch(kernel.name());
-        let launch = Launch::new(kernel, dims, &args);
-        self.enqueue(|device, stream| device.backend().launch(stream, &launch))
+        self.submit(&Op::Launch(Launch::new(kernel, dims, &args)))
     }
 
     /// Enqueues a copy of `src` into `dst`, of the same shape and dtype; either may be row-sliced.
@@ -236,7 +237,7 @@ impl CaptureStream {
             return Ok(());
         }
         self.counts.copies += 1;
-        self.enqueue(|device, stream| device.backend().copy_rows(stream, copy))
+        self.submit(&Op::Copy(copy))
     }
 
     /// Enqueues a copy from page-locked memory, which is read when the work runs, so again at each replay.
@@ -252,8 +253,11 @@ impl CaptureStream {
         if let Some(segment) = &mut self.segment {
             segment.pinned.push(Arc::clone(src));
         }
+        if bytes == 0 {
+            return Ok(());
+        }
         self.counts.copies += 1;
-        self.enqueue(|device, stream| device.backend().copy_from_pinned(stream, ptr, src.ptr(), bytes))
+        self.submit(&Op::CopyFromPinned { dst: ptr, src: src.ptr(), bytes })
     }
 
     /// Enqueues a fill of all bytes of a tensor.
@@ -322,8 +326,8 @@ impl CaptureStream {
         self.side_streams[index].scope = Some(scope);
         let (from, side) = (self.current.handle(), self.side_streams[index].stream.handle());
         let forked = self.side_streams[index].forked.handle();
-        self.enqueue(|device, _| device.backend().record_event(forked, from))?;
-        self.enqueue(|device, _| device.backend().wait_event(side, forked))?;
+        self.enqueue("a side stream", |device, _| device.backend().record_event(forked, from))?;
+        self.enqueue("a side stream", |device, _| device.backend().wait_event(side, forked))?;
         self.touch_side(index);
         Ok(SideStream { index, scope })
     }
@@ -361,7 +365,7 @@ impl CaptureStream {
     /// # Errors
     /// The driver's.
     pub fn record(&mut self, event: &Event) -> Result<()> {
-        self.enqueue(|device, stream| device.backend().record_event(event.handle(), stream))?;
+        self.enqueue("an event", |device, stream| device.backend().record_event(event.handle(), stream))?;
         let current = self.current.handle();
         for fork in &mut self.forks {
             if fork.stream == current {
@@ -378,7 +382,7 @@ impl CaptureStream {
     /// # Errors
     /// The driver's; during a capture, an event that was recorded outside of it.
     pub fn wait(&mut self, event: &Event) -> Result<()> {
-        self.enqueue(|device, stream| device.backend().wait_event(stream, event.handle()))?;
+        self.enqueue("an event", |device, stream| device.backend().wait_event(stream, event.handle()))?;
         let current = self.current.handle();
         self.forks.retain(|fork| fork.stream == current || fork.covered_by != Some(event.handle()));
         self.update_keep_back();
@@ -388,7 +392,7 @@ impl CaptureStream {
 
 /// For the runtime itself.
 impl CaptureStream {
-    pub(crate) fn main(&self) -> &Stream {
+    pub(crate) fn main(&self) -> &Arc<Stream> {
         &self.main
     }
 
@@ -396,17 +400,16 @@ impl CaptureStream {
         &self.arena
     }
 
-    pub(crate) fn is_poisoned(&self) -> bool {
-        self.options.poison
+    pub(crate) fn replay_mode(&self) -> ReplayMode {
+        self.options.replay
     }
 
-    /// Fails if nothing runs, so that there is nothing to wait for, to read or to overwrite.
-    pub(crate) fn check_runs(&mut self, what: &'static str) -> Result<()> {
-        if !self.is_dry {
-            return Ok(());
-        }
-        self.needs_run = Some(what); // whatever the caller makes of the error
-        Err(Error::NeedsRun { what })
+    pub(crate) fn set_replay_mode(&mut self, mode: ReplayMode) {
+        self.options.replay = mode;
+    }
+
+    pub(crate) fn is_poisoned(&self) -> bool {
+        self.options.poison
     }
 
     /// Fails if a side stream was not joined before `place`.
@@ -455,41 +458,50 @@ impl CaptureStream {
         Ok(())
     }
 
-    /// Zeroes the rows of a bridge in `rows`.
-    pub(crate) fn scrub_rows(
-        &mut self,
-        ptr: DevicePtr,
-        row_bytes: usize,
-        pitch: usize,
-        rows: Range<usize>,
-    ) -> Result<()> {
-        if row_bytes == pitch {
-            return self.fill_range(ptr.offset_bytes(rows.start * pitch), 0, rows.len() * pitch);
-        }
-        let mut rows = rows;
-        rows.try_for_each(|row| self.fill_range(ptr.offset_bytes(row * pitch), 0, row_bytes))
-    }
-
     pub(crate) fn fill_range(&mut self, ptr: DevicePtr, byte: u8, bytes: usize) -> Result<()> {
         if bytes == 0 {
             return Ok(());
         }
-        self.enqueue(|device, stream| device.backend().fill_u8(stream, ptr, byte, bytes))
+        self.submit(&Op::Fill { dst: ptr, byte, bytes })
     }
 
-    pub(crate) fn enqueue(&mut self, call: impl FnOnce(&Device, StreamHandle) -> Result<()>) -> Result<()> {
+    /// Enqueues work on the current stream, captures it, or keeps it back for a healed replay.
+    pub(crate) fn submit(&mut self, op: &Op) -> Result<()> {
+        let is_main = Arc::ptr_eq(&self.current, &self.main);
+        if !is_main {
+            return self.enqueue("work on a side stream", |device, stream| op.enqueue(device, stream));
+        }
+        match &mut self.segment {
+            Some(segment) => {
+                segment.is_programmatic.get_or_insert(op.is_programmatic());
+                let result = op.enqueue(&self.device, self.main.handle());
+                segment.is_broken |= result.is_err();
+                result
+            }
+            // A break's work: where nothing runs, it is enqueued at each replay.
+            None if record::keep(&self.main, op) || self.is_dry => Ok(()),
+            None => op.enqueue(&self.device, self.main.handle()),
+        }
+    }
+
+    /// Makes a driver call of a kind that no record holds, called `what`; it enqueues work on the current stream.
+    pub(crate) fn enqueue(
+        &mut self,
+        what: &'static str,
+        call: impl FnOnce(&Device, StreamHandle) -> Result<()>,
+    ) -> Result<()> {
         let stream = self.current.handle();
         if stream != self.main.handle() {
             self.touch(stream, &self.current.shared_name());
         }
-        if self.is_dry && self.segment.is_none() {
-            return Ok(()); // a break's work: it is enqueued at each replay
+        if let Some(segment) = &mut self.segment {
+            segment.is_programmatic.get_or_insert(false);
+            let result = call(&self.device, stream);
+            segment.is_broken |= result.is_err();
+            return result;
         }
-        let result = call(&self.device, stream);
-        if let (Err(_), Some(segment)) = (&result, &mut self.segment) {
-            segment.is_broken = true;
-        }
-        result
+        record::leave_for_work(&self.main, what)?;
+        if self.is_dry { Ok(()) } else { call(&self.device, stream) }
     }
 
     /// Notes that a side stream has work that nobody waits for.
@@ -518,9 +530,10 @@ impl CaptureStream {
             }
             self.side_streams[index].scope = None;
             let (stream, done) = (self.side_streams[index].stream.handle(), self.side_streams[index].done.handle());
-            let joined = self
-                .enqueue(|device, _| device.backend().record_event(done, stream))
-                .and_then(|()| self.enqueue(|device, current| device.backend().wait_event(current, done)));
+            let joined =
+                self.enqueue("a side stream", |device, _| device.backend().record_event(done, stream)).and_then(|()| {
+                    self.enqueue("a side stream", |device, current| device.backend().wait_event(current, done))
+                });
             if joined.is_ok() {
                 self.forks.retain(|fork| fork.stream != stream);
             }

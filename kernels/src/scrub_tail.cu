@@ -1,4 +1,4 @@
-// One row for each block in x. Host reference, shapes and geometry: bcg-models/src/ops/scrub_tail.rs.
+// Blocks take the padded rows in turn. Host reference, geometry: bcg-runtime/src/scrub.rs.
 #include "bcg.cuh"
 
 struct ScrubTailArgs {
@@ -6,11 +6,13 @@ struct ScrubTailArgs {
     const i32* valid_rows;
     i64 stride_bytes;
     i64 row_bytes;
+    i64 rows;
 };
 
 extern "C" __global__ void scrub_tail(ScrubTailArgs a) {
     wait_for_inputs();
     release_dependents();
-    i64 row = blockIdx.x;
-    if (row >= *a.valid_rows) fill_row(a.x + row * a.stride_bytes, a.row_bytes, 0);
+    i64 valid = *a.valid_rows;
+    for (i64 row = (valid > 0 ? valid : 0) + blockIdx.x; row < a.rows; row += gridDim.x)
+        fill_row(a.x + row * a.stride_bytes, a.row_bytes, 0);
 }

@@ -1,6 +1,7 @@
-//! The conformance rules on the host device, each under many schedules.
+//! The conformance rules on the host device, each under many schedules, half of them with healed replay.
 
-use bcg_runtime::{Device, HostOptions};
+use bcg_runtime::{Device, HostOptions, ReplayMode};
+use bcg_tests::conformance::fixture::with_replay;
 use bcg_tests::conformance::{self, *};
 
 /// Schedules that each rule is run under.
@@ -17,9 +18,11 @@ fn run(name: &str, rule: fn(&Device)) {
     let num_seeds = SLOW.iter().find(|(slow, _)| *slow == name).map_or(NUM_SEEDS, |(_, seeds)| *seeds);
     for seed in 0..num_seeds {
         let device = Device::host_with(HostOptions { seed, ..HostOptions::default() });
-        let passed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| rule(&device)));
+        let mode = if seed % 2 == 0 { ReplayMode::Healed } else { ReplayMode::Chain };
+        let run = || with_replay(mode, || rule(&device));
+        let passed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));
         if let Err(panic) = passed {
-            eprintln!("{name} is broken with seed {seed}");
+            eprintln!("{name} is broken with seed {seed}, {mode:?}");
             std::panic::resume_unwind(panic);
         }
     }

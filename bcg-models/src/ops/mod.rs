@@ -35,7 +35,6 @@ mod logits;
 mod qk_norm_rope_kv_write;
 mod rms_norm;
 mod sample;
-mod scrub_tail;
 mod silu_mul;
 
 pub use add_rms_norm::add_rms_norm;
@@ -52,5 +51,4 @@ pub use paged_kv::PagedKv;
 pub use qk_norm_rope_kv_write::{QkNormRopeKvWrite, qk_norm_rope_kv_write, rope_inv_freq};
 pub use rms_norm::rms_norm;
 pub use sample::{SampleInputs, sample};
-pub use scrub_tail::scrub_tail;
 pub use silu_mul::silu_mul;

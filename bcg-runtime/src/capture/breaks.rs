@@ -5,6 +5,7 @@ use super::recorder::{Recorder, place};
 use crate::bridge::{Bridges, Carrier, scrub, scrub_output};
 use crate::freeze::{Claims, Thaw};
 use crate::generation::Stamp;
+use crate::replay::record::{self, Place};
 use crate::segment::Break;
 use crate::{Bridge, CaptureStream, Context, Eager, Error, LiveBatch, Result};
 
@@ -96,6 +97,7 @@ fn record<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
     recorder.begin_break(cx.stream, &place(site))?;
     let segment = recorder.segment_index();
     let span = tracing::debug_span!("break", name = site.name, segment);
+    record::begin_break(Place { step: recorder.steps.len(), segment, site }, None);
     let recorded = span.in_scope(|| run_recorded(cx, site, freeze, run, replay));
     match recorded {
         Ok((output, step, stamps)) => {
@@ -141,7 +143,8 @@ fn run_recorded<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
         carrier.finish()
     };
     let launches = cx.stream.counts.launches - launches_before;
-    Ok((output, Break { site, run: Box::new(run), blocks, args, outputs, launches }, stamps))
+    let step = Break { site, run: Box::new(run), blocks, args, outputs, launches, not_healable: None };
+    Ok((output, step, stamps))
 }
 
 /// As [`CaptureStream::check_joined`], without making the place's name when all is well.

@@ -8,13 +8,14 @@
 //!   usable (law L5).
 
 use std::cell::Cell;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::breaks::BreakSite;
 use super::state::CaptureState;
 use crate::device::{Graph, PinnedBuffer};
 use crate::generation::Stamp;
-use crate::segment::{Break, Executable, Segment, Step};
+use crate::replay::record::{self, Active, Record, RecordMode, Span};
+use crate::segment::{Break, Segment, SharedExecs, Step};
 use crate::stream::SegmentLog;
 use crate::tensor::PersistentBuffer;
 use crate::{CaptureStream, Error, Result};
@@ -30,8 +31,10 @@ pub(crate) struct Recorder<L> {
     pub(crate) steps: Vec<Step<L>>,
     /// Segments among the steps.
     num_segments: usize,
-    /// Equal segments share an executable.
-    shares_execs: bool,
+    /// Where equal segments find each other's executables, if they share them.
+    pool: Option<Arc<SharedExecs>>,
+    /// What can be launched as one, in order.
+    pub(crate) spans: Vec<Span>,
     pub(crate) retained: Vec<Arc<PersistentBuffer>>,
     pub(crate) pinned: Vec<Arc<PinnedBuffer>>,
     pub(crate) stamps: Vec<Stamp>,
@@ -43,7 +46,8 @@ impl<L> Recorder<L> {
             state: CaptureState::Idle,
             steps: Vec::new(),
             num_segments: 0,
-            shares_execs: false,
+            pool: None,
+            spans: Vec::new(),
             retained: Vec::new(),
             pinned: Vec::new(),
             stamps: Vec::new(),
@@ -70,8 +74,15 @@ impl<L> Recorder<L> {
 
     pub(crate) fn end_break(&mut self, stream: &mut CaptureStream, step: Option<Break<L>>) -> Result<()> {
         self.state.end_break()?;
-        self.steps.extend(step.map(Step::Break));
         let segment = self.segment_index();
+        if let Some(mut step) = step {
+            let ended = record::end_break().map_err(|error| error.in_break(step.site, segment));
+            step.not_healable = ended.inspect_err(|_| self.abort(stream))?;
+            if step.not_healable.is_some() {
+                self.spans.push(record::take_span());
+            }
+            self.steps.push(Step::Break(step));
+        }
         self.begin_segment(stream).inspect_err(|_| self.abort(stream)).map_err(|error| error.in_segment(segment))
     }
 
@@ -88,6 +99,7 @@ impl<L> Recorder<L> {
         self.end_segment(stream, "the end of the capture")
             .inspect_err(|_| self.abort(stream))
             .map_err(|error| error.in_segment(segment))?;
+        self.spans.push(record::take_span());
         self.state = sealed;
         Ok(())
     }
@@ -126,16 +138,16 @@ impl<L> Recorder<L> {
             let what = format!("{} memory nodes were captured; allocate through CaptureStream::empty", nodes.memory);
             return Err(Error::CaptureForbidden { what });
         }
-        let earlier = self.steps.iter().filter_map(|step| match step {
-            Step::Segment(segment) => Some(segment),
-            Step::Break(_) => None,
+        let segment = Arc::new(Segment {
+            index: self.num_segments,
+            graph: (nodes.kernels + nodes.copies + nodes.fills > 0).then_some(graph),
+            nodes,
+            kernels: log.kernels,
+            is_programmatic: log.is_programmatic.unwrap_or(false),
+            pool: self.pool.clone(),
+            exec: OnceLock::new(),
         });
-        let exec = match nodes.kernels + nodes.copies + nodes.fills {
-            0 => Executable::Empty,
-            _ if self.shares_execs => Segment::shared(graph, self.num_segments, nodes, &log.kernels, earlier)?,
-            _ => Executable::Own(graph.instantiate()?),
-        };
-        let segment = Segment { exec, nodes, kernels: log.kernels };
+        record::pass(&segment);
         if !stream.is_dry {
             segment.launch(stream.main())?;
         }
@@ -167,6 +179,7 @@ pub(crate) struct CaptureMode {
 pub(crate) struct CaptureGuard<'a, L> {
     pub(crate) stream: &'a mut CaptureStream,
     pub(crate) recorder: Recorder<L>,
+    _record: Active,
 }
 
 impl<'a, L> CaptureGuard<'a, L> {
@@ -175,10 +188,12 @@ impl<'a, L> CaptureGuard<'a, L> {
             let state = "another capture is open on this thread";
             return Err(Error::CaptureState { transition: "begin", state });
         }
-        let mut guard = Self { stream, recorder: Recorder::new() };
-        guard.recorder.shares_execs = mode.shares_execs;
+        let record_mode = if mode.is_dry { RecordMode::CaptureAhead } else { RecordMode::Capture };
+        let record = Active::begin(Record::new(stream.main(), record_mode));
+        let mut guard = Self { stream, recorder: Recorder::new(), _record: record };
+        guard.recorder.pool = mode.shares_execs.then(Arc::default);
         guard.recorder.begin(guard.stream)?;
-        (guard.stream.is_dry, guard.stream.needs_run) = (mode.is_dry, None);
+        guard.stream.is_dry = mode.is_dry;
         Ok(guard)
     }
 

@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::Device;
-use super::traits::{Backend, EventHandle, ExecHandle, GraphHandle, NodeCounts, StreamHandle};
+use super::traits::{Backend, EventHandle, ExecHandle, GraphHandle, NodeCounts, NodeHandle, Part, StreamHandle};
+use crate::op::Op;
+use crate::replay::record::{self, Needs};
 use crate::{DevicePtr, Element, Error, Result};
 
 /// How many objects of a device are alive.
@@ -98,6 +100,7 @@ impl Allocation {
 
 impl Drop for Allocation {
     fn drop(&mut self) {
+        record::leave_in_drop(&self.device, "freeing device memory");
         self.device.backend().free(self.ptr);
         self.device.counters().sub_memory(self.bytes);
     }
@@ -164,6 +167,7 @@ impl PinnedBuffer {
 
 impl Drop for PinnedBuffer {
     fn drop(&mut self) {
+        record::leave_in_drop(&self.device, "freeing page-locked memory");
         self.device.backend().free_pinned(self.ptr);
         self.device.counters().sub_memory(self.bytes);
     }
@@ -272,6 +276,7 @@ impl Stream {
     /// # Errors
     /// The first error of that work; [`Error::CaptureForbidden`] (or the driver's) while the stream captures.
     pub fn synchronize(&self) -> Result<()> {
+        record::leave(&self.device, "Stream::synchronize", Needs::Results)?;
         self.device.backend().synchronize_stream(self.handle)
     }
 
@@ -279,7 +284,7 @@ impl Stream {
         self.handle
     }
 
-    pub(crate) fn as_ref(&self) -> StreamRef<'_> {
+    pub(crate) fn stream_ref(&self) -> StreamRef<'_> {
         StreamRef { backend: self.device.backend(), handle: self.handle }
     }
 
@@ -368,6 +373,7 @@ impl Event {
     /// # Errors
     /// The first error of that work.
     pub fn synchronize(&self) -> Result<()> {
+        record::leave(&self.device, "Event::synchronize", Needs::Results)?;
         self.device.backend().synchronize_event(self.handle)
     }
 
@@ -404,6 +410,18 @@ impl Graph {
         Ok(Self { device, handle })
     }
 
+    /// Makes one graph of several parts, in order; see [`GraphBackend::merge`](super::traits::GraphBackend::merge).
+    pub(crate) fn merge(stream: &Stream, parts: &[Part<'_>]) -> Result<Option<(Self, Vec<NodeHandle>)>> {
+        let device = stream.device.clone();
+        let Some((handle, nodes)) = device.backend().merge(stream.handle, parts)? else { return Ok(None) };
+        device.counters().graphs.fetch_add(1, Ordering::Relaxed);
+        Ok(Some((Self { device, handle }, nodes)))
+    }
+
+    pub(crate) fn handle(&self) -> GraphHandle {
+        self.handle
+    }
+
     pub(crate) fn node_counts(&self) -> Result<NodeCounts> {
         self.device.backend().node_counts(self.handle)
     }
@@ -434,6 +452,12 @@ impl GraphExec {
     /// changes nothing, if the graph has another structure.
     pub(crate) fn update(&self, graph: &Graph) -> Result<bool> {
         self.device.backend().update_exec(self.handle, graph.handle)
+    }
+
+    /// Makes later launches do `op` at `node`, which did work that is alike; launches that were enqueued keep theirs.
+    /// Returns `false`, and changes nothing, if the driver refuses this change.
+    pub(crate) fn patch(&self, node: NodeHandle, op: &Op) -> Result<bool> {
+        self.device.backend().patch(self.handle, node, op)
     }
 
     pub(crate) fn launch(&self, stream: &Stream) -> Result<()> {

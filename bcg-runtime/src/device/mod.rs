@@ -15,6 +15,7 @@ pub(crate) use guard::{Allocation, Graph, GraphExec, Reservation, StreamRef};
 pub use guard::{Event, LiveObjects, PinnedBuffer, Stream};
 
 use crate::launch::AnyKernel;
+use crate::replay::record::{self, Needs};
 use crate::{Arch, DType, Element, Error, Result, Tensor};
 use guard::OwnStream;
 use host::{HostBackend, HostControl, HostOptions};
@@ -146,6 +147,7 @@ impl Device {
     /// # Errors
     /// The first error of that work.
     pub fn synchronize(&self) -> Result<()> {
+        record::leave(self, "Device::synchronize", Needs::Results)?;
         self.backend.synchronize()
     }
 

@@ -17,6 +17,7 @@ use std::fmt;
 
 use crate::launch::Launch;
 use crate::matmul::MatmulTuning;
+use crate::op::Op;
 use crate::{DType, DeviceKind, DevicePtr, KernelRun, MemoryInfo, Result};
 
 macro_rules! handles {
@@ -35,7 +36,9 @@ handles!(
     /// A graph that was captured.
     GraphHandle,
     /// An executable graph.
-    ExecHandle
+    ExecHandle,
+    /// A node of a merged graph.
+    NodeHandle
 );
 
 /// What a captured graph consists of.
@@ -120,6 +123,18 @@ pub(crate) struct RowCopy {
     pub(crate) src_pitch: usize,
     pub(crate) row_bytes: usize,
     pub(crate) rows: usize,
+}
+
+impl RowCopy {
+    /// Describes a copy of one piece.
+    pub(crate) fn piece(dst: DevicePtr, src: DevicePtr, bytes: usize) -> Self {
+        Self { dst, dst_pitch: bytes, src, src_pitch: bytes, row_bytes: bytes, rows: 1 }
+    }
+
+    /// Tells whether the rows lie one behind the other, on both sides.
+    pub(crate) fn is_one_piece(&self) -> bool {
+        self.rows == 1 || (self.dst_pitch == self.row_bytes && self.src_pitch == self.row_bytes)
+    }
 }
 
 /// Matrix products.
@@ -208,9 +223,27 @@ pub(crate) trait GraphBackend {
     /// and changes nothing, if the graph has another structure than that which `exec` was made from.
     fn update_exec(&self, exec: ExecHandle, graph: GraphHandle) -> Result<bool>;
     fn launch_graph(&self, exec: ExecHandle, stream: StreamHandle) -> Result<()>;
+    /// Makes one graph of captured graphs and single pieces of work, each of which runs after all of the one before, and
+    /// returns it with the node of each piece. Work gets the place of `stream` in the host device's schedule. Returns
+    /// nothing if a captured graph has a node that cannot be copied.
+    fn merge(&self, stream: StreamHandle, parts: &[Part<'_>]) -> Result<Option<(GraphHandle, Vec<NodeHandle>)>>;
+    /// Makes later launches of `exec`, made from a merged graph, do `op` at `node`, which does work that is alike
+    /// ([`Op::is_like`]); launches that were enqueued keep theirs, and are not waited for. Returns `false`, and changes
+    /// nothing, if the driver refuses this change.
+    fn patch(&self, exec: ExecHandle, node: NodeHandle, op: &Op) -> Result<bool>;
     fn destroy_graph(&self, graph: GraphHandle);
     /// Destroys an executable graph; one that still runs finishes first.
     fn destroy_exec(&self, exec: ExecHandle);
+}
+
+/// A part of a merged graph.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Part<'a> {
+    /// All nodes of a captured graph. If it is programmatic, it begins with one kernel, which may start before the
+    /// kernel ahead of it has ended.
+    Graph { graph: GraphHandle, is_programmatic: bool },
+    /// One node.
+    Op(&'a Op),
 }
 
 /// All that a device does.

@@ -3,13 +3,10 @@
 //! Per replay the host makes no allocation of its own, hashes nothing and holds no lock across a driver call; a break's
 //! body and its vectors of arguments are the model author's.
 
-use crate::bridge::scrub;
-use crate::capture::catch_panic;
-use crate::capture::recorder::place;
-use crate::freeze::Thaw;
+use super::{begin, run_break, thaw_output};
 use crate::graph::Recording;
-use crate::segment::{Break, Step};
-use crate::{CaptureStream, Eager, Freeze, LiveBatch, Result};
+use crate::segment::Step;
+use crate::{CaptureStream, Freeze, LiveBatch, Result};
 
 /// Runs the recorded steps and returns the output.
 pub(crate) fn replay<L: LiveBatch, O: Freeze>(
@@ -17,11 +14,9 @@ pub(crate) fn replay<L: LiveBatch, O: Freeze>(
     stream: &mut CaptureStream,
     live: &L,
 ) -> Result<O> {
-    let span = tracing::trace_span!("replay");
+    let span = tracing::trace_span!("chain replay");
     let _entered = span.enter();
-    recording.stamps.iter().try_for_each(crate::generation::Stamp::check)?;
-    stream.begin_forward(live.rows(), recording.extent_bytes)?;
-    stream.poison_extent(recording.extent_bytes)?;
+    begin(recording, stream, live)?;
     let mut segment = 0;
     for step in &recording.steps {
         match step {
@@ -38,21 +33,5 @@ pub(crate) fn replay<L: LiveBatch, O: Freeze>(
             }
         }
     }
-    let arena = stream.arena().clone();
-    Ok(O::thaw(&recording.output, &Thaw { arena: &arena }))
-}
-
-fn run_break<L: LiveBatch>(step: &Break<L>, stream: &mut CaptureStream, live: &L) -> Result<()> {
-    let span = tracing::trace_span!("break", name = step.site.name);
-    let _entered = span.enter();
-    let mut probe = stream.probe.take();
-    if let Some(probe) = &mut probe {
-        probe.snapshot_args(stream, place(step.site), &step.args)?;
-    }
-    stream.arena().begin_recorded(&step.blocks);
-    let result = catch_panic(|| (step.run)(&mut Eager::from_parts(stream, live)));
-    stream.arena().end_recorded();
-    stream.probe = probe;
-    result?;
-    scrub(stream, &step.outputs, live.rows())
+    Ok(thaw_output(recording, stream))
 }

@@ -9,7 +9,8 @@ use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use bcg_runtime::Device;
+use bcg_runtime::{Device, ReplayMode};
+use bcg_tests::conformance::fixture::with_replay;
 use bcg_tests::geometry::Session;
 use bcg_tests::{conformance, geometry, golden, ops, random};
 
@@ -82,8 +83,16 @@ impl Report {
 
 fn run_all(device: &Device, options: &Options) -> ExitCode {
     let mut report = Report::default();
-    let groups = conformance::GROUPS.iter().copied().chain([("ops", ops::RULES), ("golden", golden::RULES)]);
-    for (group, rules) in groups {
+    for (group, rules) in conformance::GROUPS {
+        for (name, rule) in *rules {
+            let name = format!("{group}::{name}");
+            if name.contains(&options.filter) {
+                report.run(format!("{name}, chain"), || with_replay(ReplayMode::Chain, || rule(device)));
+                report.run(name, || rule(device));
+            }
+        }
+    }
+    for (group, rules) in [("ops", ops::RULES), ("golden", golden::RULES)] {
         for (name, rule) in rules {
             let name = if name.contains("::") { (*name).to_owned() } else { format!("{group}::{name}") };
             if name.contains(&options.filter) {

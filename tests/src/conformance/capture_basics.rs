@@ -3,8 +3,8 @@
 use std::sync::{Arc, Barrier, Mutex};
 
 use bcg_runtime::{
-    BreakableCudaGraph, Context, DType, Device, Eager, Error, Freeze, GraphOptions, LiveBatch, Result, Tensor,
-    eager_on_graph,
+    BreakableCudaGraph, Context, DType, Device, Eager, Error, Freeze, GraphOptions, LiveBatch, ReplayMode, ReplayPath,
+    Result, Tensor, eager_on_graph,
 };
 
 use super::fixture::{
@@ -102,11 +102,11 @@ pub fn breaks_may_stand_everywhere(device: &Device) {
     assert_eq!(census(&graph), (6, 5));
 }
 
-/// Segments without work are legal, and replaying them launches no graph.
+/// Segments without work are legal, and replaying them launches no graph; a healed replay is one launch, of the breaks.
 pub fn an_empty_segment_costs_no_launch(device: &Device) {
     let x = iota(device, &[10], 0.0);
     let mut runner = runner(device);
-    let graph = assert_like_eager(&mut runner, &batches(), move |cx| {
+    let mut graph = assert_like_eager(&mut runner, &batches(), move |cx| {
         cx.break_graph()?;
         let y = scaled(cx, &x)?;
         scaled(cx, &y)
@@ -117,7 +117,8 @@ pub fn an_empty_segment_costs_no_launch(device: &Device) {
     if let Some(control) = device.host_control() {
         let mark = control.num_calls();
         graph.replay(&mut runner, &batch(2.0)).expect("a replay");
-        assert!(!control.calls_since(mark).contains(&"cuGraphLaunch"));
+        let launches = control.calls_since(mark).iter().filter(|call| **call == "cuGraphLaunch").count();
+        assert_eq!(launches, usize::from(graph.last_replay() == Some(ReplayPath::Healed)));
     }
 }
 
@@ -331,7 +332,7 @@ pub fn two_threads_capture_on_two_streams_at_once(device: &Device) {
                 };
                 let eager = runner.eager(&batch(start), forward).expect("an eager run");
                 assert_eq!(captured, bits(&mut runner, &eager));
-                replays_like_eager(&mut runner, &graph, &batches(), forward);
+                replays_like_eager(&mut runner, &mut graph, &batches(), forward);
             });
         }
     });
@@ -373,7 +374,7 @@ pub fn a_capture_ahead_runs_nothing_and_replays_like_eager(device: &Device) {
     assert_eq!(bits(&mut runner, &written), before, "something ran");
     assert_eq!(census(&graph), (3, 2));
     assert_eq!(graph.describe().breaks[1].num_launches, 1);
-    replays_like_eager(&mut runner, &graph, &batches(), forward);
+    replays_like_eager(&mut runner, &mut graph, &batches(), forward);
 }
 
 /// A break that reads back cannot be recorded without a run, so it is captured with one, even if it hides the refusal.
@@ -393,7 +394,7 @@ pub fn a_break_that_reads_back_is_captured_ahead_with_a_run(device: &Device) {
     let mut graph = Graph::new("ahead");
     graph.capture_ahead(&mut runner, &batch(1.0), forward.clone()).expect("a capture");
     assert_eq!(census(&graph), (2, 1));
-    replays_like_eager(&mut runner, &graph, &batches(), forward);
+    replays_like_eager(&mut runner, &mut graph, &batches(), forward);
 }
 
 /// Segments with the same kernels may share an executable; those with others never do, and all replay like eager runs.
@@ -411,7 +412,8 @@ pub fn equal_segments_may_share_an_executable(device: &Device) {
         }
         Ok(y)
     };
-    let mut num_execs = |shares_executables| {
+    let mut num_execs = |mode, shares_executables| {
+        runner.set_replay_mode(mode);
         let before = device.live_objects().execs;
         let options = GraphOptions { shares_executables, ..GraphOptions::default() };
         let mut graph = Graph::with_options("shared", options);
@@ -420,10 +422,11 @@ pub fn equal_segments_may_share_an_executable(device: &Device) {
         let eager = runner.eager(&batch(2.0), &forward).expect("an eager run");
         assert_eq!(captured, bits(&mut runner, &eager), "a capture is also a run");
         assert_eq!(census(&graph), (7, 6));
-        replays_like_eager(&mut runner, &graph, &batches(), &forward);
+        replays_like_eager(&mut runner, &mut graph, &batches(), &forward);
         device.live_objects().execs - before
     };
-    assert_eq!((num_execs(false), num_execs(true)), (7, 2));
+    assert_eq!((num_execs(ReplayMode::Chain, false), num_execs(ReplayMode::Chain, true)), (7, 2));
+    assert_eq!((num_execs(ReplayMode::Healed, false), num_execs(ReplayMode::Healed, true)), (1, 1), "a merged one");
 }
 
 /// `is_capturing` is true in captured code only: not in breaks, not at replay, not in eager runs.

@@ -1,8 +1,10 @@
 //! What the rules share: a live batch, a runner in poison mode, and the comparison with an eager run.
 
+use std::cell::Cell;
+
 use bcg_runtime::{
-    BreakableCudaGraph, Context, Device, Eager, Error, LiveBatch, Result, Rows, Runner, RunnerOptions, Tensor,
-    eager_on_graph,
+    BreakableCudaGraph, Context, Device, Eager, Error, LiveBatch, ReplayMode, Result, Rows, Runner, RunnerOptions,
+    Tensor, eager_on_graph,
 };
 
 use super::kernels::{add_index, axpy};
@@ -32,9 +34,21 @@ pub fn padded(scale: f32, valid: usize, padded: usize) -> Batch {
     Batch { scale, rows: Some(Rows { valid, padded }) }
 }
 
-/// Options of most rules' runners: a small arena, poison on.
+thread_local! {
+    static REPLAY: Cell<ReplayMode> = const { Cell::new(ReplayMode::Healed) };
+}
+
+/// Runs a rule whose runners replay in one of the two ways: every rule holds for both.
+pub fn with_replay<R>(mode: ReplayMode, rule: impl FnOnce() -> R) -> R {
+    REPLAY.set(mode);
+    let result = rule();
+    REPLAY.set(ReplayMode::default());
+    result
+}
+
+/// Options of most rules' runners: a small arena, poison on, replays as [`with_replay`] says.
 pub fn options() -> RunnerOptions {
-    RunnerOptions { arena_bytes: 1 << 20, poison: true, ..RunnerOptions::default() }
+    RunnerOptions { arena_bytes: 1 << 20, poison: true, replay: REPLAY.get(), ..RunnerOptions::default() }
 }
 
 /// Makes a runner with [`options`].
@@ -86,14 +100,14 @@ pub fn assert_like_eager(
     let captured = bits(runner, &captured);
     let eager = runner.eager(&batches[0], &forward).expect("an eager run");
     assert_eq!(captured, bits(runner, &eager), "a capture is also a run");
-    replays_like_eager(runner, &graph, batches, forward);
+    replays_like_eager(runner, &mut graph, batches, forward);
     graph
 }
 
 /// Replays a graph with each batch and compares with eager runs.
 pub fn replays_like_eager(
     runner: &mut Runner,
-    graph: &Graph,
+    graph: &mut Graph,
     batches: &[Batch],
     forward: impl Fn(&mut Context<'_, Batch>) -> Result<Tensor>,
 ) {

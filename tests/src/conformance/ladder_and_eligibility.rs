@@ -193,5 +193,5 @@ pub fn debug_eager_runs_the_forward_by_the_calls_of_a_replay(device: &Device) {
     let x = iota(device, &[4, 4], 1.0);
     graph.capture(&mut runner, &batch(1.0), forward_of(&x)).expect("a capture");
     assert_eq!(graph.describe().segments.len(), 0);
-    super::fixture::replays_like_eager(&mut runner, &graph, &batches(), forward_of(&x));
+    super::fixture::replays_like_eager(&mut runner, &mut graph, &batches(), forward_of(&x));
 }

@@ -36,7 +36,7 @@ pub fn replay_reads_live_inputs(device: &Device) {
         assert_eq!(replayed, expected);
         last = replayed;
     }
-    replays_like_eager(&mut runner, &graph, &batches(), forward);
+    replays_like_eager(&mut runner, &mut graph, &batches(), forward);
 }
 
 /// A batch full of host values.
@@ -175,9 +175,9 @@ pub fn weights_updated_in_place_are_seen_by_replay(device: &Device) {
         }
     };
     let mut runner = runner(device);
-    let graph = assert_like_eager(&mut runner, &batches(), forward.clone());
+    let mut graph = assert_like_eager(&mut runner, &batches(), forward.clone());
     device.write(&w, &[9.0f32; 8]).expect("a write");
-    replays_like_eager(&mut runner, &graph, &batches(), forward);
+    replays_like_eager(&mut runner, &mut graph, &batches(), forward);
     let replayed = graph.replay(&mut runner, &batch(2.0)).expect("a replay");
     assert_eq!(runner.read::<f32>(&replayed).expect("a read")[3], 9.0 + 3.0 + 27.0);
 }
@@ -204,7 +204,7 @@ pub fn rebinding_weights_after_capture_is_refused(device: &Device) {
         let weights = Generation::new("weights");
         let w = iota(device, &[8], 1.0).stamped(&weights).expect("a stamp");
         let mut runner = runner(device);
-        let graph = assert_like_eager(&mut runner, &batches(), move |cx| forward(cx, &w));
+        let mut graph = assert_like_eager(&mut runner, &batches(), move |cx| forward(cx, &w));
         weights.advance();
         let error = failure(graph.replay(&mut runner, &batch(1.0)));
         let message = "weights changed after the capture (generation 0 captured, 1 now); capture the graph again";
@@ -231,7 +231,7 @@ pub fn a_kv_pool_made_anew_after_capture_is_refused(device: &Device) {
     };
     let mut runner = runner(device);
     let pool = make_pool();
-    let graph = capture(&mut runner, &pool);
+    let mut graph = capture(&mut runner, &pool);
     drop(pool);
     generation.advance();
     let pool = make_pool();

@@ -129,7 +129,7 @@ pub(super) fn scrub_tail_zeroes_padded_rows_only(device: &Device) {
     for valid in [0, 1, 5, 6] {
         let x = device.tensor(&[6, 4], &[f32::NAN; 24]).expect("a tensor");
         let inner = x.columns(1..3).expect("a column range");
-        runner.eager(&Padded(valid), |cx| ops::scrub_tail(cx, &inner)).expect("the op runs");
+        runner.eager(&Padded(valid), |cx| cx.scrub_tail(&inner)).expect("the op runs");
         runner.synchronize().expect("the device is fine");
         for (i, v) in device.read::<f32>(&x).expect("read").into_iter().enumerate() {
             let scrubbed = i / 4 >= valid && (1..3).contains(&(i % 4));

@@ -12,7 +12,9 @@ mod run;
 
 use std::sync::Arc;
 
-use bcg_runtime::{BreakableCudaGraph, Context, Device, GraphOptions, Live, Result, Runner, RunnerOptions, Tensor};
+use bcg_runtime::{
+    BreakableCudaGraph, Context, Device, GraphOptions, Live, ReplayMode, Result, Runner, RunnerOptions, Tensor,
+};
 
 use interpret::interpret;
 use program::{PERSISTENT_COLS, Program, ROWS_MAX};
@@ -85,7 +87,8 @@ impl Checker<'_> {
             graphs.push((size, self.capture(size)?));
         }
         for _ in 0..2 + graphs.len() {
-            let (size, graph) = &graphs[self.rng.below(graphs.len())];
+            let at = self.rng.below(graphs.len());
+            let (size, graph) = &mut graphs[at];
             self.replay(*size, graph)?;
             if self.rng.chance(4) {
                 self.eager(*size)?;
@@ -123,15 +126,26 @@ impl Checker<'_> {
         Ok(graph)
     }
 
-    fn replay(&mut self, size: usize, graph: &Graph) -> Result<(), String> {
+    fn replay(&mut self, size: usize, graph: &mut Graph) -> Result<(), String> {
         if self.rng.chance(4) {
             // Not waited for: the next run is queued behind it.
+            self.choose_mode();
             let live = self.prepare(size)?;
             graph.replay(&mut self.runner, &live).map_err(|error| format!("a queued replay with {live:?}: {error}"))?;
         }
+        let what = match self.choose_mode() {
+            ReplayMode::Healed => "a healed replay",
+            ReplayMode::Chain => "a chain replay",
+        };
         let live = self.prepare(size)?;
         let output = graph.replay(&mut self.runner, &live);
-        self.compare("a replay", &live, size, output)
+        self.compare(what, &live, size, output)
+    }
+
+    fn choose_mode(&mut self) -> ReplayMode {
+        let mode = if self.rng.chance(3) { ReplayMode::Chain } else { ReplayMode::Healed };
+        self.runner.set_replay_mode(mode);
+        mode
     }
 
     fn compare(

@@ -8,9 +8,11 @@
 
 use std::sync::atomic::Ordering;
 
-use super::super::traits::{ExecHandle, GraphBackend, GraphHandle, NodeCounts, StreamHandle};
+use super::super::traits::{ExecHandle, GraphBackend, GraphHandle, NodeCounts, NodeHandle, Part, StreamHandle};
+use super::merge::Merge;
 use super::sys::CAPTURE_INVALIDATED;
 use super::{CudaBackend, OpenCapture};
+use crate::op::Op;
 use crate::{Error, Result};
 
 impl GraphBackend for CudaBackend {
@@ -91,6 +93,23 @@ impl GraphBackend for CudaBackend {
     fn launch_graph(&self, exec: ExecHandle, stream: StreamHandle) -> Result<()> {
         self.bind()?;
         self.driver.launch_graph(exec.0, stream.0)
+    }
+
+    fn merge(&self, _stream: StreamHandle, parts: &[Part<'_>]) -> Result<Option<(GraphHandle, Vec<NodeHandle>)>> {
+        let _relaxed = self.enter()?;
+        let graph = self.driver.create_graph()?;
+        match Merge::new(self, graph).add_all(parts) {
+            Ok(Some(nodes)) => Ok(Some((GraphHandle(graph), nodes))),
+            refused => {
+                self.destroy_graph(GraphHandle(graph));
+                refused.map(|_| None)
+            }
+        }
+    }
+
+    fn patch(&self, exec: ExecHandle, node: NodeHandle, op: &Op) -> Result<bool> {
+        self.bind()?;
+        self.set_node(exec.0, node.0, op)
     }
 
     fn destroy_graph(&self, graph: GraphHandle) {

@@ -17,6 +17,7 @@ mod event;
 mod graph;
 mod matmul;
 mod memory;
+mod merge;
 mod module;
 mod plans;
 mod stream;
@@ -318,9 +319,10 @@ mod tests {
     use super::*;
     use crate::DevicePtr;
     use crate::device::traits::{
-        EventBackend, EventHandle, ExecHandle, GraphBackend, GraphHandle, MemoryBackend, RowCopy, StreamBackend,
-        StreamHandle,
+        EventBackend, EventHandle, ExecHandle, GraphBackend, GraphHandle, MemoryBackend, NodeHandle, RowCopy,
+        StreamBackend, StreamHandle,
     };
+    use crate::op::Op;
 
     const STREAM: StreamHandle = StreamHandle(1);
 
@@ -371,6 +373,9 @@ mod tests {
             backend.instantiate(GraphHandle(1)).err(),
             backend.update_exec(ExecHandle(1), GraphHandle(1)).err(),
             backend.launch_graph(ExecHandle(1), STREAM).err(),
+            backend.merge(STREAM, &[]).err(),
+            backend.patch(ExecHandle(1), NodeHandle(1), &Op::Fill { dst: ptr, byte: 0, bytes: 1 }).err(),
+            backend.patch(ExecHandle(1), NodeHandle(1), &Op::Copy(copy)).err(),
         ];
         for (i, error) in errors.into_iter().enumerate() {
             assert!(matches!(error, Some(Error::Driver { code: 700, .. })), "call {i}: {error:?}");

@@ -135,10 +135,22 @@ impl CudaBackend {
         })
     }
 
+    /// Returns the function of a launch, whose argument struct has the size of the kernel's parameter and whose shared
+    /// memory the function may have.
+    pub(super) fn launchable(&self, launch: &Launch) -> Result<&Function> {
+        let function = self.function(launch.kernel)?;
+        let is_settled = launch.args.as_slice().len() == function.arg_bytes
+            && launch.dims.shared_bytes <= function.shared_bytes.load(Ordering::Acquire);
+        if !is_settled {
+            self.settle_launch(function, launch)?;
+        }
+        Ok(function)
+    }
+
     /// Refuses a launch whose argument struct has another size than the kernel's, and raises the function's bound of
     /// dynamic shared memory, once and as far as the device can, for one that needs more.
     #[cold]
-    pub(super) fn settle_launch(&self, function: &Function, launch: &Launch) -> Result<()> {
+    fn settle_launch(&self, function: &Function, launch: &Launch) -> Result<()> {
         let (name, given) = (launch.kernel.name(), launch.args.as_slice().len());
         if given != function.arg_bytes {
             let message = format!("its argument struct has {given} bytes in Rust and {} in CUDA", function.arg_bytes);

@@ -3,8 +3,6 @@
 //! Streams never wait for the legacy default stream (`CU_STREAM_NON_BLOCKING`). On the launch path a call is one driver
 //! call: no lock, no allocation, no hashing.
 
-use std::sync::atomic::Ordering;
-
 use super::super::traits::{RowCopy, StreamBackend, StreamHandle};
 use super::CudaBackend;
 use crate::launch::Launch;
@@ -42,19 +40,14 @@ impl StreamBackend for CudaBackend {
 
     fn launch(&self, stream: StreamHandle, launch: &Launch) -> Result<()> {
         self.bind()?;
-        let function = self.function(launch.kernel)?;
-        let args = launch.args.as_slice();
-        if args.len() != function.arg_bytes || launch.dims.shared_bytes > function.shared_bytes.load(Ordering::Acquire)
-        {
-            self.settle_launch(function, launch)?;
-        }
-        // SAFETY: the comparison above (or `settle_launch`, which refuses it) establishes that `args` is as long as the
-        // kernel's parameter; its addresses come from `CaptureStream::addr`, which checks that their tensors are alive.
+        let function = self.launchable(launch)?;
+        // SAFETY: `launchable` establishes that the arguments are as long as the kernel's parameter; their addresses come
+        // from `CaptureStream::addr`, which checks that their tensors are alive.
         let launched = unsafe {
             self.driver.launch(
                 function.raw,
                 &launch.dims,
-                args,
+                launch.args.as_slice(),
                 stream.0,
                 self.can_overlap && launch.kernel.is_programmatic(),
             )

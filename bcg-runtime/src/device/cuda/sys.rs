@@ -119,6 +119,20 @@ driver! {
     cuEventDestroy_v2(u64);
     cuEventRecord(u64, u64);
     cuEventSynchronize(u64);
+    cuGraphCreate(*mut u64, u32);
+    cuGraphGetEdges_v2(u64, *mut u64, *mut u64, *mut sys::CUgraphEdgeData, *mut usize);
+    cuGraphAddDependencies_v2(u64, *const u64, *const u64, *const sys::CUgraphEdgeData, usize);
+    cuGraphAddKernelNode_v2(*mut u64, u64, *const u64, usize, *const sys::CUDA_KERNEL_NODE_PARAMS);
+    cuGraphAddMemcpyNode(*mut u64, u64, *const u64, usize, *const sys::CUDA_MEMCPY3D, sys::CUcontext);
+    cuGraphAddMemsetNode(*mut u64, u64, *const u64, usize, *const sys::CUDA_MEMSET_NODE_PARAMS, sys::CUcontext);
+    cuGraphAddEmptyNode(*mut u64, u64, *const u64, usize);
+    cuGraphKernelNodeGetParams_v2(u64, *mut sys::CUDA_KERNEL_NODE_PARAMS);
+    cuGraphKernelNodeCopyAttributes(u64, u64);
+    cuGraphMemcpyNodeGetParams(u64, *mut sys::CUDA_MEMCPY3D);
+    cuGraphMemsetNodeGetParams(u64, *mut sys::CUDA_MEMSET_NODE_PARAMS);
+    cuGraphExecKernelNodeSetParams_v2(u64, u64, *const sys::CUDA_KERNEL_NODE_PARAMS);
+    cuGraphExecMemcpyNodeSetParams(u64, u64, *const sys::CUDA_MEMCPY3D, sys::CUcontext);
+    cuGraphExecMemsetNodeSetParams(u64, u64, *const sys::CUDA_MEMSET_NODE_PARAMS, sys::CUcontext);
     cuGraphGetNodes(u64, *mut u64, *mut usize);
     cuGraphNodeGetType(u64, *mut u32);
     cuGraphInstantiateWithFlags(*mut u64, u64, u64);
@@ -142,6 +156,8 @@ macro_rules! call {
         $driver.check(stringify!($symbol), ($driver.$symbol)($($arg),*))
     };
 }
+
+pub(super) mod nodes;
 
 impl Driver {
     /// Returns the initialised driver of this process.

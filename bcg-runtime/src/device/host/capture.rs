@@ -84,18 +84,7 @@ impl State {
         self.check_valid("cuGraphLaunch", capture)?;
         let stream = self.streams.get_mut(&stream.0).expect("guards pass live streams only");
         let nodes = &mut self.captures.get_mut(&capture).expect("an open capture").nodes;
-        let first = nodes.len() as u32;
-        for node in &graph.nodes {
-            let mut node = node.clone();
-            node.deps.iter_mut().for_each(|dep| *dep += first);
-            if node.deps.is_empty() {
-                node.deps.clone_from(&stream.frontier);
-            }
-            nodes.push(node);
-        }
-        if !graph.leaves.is_empty() {
-            stream.frontier = graph.leaves.iter().map(|leaf| leaf + first).collect();
-        }
+        graph.append_to(nodes, &mut stream.frontier);
         Ok(())
     }
 

@@ -9,8 +9,9 @@ use std::sync::Arc;
 use super::queue::OpRef;
 use super::work::Work;
 use super::{HostBackend, State};
-use crate::Result;
-use crate::device::traits::{ExecHandle, GraphBackend, GraphHandle, NodeCounts, StreamHandle};
+use crate::device::traits::{ExecHandle, GraphBackend, GraphHandle, NodeCounts, NodeHandle, Part, StreamHandle};
+use crate::op::Op;
+use crate::{Error, Result};
 
 /// One operation of a graph.
 #[derive(Clone, Debug)]
@@ -21,8 +22,8 @@ pub(super) struct Node {
     pub(super) lane: u32,
 }
 
-/// A graph that was captured.
-#[derive(Debug)]
+/// A graph that was captured or merged.
+#[derive(Clone, Debug)]
 pub(super) struct GraphNodes {
     pub(super) nodes: Vec<Node>,
     /// Nodes on which no other depends.
@@ -34,6 +35,22 @@ impl GraphNodes {
         let inner: HashSet<u32> = nodes.iter().flat_map(|node| node.deps.iter().copied()).collect();
         let leaves = (0..nodes.len() as u32).filter(|idx| !inner.contains(idx)).collect();
         Self { nodes, leaves }
+    }
+
+    /// Adds a copy of all nodes behind `frontier`, which moves to the leaves.
+    pub(super) fn append_to(&self, nodes: &mut Vec<Node>, frontier: &mut Vec<u32>) {
+        let first = nodes.len() as u32;
+        for node in &self.nodes {
+            let mut node = node.clone();
+            node.deps.iter_mut().for_each(|dep| *dep += first);
+            if node.deps.is_empty() {
+                node.deps.clone_from(frontier);
+            }
+            nodes.push(node);
+        }
+        if !self.leaves.is_empty() {
+            *frontier = self.leaves.iter().map(|leaf| leaf + first).collect();
+        }
     }
 
     /// Tells whether an executable of this graph can be updated to `other`: the same kinds of work in the same order.
@@ -49,6 +66,22 @@ pub(super) struct Exec {
     graph: Arc<GraphNodes>,
     /// Its latest launch: launches of one executable never overlap.
     last: OpRef,
+}
+
+/// Puts a merged graph together: every part depends on all of the one before.
+#[derive(Default)]
+struct Merge {
+    nodes: Vec<Node>,
+    /// Nodes of the last part on which no other depends.
+    frontier: Vec<u32>,
+}
+
+impl Merge {
+    fn add(&mut self, work: Work, lane: u32) -> NodeHandle {
+        let idx = self.nodes.len() as u32;
+        self.nodes.push(Node { work, deps: std::mem::replace(&mut self.frontier, vec![idx]), lane });
+        NodeHandle(idx.into())
+    }
 }
 
 impl State {
@@ -117,6 +150,41 @@ impl GraphBackend for HostBackend {
         (launched.last, exec.last) = (op, op);
         state.queue.trim(&state.memory);
         Ok(())
+    }
+
+    fn merge(&self, stream: StreamHandle, parts: &[Part<'_>]) -> Result<Option<(GraphHandle, Vec<NodeHandle>)>> {
+        let state = &mut *self.enter("cuGraphCreate")?;
+        let lane = state.stream(stream).lane;
+        let (mut merge, mut nodes) = (Merge::default(), Vec::new());
+        for part in parts {
+            match part {
+                Part::Graph { graph, .. } => state.graph(*graph).append_to(&mut merge.nodes, &mut merge.frontier),
+                Part::Op(op) => nodes.push(merge.add(state.work(op)?, lane)),
+            }
+        }
+        let handle = state.new_handle();
+        state.graphs.insert(handle, Arc::new(GraphNodes::new(merge.nodes)));
+        Ok(Some((GraphHandle(handle), nodes)))
+    }
+
+    fn patch(&self, exec: ExecHandle, node: NodeHandle, op: &Op) -> Result<bool> {
+        let state = &mut *self.enter(match op {
+            Op::Launch(_) => "cuGraphExecKernelNodeSetParams",
+            Op::Fill { .. } => "cuGraphExecMemsetNodeSetParams",
+            Op::Copy(_) | Op::CopyFromPinned { .. } => "cuGraphExecMemcpyNodeSetParams",
+        })?;
+        let work = match state.work(op) {
+            Err(Error::Driver { code: 1, .. }) => return Ok(false),
+            work => work?,
+        };
+        let exec = state.execs.get_mut(&exec.0).expect("guards pass live executables only");
+        // Launches that are queued share the graph, and keep it.
+        let held = &mut Arc::make_mut(&mut exec.graph).nodes[node.0 as usize].work;
+        if !held.is_like(&work) {
+            return Ok(false);
+        }
+        *held = work;
+        Ok(true)
     }
 
     fn destroy_graph(&self, graph: GraphHandle) {

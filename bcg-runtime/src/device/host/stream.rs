@@ -8,6 +8,7 @@ use super::work::{Work, check_copy, check_dims};
 use super::{HostBackend, State};
 use crate::device::traits::{RowCopy, StreamBackend, StreamHandle};
 use crate::launch::Launch;
+use crate::op::Op;
 use crate::{DevicePtr, Error, Result};
 
 #[derive(Debug)]
@@ -38,6 +39,24 @@ impl State {
         self.stream(stream).last = op;
         self.queue.trim(&self.memory);
         Ok(())
+    }
+
+    /// Returns what a piece of work does here, after the driver's checks.
+    pub(super) fn work(&self, op: &Op) -> Result<Work> {
+        match op {
+            Op::Launch(launch) => check_dims(&launch.dims).map(|()| Work::Launch(launch.clone())),
+            Op::Fill { dst, byte, bytes } => Ok(Work::Fill { dst: *dst, pattern: [*byte; 4], bytes: *bytes }),
+            Op::Copy(copy) => check_copy(copy).map(|()| Work::Copy { name: "copy", copy: *copy }),
+            Op::CopyFromPinned { dst, src, bytes } => self.work_from_pinned(*dst, *src, *bytes),
+        }
+    }
+
+    fn work_from_pinned(&self, dst: DevicePtr, src: DevicePtr, bytes: usize) -> Result<Work> {
+        if bytes > 0 && !self.memory.is_pinned(src) {
+            let message = format!("the source {:#x} is not pinned memory", src.0);
+            return Err(Error::Memory { kernel: "copy from pinned".to_owned(), message });
+        }
+        Ok(Work::Copy { name: "copy from pinned", copy: RowCopy::piece(dst, src, bytes) })
     }
 
     /// Refuses a call on a stream that captures, which spoils the capture as on CUDA.
@@ -144,12 +163,8 @@ impl StreamBackend for HostBackend {
 
     fn copy_from_pinned(&self, stream: StreamHandle, dst: DevicePtr, src: DevicePtr, bytes: usize) -> Result<()> {
         let mut state = self.enter("cuMemcpyAsync")?;
-        if bytes > 0 && !state.memory.is_pinned(src) {
-            let message = format!("the source {:#x} is not pinned memory", src.0);
-            return Err(Error::Memory { kernel: "copy from pinned".to_owned(), message });
-        }
-        let copy = RowCopy { dst, dst_pitch: bytes, src, src_pitch: bytes, row_bytes: bytes, rows: 1 };
-        state.enqueue("cuMemcpyAsync", stream, Work::Copy { name: "copy from pinned", copy })
+        let work = state.work_from_pinned(dst, src, bytes)?;
+        state.enqueue("cuMemcpyAsync", stream, work)
     }
 }
 

@@ -81,7 +81,7 @@ impl Lab {
         &mut self,
         count: usize,
         rounds: Rounds,
-        run: impl Fn(&mut Runner) -> bcg_runtime::Result<()>,
+        mut run: impl FnMut(&mut Runner) -> bcg_runtime::Result<()>,
     ) -> Result<Samples> {
         let mut time = |repeats: usize| -> Result<f64> {
             self.runner.synchronize()?;
