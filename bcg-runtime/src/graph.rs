@@ -85,7 +85,7 @@ pub struct BreakableCudaGraph<L: LiveBatch, O: Freeze> {
 pub(crate) struct Captured<L, O: Freeze> {
     pub(crate) forward: Box<Forward<L, O>>,
     /// `None` in debug-eager mode.
-    pub(crate) recording: Option<Recording<L, O>>,
+    pub(crate) recording: Option<Box<Recording<L, O>>>,
 }
 
 /// Steps and what they point at. Field order is teardown order: executables before the memory they use.
@@ -141,7 +141,7 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
             return Ok(output);
         }
         let (recording, output) = record(runner.stream_mut(), live, self.options, &forward, false)?;
-        self.captured = Ok(Captured { forward: Box::new(forward), recording: Some(recording) });
+        self.captured = Ok(Captured { forward: Box::new(forward), recording: Some(Box::new(recording)) });
         Ok(output)
     }
 
@@ -185,7 +185,7 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
             }
             recorded => recorded,
         };
-        self.captured = Ok(Captured { forward: Box::new(forward), recording: Some(recorded?.0) });
+        self.captured = Ok(Captured { forward: Box::new(forward), recording: Some(Box::new(recorded?.0)) });
         Ok(())
     }
 

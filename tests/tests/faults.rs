@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use bcg_runtime::{
     BreakableCudaGraph, Context, DType, Device, Eager, Error, GraphOptions, LiveObjects, PinnedBuffer, ReplayMode,
-    Result, Runner, RunnerOptions, Tensor, eager_on_graph,
+    ReplayPath, Result, Runner, RunnerOptions, Tensor, eager_on_graph,
 };
 use bcg_tests::conformance::fixture::{Batch, Graph, assert_usable, batch, failure, iota, padded, scaled, step};
 use bcg_tests::conformance::kernels::{axpy, count};
@@ -213,29 +213,54 @@ fn each_call_of_a_replay_fails_once_and_the_graph_stays() {
     );
 }
 
+/// A forward of equal layers, whose breaks heal.
+fn layers(rig: &Rig) -> impl Fn(&mut Context<'_, Batch>) -> Result<Tensor> + Clone + Send + Sync + use<> {
+    let x = iota(&rig.device, &[SIZE, 4], 1.0);
+    move |cx| {
+        (0..3).try_fold(x.clone(), |x, _| {
+            let y = step(cx, &x)?;
+            scaled(cx, &y)
+        })
+    }
+}
+
+fn expected_of_layers(live: &Batch) -> Vec<f32> {
+    let rig = Rig::new();
+    let mut runner = rig.runner();
+    let output = runner.eager(live, layers(&rig)).expect("an eager run");
+    runner.read::<f32>(&output).expect("a read")
+}
+
+#[test]
+fn each_call_of_healed_replays_and_of_the_capture_before_fails_once() {
+    let lives = [padded(3.0, 4, SIZE), padded(-2.0, 4, SIZE), padded(5.0, SIZE, SIZE)];
+    let expected = lives.each_ref().map(expected_of_layers);
+    fail_each_call(
+        "healed",
+        |rig| State { runner: rig.runner(), graph: BreakableCudaGraph::new("healed"), forward: layers(rig) },
+        |state| {
+            drop(state.graph.capture(&mut state.runner, &lives[0], state.forward.clone())?);
+            for (live, expected) in lives.iter().zip(&expected).chain(lives.iter().zip(&expected)) {
+                let output = state.graph.replay(&mut state.runner, live)?;
+                check(&mut state.runner, &output, expected)?;
+            }
+            assert_eq!(state.graph.last_replay(), Some(ReplayPath::Healed));
+            Ok(())
+        },
+        |state| &mut state.runner,
+    );
+}
+
 #[test]
 fn each_call_of_a_capture_with_shared_executables_and_of_its_replay_fails_once() {
     let live = padded(3.0, 4, SIZE);
-    let layers = |x: Tensor| {
-        move |cx: &mut Context<'_, Batch>| {
-            (0..3).try_fold(x.clone(), |x, _| {
-                let y = step(cx, &x)?;
-                scaled(cx, &y)
-            })
-        }
-    };
-    let expected = {
-        let rig = Rig::new();
-        let mut runner = rig.runner();
-        let output = runner.eager(&live, layers(iota(&rig.device, &[SIZE, 4], 1.0))).expect("an eager run");
-        runner.read::<f32>(&output).expect("a read")
-    };
+    let expected = expected_of_layers(&live);
     let updates = std::cell::Cell::new(0);
     fail_each_call(
         "shared",
         |rig| {
             let options = GraphOptions { shares_executables: true, ..GraphOptions::default() };
-            let forward = layers(iota(&rig.device, &[SIZE, 4], 1.0));
+            let forward = layers(rig);
             let mut runner = rig.runner();
             runner.set_replay_mode(ReplayMode::Chain);
             runner.eager(&live, &forward).expect("the arena gets its size");

@@ -67,6 +67,15 @@ extern "C" __global__ void route(RouteArgs a) {
     a.counts[b] = n;
 }
 
+struct GeometryArgs { float* out; u64 len; };
+extern "C" __global__ void geometry(GeometryArgs a) {
+    extern __shared__ char bytes[];
+    unsigned size;
+    asm("mov.u32 %0, %dynamic_smem_size;" : "=r"(size));
+    if (size > 0) bytes[size - 1] = (char)threadIdx.x;
+    if (threadIdx.x == 0 && blockIdx.x < a.len) a.out[blockIdx.x] = (float)(gridDim.x * 100000 + blockDim.x * 100 + size / 1024);
+}
+
 struct CopyIndexArgs { const float* x; const int* index; float* out; u64 len, out_len; };
 extern "C" __global__ void copy_index(CopyIndexArgs a) {
     u64 i = blockIdx.x * (u64)blockDim.x + threadIdx.x;
@@ -310,4 +319,24 @@ pub fn copy_index(cx: &mut CaptureStream, x: &Tensor, index: &Tensor) -> Result<
     let args = CopyIndexArgs { x: cx.addr(x)?, index: cx.addr(index)?, out: cx.addr(&out)?, len, out_len };
     cx.launch(&COPY_INDEX, Dims::per_item(out_len as usize, BLOCK), args)?;
     Ok(out)
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::NoUninit, bytemuck::AnyBitPattern)]
+struct GeometryArgs {
+    out: DevicePtr,
+    len: u64,
+}
+
+static GEOMETRY: Kernel<GeometryArgs> = Kernel::new("geometry", &SOURCE, |a, dims, memory| {
+    let value = dims.grid[0] * 100_000 + dims.block[0] * 100 + dims.shared_bytes / 1024;
+    let out = memory.view::<f32>(a.out, a.len as usize)?;
+    out.iter().take(dims.grid[0] as usize).for_each(|out| out.set(value as f32));
+    Ok(())
+});
+
+/// Each block writes what it was launched with into its element of `out`: blocks, threads, KiB of shared memory.
+pub fn geometry(cx: &mut CaptureStream, dims: Dims, out: &Tensor) -> Result<()> {
+    let args = GeometryArgs { out: cx.addr(out)?, len: out.num_elements() as u64 };
+    cx.launch(&GEOMETRY, dims, args)
 }

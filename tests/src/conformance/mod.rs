@@ -9,6 +9,7 @@ pub mod kernels;
 
 pub mod capture_basics;
 pub mod errors;
+pub mod healing;
 pub mod ladder_and_eligibility;
 pub mod live_and_frozen;
 pub mod memory;
@@ -131,6 +132,21 @@ macro_rules! conformance_rules {
                 a_verified_replay_names_the_first_difference,
                 the_message_of_each_error_is_pinned,
                 a_failing_kernel_is_reported_by_the_next_wait,
+            }
+            healing {
+                healed_chain_and_eager_are_equal,
+                a_graph_heals_whatever_way_it_was_captured,
+                geometry_and_shared_memory_may_change,
+                what_does_not_change_is_not_patched,
+                another_sequence_of_work_is_a_chain_once,
+                a_break_that_reads_back_stays_and_its_neighbours_merge,
+                copies_and_fills_in_a_break_heal,
+                a_copy_of_rows_that_moves_is_other_work,
+                an_error_while_recording_leaves_the_graph_replayable,
+                replays_in_flight_keep_their_arguments,
+                a_body_that_leaves_the_record_finds_the_device_as_in_an_eager_run,
+                padded_and_exact_batches_heal,
+                a_healed_replay_copies_no_bridge,
             }
             ladder_and_eligibility {
                 padding_is_at_most_an_eighth_above_sixteen_rows,
