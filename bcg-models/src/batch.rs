@@ -7,6 +7,10 @@
 //!   sequences, which is never frozen.
 //!
 //! A padded row has token 0, position 0 and slot −1 (nothing is written to the KV cache), and belongs to no sequence.
+//! What attention reads is padded to a capacity of sequences, which have no rows and no keys: addresses and shapes depend
+//! on the phase and the padded rows alone, so every batch of one size makes the same launches, breaks included.
+
+use std::ops::Range;
 
 use bcg_runtime::{DType, Device, LiveBatch, Result, Rows, Runner, Tensor};
 
@@ -91,20 +95,24 @@ pub struct DecodeInputs {
 }
 
 /// The live batch.
+///
+/// Apart from `last_rows`, its tensors have room for the most sequences of the padded rows, Bmax: all batches of a phase
+/// and a padded size have the same addresses and shapes. Sequences behind the last one are empty.
 #[derive(Debug)]
 pub struct ForwardBatch {
     rows: Rows,
     num_sequences: usize,
     phase: Phase,
-    /// `[B + 1]` i32: the first row of each sequence, and the end of the last one.
+    /// `[Bmax + 1]` i32: the first row of each sequence, and from there on the end of the last one.
     pub cu_seqlens_q: Tensor,
-    /// `[B]` i32, new tokens included.
+    /// `[Bmax]` i32, new tokens included; 0 behind the last sequence.
     pub kv_lens: Tensor,
-    /// `[B, pages]` i32. In a prefill as wide as the longest sequence needs.
+    /// `[Bmax, pages]` i32, as wide as the longest possible sequence needs. Only the pages of the sequences' tokens count.
     pub page_table: Tensor,
     /// `[B]` i32: the last row of each sequence.
     pub last_rows: Tensor,
-    /// The order of the work of [`attention_prefill`](crate::ops::attention_prefill); without items in a decode.
+    /// The order of the work of [`attention_prefill`](crate::ops::attention_prefill), with room for the longest one;
+    /// without items in a decode.
     pub prefill_plan: Tensor,
 }
 
@@ -139,13 +147,13 @@ pub struct BatchLimits {
 
 /// The device buffers of all batches, at fixed addresses, and the host memory in which they are put together.
 ///
-/// A batch lies in one buffer, section after section, so that it is one upload. First come the sections that captured
-/// code reads: where they begin depends on the phase and the padded rows alone.
+/// A batch is two uploads: of one buffer in which it lies section after section, up to the plan's last item, and of the
+/// used columns of the page table. Where sections begin depends on the phase and the padded rows alone.
 #[derive(Debug)]
 pub struct InputBuffers {
     sections: Tensor,
-    /// `[B, pages]`: the page tables of a decode, as wide as the longest possible sequence needs.
-    decode_pages: Tensor,
+    /// `[B, pages]`, as wide as the longest possible sequence needs.
+    page_table: Tensor,
     decode_plan: DecodePlan,
     sampling: SamplingBuffers,
     staging: Vec<i32>,
@@ -192,7 +200,7 @@ impl Sections<'_> {
         &mut self,
         phase: Phase,
         rows: usize,
-        decode_pages: &Tensor,
+        page_table: &Tensor,
         decode_plan: DecodePlan,
     ) -> Result<TokenInputs> {
         Ok(TokenInputs {
@@ -203,7 +211,7 @@ impl Sections<'_> {
                 Phase::Prefill => None,
                 Phase::Decode => Some(DecodeInputs {
                     kv_lens: self.next(rows)?,
-                    page_table: decode_pages.rows(0..rows)?,
+                    page_table: page_table.rows(0..rows)?,
                     plan: self.next(decode_plan.shape().iter().product())?.reshape(&decode_plan.shape())?,
                 }),
             },
@@ -211,13 +219,27 @@ impl Sections<'_> {
     }
 }
 
-/// Appends a section, padded to where the next one begins.
-fn push_section(staging: &mut Vec<i32>, values: impl IntoIterator<Item = i32>, len: usize, padding: i32) {
-    let end = staging.len() + len;
-    staging.extend(values);
-    debug_assert!(staging.len() <= end, "a section holds {len} values");
-    staging.resize(end, padding);
-    staging.resize(end.next_multiple_of(SECTION_ALIGNMENT), 0);
+/// Appends a section of `len` values, padded to where the next one begins, and returns where it lies. `push` appends the
+/// first values, `padding` stands for the others.
+fn push_section(staging: &mut Vec<i32>, len: usize, padding: i32, push: impl FnOnce(&mut Vec<i32>)) -> Range<usize> {
+    let begin = staging.len();
+    push(staging);
+    debug_assert!(staging.len() <= begin + len, "a section holds {len} values");
+    staging.resize(begin + len, padding);
+    staging.resize((begin + len).next_multiple_of(SECTION_ALIGNMENT), 0);
+    begin..begin + len
+}
+
+/// Appends the slots of these positions of a sequence, page by page.
+fn push_slots(staging: &mut Vec<i32>, pages: &[u32], page_size: usize, positions: Range<usize>) {
+    let mut begin = positions.start;
+    while begin < positions.end {
+        let page = begin / page_size;
+        let end = positions.end.min((page + 1) * page_size);
+        let first = pages[page] as usize * page_size + begin % page_size;
+        staging.extend((first..first + (end - begin)).map(|slot| slot as i32));
+        begin = end;
+    }
 }
 
 impl InputBuffers {
@@ -230,12 +252,12 @@ impl InputBuffers {
         let BatchLimits { rows, sequences, pages_per_sequence } = limits;
         let aligned = |len: usize| len.next_multiple_of(SECTION_ALIGNMENT);
         let plan: usize = decode_plan.shape().iter().product();
-        let plan = plan.max(aligned(attention_prefill_plan_len(rows, sequences))) + SECTION_ALIGNMENT;
-        // Tokens, positions, slots; lengths, last rows, starts; plan; page tables.
-        let len = 3 * aligned(rows) + 3 * aligned(sequences + 1) + plan + aligned(sequences * pages_per_sequence);
+        let plan = plan.max(attention_prefill_plan_len(rows, sequences));
+        // Tokens, positions, slots; lengths, starts, last rows; the phase's plan; a decode's prefill plan without items.
+        let len = 3 * aligned(rows) + 3 * aligned(sequences + 1) + aligned(plan) + SECTION_ALIGNMENT;
         Ok(Self {
             sections: zeros(len, DType::I32)?,
-            decode_pages: device.zeros(&[sequences, pages_per_sequence], DType::I32)?,
+            page_table: device.zeros(&[sequences, pages_per_sequence], DType::I32)?,
             sampling: SamplingBuffers {
                 temperature: zeros(sequences, DType::F32)?,
                 top_k: zeros(sequences, DType::I32)?,
@@ -245,8 +267,8 @@ impl InputBuffers {
                 step: zeros(sequences, DType::I64)?,
             },
             decode_plan,
-            staging: Vec::new(),
-            staged_plan: Vec::new(),
+            staging: Vec::with_capacity(len + sequences * pages_per_sequence),
+            staged_plan: Vec::with_capacity(plan),
             page_size,
         })
     }
@@ -256,7 +278,7 @@ impl InputBuffers {
     /// # Errors
     /// [`bcg_runtime::Error::Shape`] beyond the limits.
     pub fn token_inputs(&self, phase: Phase, rows: usize) -> Result<TokenInputs> {
-        Sections { buffer: &self.sections, end: 0 }.captured(phase, rows, &self.decode_pages, self.decode_plan)
+        Sections { buffer: &self.sections, end: 0 }.captured(phase, rows, &self.page_table, self.decode_plan)
     }
 
     /// Uploads a batch for a forward of `phase` that is padded to `padded` rows. With `write_kv` off no key or value is
@@ -278,84 +300,77 @@ impl InputBuffers {
         let valid: usize = batch.iter().map(|sequence| sequence.tokens.len()).sum();
         assert!(valid <= padded, "{valid} tokens do not fit into {padded} rows");
         assert!(phase == Phase::Prefill || Phase::of(batch) == phase, "a decode has one new token a sequence");
+        let live = self.views(phase, batch.len(), Rows { valid, padded })?;
         self.stage_tokens(batch, padded, write_kv);
-        let mut sections = Sections { buffer: &self.sections, end: 0 };
-        let captured = sections.captured(phase, padded, &self.decode_pages, self.decode_plan)?;
-        let kv_lens = match &captured.decode {
-            Some(decode) => decode.kv_lens.clone(),
-            None => sections.next(batch.len())?,
-        };
-        let lens = batch.iter().map(|sequence| sequence.kv_len() as i32);
-        let lens_begin = self.staging.len();
-        push_section(&mut self.staging, lens, kv_lens.dim(0), 0);
-        if phase == Phase::Decode {
-            self.decode_plan.fill(&self.staging[lens_begin..][..batch.len()], &mut self.staged_plan);
-            push_section(&mut self.staging, self.staged_plan.iter().copied(), self.staged_plan.len(), 0);
-        }
-        let ends = || {
-            batch.iter().scan(0, |end, sequence| {
-                *end += sequence.tokens.len() as i32;
-                Some(*end)
-            })
-        };
-        let starts_begin = self.staging.len();
-        push_section(&mut self.staging, std::iter::once(0).chain(ends()), batch.len() + 1, 0);
-        let cu_seqlens_q = sections.next(batch.len() + 1)?;
-        push_section(&mut self.staging, ends().map(|end| end - 1), batch.len(), 0);
-        let last_rows = sections.next(batch.len())?;
-        let planned = if phase == Phase::Prefill { batch.len() } else { 0 };
-        let starts = &self.staging[starts_begin..][..planned + 1];
-        attention_prefill_plan(starts, &self.staging[lens_begin..][..planned], &mut self.staged_plan);
-        push_section(&mut self.staging, self.staged_plan.iter().copied(), self.staged_plan.len(), 0);
-        let prefill_plan = sections.next(self.staged_plan.len())?;
-        let page_table = self.upload(runner, batch, sections.end, captured.decode)?;
-        Ok(ForwardBatch {
-            rows: Rows { valid, padded },
-            num_sequences: batch.len(),
-            phase,
-            cu_seqlens_q,
-            kv_lens: kv_lens.rows(0..batch.len())?,
-            page_table,
-            last_rows,
-            prefill_plan,
-        })
+        self.stage_sequences(batch, &live);
+        let staged = self.staging.len();
+        runner.upload(&self.sections.rows(0..staged)?, &self.staging)?;
+        let width = self.stage_page_tables(batch);
+        let used = live.page_table.rows(0..batch.len())?.columns(0..width)?;
+        runner.upload(&used, &self.staging[staged..])?;
+        Ok(live)
     }
 
-    /// Uploads what was staged, then the page tables: behind it in a prefill, into their fixed place in a decode.
-    fn upload(
-        &mut self,
-        runner: &mut Runner,
-        batch: &[SequenceInput<'_>],
-        staged: usize,
-        decode: Option<DecodeInputs>,
-    ) -> Result<Tensor> {
-        let width = self.stage_page_tables(batch);
-        let end = staged + batch.len() * width;
-        if let Some(decode) = decode {
-            runner.upload(&self.sections.rows(0..staged)?, &self.staging[..staged])?;
-            let page_table = decode.page_table.rows(0..batch.len())?;
-            runner.upload(&page_table.columns(0..width)?, &self.staging[staged..])?;
-            return Ok(page_table);
-        }
-        runner.upload(&self.sections.rows(0..end)?, &self.staging)?;
-        self.sections.rows(staged..end)?.reshape(&[batch.len(), width])
+    /// Where the live batches of a phase and a padded size lie.
+    fn views(&self, phase: Phase, num_sequences: usize, rows: Rows) -> Result<ForwardBatch> {
+        let capacity = rows.padded.min(self.page_table.dim(0));
+        let mut sections = Sections { buffer: &self.sections, end: 0 };
+        let captured = sections.captured(phase, rows.padded, &self.page_table, self.decode_plan)?;
+        let (kv_lens, plan_len) = match captured.decode {
+            None => (sections.next(capacity)?, attention_prefill_plan_len(rows.padded, capacity)),
+            Some(decode) => (decode.kv_lens, 1),
+        };
+        Ok(ForwardBatch {
+            rows,
+            num_sequences,
+            phase,
+            cu_seqlens_q: sections.next(capacity + 1)?,
+            kv_lens,
+            page_table: self.page_table.rows(0..capacity)?,
+            last_rows: sections.next(capacity)?.rows(0..num_sequences)?,
+            prefill_plan: sections.next(plan_len)?,
+        })
     }
 
     /// Begins the staging with tokens, positions and slots.
     fn stage_tokens(&mut self, batch: &[SequenceInput<'_>], padded: usize, write_kv: bool) {
-        self.staging.clear();
-        let tokens = batch.iter().flat_map(|sequence| sequence.tokens).map(|&token| token.cast_signed());
-        push_section(&mut self.staging, tokens, padded, 0);
-        let positions = batch.iter().flat_map(|sequence| sequence.past_len..sequence.kv_len());
-        push_section(&mut self.staging, positions.map(|position| position as i32), padded, 0);
-        let page_size = self.page_size;
-        let slots = batch.iter().flat_map(|sequence| {
-            (sequence.past_len..sequence.kv_len()).map(move |position| {
-                let page = sequence.pages[position / page_size] as usize;
-                if write_kv { (page * page_size + position % page_size) as i32 } else { -1 }
-            })
+        let (staging, page_size) = (&mut self.staging, self.page_size);
+        staging.clear();
+        push_section(staging, padded, 0, |staging| {
+            batch.iter().for_each(|s| staging.extend(s.tokens.iter().map(|token| token.cast_signed())));
         });
-        push_section(&mut self.staging, slots, padded, -1);
+        push_section(staging, padded, 0, |staging| {
+            batch.iter().for_each(|s| staging.extend(s.past_len as i32..s.kv_len() as i32));
+        });
+        let written = if write_kv { batch } else { &[] };
+        push_section(staging, padded, -1, |staging| {
+            written.iter().for_each(|s| push_slots(staging, s.pages, page_size, s.past_len..s.kv_len()));
+        });
+    }
+
+    /// Appends what is known of each sequence, and the plan of the phase's attention.
+    fn stage_sequences(&mut self, batch: &[SequenceInput<'_>], live: &ForwardBatch) {
+        let (staging, plan) = (&mut self.staging, &mut self.staged_plan);
+        let capacity = live.kv_lens.dim(0);
+        let lens = push_section(staging, capacity, 0, |staging| {
+            staging.extend(batch.iter().map(|sequence| sequence.kv_len() as i32));
+        });
+        if live.phase == Phase::Decode {
+            self.decode_plan.fill(&staging[lens.start..][..batch.len()], plan);
+            push_section(staging, plan.len(), 0, |staging| staging.extend_from_slice(plan));
+        }
+        let ends = batch.iter().scan(0, |end, sequence| {
+            *end += sequence.tokens.len() as i32;
+            Some(*end)
+        });
+        let starts = push_section(staging, capacity + 1, live.rows.valid as i32, |staging| {
+            staging.push(0);
+            staging.extend(ends.clone());
+        });
+        push_section(staging, capacity, 0, |staging| staging.extend(ends.map(|end| end - 1)));
+        let planned = if live.phase == Phase::Prefill { batch.len() } else { 0 };
+        attention_prefill_plan(&staging[starts][..=planned], &staging[lens][..planned], plan);
+        push_section(staging, plan.len(), 0, |staging| staging.extend_from_slice(plan));
     }
 
     /// Appends the page tables, as wide as the longest sequence needs, and returns the width.
@@ -430,10 +445,12 @@ mod tests {
         assert_eq!(read(&tokens.token_ids), [7, 8, 9, 6, 0, 0]);
         assert_eq!(read(&tokens.positions), [3, 4, 5, 0, 0, 0]);
         assert_eq!(read(&tokens.slot_mapping), [23, 8, 9, 4, -1, -1]);
-        assert_eq!(read(&live.cu_seqlens_q), [0, 3, 4]);
-        assert_eq!(read(&live.kv_lens), [6, 1]);
-        assert_eq!(read(&live.page_table), [5, 2, 1, 0]);
+        assert_eq!(read(&live.cu_seqlens_q), [0, 3, 4, 4, 4, 4, 4]);
+        assert_eq!(read(&live.kv_lens), [6, 1, 0, 0, 0, 0]);
+        assert_eq!(live.page_table.shape(), [6, LIMITS.pages_per_sequence]);
+        assert_eq!(read(&live.page_table.columns(0..2).expect("columns"))[..4], [5, 2, 1, 0]);
         assert_eq!(read(&live.last_rows), [2, 3]);
+        assert_eq!(read(&live.prefill_plan)[..5], [2, 0, 0, 1, 3]);
         assert_eq!(live.rows(), Some(Rows { valid: 4, padded: 6 }));
         assert!(live.phase() == Phase::Prefill && tokens.decode.is_none());
     }
@@ -455,6 +472,31 @@ mod tests {
         assert_eq!(table[..4], [5, 0, 1, 3]);
         assert_eq!(runner.read::<i32>(&live.last_rows).expect("read"), [0, 1]);
         assert_eq!(runner.read::<i32>(&tokens.slot_mapping).expect("read"), [-1; 4]);
+    }
+
+    #[test]
+    fn batches_of_one_size_lie_at_the_same_places() {
+        let device = Device::host();
+        let mut runner = Runner::new(&device, RunnerOptions::default()).expect("a runner");
+        let mut buffers = InputBuffers::new(&device, LIMITS, 4, DecodePlan::new(&device, 4, 2)).expect("buffers");
+        let (params, pages) = (SamplingParams::greedy(), [0, 1, 2, 3]);
+        let long = [input(&[1; 9], 7, &pages, &params)];
+        let many = [input(&[1, 2], 0, &pages, &params); 5];
+        let one = [input(&[1], 15, &pages, &params)];
+        let all = [input(&[1], 0, &pages, &params); 8];
+        for (phase, padded, batches) in [
+            (Phase::Prefill, 12, [&long[..], &many]),
+            (Phase::Prefill, 8, [&one, &many[..4]]),
+            (Phase::Decode, 8, [&one, &all]),
+        ] {
+            let [first, second] = batches.map(|batch| {
+                let live = buffers.fill(&mut runner, batch, phase, padded, true).expect("filled");
+                assert_eq!(live.last_rows.shape(), [batch.len()]);
+                // A tensor's description has its dtype, its shape and its address.
+                [live.cu_seqlens_q, live.kv_lens, live.page_table, live.prefill_plan].map(|t| format!("{t:?}"))
+            });
+            assert_eq!(first, second);
+        }
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! Self-attention with grouped queries, normalised queries and keys, rotary positions and a paged KV cache.
 //!
 //! Projections, norms, rotation and the KV write are captured: they read positions and slots from static buffers. In a
-//! prefill [`attend`] is a break, because sequences and page table depend on the live batch. In a decode attention is
-//! captured too: what it reads lies in static buffers.
+//! prefill [`attend`] is a break, because sequences and page table depend on the live batch; its launch has the same
+//! arguments and geometry for every batch of a padded size. In a decode attention is captured too: what it reads lies in
+//! static buffers.
 
 use bcg_runtime::{Context, Device, Eager, Result, Tensor, eager_on_graph};
 

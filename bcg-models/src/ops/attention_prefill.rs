@@ -114,12 +114,15 @@ pub fn attention_prefill_plan_len(rows: usize, sequences: usize) -> usize {
 ///
 /// The rows `cu_seqlens_q[b]..cu_seqlens_q[b + 1]` are the last tokens of sequence `b`, whose `kv_lens[b]` keys and
 /// values, new ones included, are in its pages. `out[t] = softmax(scale * q[t] · k) · v` over the keys up to the row's
-/// own position, in f32, rounded once (on tensor cores the weights, each at most 1, are rounded too); query head `h` reads key-value head `h / (Hq / Hkv)`. Rows that belong to no
-/// sequence (padding) are left as they are.
+/// own position, in f32, rounded once (on tensor cores the weights, each at most 1, are rounded too); query head `h` reads
+/// key-value head `h / (Hq / Hkv)`. Rows that belong to no sequence (padding) are left as they are.
+///
+/// A launch is the same for all batches whose tensors have the same addresses and shapes: sequences without rows and keys,
+/// and a plan longer than its items, are as if they were not there.
 ///
 /// # Shapes
 /// - `q`, `out`: `[T, Hq D]`, bf16, f16 or f32; `q` may be row-sliced. D is a multiple of 32 up to 256.
-/// - `cu_seqlens_q`: `[B + 1]` i32, ascending from 0.   - `kv_lens`: `[B]` i32.
+/// - `cu_seqlens_q`: `[B + 1]` i32, from 0 on, not descending.   - `kv_lens`: `[B]` i32.
 /// - `plan`: `[1 + 2 items]` i32 or longer, from [`attention_prefill_plan`]: it must cover each row of a sequence once.
 ///
 /// # Capture

@@ -207,6 +207,32 @@ pub(super) fn prefill_rows_do_not_depend_on_other_sequences(device: &Device) {
     }
 }
 
+/// Sequences without rows and keys, and numbers behind the plan's items, change nothing and are not read: so batches of
+/// one size can share the shapes of the largest one.
+pub(super) fn prefill_does_not_read_behind_the_batch(device: &Device) {
+    for (dtype, head_dim) in FLOATS.into_iter().flat_map(|dtype| [64, 128, 96].map(|head_dim| (dtype, head_dim))) {
+        let mut fixture = Fixture::new(device);
+        let prefill = Prefill::new(&mut fixture, dtype, &[(150, 0), (3, 60)], (4, 2, head_dim), 16);
+        let alone = prefill.run(&mut fixture);
+        let (mut starts, mut kv_lens) = (prefill.starts.clone(), prefill.cache.kv_lens.clone());
+        let mut plan = vec![];
+        ops::attention_prefill_plan(&starts, &kv_lens, &mut plan);
+        let rows = prefill.q.tensor.dim(0);
+        plan.resize(ops::attention_prefill_plan_len(rows, 9), i32::MAX);
+        starts.resize(10, starts[2]);
+        kv_lens.resize(9, 0);
+        let mut table = fixture.read_i32(&prefill.cache.page_table);
+        let width = table.len() / 2;
+        table.resize(9 * width, i32::MAX);
+        let page_table = device.tensor(&[9, width], &table).expect("a tensor");
+        let paged = PagedKv { page_table: &page_table, ..prefill.cache.paged() };
+        let (starts, lens, plan) = (fixture.ints(&starts), fixture.ints(&kv_lens), fixture.ints(&plan));
+        let (q, scale) = (&prefill.q.tensor, prefill.scale());
+        let padded = fixture.run(|cx| ops::attention_prefill(cx, q, &paged, &starts, &lens, &plan, scale));
+        assert_eq!(fixture.read(&padded)[..alone.len()], alone, "{dtype}, head dim {head_dim}");
+    }
+}
+
 /// The plan of a decode of these lengths.
 fn plan(fixture: &Fixture, kv_lens: &[i32], heads: (usize, usize)) -> Tensor {
     let decode_plan = DecodePlan::new(&fixture.device, heads.0, heads.1);
