@@ -144,8 +144,9 @@ template <u32 D> BCG_DEVICE u32 box_rows(const PagedKv& kv) {
     BCG_MAP_ELEMENT("box_dim", "b32", "r", i, (u32)(box));     \
     BCG_MAP_ELEMENT("element_stride", "b32", "r", i, 1u)
 
-// Makes the tensor map of keys and values, by one warp: [2, groups of 8 tokens, blocks of 64 columns, 8, 64].
-template <u32 D> BCG_DEVICE void make_map(const PagedKv& kv, u32 rows, u32 shared, u8* map) {
+// Makes the tensor map of keys and values in shared memory, by one warp: [2, groups of 8 tokens, blocks of 64 columns, 8,
+// 64].
+template <u32 D> BCG_DEVICE void make_map(const PagedKv& kv, u32 rows, u32 shared) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(shared + threadIdx.x % 32 * 4), "r"(0) : "memory");
     __syncwarp();
     if (threadIdx.x % 32 == 0) {
@@ -167,6 +168,10 @@ template <u32 D> BCG_DEVICE void make_map(const PagedKv& kv, u32 rows, u32 share
         BCG_MAP_FIELD("fill_mode", "b32", "n", 0);
     }
     __syncwarp();
+}
+
+// Copies the tensor map to where the copy engine reads it, by the warp that made it.
+BCG_DEVICE void publish_map(u32 shared, u8* map) {
     asm volatile("tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned [%0], [%1], 128;"
                  :
                  : "l"(map), "r"(shared)
@@ -438,16 +443,18 @@ template <u32 D> BCG_DEVICE void attention_prefill(const AttentionPrefillArgs& a
             barrier_init(base + S::EMPTY + 8 * i, 8);
         }
     }
+    u32 rows = box_rows<D>(a.kv);
+    if (warp == 0 && rows > 0) make_map<D>(a.kv, rows, base + S::MAP);
     fence_async();
     __syncthreads();
+    // Everything in device memory comes after this: also the maps, whose place an earlier kernel may still use.
     wait_for_inputs();
     release_dependents();
     if (threadIdx.x < WARPGROUP) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
-        u32 rows = box_rows<D>(a.kv);
         u8* map = a.maps + blockIdx.x * 128;
         if (rows > 0) {
-            if (warp == 0) make_map<D>(a.kv, rows, base + S::MAP, map);
+            if (warp == 0) publish_map(base + S::MAP, map);
             asm volatile("bar.sync 3, 128;" ::: "memory");
             asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" ::"l"(map) : "memory");
         }

@@ -66,11 +66,10 @@ static F16_D64: Kernel<AttentionPrefillArgs> =
     tiled!("attention_prefill_f16_d64", ATTENTION_PREFILL, half::f16).programmatic();
 static F16_D128: Kernel<AttentionPrefillArgs> =
     tiled!("attention_prefill_f16_d128", ATTENTION_PREFILL, half::f16).programmatic();
-// Not programmatic: it follows a segment, whose end no launch overlaps, and was not tried with overlap.
 static HOPPER_D64: Kernel<AttentionPrefillArgs> =
-    tiled!("attention_prefill_hopper_d64", ATTENTION_PREFILL_HOPPER, half::bf16);
+    tiled!("attention_prefill_hopper_d64", ATTENTION_PREFILL_HOPPER, half::bf16).programmatic();
 static HOPPER_D128: Kernel<AttentionPrefillArgs> =
-    tiled!("attention_prefill_hopper_d128", ATTENTION_PREFILL_HOPPER, half::bf16);
+    tiled!("attention_prefill_hopper_d128", ATTENTION_PREFILL_HOPPER, half::bf16).programmatic();
 
 /// Writes the plan of a batch for [`attention_prefill`]: `[count, sequence, first row, sequence, first row, …]`.
 ///

@@ -2,6 +2,7 @@
 
 use bcg_models::ops::{self, DecodePlan, PagedKv};
 use bcg_runtime::{DType, Device, Tensor};
+use half::bf16;
 
 use super::fixture::{FLOATS, Fixture, Known, assert_close};
 
@@ -212,7 +213,7 @@ pub(super) fn prefill_rows_do_not_depend_on_other_sequences(device: &Device) {
 pub(super) fn prefill_does_not_read_behind_the_batch(device: &Device) {
     for (dtype, head_dim) in FLOATS.into_iter().flat_map(|dtype| [64, 128, 96].map(|head_dim| (dtype, head_dim))) {
         let mut fixture = Fixture::new(device);
-        let prefill = Prefill::new(&mut fixture, dtype, &[(150, 0), (3, 60)], (4, 2, head_dim), 16);
+        let prefill = Prefill::new(&mut fixture, dtype, &[(30, 0), (3, 60)], (2, 1, head_dim), 16);
         let alone = prefill.run(&mut fixture);
         let (mut starts, mut kv_lens) = (prefill.starts.clone(), prefill.cache.kv_lens.clone());
         let mut plan = vec![];
@@ -230,6 +231,33 @@ pub(super) fn prefill_does_not_read_behind_the_batch(device: &Device) {
         let (q, scale) = (&prefill.q.tensor, prefill.scale());
         let padded = fixture.run(|cx| ops::attention_prefill(cx, q, &paged, &starts, &lens, &plan, scale));
         assert_eq!(fixture.read(&padded)[..alone.len()], alone, "{dtype}, head dim {head_dim}");
+    }
+}
+
+/// Attention reads what the kernels before it wrote, and those behind it overwrite that only when it is done.
+pub(super) fn prefill_keeps_its_place_between_kernels(device: &Device) {
+    for head_dim in [64, 128, 96] {
+        let mut fixture = Fixture::new(device);
+        let prefill = Prefill::new(&mut fixture, DType::Bf16, &[(130, 0), (20, 60)], (2, 1, head_dim), 16);
+        let alone = prefill.run(&mut fixture);
+        let plan = prefill_plan(&fixture, &prefill.starts, &prefill.cache.kv_lens);
+        let (starts, lens) = (fixture.ints(&prefill.starts), fixture.ints(&prefill.cache.kv_lens));
+        let sources = [&prefill.cache.k.tensor, &prefill.cache.v.tensor, &prefill.q.tensor];
+        let copies = sources.map(|source| device.zeros(source.shape(), source.dtype()).expect("a tensor"));
+        let [k_cache, v_cache, q] = &copies;
+        let paged = PagedKv { k_cache, v_cache, page_table: &prefill.cache.page_table };
+        let outs = fixture.run(|cx| {
+            let mut outs = vec![];
+            for _ in 0..4 {
+                copies.iter().zip(sources).try_for_each(|(copy, source)| ops::copy_rows(cx, copy, source))?;
+                outs.push(ops::attention_prefill(cx, q, &paged, &starts, &lens, &plan, prefill.scale())?);
+                copies.iter().try_for_each(|copy| ops::fill(cx, copy, bf16::NAN))?;
+            }
+            Ok(outs)
+        });
+        for out in &outs {
+            assert_eq!(fixture.read(out)[..alone.len()], alone, "head dim {head_dim}");
+        }
     }
 }
 

@@ -13,8 +13,8 @@ mod sampling;
 
 use attention::{
     decode_attends_to_all_keys, decode_rows_do_not_depend_on_padded_rows, prefill_attends_to_prefix_and_itself,
-    prefill_does_not_read_behind_the_batch, prefill_rows_do_not_depend_on_other_sequences,
-    prefill_skips_pages_outside_the_cache,
+    prefill_does_not_read_behind_the_batch, prefill_keeps_its_place_between_kernels,
+    prefill_rows_do_not_depend_on_other_sequences, prefill_skips_pages_outside_the_cache,
 };
 use linear::{
     linear_gives_the_same_bits_each_time, linear_matches_the_formula, linear_of_nothing_is_zero,
@@ -54,6 +54,7 @@ pub const RULES: &[Rule] = crate::rules![
     prefill_rows_do_not_depend_on_other_sequences,
     prefill_skips_pages_outside_the_cache,
     prefill_does_not_read_behind_the_batch,
+    prefill_keeps_its_place_between_kernels,
     decode_attends_to_all_keys,
     decode_rows_do_not_depend_on_padded_rows,
     gather_rows_picks_rows,
