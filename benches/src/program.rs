@@ -1,13 +1,14 @@
 //! The forward that the replay bench times: segments of small kernels with an eager break between each two.
 //!
-//! Every kernel adds one to every element, so the output counts the kernels that ran.
+//! Every kernel adds one to every element, so the output counts the kernels that ran. The launches in breaks carry a tag of
+//! the live batch among their arguments, so that these can differ from replay to replay.
 
 use std::cell::Cell;
 
 use anyhow::{Result, ensure};
 use bcg_runtime::{
-    BreakableCudaGraph, CaptureStream, Context, DType, Device, DevicePtr, Dims, Eager, Kernel, Runner, RunnerOptions,
-    Source, Tensor, eager_on_graph,
+    BreakableCudaGraph, CaptureStream, Context, DType, Device, DevicePtr, Dims, Eager, Kernel, LiveBatch, Runner,
+    RunnerOptions, Source, Tensor, eager_on_graph,
 };
 
 use crate::turns::Contestant;
@@ -31,7 +32,7 @@ pub const ENTRY: &std::ffi::CStr = c"add_one";
 pub static SOURCE: Source = Source::new(
     "add_one.cu",
     r#"
-struct AddOneArgs { const float* x; float* out; unsigned long long len; };
+struct AddOneArgs { const float* x; float* out; unsigned long long len; unsigned long long tag; };
 extern "C" __global__ void add_one(AddOneArgs a) {
     unsigned long long i = blockIdx.x * (unsigned long long)blockDim.x + threadIdx.x;
     if (i < a.len) a.out[i] = a.x[i] + 1.0f;
@@ -45,6 +46,36 @@ pub struct AddOneArgs {
     x: DevicePtr,
     out: DevicePtr,
     len: u64,
+    /// Read by nobody.
+    tag: u64,
+}
+
+/// Whether the arguments of the launches in breaks differ from one replay to the next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BreakArgs {
+    /// Every replay makes the same launches.
+    Same,
+    /// Every launch in a break differs from the last replay's.
+    Changing,
+}
+
+/// The live batch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tag(
+    /// What the launches in breaks carry.
+    pub u64,
+);
+
+impl LiveBatch for Tag {}
+
+impl Tag {
+    /// Returns the tag of the next replay.
+    pub fn next(self, args: BreakArgs) -> Self {
+        match args {
+            BreakArgs::Same => self,
+            BreakArgs::Changing => Self(self.0.wrapping_add(1)),
+        }
+    }
 }
 
 static ADD_ONE: Kernel<AddOneArgs> = Kernel::new("add_one", &SOURCE, |args, _, memory| {
@@ -54,31 +85,32 @@ static ADD_ONE: Kernel<AddOneArgs> = Kernel::new("add_one", &SOURCE, |args, _, m
     Ok(())
 });
 
-fn add_one(cx: &mut CaptureStream, out: &Tensor, x: &Tensor) -> bcg_runtime::Result<()> {
-    let args = AddOneArgs { x: cx.addr(x)?, out: cx.addr(out)?, len: ELEMENTS as u64 };
+fn add_one(cx: &mut CaptureStream, out: &Tensor, x: &Tensor, Tag(tag): Tag) -> bcg_runtime::Result<()> {
+    let args = AddOneArgs { x: cx.addr(x)?, out: cx.addr(out)?, len: ELEMENTS as u64, tag };
     cx.launch(&ADD_ONE, DIMS, args)
 }
 
 /// Adds one `count` times: out of place, then in place.
-fn add(cx: &mut CaptureStream, x: &Tensor, count: usize) -> bcg_runtime::Result<Tensor> {
+fn add(cx: &mut CaptureStream, x: &Tensor, count: usize, tag: Tag) -> bcg_runtime::Result<Tensor> {
     let out = cx.empty(&[ELEMENTS], DType::F32)?;
-    add_one(cx, &out, x)?;
+    add_one(cx, &out, x, tag)?;
     for _ in 1..count {
-        add_one(cx, &out, &out)?;
+        add_one(cx, &out, &out, tag)?;
     }
     Ok(out)
 }
 
 #[eager_on_graph]
-fn add_in_break(cx: &mut Eager<'_, ()>, x: &Tensor) -> bcg_runtime::Result<Tensor> {
-    add(cx, x, BREAK_KERNELS)
+fn add_in_break(cx: &mut Eager<'_, Tag>, x: &Tensor) -> bcg_runtime::Result<Tensor> {
+    let tag = *cx.live();
+    add(cx, x, BREAK_KERNELS, tag)
 }
 
-fn forward(cx: &mut Context<'_, ()>, input: &Tensor, num_breaks: usize) -> bcg_runtime::Result<Tensor> {
-    let mut x = add(cx, input, SEGMENT_KERNELS)?;
+fn forward(cx: &mut Context<'_, Tag>, input: &Tensor, num_breaks: usize) -> bcg_runtime::Result<Tensor> {
+    let mut x = add(cx, input, SEGMENT_KERNELS, Tag::default())?;
     for _ in 0..num_breaks {
         x = add_in_break(cx, &x)?;
-        x = add(cx, &x, SEGMENT_KERNELS)?;
+        x = add(cx, &x, SEGMENT_KERNELS, Tag::default())?;
     }
     Ok(x)
 }
@@ -103,25 +135,29 @@ pub fn check(who: &str, num_breaks: usize, output: &[f32]) -> Result<()> {
 #[derive(Debug)]
 pub struct Chain {
     num_breaks: usize,
+    args: BreakArgs,
+    tag: Tag,
     runner: Runner,
     input: Tensor,
-    graph: BreakableCudaGraph<(), Tensor>,
+    graph: BreakableCudaGraph<Tag, Tensor>,
 }
 
 impl Chain {
-    /// Runs the forward once, captures it, and checks that a replay computes the same.
+    /// Runs the forward once, captures it, and checks that two replays compute the same.
     ///
     /// # Errors
     /// The runtime's; a wrong output.
-    pub fn new(device: &Device, num_breaks: usize) -> Result<Self> {
+    pub fn new(device: &Device, num_breaks: usize, args: BreakArgs) -> Result<Self> {
         let mut eager = EagerForward::new(device, num_breaks)?;
         eager.check()?;
         let EagerForward { runner, input, .. } = eager;
         let graph = BreakableCudaGraph::new(format!("{num_breaks} breaks"));
-        let mut chain = Self { num_breaks, runner, input, graph };
+        let mut chain = Self { num_breaks, args, tag: Tag::default(), runner, input, graph };
         chain.capture()?;
-        let output = chain.graph.replay(&mut chain.runner, &())?;
-        check("replay", num_breaks, &chain.runner.read::<f32>(&output)?)?;
+        for _ in 0..2 {
+            let output = chain.replay()?;
+            check("replay", num_breaks, &chain.runner.read::<f32>(&output)?)?;
+        }
         Ok(chain)
     }
 
@@ -131,14 +167,19 @@ impl Chain {
     /// The runtime's.
     pub fn capture(&mut self) -> Result<()> {
         let (input, num_breaks) = (self.input.clone(), self.num_breaks);
-        self.graph.capture(&mut self.runner, &(), move |cx| forward(cx, &input, num_breaks))?;
+        self.graph.capture(&mut self.runner, &self.tag, move |cx| forward(cx, &input, num_breaks))?;
         Ok(())
+    }
+
+    fn replay(&mut self) -> Result<Tensor> {
+        self.tag = self.tag.next(self.args);
+        Ok(self.graph.replay(&mut self.runner, &self.tag)?)
     }
 }
 
 impl Contestant for Chain {
     fn enqueue(&mut self) -> Result<()> {
-        self.graph.replay(&mut self.runner, &())?;
+        self.replay()?;
         Ok(())
     }
 
@@ -184,7 +225,7 @@ impl EagerForward {
 
     fn check(&mut self) -> Result<()> {
         let (input, num_breaks) = (&self.input, self.num_breaks);
-        let output = self.runner.eager(&(), |cx| forward(cx, input, num_breaks))?;
+        let output = self.runner.eager(&Tag::default(), |cx| forward(cx, input, num_breaks))?;
         check("eager", num_breaks, &self.runner.read::<f32>(&output)?)
     }
 }
@@ -192,7 +233,7 @@ impl EagerForward {
 impl Contestant for EagerForward {
     fn enqueue(&mut self) -> Result<()> {
         let (input, num_breaks) = (&self.input, self.num_breaks);
-        self.runner.eager(&(), |cx| forward(cx, input, num_breaks))?;
+        self.runner.eager(&Tag::default(), |cx| forward(cx, input, num_breaks))?;
         Ok(())
     }
 
@@ -208,7 +249,9 @@ mod tests {
     #[test]
     fn every_kernel_runs_once_in_a_capture_and_in_a_replay() {
         for num_breaks in [0, 1, 3] {
-            Chain::new(&Device::host(), num_breaks).unwrap();
+            for args in [BreakArgs::Same, BreakArgs::Changing] {
+                Chain::new(&Device::host(), num_breaks, args).unwrap();
+            }
         }
     }
 }

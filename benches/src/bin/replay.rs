@@ -1,11 +1,12 @@
-//! Host time of a replay with 0 to 64 breaks, against the same forward run eagerly and, on CUDA, against the same driver
-//! calls in a bare loop; all in turns, in one run. Also the time of a capture.
+//! Host time of a replay with 0 to 64 breaks, whose launches differ at each replay, against the same forward run eagerly
+//! and, on CUDA, against bare driver calls: the same ones in a loop, and one graph of everything, patched or launched only.
+//! All in turns, in one run. Also the time of a capture.
 
 use std::path::PathBuf;
 
 use anyhow::Result;
-use bcg_bench::program::{BREAK_KERNELS, Capture, Chain, EagerForward, SEGMENT_KERNELS};
-use bcg_bench::raw::RawLoop;
+use bcg_bench::program::{BREAK_KERNELS, BreakArgs, Capture, Chain, EagerForward, SEGMENT_KERNELS};
+use bcg_bench::raw::{RawLoop, RawMerged};
 use bcg_bench::turns::{Contestant, in_turns};
 use bcg_runtime::{Device, DeviceKind};
 use bcg_server::cli::bench::report::{Cell, Environment, Report};
@@ -56,28 +57,43 @@ fn main() -> Result<()> {
     report.publish(args.json.as_deref())
 }
 
+/// All that run here, by name.
+fn contestants(device: &Device, num_breaks: usize) -> Result<Vec<(&'static str, Box<dyn Contestant>)>> {
+    let mut contestants: Vec<(_, Box<dyn Contestant>)> = vec![
+        ("chain", Box::new(Chain::new(device, num_breaks, BreakArgs::Changing)?)),
+        ("eager", Box::new(EagerForward::new(device, num_breaks)?)),
+    ];
+    if device.kind() == DeviceKind::Cuda {
+        contestants.push(("raw loop", Box::new(RawLoop::new(num_breaks)?)));
+        contestants.push(("raw patched", Box::new(RawMerged::new(num_breaks, BreakArgs::Changing)?)));
+        contestants.push(("raw merged", Box::new(RawMerged::new(num_breaks, BreakArgs::Same)?)));
+    }
+    Ok(contestants)
+}
+
 fn compare(device: &Device, args: &Args, report: &mut Report) -> Result<()> {
     for &num_breaks in &args.breaks {
-        let mut chain = Chain::new(device, num_breaks)?;
-        let mut eager = EagerForward::new(device, num_breaks)?;
-        let mut raw = (device.kind() == DeviceKind::Cuda).then(|| RawLoop::new(num_breaks)).transpose()?;
-        let mut contestants: Vec<&mut dyn Contestant> = vec![&mut chain, &mut eager];
-        contestants.extend(raw.as_mut().map(|raw| raw as &mut dyn Contestant));
-        let times = in_turns(&mut contestants, args.rounds.div_ceil(10), args.rounds)?;
-        let against_raw = times.get(2).map(|raw| {
-            let pairs: Vec<(f64, f64)> = times[0].iter().copied().zip(raw.iter().copied()).collect();
-            (Samples::new(raw.clone()), Samples::ratios(&pairs))
-        });
-        let (raw, ratio) =
-            against_raw.map_or((Cell::Missing, Cell::Missing), |(raw, ratio)| (raw.into(), ratio.into()));
+        let mut contestants = contestants(device, num_breaks)?;
+        let mut in_order: Vec<&mut dyn Contestant> = Vec::new();
+        contestants.iter_mut().for_each(|(_, contestant)| in_order.push(contestant.as_mut()));
+        let times = in_turns(&mut in_order, args.rounds.div_ceil(10), args.rounds)?;
+        let of = |wanted| contestants.iter().position(|(name, _)| *name == wanted).map(|index| &times[index]);
+        let time = |name| of(name).map_or(Cell::Missing, |times| Samples::new(times.clone()).into());
+        let ratio = |name, raw| {
+            let (Some(times), Some(raw)) = (of(name), of(raw)) else { return Cell::Missing };
+            let pairs: Vec<(f64, f64)> = times.iter().copied().zip(raw.iter().copied()).collect();
+            Samples::ratios(&pairs).into()
+        };
         report.row(
             "replay",
             vec![
                 ("breaks", num_breaks.into()),
-                ("chain_us", Samples::new(times[0].clone()).into()),
-                ("raw_us", raw),
-                ("eager_us", Samples::new(times[1].clone()).into()),
-                ("chain_by_raw", ratio),
+                ("chain_us", time("chain")),
+                ("raw_us", time("raw loop")),
+                ("raw_patched_us", time("raw patched")),
+                ("raw_merged_us", time("raw merged")),
+                ("eager_us", time("eager")),
+                ("chain_by_raw", ratio("chain", "raw loop")),
             ],
         );
     }
@@ -86,7 +102,7 @@ fn compare(device: &Device, args: &Args, report: &mut Report) -> Result<()> {
 
 fn capture(device: &Device, args: &Args, report: &mut Report) -> Result<()> {
     for &num_breaks in &args.breaks {
-        let mut capture = Capture(Chain::new(device, num_breaks)?);
+        let mut capture = Capture(Chain::new(device, num_breaks, BreakArgs::Same)?);
         let rounds = args.rounds.div_ceil(10);
         let times = in_turns(&mut [&mut capture], 3, rounds)?;
         let samples = Samples::new(times[0].clone());
