@@ -27,6 +27,7 @@ tests! {
     a_ragged_batch_equals_each_sequence_alone,
     a_decode_equals_a_prefill_of_the_same_tokens,
     graphs_give_the_tokens_of_eager_runs,
+    healed_prefills_patch_no_node,
     sampled_tokens_depend_on_seed_and_step_alone,
     log_probabilities_are_of_the_logits,
     a_batch_that_does_not_fit_is_refused_and_changes_nothing,

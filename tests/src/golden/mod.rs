@@ -23,6 +23,7 @@ pub const RULES: &[Rule] = crate::rules![
     a_ragged_batch_equals_each_sequence_alone,
     a_decode_equals_a_prefill_of_the_same_tokens,
     graphs_give_the_tokens_of_eager_runs,
+    healed_prefills_patch_no_node,
     sampled_tokens_depend_on_seed_and_step_alone,
     log_probabilities_are_of_the_logits,
     a_batch_that_does_not_fit_is_refused_and_changes_nothing,
@@ -36,8 +37,8 @@ pub use qwen3::{
     a_batch_that_does_not_fit_is_refused_and_changes_nothing,
     a_configuration_alone_gives_the_same_finite_logits_each_time, a_decode_equals_a_prefill_of_the_same_tokens,
     a_prompt_in_chunks_equals_the_prompt_at_once, a_ragged_batch_equals_each_sequence_alone,
-    graphs_give_the_tokens_of_eager_runs, log_probabilities_are_of_the_logits, logits_match_the_reference,
-    sampled_tokens_depend_on_seed_and_step_alone,
+    graphs_give_the_tokens_of_eager_runs, healed_prefills_patch_no_node, log_probabilities_are_of_the_logits,
+    logits_match_the_reference, sampled_tokens_depend_on_seed_and_step_alone,
 };
 
 /// The repository's root: `BCG_ROOT` if the tests run elsewhere than they were built.

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 
 use bcg_models::state::PageLease;
 use bcg_models::{
-    Error, GenerateOptions, GraphMode, LoadFormat, ModelRunner, RunnerOptions, SamplingParams, SequenceInput,
+    Error, GenerateOptions, GraphMode, LoadFormat, ModelRunner, Phase, RunnerOptions, SamplingParams, SequenceInput,
 };
 use bcg_runtime::{Device, DeviceKind};
 use serde_json::Value;
@@ -191,6 +191,34 @@ pub fn graphs_give_the_tokens_of_eager_runs(device: &Device) {
         assert_eq!(stats.num_capture_failures, 0, "{stats:?}");
         assert_eq!(options.verify_graph.map_or(0, |_| stats.num_replays), stats.num_verified);
     }
+}
+
+/// Batches of one padded size make the same launches in breaks, so a healed prefill is one launch and patches nothing.
+pub fn healed_prefills_patch_no_node(device: &Device) {
+    let size = 40;
+    let mut runner = load(device, RunnerOptions { graph_sizes: Some(vec![size]), ..options(GraphMode::Ahead) });
+    let (prompt, greedy) = (tokens_of(&reference()[0]).repeat(4), SamplingParams::greedy());
+    let pool = runner.pages().clone();
+    let leases: Vec<PageLease> = (0..3).map(|_| pool.lease(pool.pages_for(100)).expect("pages")).collect();
+    let mut step = |sequences: &[(usize, usize)]| {
+        let sequences = sequences.iter().zip(&leases);
+        let batch: Vec<_> =
+            sequences.map(|(&(past, new), lease)| input(&prompt[past..past + new], past, lease, &greedy)).collect();
+        runner.step(&batch).expect("a step");
+        let description = runner.describe(Phase::Prefill, size).expect("a graph");
+        assert!(!description.breaks.is_empty());
+        assert!(
+            description.breaks.iter().all(|at| at.not_healable.is_none() && at.num_patched == 0),
+            "{description:?}"
+        );
+        description.num_merged
+    };
+    // A replay that could not be healed would leave another merged executable.
+    let full = [step(&[(0, 40)]), step(&[(40, 40)]), step(&[(0, 3), (10, 13), (0, 24)])];
+    assert_eq!(full, [1; 3]);
+    // Other work, but always the same: the padded rows are scrubbed.
+    let padded = [step(&[(0, 35)]), step(&[(50, 17), (3, 21)]), step(&[(0, 3), (20, 13), (0, 20)])];
+    assert_eq!(padded, [padded[0]; 3]);
 }
 
 /// A sequence draws the same tokens alone and in a batch, with and without graphs; another seed draws others.
