@@ -7,8 +7,8 @@ use std::cell::Cell;
 
 use anyhow::{Result, ensure};
 use bcg_runtime::{
-    BreakableCudaGraph, CaptureStream, Context, DType, Device, DevicePtr, Dims, Eager, Kernel, LiveBatch, Runner,
-    RunnerOptions, Source, Tensor, eager_on_graph,
+    BreakableCudaGraph, CaptureStream, Context, DType, Device, DevicePtr, Dims, Eager, Kernel, LiveBatch, ReplayMode,
+    ReplayPath, Runner, RunnerOptions, Source, Tensor, eager_on_graph,
 };
 
 use crate::turns::Contestant;
@@ -133,7 +133,7 @@ pub fn check(who: &str, num_breaks: usize, output: &[f32]) -> Result<()> {
 
 /// The forward, replayed.
 #[derive(Debug)]
-pub struct Chain {
+pub struct Replay {
     num_breaks: usize,
     args: BreakArgs,
     tag: Tag,
@@ -142,23 +142,26 @@ pub struct Chain {
     graph: BreakableCudaGraph<Tag, Tensor>,
 }
 
-impl Chain {
-    /// Runs the forward once, captures it, and checks that two replays compute the same.
+impl Replay {
+    /// Runs the forward once, captures it, and checks that two replays compute the same in the way of `mode`.
     ///
     /// # Errors
     /// The runtime's; a wrong output.
-    pub fn new(device: &Device, num_breaks: usize, args: BreakArgs) -> Result<Self> {
+    pub fn new(device: &Device, num_breaks: usize, mode: ReplayMode, args: BreakArgs) -> Result<Self> {
         let mut eager = EagerForward::new(device, num_breaks)?;
+        eager.runner = Runner::new(device, RunnerOptions { replay: mode, ..RunnerOptions::default() })?;
         eager.check()?;
         let EagerForward { runner, input, .. } = eager;
         let graph = BreakableCudaGraph::new(format!("{num_breaks} breaks"));
-        let mut chain = Self { num_breaks, args, tag: Tag::default(), runner, input, graph };
-        chain.capture()?;
+        let mut replay = Self { num_breaks, args, tag: Tag::default(), runner, input, graph };
+        replay.capture()?;
         for _ in 0..2 {
-            let output = chain.replay()?;
-            check("replay", num_breaks, &chain.runner.read::<f32>(&output)?)?;
+            let output = replay.replay()?;
+            check("replay", num_breaks, &replay.runner.read::<f32>(&output)?)?;
+            let (path, is_healed) = (replay.graph.last_replay(), mode == ReplayMode::Healed);
+            ensure!((path == Some(ReplayPath::Healed)) == is_healed, "{mode:?} with {num_breaks} breaks was {path:?}");
         }
-        Ok(chain)
+        Ok(replay)
     }
 
     /// Captures the forward anew.
@@ -177,7 +180,7 @@ impl Chain {
     }
 }
 
-impl Contestant for Chain {
+impl Contestant for Replay {
     fn enqueue(&mut self) -> Result<()> {
         self.replay()?;
         Ok(())
@@ -192,7 +195,7 @@ impl Contestant for Chain {
 #[derive(Debug)]
 pub struct Capture(
     /// The forward.
-    pub Chain,
+    pub Replay,
 );
 
 impl Contestant for Capture {
@@ -249,8 +252,10 @@ mod tests {
     #[test]
     fn every_kernel_runs_once_in_a_capture_and_in_a_replay() {
         for num_breaks in [0, 1, 3] {
-            for args in [BreakArgs::Same, BreakArgs::Changing] {
-                Chain::new(&Device::host(), num_breaks, args).unwrap();
+            for mode in [ReplayMode::Chain, ReplayMode::Healed] {
+                for args in [BreakArgs::Same, BreakArgs::Changing] {
+                    Replay::new(&Device::host(), num_breaks, mode, args).unwrap();
+                }
             }
         }
     }

@@ -1,14 +1,14 @@
-//! Host time of a replay with 0 to 64 breaks, whose launches differ at each replay, against the same forward run eagerly
-//! and, on CUDA, against bare driver calls: the same ones in a loop, and one graph of everything, patched or launched only.
-//! All in turns, in one run. Also the time of a capture.
+//! Host time of a replay with 0 to 64 breaks, as a chain and healed, against the same forward run eagerly and, on CUDA,
+//! against bare driver calls: those of the chain in a loop, and one graph of everything. Arguments of the launches in breaks
+//! differ at each replay, or (`same`) never. All in turns, in one run. Also the time of a capture.
 
 use std::path::PathBuf;
 
 use anyhow::Result;
-use bcg_bench::program::{BREAK_KERNELS, BreakArgs, Capture, Chain, EagerForward, SEGMENT_KERNELS};
+use bcg_bench::program::{BREAK_KERNELS, BreakArgs, Capture, EagerForward, Replay, SEGMENT_KERNELS};
 use bcg_bench::raw::{RawLoop, RawMerged};
 use bcg_bench::turns::{Contestant, in_turns};
-use bcg_runtime::{Device, DeviceKind};
+use bcg_runtime::{Device, DeviceKind, ReplayMode};
 use bcg_server::cli::bench::report::{Cell, Environment, Report};
 use bcg_server::cli::bench::timing::Samples;
 use clap::{Parser, ValueEnum};
@@ -60,13 +60,15 @@ fn main() -> Result<()> {
 /// All that run here, by name.
 fn contestants(device: &Device, num_breaks: usize) -> Result<Vec<(&'static str, Box<dyn Contestant>)>> {
     let mut contestants: Vec<(_, Box<dyn Contestant>)> = vec![
-        ("chain", Box::new(Chain::new(device, num_breaks, BreakArgs::Changing)?)),
+        ("chain", Box::new(Replay::new(device, num_breaks, ReplayMode::Chain, BreakArgs::Changing)?)),
+        ("healed", Box::new(Replay::new(device, num_breaks, ReplayMode::Healed, BreakArgs::Changing)?)),
+        ("healed same", Box::new(Replay::new(device, num_breaks, ReplayMode::Healed, BreakArgs::Same)?)),
         ("eager", Box::new(EagerForward::new(device, num_breaks)?)),
     ];
     if device.kind() == DeviceKind::Cuda {
         contestants.push(("raw loop", Box::new(RawLoop::new(num_breaks)?)));
-        contestants.push(("raw patched", Box::new(RawMerged::new(num_breaks, BreakArgs::Changing)?)));
-        contestants.push(("raw merged", Box::new(RawMerged::new(num_breaks, BreakArgs::Same)?)));
+        contestants.push(("raw merged", Box::new(RawMerged::new(num_breaks, BreakArgs::Changing)?)));
+        contestants.push(("raw merged same", Box::new(RawMerged::new(num_breaks, BreakArgs::Same)?)));
     }
     Ok(contestants)
 }
@@ -90,10 +92,14 @@ fn compare(device: &Device, args: &Args, report: &mut Report) -> Result<()> {
                 ("breaks", num_breaks.into()),
                 ("chain_us", time("chain")),
                 ("raw_us", time("raw loop")),
-                ("raw_patched_us", time("raw patched")),
+                ("healed_us", time("healed")),
                 ("raw_merged_us", time("raw merged")),
+                ("healed_same_us", time("healed same")),
+                ("raw_merged_same_us", time("raw merged same")),
                 ("eager_us", time("eager")),
                 ("chain_by_raw", ratio("chain", "raw loop")),
+                ("healed_by_raw", ratio("healed", "raw merged")),
+                ("chain_by_healed", ratio("chain", "healed")),
             ],
         );
     }
@@ -102,7 +108,7 @@ fn compare(device: &Device, args: &Args, report: &mut Report) -> Result<()> {
 
 fn capture(device: &Device, args: &Args, report: &mut Report) -> Result<()> {
     for &num_breaks in &args.breaks {
-        let mut capture = Capture(Chain::new(device, num_breaks, BreakArgs::Same)?);
+        let mut capture = Capture(Replay::new(device, num_breaks, ReplayMode::Healed, BreakArgs::Same)?);
         let rounds = args.rounds.div_ceil(10);
         let times = in_turns(&mut [&mut capture], 3, rounds)?;
         let samples = Samples::new(times[0].clone());
