@@ -47,6 +47,20 @@ impl Ladder {
         )
     }
 
+    /// Makes a ladder of every size up to `max`, so that nothing is padded: for a cache that captures lazily.
+    ///
+    /// # Errors
+    /// [`Error::Option`] if `max` is 0.
+    ///
+    /// # Example
+    /// ```
+    /// assert_eq!(bcg_runtime::Ladder::exact(64)?.size_for(33), Some(33));
+    /// # Ok::<(), bcg_runtime::Error>(())
+    /// ```
+    pub fn exact(max: usize) -> Result<Self> {
+        Self::explicit((1..=max).collect())
+    }
+
     /// Makes a ladder of the given sizes, in any order.
     ///
     /// # Errors
@@ -111,17 +125,20 @@ pub enum EagerReason {
     NotCaptured,
     /// That size failed to capture before.
     CaptureFailed,
+    /// The graph of that size takes more memory than all graphs may.
+    OverBudget,
 }
 
 impl EagerReason {
     /// All reasons, for metrics.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Disabled,
         Self::NoRows,
         Self::AboveLargest,
         Self::TooMuchPadding,
         Self::NotCaptured,
         Self::CaptureFailed,
+        Self::OverBudget,
     ];
 
     /// Returns the reason's name in metrics, such as `above_largest`.
@@ -133,6 +150,7 @@ impl EagerReason {
             Self::TooMuchPadding => "too_much_padding",
             Self::NotCaptured => "not_captured",
             Self::CaptureFailed => "capture_failed",
+            Self::OverBudget => "over_budget",
         }
     }
 }
@@ -190,9 +208,13 @@ mod tests {
 
     #[test]
     fn an_empty_ladder_is_an_error() {
-        for refused in
-            [Ladder::explicit(vec![]), Ladder::explicit(vec![0]), Ladder::explicit(vec![0, 4]), Ladder::relative(0, 1)]
-        {
+        for refused in [
+            Ladder::explicit(vec![]),
+            Ladder::explicit(vec![0]),
+            Ladder::explicit(vec![0, 4]),
+            Ladder::relative(0, 1),
+            Ladder::exact(0),
+        ] {
             assert!(matches!(refused, Err(Error::Option { .. })), "{refused:?}");
         }
         assert!(Ladder::explicit(vec![64]).unwrap().clamped(32).is_err());

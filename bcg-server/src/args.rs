@@ -24,7 +24,7 @@ pub enum DeviceArg {
 pub enum CaptureArg {
     /// Every size of the ladder before the first request is served.
     Ahead,
-    /// Each size when a request first needs it.
+    /// The exact size of each step, when it first runs.
     Lazy,
 }
 
@@ -84,6 +84,16 @@ pub struct EngineArgs {
     /// When graphs are captured
     #[arg(long, value_enum, default_value_t = CaptureArg::Ahead)]
     pub capture: CaptureArg,
+
+    /// With --capture lazy: graphs held at most, of prefills and again of decodes; the least recently used goes first
+    /// [default: 128]
+    #[arg(long, value_name = "N")]
+    pub cuda_graph_lazy_max_graphs: Option<usize>,
+
+    /// With --capture lazy: GPU memory that graphs take at most, of prefills and again of decodes, in MiB; the least
+    /// recently used goes first [default: 256]
+    #[arg(long, value_name = "MIB")]
+    pub cuda_graph_lazy_max_mib: Option<usize>,
 
     /// Run each captured forward as one eager break, to tell a graph problem from a model problem
     #[arg(long)]
@@ -196,6 +206,10 @@ pub struct EnginePlan {
     pub decode_graph_sizes: Option<Vec<usize>>,
     /// Largest token count that gets a graph; `None` takes the default.
     pub graph_max_tokens: Option<usize>,
+    /// Graphs of each phase that are held while graphs are captured lazily; `None` takes the default.
+    pub lazy_graphs_max: Option<usize>,
+    /// Their device memory in bytes, again of each phase; `None` takes the default.
+    pub lazy_graph_bytes_max: Option<usize>,
     /// Whole forward as one break.
     pub debug_graph: bool,
     /// Compare every Nth replay with an eager run.
@@ -268,6 +282,8 @@ impl EngineArgs {
             graph_sizes,
             decode_graph_sizes,
             graph_max_tokens: self.cuda_graph_max_tokens,
+            lazy_graphs_max: self.cuda_graph_lazy_max_graphs,
+            lazy_graph_bytes_max: self.cuda_graph_lazy_max_mib.map(|mib| mib.saturating_mul(1 << 20)),
             debug_graph: self.debug_cuda_graph,
             verify_graph: self.verify_graph,
             poison: self.poison_graph_memory,
@@ -282,13 +298,15 @@ impl EngineArgs {
     }
 
     fn check_counts(&self) -> Result<(), ArgError> {
-        let positive: [(&'static str, Option<usize>); 6] = [
+        let positive: [(&'static str, Option<usize>); 8] = [
             ("--max-running-requests", Some(self.max_running_requests)),
             ("--max-queued-requests", Some(self.max_queued_requests)),
             ("--page-size", Some(self.page_size)),
             ("--chunked-prefill-size", Some(self.chunked_prefill_size)),
             ("--context-length", self.context_length),
             ("--kv-cache-tokens", self.kv_cache_tokens),
+            ("--cuda-graph-lazy-max-graphs", self.cuda_graph_lazy_max_graphs),
+            ("--cuda-graph-lazy-max-mib", self.cuda_graph_lazy_max_mib),
         ];
         for (flag, value) in positive {
             if value == Some(0) {
@@ -326,11 +344,13 @@ impl EngineArgs {
     fn check_graph(&self) -> Result<GraphPlan, ArgError> {
         const REMEDY: &str = "add --enable-breakable-cuda-graph or drop this flag";
         if !self.enable_breakable_cuda_graph {
-            let given: [(&'static str, bool); 7] = [
+            let given: [(&'static str, bool); 9] = [
                 ("--cuda-graph-max-tokens", self.cuda_graph_max_tokens.is_some()),
                 ("--cuda-graph-sizes", self.cuda_graph_sizes.is_some()),
                 ("--cuda-graph-decode-sizes", self.cuda_graph_decode_sizes.is_some()),
                 ("--capture", self.capture != CaptureArg::Ahead),
+                ("--cuda-graph-lazy-max-graphs", self.cuda_graph_lazy_max_graphs.is_some()),
+                ("--cuda-graph-lazy-max-mib", self.cuda_graph_lazy_max_mib.is_some()),
                 ("--debug-cuda-graph", self.debug_cuda_graph),
                 ("--verify-graph", self.verify_graph.is_some()),
                 ("--poison-graph-memory", self.poison_graph_memory),
@@ -347,17 +367,28 @@ impl EngineArgs {
                 "give at least 1, which checks every replay",
             ));
         }
-        let sizes = [
+        let first =
+            |flags: [(&'static str, bool); 2]| flags.into_iter().find(|(_, given)| *given).map(|(flag, _)| flag);
+        let sizes = first([
             ("--cuda-graph-sizes", self.cuda_graph_sizes.is_some()),
             ("--cuda-graph-decode-sizes", self.cuda_graph_decode_sizes.is_some()),
-        ];
-        match (self.capture, sizes.into_iter().find(|(_, given)| *given)) {
-            (CaptureArg::Ahead, _) => Ok(GraphPlan::Ahead),
-            (CaptureArg::Lazy, None) => Ok(GraphPlan::Lazy),
-            (CaptureArg::Lazy, Some((flag, _))) => Err(ArgError::new(
+        ]);
+        let budget = first([
+            ("--cuda-graph-lazy-max-graphs", self.cuda_graph_lazy_max_graphs.is_some()),
+            ("--cuda-graph-lazy-max-mib", self.cuda_graph_lazy_max_mib.is_some()),
+        ]);
+        match (self.capture, sizes, budget) {
+            (CaptureArg::Ahead, _, None) => Ok(GraphPlan::Ahead),
+            (CaptureArg::Lazy, None, _) => Ok(GraphPlan::Lazy),
+            (CaptureArg::Lazy, Some(flag), _) => Err(ArgError::new(
                 flag,
                 "--capture lazy captures the exact sizes it meets",
                 "drop one of the two flags",
+            )),
+            (CaptureArg::Ahead, _, Some(flag)) => Err(ArgError::new(
+                flag,
+                "every size of the ladder is captured ahead and kept",
+                "add --capture lazy or drop this flag",
             )),
         }
     }
@@ -464,6 +495,23 @@ mod tests {
         refused(&["--cuda-graph-sizes", "1,2"], "--cuda-graph-sizes", "add --enable-breakable-cuda-graph");
         refused(&["--capture", "lazy"], "--capture", "add --enable-breakable-cuda-graph");
         refused(&["--verify-graph", "3"], "--verify-graph", "add --enable-breakable-cuda-graph");
+        let budget = "--cuda-graph-lazy-max-mib";
+        refused(&[budget, "64"], budget, "add --enable-breakable-cuda-graph");
+    }
+
+    #[test]
+    fn lazy_graphs_have_a_budget_and_others_have_none() {
+        let on = "--enable-breakable-cuda-graph";
+        let [graphs, mib] = ["--cuda-graph-lazy-max-graphs", "--cuda-graph-lazy-max-mib"];
+        let plan = parse(&[on, "--capture", "lazy", graphs, "9", mib, "64"]).plan().expect("works");
+        assert_eq!(
+            (plan.graph, plan.lazy_graphs_max, plan.lazy_graph_bytes_max),
+            (GraphPlan::Lazy, Some(9), Some(64 << 20))
+        );
+        for flag in [graphs, mib] {
+            refused(&[on, flag, "9"], flag, "add --capture lazy");
+            refused(&[on, "--capture", "lazy", flag, "0"], flag, "at least 1");
+        }
     }
 
     #[test]

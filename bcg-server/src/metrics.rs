@@ -76,6 +76,10 @@ pub struct Metrics {
     pub graph_replays: Counter,
     /// Forwards that captured a graph.
     pub graph_captures: Counter,
+    /// Graphs dropped to stay within their budget.
+    pub graph_evictions: Counter,
+    /// Device memory of the graphs held, in bytes.
+    pub graph_memory: Gauge,
     /// Forwards that ran eagerly.
     pub eager_forwards: Family<ReasonLabel, Counter>,
 }
@@ -104,6 +108,8 @@ impl Default for Metrics {
             step_time: Family::new_with_constructor(latency),
             graph_replays: Counter::default(),
             graph_captures: Counter::default(),
+            graph_evictions: Counter::default(),
+            graph_memory: Gauge::default(),
             eager_forwards: Family::default(),
         };
         metrics.register();
@@ -126,6 +132,10 @@ impl Metrics {
         registry.register("failed_steps", "Steps that failed", self.failed_steps.clone());
         registry.register("graph_replays", "Forwards that replayed a graph", self.graph_replays.clone());
         registry.register("graph_captures", "Forwards that captured a graph", self.graph_captures.clone());
+        let help = "Graphs dropped to stay within their budget";
+        registry.register("graph_evictions", help, self.graph_evictions.clone());
+        let help = "Device memory of the graphs held";
+        registry.register_with_unit("graph_memory", help, Unit::Bytes, self.graph_memory.clone());
         registry.register("eager_forwards", "Forwards that ran eagerly, by reason", self.eager_forwards.clone());
         let seconds = [
             ("time_to_first_token", "From arrival to the first token", self.time_to_first_token.clone()),
@@ -148,10 +158,12 @@ impl Metrics {
         self.finished.get_or_create(&ReasonLabel { reason }).inc();
     }
 
-    /// Takes over a runner's counters, which only grow.
+    /// Takes over what a runner did, in counters that only grow, and what its graphs take.
     pub fn take_stats(&self, stats: &RunnerStats) {
         raise(&self.graph_replays, stats.replays);
         raise(&self.graph_captures, stats.captures);
+        raise(&self.graph_evictions, stats.evictions);
+        self.graph_memory.set(i64::try_from(stats.graph_bytes).unwrap_or(i64::MAX));
         for &(reason, count) in &stats.eager {
             raise(&self.eager_forwards.get_or_create(&ReasonLabel { reason }), count);
         }
@@ -202,11 +214,14 @@ mod tests {
     #[test]
     fn a_runners_counters_are_taken_over_once() {
         let metrics = Metrics::default();
-        let stats = RunnerStats { replays: 5, captures: 2, eager: vec![("too_large", 3)] };
+        let eager = vec![("too_large", 3)];
+        let stats = RunnerStats { replays: 5, captures: 2, evictions: 1, graph_bytes: 4096, eager };
         metrics.take_stats(&stats);
         metrics.take_stats(&stats);
         let text = metrics.render();
         assert!(text.contains("bcg_graph_replays_total 5"), "{text}");
+        assert!(text.contains("bcg_graph_evictions_total 1"), "{text}");
+        assert!(text.contains("bcg_graph_memory_bytes 4096"), "{text}");
         assert!(text.contains("bcg_eager_forwards_total{reason=\"too_large\"} 3"), "{text}");
     }
 }

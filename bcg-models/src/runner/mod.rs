@@ -18,9 +18,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use bcg_runtime::{
-    CacheOptions, Context, Decision, Description, Device, GraphCache, GraphCacheStats, GraphOptions, Runner, Tensor,
-};
+use bcg_runtime::{Context, Decision, Description, Device, GraphCache, GraphCacheStats, Runner, Tensor};
 
 use crate::batch::{ForwardBatch, InputBuffers, Phase, SequenceInput};
 use crate::config::ModelConfig;
@@ -41,9 +39,6 @@ pub type GraphStats = GraphCacheStats;
 
 /// New tokens of one sequence of a dummy batch: attention costs little then.
 const DUMMY_SEQUENCE_TOKENS: usize = 128;
-
-/// Rows from which the layers' segments share executables: kernels then take longer than the host does with the updates.
-const SHARE_EXECUTABLES_FROM: usize = 512;
 
 /// A loaded model with its KV cache, its graphs and the stream they run on.
 ///
@@ -115,18 +110,7 @@ impl ModelRunner {
         let inputs = InputBuffers::new(device, options.limits()?, options.page_size, decode_plan)?;
         let runtime_options =
             bcg_runtime::RunnerOptions { name: "model".to_owned(), poison: options.poison, ..Default::default() };
-        let graphs = |phase: Phase| {
-            let cache_options = CacheOptions {
-                ladder: options.ladder(phase)?,
-                lazy: options.graph == GraphMode::Lazy,
-                verify_every: options.verify_graph,
-                // Ahead, every size of the ladder stays.
-                graphs_max: if options.graph == GraphMode::Ahead { usize::MAX } else { 128 },
-                share_from: SHARE_EXECUTABLES_FROM,
-                graph: GraphOptions { debug_eager: options.debug_graph, ..GraphOptions::default() },
-            };
-            Ok::<_, Error>(GraphCache::new(phase.name(), cache_options))
-        };
+        let graphs = |phase: Phase| Ok::<_, Error>(GraphCache::new(phase.name(), options.graph_cache(phase)?));
         let mut runner = Self {
             prefill_graphs: graphs(Phase::Prefill)?,
             decode_graphs: graphs(Phase::Decode)?,
@@ -142,7 +126,7 @@ impl ModelRunner {
         progress(Progress { stage: Stage::WarmUp, done: 0, total: 1 });
         runner.warm_up()?;
         progress(Progress { stage: Stage::WarmUp, done: 1, total: 1 });
-        let sizes: Vec<usize> = Phase::ALL.iter().flat_map(|&phase| runner.graph_sizes(phase)).copied().collect();
+        let sizes = runner.options.tuned_sizes()?;
         device.tune_matmuls(&sizes, &mut |done, total| progress(Progress { stage: Stage::Tune, done, total }))?;
         Ok(runner)
     }
@@ -422,6 +406,11 @@ impl ModelRunner {
     /// What the graphs of both phases did so far.
     pub fn stats(&self) -> GraphStats {
         self.prefill_graphs.stats().merged(self.decode_graphs.stats())
+    }
+
+    /// The device memory that the graphs of both phases take, in bytes, their shared activations not counted.
+    pub fn graph_bytes(&self) -> usize {
+        self.prefill_graphs.graph_bytes() + self.decode_graphs.graph_bytes()
     }
 
     /// How many launches and copies were enqueued so far.

@@ -2,11 +2,14 @@
 
 use std::time::Duration;
 
-use bcg_runtime::{Ladder, MemoryInfo};
+use bcg_runtime::{CacheOptions, GraphOptions, Ladder, MemoryInfo};
 
 use crate::batch::{BatchLimits, Phase};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
+
+/// Rows from which the layers' segments share executables: kernels then take longer than the host does with the updates.
+pub(super) const SHARE_EXECUTABLES_FROM: usize = 512;
 
 /// Whether and when forwards are captured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -16,7 +19,8 @@ pub enum GraphMode {
     Off,
     /// All sizes are captured by [`ModelRunner::capture`](super::ModelRunner::capture), before serving.
     Ahead,
-    /// A size is captured while it serves the first batch that needs it.
+    /// The size of a batch is captured while it serves the first one that has it: without padding, within
+    /// [`RunnerOptions::lazy_graphs_max`] and [`RunnerOptions::lazy_graph_bytes_max`].
     Lazy,
 }
 
@@ -52,12 +56,18 @@ pub struct RunnerOptions {
     pub max_batch_tokens: usize,
     /// Whether and when forwards are captured.
     pub graph: GraphMode,
-    /// The capture sizes of prefills, in tokens; a ladder up to `graph_max_tokens` if `None`.
+    /// The capture sizes of prefills, in tokens. If `None`, those up to `graph_max_tokens`: a ladder of them in
+    /// [`GraphMode::Ahead`], every one in [`GraphMode::Lazy`].
     pub graph_sizes: Option<Vec<usize>>,
-    /// The capture sizes of decodes, in sequences; a ladder up to `max_running_requests` if `None`.
+    /// The capture sizes of decodes, in sequences. If `None`, those up to `max_running_requests`, as for prefills.
     pub decode_graph_sizes: Option<Vec<usize>>,
-    /// The largest size of the default ladder.
+    /// The largest size that is captured if `graph_sizes` is `None`.
     pub graph_max_tokens: usize,
+    /// The most graphs of each phase that are held in [`GraphMode::Lazy`]; the least recently used one goes first.
+    pub lazy_graphs_max: usize,
+    /// The most device memory that the graphs of each phase may take in [`GraphMode::Lazy`], in bytes; the least recently
+    /// used one goes first.
+    pub lazy_graph_bytes_max: usize,
     /// Every forward is one break that takes the path of a replay: to tell a bug of a graph from a bug of a model.
     pub debug_graph: bool,
     /// Every Nth replay is compared with an eager run, bit for bit.
@@ -81,6 +91,8 @@ impl Default for RunnerOptions {
             graph_sizes: None,
             decode_graph_sizes: None,
             graph_max_tokens: 512,
+            lazy_graphs_max: 128,
+            lazy_graph_bytes_max: 256 << 20,
             debug_graph: false,
             verify_graph: None,
             poison: false,
@@ -100,6 +112,7 @@ impl RunnerOptions {
             ("max_running_requests", self.max_running_requests),
             ("context_length", self.context_length),
             ("max_batch_tokens", self.max_batch_tokens),
+            ("lazy_graphs_max", self.lazy_graphs_max),
         ] {
             if !(1..=i32::MAX as usize).contains(&value) {
                 return Err(Error::batch(field, "a positive 32-bit number", value));
@@ -142,6 +155,11 @@ impl RunnerOptions {
         Ok(())
     }
 
+    /// The most new tokens that a step can have.
+    pub(super) fn largest_step(&self) -> usize {
+        self.max_batch_tokens.min(self.max_running_requests.saturating_mul(self.context_length))
+    }
+
     /// The capture sizes of a phase, none above its largest step; `None` without graphs.
     ///
     /// # Errors
@@ -151,18 +169,48 @@ impl RunnerOptions {
             return Ok(None);
         }
         let (sizes, largest, default) = match phase {
-            Phase::Prefill => {
-                let largest = self.max_batch_tokens.min(self.max_running_requests.saturating_mul(self.context_length));
-                (&self.graph_sizes, largest, self.graph_max_tokens.min(largest))
-            }
+            Phase::Prefill => (&self.graph_sizes, self.largest_step(), self.graph_max_tokens.min(self.largest_step())),
             // A decode may be padded beyond the most sequences, but not beyond the rows of a step.
             Phase::Decode => (&self.decode_graph_sizes, self.max_batch_tokens, self.max_running_requests),
         };
         let ladder = match sizes {
             Some(sizes) => Ladder::explicit(sizes.clone())?.clamped(largest)?,
+            None if self.graph == GraphMode::Lazy => Ladder::exact(default)?,
             None => Ladder::relative(default, 1)?,
         };
         Ok(Some(ladder))
+    }
+
+    /// The sizes whose matrix products are tuned: all that are captured ahead, and of each single one a ladder.
+    pub(super) fn tuned_sizes(&self) -> Result<Vec<usize>> {
+        let padded = match self.graph {
+            GraphMode::Off => return Ok(Vec::new()),
+            GraphMode::Ahead | GraphMode::Lazy => Self { graph: GraphMode::Ahead, ..self.clone() },
+        };
+        let mut sizes = Vec::new();
+        for phase in Phase::ALL {
+            sizes.extend_from_slice(padded.ladder(phase)?.as_ref().map_or(&[], Ladder::sizes));
+        }
+        Ok(sizes)
+    }
+
+    /// How the graphs of a phase are captured and kept.
+    ///
+    /// # Errors
+    /// As [`ladder`](Self::ladder).
+    pub(super) fn graph_cache(&self, phase: Phase) -> Result<CacheOptions> {
+        let is_lazy = self.graph == GraphMode::Lazy;
+        // Ahead, every size of the ladder stays.
+        let or_all = |max| if is_lazy { max } else { usize::MAX };
+        Ok(CacheOptions {
+            ladder: self.ladder(phase)?,
+            lazy: is_lazy,
+            graphs_max: or_all(self.lazy_graphs_max),
+            bytes_max: or_all(self.lazy_graph_bytes_max),
+            verify_every: self.verify_graph,
+            share_from: SHARE_EXECUTABLES_FROM,
+            graph: GraphOptions { debug_eager: self.debug_graph, ..GraphOptions::default() },
+        })
     }
 
     /// The sizes of the input buffers.
@@ -274,6 +322,21 @@ mod tests {
     }
 
     #[test]
+    fn lazy_graphs_have_the_exact_sizes_of_their_batches_within_a_budget() {
+        let options = RunnerOptions { graph: GraphMode::Lazy, max_batch_tokens: 100, ..RunnerOptions::default() };
+        for (phase, largest) in [(Phase::Prefill, 100), (Phase::Decode, 16)] {
+            let cache = options.graph_cache(phase).expect("options");
+            assert!(cache.ladder.expect("graphs are on").sizes().iter().copied().eq(1..=largest));
+            assert_eq!((cache.graphs_max, cache.bytes_max), (128, 256 << 20));
+        }
+        let tuned = options.tuned_sizes().expect("sizes");
+        let ahead = RunnerOptions { graph: GraphMode::Ahead, ..options };
+        assert_eq!(tuned, ahead.tuned_sizes().expect("sizes"), "too many to tune each");
+        assert_eq!(ahead.graph_cache(Phase::Prefill).expect("options").graphs_max, usize::MAX);
+        assert!(RunnerOptions::default().tuned_sizes().expect("graphs are off").is_empty());
+    }
+
+    #[test]
     fn the_kv_cache_gets_what_the_weights_leave() {
         let config = ModelConfig::load(&crate::testing::tiny_qwen3()).expect("config");
         let page_bytes = config.kv_bytes_per_token() * 16;
@@ -300,6 +363,7 @@ mod tests {
             ("page_size", RunnerOptions { page_size: 0, ..good.clone() }),
             ("context_length", RunnerOptions { context_length: 5000, ..good.clone() }),
             ("max_batch_tokens", RunnerOptions { max_batch_tokens: 8, ..good.clone() }),
+            ("lazy_graphs_max", RunnerOptions { lazy_graphs_max: 0, ..good.clone() }),
             ("mem_fraction_static", RunnerOptions { mem_fraction_static: Some(1.5), ..good.clone() }),
         ] {
             let error = options.validate(&config).expect_err(field).to_string();

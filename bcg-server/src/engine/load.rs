@@ -137,6 +137,8 @@ fn runner_options(plan: &EnginePlan, config: &ModelConfig, device: &Device) -> a
         graph_sizes: plan.graph_sizes.clone(),
         decode_graph_sizes: plan.decode_graph_sizes.clone(),
         graph_max_tokens: plan.graph_max_tokens.unwrap_or(default.graph_max_tokens),
+        lazy_graphs_max: plan.lazy_graphs_max.unwrap_or(default.lazy_graphs_max),
+        lazy_graph_bytes_max: plan.lazy_graph_bytes_max.unwrap_or(default.lazy_graph_bytes_max),
         debug_graph: plan.debug_graph,
         verify_graph: plan.verify_graph,
         poison: plan.poison,

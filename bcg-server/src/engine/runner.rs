@@ -7,13 +7,17 @@ use bcg_models::{ModelRunner, SampledToken, SequenceInput};
 
 use crate::error::one_line;
 
-/// Counters of a runner since it was made.
+/// What a runner did since it was made, and what its graphs take.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct RunnerStats {
     /// Forwards that replayed a graph.
     pub replays: u64,
     /// Forwards that captured one.
     pub captures: u64,
+    /// Graphs dropped to stay within their budget.
+    pub evictions: u64,
+    /// Device memory that the graphs held take now, in bytes.
+    pub graph_bytes: usize,
     /// Forwards that ran eagerly, by reason.
     pub eager: Vec<(&'static str, u64)>,
 }
@@ -40,6 +44,8 @@ impl StepRunner for ModelRunner {
         RunnerStats {
             replays: stats.num_replays,
             captures: stats.num_captures,
+            evictions: stats.num_evictions,
+            graph_bytes: self.graph_bytes(),
             eager: stats.eager.iter().map(|(reason, &count)| (reason.name(), count)).collect(),
         }
     }

@@ -3,8 +3,8 @@
 use std::cell::Cell;
 
 use bcg_runtime::{
-    BreakableCudaGraph, CacheOptions, Context, Decision, Device, EagerReason, Error, GraphCache, GraphOptions, Ladder,
-    Result, Runner, Tensor,
+    BreakableCudaGraph, CacheOptions, Context, Decision, Device, DeviceKind, EagerReason, Error, GraphCache,
+    GraphOptions, Ladder, Result, Runner, Tensor,
 };
 
 use super::fixture::{Batch, Graph, assert_usable, batch, batches, bits, failure, iota, padded, runner, scaled, step};
@@ -43,7 +43,9 @@ pub fn sizes_are_clamped_to_the_chunk(_device: &Device) {
 /// Graphs that are asked for without any size are an error, not silence.
 pub fn an_empty_ladder_with_graphs_asked_for_is_an_error(_device: &Device) {
     let ladder = Ladder::explicit(vec![64]).expect("a ladder");
-    for refused in [Ladder::explicit(vec![]), ladder.clamped(63), Ladder::relative(0, 1), Ladder::relative(7, 8)] {
+    for refused in
+        [Ladder::explicit(vec![]), ladder.clamped(63), Ladder::relative(0, 1), Ladder::relative(7, 8), Ladder::exact(0)]
+    {
         let message = "capture sizes: graphs are asked for but no capture size is left; give at least one size above 0";
         assert_eq!(failure(refused).to_string(), message);
     }
@@ -76,6 +78,25 @@ fn capture(cache: &mut Cache, runner: &mut Runner, size: usize) -> Result<Tensor
     cache.capture(size, runner, &padded(1.0, size, size), forward_of(&x))
 }
 
+/// Returns a cache that may take no memory, and a size whose graph it did not keep.
+fn without_budget(runner: &mut Runner) -> (Cache, usize) {
+    let options = CacheOptions { ladder: Some(Ladder::exact(256).expect("a ladder")), bytes_max: 0, ..lazy() };
+    let mut cache = Cache::new("none", options);
+    // A driver takes memory in pieces, so the first graphs may seem to cost nothing.
+    let refused = (1..=256).find(|&size| {
+        let x = iota(&runner.device().clone(), &[size, 4], size as f32);
+        let forward = move |cx: &mut Context<'_, Batch>| (0..256).try_fold(x.clone(), |y, _| step(cx, &y));
+        let live = padded(1.0, size, size);
+        let output = cache.capture(size, runner, &live, forward.clone()).expect("a capture");
+        let output = bits(runner, &output);
+        let eager = runner.eager(&live, forward).expect("an eager run");
+        assert_eq!(output, bits(runner, &eager), "the capture served its batch");
+        !cache.captured_sizes().contains(&size)
+    });
+    assert_eq!(cache.graph_bytes(), 0);
+    (cache, refused.expect("a size that was not kept"))
+}
+
 /// Every reason of the closed enum is reached, and counted.
 pub fn every_reason_to_run_eagerly_is_reached_and_counted(device: &Device) {
     let mut runner = runner(device);
@@ -98,6 +119,8 @@ pub fn every_reason_to_run_eagerly_is_reached_and_counted(device: &Device) {
     failure(failing.capture(8, &mut runner, &batch(1.0), |_| Err(Error::other("no"))));
     expect(&mut failing, 8, EagerReason::CaptureFailed);
     assert_eq!(failing.stats().num_capture_failures, 1);
+    let (mut small, size) = without_budget(&mut runner);
+    expect(&mut small, size, EagerReason::OverBudget);
     for reason in EagerReason::ALL {
         assert_ne!(reached.get() & 1 << reason as u32, 0, "{reason} was not reached");
     }
@@ -130,6 +153,18 @@ pub fn a_lazy_cache_captures_at_first_use(device: &Device) {
     assert_eq!((cache.stats().num_captures, cache.stats().num_replays), (2, 3));
 }
 
+/// A lazy cache of exact sizes captures each size as it is, and pads nothing.
+pub fn a_lazy_cache_of_exact_sizes_pads_nothing(device: &Device) {
+    let mut runner = runner(device);
+    let mut cache = Cache::new("exact", CacheOptions { ladder: Some(Ladder::exact(40).expect("a ladder")), ..lazy() });
+    for rows in [1, 3, 17, 33, 39, 40] {
+        assert_eq!(cache.decide(rows), Decision::Capture { size: rows });
+        capture(&mut cache, &mut runner, rows).expect("a capture");
+        assert_eq!(cache.decide(rows), Decision::Replay { size: rows });
+    }
+    assert_eq!(cache.decide(41), Decision::Eager(EagerReason::AboveLargest));
+}
+
 /// Beyond its bound, a cache drops the least recently used graph.
 pub fn the_least_recently_used_graph_goes_first(device: &Device) {
     let mut runner = runner(device);
@@ -146,9 +181,42 @@ pub fn the_least_recently_used_graph_goes_first(device: &Device) {
     assert_eq!(cache.stats().num_evictions, 2);
 }
 
+/// The graphs of a cache keep to their budget of device memory; the least recently used goes first, and no output
+/// changes.
+pub fn graphs_keep_to_their_budget_of_bytes(device: &Device) {
+    let mut runner = runner(device);
+    let sizes = [4, 5, 6, 7, 8, 9, 10, 11];
+    let mut unbounded = cache(&sizes, lazy());
+    for size in sizes {
+        capture(&mut unbounded, &mut runner, size).expect("a capture");
+    }
+    let bytes_max = unbounded.graph_bytes() / 2;
+    drop(unbounded);
+    let mut cache = cache(&sizes, CacheOptions { bytes_max, ..lazy() });
+    let mut last = None;
+    for size in [4, 5, 6, 7, 8, 9, 10, 11, 7, 4, 4, 11] {
+        let (x, live) = (iota(device, &[size, 4], size as f32), padded(1.0, size, size));
+        let output = match cache.decide(size) {
+            Decision::Capture { .. } => cache.capture(size, &mut runner, &live, forward_of(&x)),
+            Decision::Replay { .. } => cache.replay(size, &mut runner, &live),
+            Decision::Eager(_) => runner.eager(&live, forward_of(&x)),
+        };
+        let output = bits(&mut runner, &output.expect("a run"));
+        let eager = runner.eager(&live, forward_of(&x)).expect("an eager run");
+        assert_eq!(output, bits(&mut runner, &eager), "{size} rows");
+        assert!(cache.graph_bytes() <= bytes_max, "{} of {bytes_max} bytes", cache.graph_bytes());
+        last = cache.captured_sizes().contains(&size).then_some(size).or(last);
+        assert!(last.is_none_or(|last| cache.captured_sizes().contains(&last)), "the latest one stays");
+    }
+    if device.kind() == DeviceKind::Host {
+        assert_eq!(cache.captured_sizes(), [4, 7, 10, 11], "half of eight graphs of one size");
+    }
+}
+
 /// A graph that is dropped while its replay is queued finishes that replay.
 pub fn a_graph_may_be_evicted_while_it_runs(device: &Device) {
     let mut runner = runner(device);
+    device.host_control().into_iter().for_each(|control| control.set_delay("runner", true));
     let mut cache = cache(&[4, 5], CacheOptions { graphs_max: 1, ..lazy() });
     let kept = iota(device, &[4, 4], 0.0);
     capture(&mut cache, &mut runner, 4).expect("a capture");

@@ -182,6 +182,7 @@ pub fn graphs_give_the_tokens_of_eager_runs(device: &Device) {
     for options in [
         options(GraphMode::Ahead),
         options(GraphMode::Lazy),
+        RunnerOptions { graph_sizes: None, lazy_graphs_max: 1, ..options(GraphMode::Lazy) },
         RunnerOptions { debug_graph: true, ..options(GraphMode::Ahead) },
         RunnerOptions { poison: true, verify_graph: Some(1), ..options(GraphMode::Ahead) },
     ] {
@@ -189,6 +190,7 @@ pub fn graphs_give_the_tokens_of_eager_runs(device: &Device) {
         assert_eq!(got, expected, "{options:?}");
         assert!(stats.num_replays >= 60, "decodes replay: {stats:?}");
         assert_eq!(stats.num_capture_failures, 0, "{stats:?}");
+        assert!(options.lazy_graphs_max > 1 || stats.num_evictions > 0, "{stats:?}");
         assert_eq!(options.verify_graph.map_or(0, |_| stats.num_replays), stats.num_verified);
     }
 }

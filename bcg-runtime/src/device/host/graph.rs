@@ -122,6 +122,7 @@ impl GraphBackend for HostBackend {
     fn instantiate(&self, graph: GraphHandle) -> Result<ExecHandle> {
         let state = &mut *self.enter("cuGraphInstantiate")?;
         let exec = Exec { graph: Arc::clone(state.graph(graph)), last: OpRef::default() };
+        state.memory.claim_exec(exec.graph.nodes.len())?;
         let handle = state.new_handle();
         state.execs.insert(handle, exec);
         Ok(ExecHandle(handle))
@@ -192,7 +193,10 @@ impl GraphBackend for HostBackend {
     }
 
     fn destroy_exec(&self, exec: ExecHandle) {
-        self.lock().execs.remove(&exec.0);
+        let state = &mut *self.lock();
+        if let Some(exec) = state.execs.remove(&exec.0) {
+            state.memory.free_exec(exec.graph.nodes.len());
+        }
     }
 }
 
@@ -336,6 +340,22 @@ mod tests {
             assert!(matches!(rig.backend.synchronize_stream(stream), Err(Error::Memory { .. })));
         }
         assert_eq!(rig.read_log(log), [1, 1]);
+    }
+
+    #[test]
+    fn an_executable_takes_device_memory_until_it_is_destroyed() {
+        let rig = Rig::new();
+        let (stream, log) = (rig.stream("main"), rig.log());
+        let free_bytes = || rig.backend.memory_info().unwrap().free_bytes;
+        let before = free_bytes();
+        let capture = |num| rig.capture(stream, || (0..num).for_each(|v| rig.append(stream, log, v).unwrap()));
+        let execs = [1, 3].map(|num| capture(num).unwrap());
+        let taken = before - free_bytes();
+        assert!(taken > 0 && taken.is_multiple_of(4), "{taken} bytes for 4 nodes");
+        rig.backend.destroy_exec(execs[0]);
+        assert_eq!(before - free_bytes(), taken / 4 * 3);
+        rig.backend.destroy_exec(execs[1]);
+        assert_eq!(free_bytes(), before);
     }
 
     #[test]

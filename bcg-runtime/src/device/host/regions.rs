@@ -17,6 +17,8 @@ use crate::{DevicePtr, Error, MemoryInfo, Result};
 const DEVICE_SPAN: u64 = 1 << 45;
 /// The least distance between two allocations, in bytes.
 const GAP_BYTES: u64 = 1 << 20;
+/// Device memory of one node of an executable graph, in bytes: about what CUDA's driver takes.
+const NODE_BYTES: usize = 1 << 10;
 /// How many freed ranges are remembered for messages.
 const FREED_MAX: usize = 1024;
 
@@ -190,6 +192,16 @@ impl Memory {
     pub(super) fn is_pinned(&self, ptr: DevicePtr) -> bool {
         let region = self.regions.range(..=ptr.0).next_back();
         region.is_some_and(|(base, region)| matches!(region.kind, Kind::Pinned) && ptr.0 - base < region.bytes as u64)
+    }
+
+    /// Takes the memory of an executable graph. Nothing can be read or written there.
+    pub(super) fn claim_exec(&mut self, num_nodes: usize) -> Result<()> {
+        self.claim(num_nodes * NODE_BYTES)
+    }
+
+    /// Gives the memory of an executable graph back.
+    pub(super) fn free_exec(&mut self, num_nodes: usize) {
+        self.used_bytes -= num_nodes * NODE_BYTES;
     }
 
     fn claim(&mut self, bytes: usize) -> Result<()> {
