@@ -123,7 +123,8 @@ pub struct EngineArgs {
     #[arg(long, alias = "max-total-tokens", value_name = "TOKENS")]
     pub kv_cache_tokens: Option<usize>,
 
-    /// Part of the GPU's memory, 0.0 to 1.0, for weights and KV cache together; --kv-cache-tokens wins [default: 0.9]
+    /// Part of the GPU's memory, 0.0 to 1.0, for weights, activations, graphs and KV cache together: the cache gets what
+    /// the others leave of it; --kv-cache-tokens wins [default: 0.9]
     #[arg(long, value_name = "FRACTION")]
     pub mem_fraction_static: Option<f64>,
 
@@ -224,7 +225,7 @@ pub struct EnginePlan {
     pub context_length: Option<usize>,
     /// Tokens in the KV cache; `None` sizes it from the model.
     pub kv_cache_tokens: Option<usize>,
-    /// Part of the device's memory for weights and KV cache; `None` takes the default.
+    /// Part of the device's memory for all that the model takes; `None` takes the default.
     pub mem_fraction_static: Option<f64>,
     /// Tokens in one page.
     pub page_size: usize,

@@ -12,6 +12,7 @@
 mod choose;
 mod generate;
 mod measure;
+mod memory;
 mod options;
 
 use std::path::Path;
@@ -80,14 +81,16 @@ pub struct ModelRunner {
 
 impl ModelRunner {
     /// Loads the checkpoint in `dir` and warms up: kernels are compiled, the arena gets its size, and matrix products of the
-    /// sizes to capture are tuned.
+    /// sizes to capture are tuned. Where the options name a fraction of the device's memory, the KV cache gets what is left
+    /// of it then.
     ///
     /// # Errors
-    /// Those of the checkpoint's files, of the options, and of the device.
+    /// Those of the checkpoint's files, of the options, and of the device; [`Error::Batch`] names the option to change if
+    /// the device has too little memory.
     pub fn load(
         device: &Device,
         dir: &Path,
-        mut options: RunnerOptions,
+        options: RunnerOptions,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Self> {
         let config = ModelConfig::load(dir)?;
@@ -100,12 +103,13 @@ impl ModelRunner {
         };
         let model = registry::load(&config, weights.with_progress(&mut loaded))?;
 
-        progress(Progress { stage: Stage::KvCache, done: 0, total: 1 });
-        options.fit_kv_cache(&config, device.memory_info()?)?;
-        let num_pages = options.kv_cache_tokens.div_ceil(options.page_size);
-        let kv_shape = [num_pages, options.page_size, config.num_key_value_heads, config.head_dim];
-        let kv_cache = KvCache::new(device, config.dtype, config.num_hidden_layers, kv_shape)?;
-        progress(Progress { stage: Stage::KvCache, done: 1, total: 1 });
+        // Where the device's memory bounds it, the KV cache gets its size when all else has been measured.
+        let is_fitted = options.mem_fraction_static.is_some();
+        let num_pages = if is_fitted { 1 } else { options.num_pages() };
+        let kv_cache = memory::kv_cache(device, &config, &options, num_pages)?;
+        if !is_fitted {
+            progress(Progress { stage: Stage::KvCache, done: 1, total: 1 });
+        }
         let decode_plan = ops::DecodePlan::new(device, config.num_attention_heads, config.num_key_value_heads);
         let inputs = InputBuffers::new(device, options.limits()?, options.page_size, decode_plan)?;
         let runtime_options =
@@ -124,10 +128,13 @@ impl ModelRunner {
             options,
         };
         progress(Progress { stage: Stage::WarmUp, done: 0, total: 1 });
-        runner.warm_up()?;
+        runner.warm_up().map_err(|error| runner.options.without_room(error))?;
         progress(Progress { stage: Stage::WarmUp, done: 1, total: 1 });
         let sizes = runner.options.tuned_sizes()?;
         device.tune_matmuls(&sizes, &mut |done, total| progress(Progress { stage: Stage::Tune, done, total }))?;
+        if is_fitted {
+            runner.fit_kv_cache(progress)?;
+        }
         Ok(runner)
     }
 
@@ -286,12 +293,21 @@ impl ModelRunner {
         Ok(move |cx: &mut Context<'_, ForwardBatch>| model.forward(cx, &inputs, &kv_cache))
     }
 
-    /// Runs every kernel of a step once, at the largest captured size, so that no later capture has to grow the arena.
+    /// Runs every kernel of a step once, at the largest captured size, so that no later capture has to grow the arena; and
+    /// where the KV cache gets what is left of the memory, at the largest size that a step can have, so that none grows it.
     fn warm_up(&mut self) -> Result<()> {
+        let options = &self.options;
         let largest = |phase| self.graph_sizes(phase).last().copied();
-        let prefill = largest(Phase::Prefill).unwrap_or(DUMMY_SEQUENCE_TOKENS).min(self.options.max_batch_tokens);
-        let decode = largest(Phase::Decode).unwrap_or(0).max(self.options.max_running_requests);
-        for (phase, rows, longest) in [(Phase::Prefill, prefill, DUMMY_SEQUENCE_TOKENS), (Phase::Decode, decode, 1)] {
+        let (prefill, longest) = match options.mem_fraction_static {
+            None => {
+                let captured = largest(Phase::Prefill).unwrap_or(DUMMY_SEQUENCE_TOKENS);
+                (captured.min(options.max_batch_tokens), DUMMY_SEQUENCE_TOKENS)
+            }
+            // As many sequences as there can be have the most logits.
+            Some(_) => (options.largest_step(), options.largest_step().div_ceil(options.max_running_requests)),
+        };
+        let decode = largest(Phase::Decode).unwrap_or(0).max(options.max_running_requests);
+        for (phase, rows, longest) in [(Phase::Prefill, prefill, longest), (Phase::Decode, decode, 1)] {
             self.with_dummy(rows, longest, |runner, dummy| {
                 let live = runner.inputs.fill(&mut runner.runner, dummy, phase, rows, false)?;
                 let forward = runner.forward(phase, rows)?;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use bcg_runtime::{CacheOptions, GraphOptions, Ladder, MemoryInfo};
+use bcg_runtime::{CacheOptions, GraphOptions, Ladder};
 
 use crate::batch::{BatchLimits, Phase};
 use crate::config::ModelConfig;
@@ -45,8 +45,9 @@ pub struct RunnerOptions {
     pub page_size: usize,
     /// Tokens that the KV cache holds, rounded up to pages; at most these with `mem_fraction_static`.
     pub kv_cache_tokens: usize,
-    /// The part of the device's memory, 0.0 to 1.0, that weights and KV cache may take: the cache gets what the weights
-    /// leave of it. Its tokens are `kv_cache_tokens` whatever is free if `None`.
+    /// The part of the device's memory, 0.0 to 1.0, that weights, activations, graphs and KV cache may take together: the
+    /// cache gets what the others, which are measured before, leave of it. Its tokens are `kv_cache_tokens` whatever is
+    /// free if `None`.
     pub mem_fraction_static: Option<f64>,
     /// The most sequences in one step.
     pub max_running_requests: usize,
@@ -132,26 +133,6 @@ impl RunnerOptions {
                 format!("at least max_running_requests = {}, for a decode of all", self.max_running_requests);
             return Err(Error::batch("max_batch_tokens", expected, self.max_batch_tokens));
         }
-        Ok(())
-    }
-
-    /// Lowers `kv_cache_tokens` to what fits into memory that holds the weights already.
-    ///
-    /// # Errors
-    /// [`Error::Batch`] if not even one sequence of `context_length` fits.
-    pub(super) fn fit_kv_cache(&mut self, config: &ModelConfig, memory: MemoryInfo) -> Result<()> {
-        let Some(fraction) = self.mem_fraction_static else { return Ok(()) };
-        let kept_free = (memory.total_bytes as f64 * (1.0 - fraction)) as usize;
-        let page_bytes = config.kv_bytes_per_token() * self.page_size;
-        let fits = memory.free_bytes.saturating_sub(kept_free) / page_bytes * self.page_size;
-        if fits < self.context_length {
-            let expected = format!(
-                "room beside the weights for context_length = {} tokens; raise it or lower the context length",
-                self.context_length
-            );
-            return Err(Error::batch("mem_fraction_static", expected, format!("{fraction}, room for {fits}")));
-        }
-        self.kv_cache_tokens = self.kv_cache_tokens.min(fits);
         Ok(())
     }
 
@@ -334,24 +315,6 @@ mod tests {
         assert_eq!(tuned, ahead.tuned_sizes().expect("sizes"), "too many to tune each");
         assert_eq!(ahead.graph_cache(Phase::Prefill).expect("options").graphs_max, usize::MAX);
         assert!(RunnerOptions::default().tuned_sizes().expect("graphs are off").is_empty());
-    }
-
-    #[test]
-    fn the_kv_cache_gets_what_the_weights_leave() {
-        let config = ModelConfig::load(&crate::testing::tiny_qwen3()).expect("config");
-        let page_bytes = config.kv_bytes_per_token() * 16;
-        // 1,000 pages in all, of which the weights took 300 and 200 stay free.
-        let memory = MemoryInfo { free_bytes: 700 * page_bytes, total_bytes: 1000 * page_bytes };
-        let fitted = |options: RunnerOptions| {
-            let mut options = RunnerOptions { mem_fraction_static: Some(0.8), ..options };
-            options.fit_kv_cache(&config, memory).map(|()| options.kv_cache_tokens)
-        };
-        let tokens = fitted(RunnerOptions { kv_cache_tokens: 1 << 20, ..RunnerOptions::default() }).expect("fits");
-        assert!((499 * 16..=500 * 16).contains(&tokens), "{tokens}");
-        let few = RunnerOptions { kv_cache_tokens: 4096, ..RunnerOptions::default() };
-        assert_eq!(fitted(few).expect("fits"), 4096);
-        let error = fitted(RunnerOptions { context_length: 9000, ..RunnerOptions::default() }).expect_err("too long");
-        assert!(error.to_string().contains("context_length = 9000"), "{error}");
     }
 
     #[test]

@@ -13,7 +13,8 @@ use super::scheduler::{Limits, Scheduler};
 use crate::args::{DeviceArg, EnginePlan, GraphPlan, LoadFormatArg};
 use crate::progress::LoadProgress;
 
-/// The part of a GPU's memory for weights and KV cache; the arena and the graphs take theirs of the rest.
+/// The part of a GPU's memory for weights, activations, graphs and KV cache. The rest is left to kernels that are loaded
+/// later, and to other processes.
 const MEM_FRACTION_STATIC: f64 = 0.9;
 
 /// KV cache bytes on the host device when no flag says how many tokens it holds.
@@ -145,7 +146,7 @@ fn runner_options(plan: &EnginePlan, config: &ModelConfig, device: &Device) -> a
     })
 }
 
-/// Tokens of the KV cache, and the fraction of the memory that bounds them once the weights are loaded.
+/// Tokens of the KV cache, and the fraction of the memory that bounds them once all else has been measured.
 fn kv_cache(
     plan: &EnginePlan,
     config: &ModelConfig,

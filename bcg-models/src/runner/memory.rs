@@ -1,0 +1,184 @@
+//! Who gets which part of the device's memory: all that is not the KV cache is measured first, and the cache gets the rest.
+//!
+//! With [`RunnerOptions::mem_fraction_static`](super::RunnerOptions::mem_fraction_static) a model is loaded in this order:
+//! weights → a KV cache of one page → the largest step that there can be, which gives the arena its size and loads the
+//! kernels → a few graphs, captured and dropped, which tell what one takes → the KV cache with what is left of the fraction.
+
+use std::sync::Arc;
+
+use bcg_runtime::{CacheOptions, Device, GraphCache};
+
+use super::options::{GraphMode, RunnerOptions, SHARE_EXECUTABLES_FROM};
+use super::{ModelRunner, Progress, Stage};
+use crate::batch::Phase;
+use crate::config::ModelConfig;
+use crate::error::{Error, Result};
+use crate::state::{KvCache, PagePool};
+
+/// What is taken beside weights and KV cache, in bytes.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Measured {
+    /// The arena: activations of the largest step. It is mapped, so no longer free.
+    pub(super) arena_bytes: usize,
+    /// All graphs that there will be. None of them is there yet.
+    pub(super) graph_bytes: usize,
+}
+
+/// Makes a KV cache of some pages.
+pub(super) fn kv_cache(
+    device: &Device,
+    config: &ModelConfig,
+    options: &RunnerOptions,
+    num_pages: usize,
+) -> bcg_runtime::Result<KvCache> {
+    let shape = [num_pages, options.page_size, config.num_key_value_heads, config.head_dim];
+    KvCache::new(device, config.dtype, config.num_hidden_layers, shape)
+}
+
+impl ModelRunner {
+    /// Replaces the KV cache by one that takes what is left of the device's memory.
+    ///
+    /// # Errors
+    /// [`Error::Batch`] names the option that leaves too little; the device's.
+    pub(super) fn fit_kv_cache(&mut self, progress: &mut dyn FnMut(Progress)) -> Result<()> {
+        progress(Progress { stage: Stage::KvCache, done: 0, total: 1 });
+        let measured =
+            Measured { graph_bytes: self.measure_graphs()?, arena_bytes: self.runner.arena_stats().mapped_bytes };
+        let device = self.device().clone();
+        self.options.fit_kv_cache(&self.config, device.memory_info()?, measured)?;
+        let num_pages = self.options.num_pages();
+        self.kv_cache = Arc::new(kv_cache(&device, &self.config, &self.options, num_pages)?);
+        self.pages = PagePool::new(num_pages, self.options.page_size);
+        tracing::debug!(?measured, num_pages, "the KV cache has what is left");
+        progress(Progress { stage: Stage::KvCache, done: 1, total: 1 });
+        Ok(())
+    }
+
+    /// Returns what all graphs will take, in bytes: what the largest ones take, for each size.
+    fn measure_graphs(&mut self) -> Result<usize> {
+        let mut total = 0;
+        for phase in Phase::ALL {
+            let sizes = self.graph_sizes(phase).to_vec();
+            let (mut all, mut most) = (0, 0);
+            let (own, sharing) = sizes.split_at(sizes.partition_point(|&size| size < SHARE_EXECUTABLES_FROM));
+            for sizes in [own, sharing] {
+                let bytes = sizes.last().map_or(Ok(0), |&largest| self.measure_graph(phase, largest))?;
+                all += bytes * sizes.len();
+                most = most.max(bytes);
+            }
+            total += match self.options.graph {
+                GraphMode::Lazy => self.options.lazy_graph_bytes(all, most)?,
+                GraphMode::Off | GraphMode::Ahead => all,
+            };
+        }
+        Ok(total)
+    }
+
+    /// Captures the graph of a size, drops it, and returns what it took, in bytes.
+    fn measure_graph(&mut self, phase: Phase, size: usize) -> Result<usize> {
+        let unbounded =
+            CacheOptions { graphs_max: usize::MAX, bytes_max: usize::MAX, ..self.options.graph_cache(phase)? };
+        let cache = GraphCache::new(phase.name(), unbounded);
+        let kept = std::mem::replace(self.graphs_and_runner(phase).0, cache);
+        let captured = self.capture_size(phase, size);
+        let measured = std::mem::replace(self.graphs_and_runner(phase).0, kept);
+        captured.map_err(|error| self.options.without_room(error))?;
+        Ok(measured.graph_bytes())
+    }
+}
+
+impl RunnerOptions {
+    /// Pages of the KV cache.
+    pub(super) fn num_pages(&self) -> usize {
+        self.kv_cache_tokens.div_ceil(self.page_size)
+    }
+
+    /// Lowers `kv_cache_tokens` to what fits into memory that holds weights and arena already.
+    ///
+    /// # Errors
+    /// [`Error::Batch`] if not even one sequence of `context_length` fits.
+    pub(super) fn fit_kv_cache(
+        &mut self,
+        config: &ModelConfig,
+        memory: bcg_runtime::MemoryInfo,
+        measured: Measured,
+    ) -> Result<()> {
+        let Some(fraction) = self.mem_fraction_static else { return Ok(()) };
+        let Measured { arena_bytes, graph_bytes } = measured;
+        let kept_free = (memory.total_bytes as f64 * (1.0 - fraction)).ceil() as usize;
+        let page_bytes = config.kv_bytes_per_token() * self.page_size;
+        let fits =
+            memory.free_bytes.saturating_sub(kept_free.saturating_add(graph_bytes)) / page_bytes * self.page_size;
+        if fits < self.context_length {
+            let expected = format!(
+                "room for context_length = {} tokens beside the weights, {} MiB of activations and {} MiB of graphs; raise \
+                 it, or lower context_length, max_batch_tokens or the capture sizes",
+                self.context_length,
+                arena_bytes.div_ceil(1 << 20),
+                graph_bytes.div_ceil(1 << 20),
+            );
+            return Err(Error::batch("mem_fraction_static", expected, format!("{fraction}, room for {fits}")));
+        }
+        self.kv_cache_tokens = self.kv_cache_tokens.min(fits);
+        Ok(())
+    }
+
+    /// Returns what the lazily captured graphs of a phase take at most: of all sizes `all`, of one `most` bytes.
+    fn lazy_graph_bytes(&self, all: usize, most: usize) -> Result<usize> {
+        let bytes_max = self.lazy_graph_bytes_max;
+        if most > bytes_max {
+            let expected = format!("at least the {most} bytes that one graph takes; raise it");
+            return Err(Error::batch("lazy_graph_bytes_max", expected, bytes_max));
+        }
+        // A new graph is there for a moment before the oldest one goes.
+        Ok(all.min(bytes_max).min(self.lazy_graphs_max.saturating_mul(most)) + most)
+    }
+
+    /// Names the option that made a step too large for the device.
+    pub(super) fn without_room(&self, error: Error) -> Error {
+        match &error {
+            Error::Runtime(runtime) if matches!(runtime.root(), bcg_runtime::Error::OutOfMemory { .. }) => {
+                let expected = format!("few enough for the memory that the weights leave; lower it ({runtime})");
+                Error::batch("max_batch_tokens", expected, self.max_batch_tokens)
+            }
+            _ => error,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bcg_runtime::MemoryInfo;
+
+    use super::*;
+
+    #[test]
+    fn the_kv_cache_gets_what_the_others_leave() {
+        let config = ModelConfig::load(&crate::testing::tiny_qwen3()).expect("config");
+        let page_bytes = config.kv_bytes_per_token() * 16;
+        // 1,000 pages in all, of which weights and arena took 300, the graphs will take 100, and 200 stay free.
+        let memory = MemoryInfo { free_bytes: 700 * page_bytes, total_bytes: 1000 * page_bytes };
+        let measured = Measured { arena_bytes: 32 << 20, graph_bytes: 100 * page_bytes };
+        let fitted = |options: RunnerOptions| {
+            let mut options = RunnerOptions { mem_fraction_static: Some(0.8), ..options };
+            options.fit_kv_cache(&config, memory, measured).map(|()| options.kv_cache_tokens)
+        };
+        let tokens = fitted(RunnerOptions { kv_cache_tokens: 1 << 20, ..RunnerOptions::default() }).expect("fits");
+        assert!((399 * 16..=400 * 16).contains(&tokens), "{tokens}");
+        let few = RunnerOptions { kv_cache_tokens: 4096, ..RunnerOptions::default() };
+        assert_eq!(fitted(few).expect("fits"), 4096);
+        let error = fitted(RunnerOptions { context_length: 9000, ..RunnerOptions::default() }).expect_err("too long");
+        assert!(error.to_string().contains("context_length = 9000"), "{error}");
+        assert!(error.to_string().contains("32 MiB of activations"), "{error}");
+    }
+
+    #[test]
+    fn lazy_graphs_are_counted_up_to_their_budget_and_one_more() {
+        let options = RunnerOptions { lazy_graphs_max: 10, lazy_graph_bytes_max: 1000, ..RunnerOptions::default() };
+        assert_eq!(options.lazy_graph_bytes(300, 100).expect("fits"), 400, "all of three sizes");
+        assert_eq!(options.lazy_graph_bytes(5000, 50).expect("fits"), 550, "ten graphs");
+        assert_eq!(options.lazy_graph_bytes(50_000, 500).expect("fits"), 1500, "the bytes");
+        let error = options.lazy_graph_bytes(50_000, 1001).expect_err("not one graph fits").to_string();
+        assert!(error.contains("lazy_graph_bytes_max") && error.contains("1001"), "{error}");
+    }
+}

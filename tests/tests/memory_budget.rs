@@ -1,0 +1,92 @@
+//! The device's memory is shared out before the first request: whatever is served, nothing goes beyond the fraction.
+
+use std::ops::ControlFlow;
+
+use bcg_models::{GenerateOptions, GraphMode, ModelRunner, Phase, RunnerOptions, SamplingParams};
+use bcg_runtime::{Device, HostOptions};
+use bcg_tests::golden::{self, tiny_qwen3};
+
+const MIB: usize = 1 << 20;
+const FRACTION: f64 = 0.8;
+
+fn options(graph: GraphMode) -> RunnerOptions {
+    RunnerOptions { context_length: 512, max_batch_tokens: 512, ..golden::options(graph) }
+}
+
+fn small_device(memory_bytes: usize) -> Device {
+    Device::host_with(HostOptions { memory_bytes, ..HostOptions::default() })
+}
+
+fn used_bytes(device: &Device) -> usize {
+    let memory = device.memory_info().expect("memory");
+    memory.total_bytes - memory.free_bytes
+}
+
+fn load(device: &Device, options: RunnerOptions) -> bcg_models::Result<ModelRunner> {
+    let options = RunnerOptions { mem_fraction_static: Some(FRACTION), kv_cache_tokens: 1 << 24, ..options };
+    ModelRunner::load(device, &tiny_qwen3(), options, &mut |_| ())
+}
+
+/// Runs prompts of some lengths, each with some tokens of answer.
+fn serve(runner: &mut ModelRunner, lens: impl IntoIterator<Item = usize>) {
+    let options = GenerateOptions {
+        max_new_tokens: 3,
+        sampling: SamplingParams { temperature: 1.0, ..SamplingParams::greedy() },
+        ignore_eos: true,
+    };
+    for len in lens {
+        let prompt: Vec<u32> = (0..len as u32).map(|token| token % 500).collect();
+        runner.generate(&prompt, &options, &mut |_| ControlFlow::Continue(())).expect("an answer");
+    }
+}
+
+#[test]
+fn weights_activations_graphs_and_kv_cache_stay_within_the_fraction() {
+    let lazy =
+        RunnerOptions { graph_sizes: None, lazy_graphs_max: 12, lazy_graph_bytes_max: MIB, ..options(GraphMode::Lazy) };
+    for options in [options(GraphMode::Off), options(GraphMode::Ahead), lazy] {
+        let device = small_device(192 * MIB);
+        let fraction_bytes = (FRACTION * 192.0 * MIB as f64) as usize;
+        let mut runner = load(&device, options.clone()).expect("it fits");
+        runner.capture(&mut |_| ()).expect("every size is captured");
+        let loaded = used_bytes(&device);
+        serve(&mut runner, (1..16).chain([300]));
+        let served = used_bytes(&device);
+        assert!(served <= fraction_bytes, "{} of {fraction_bytes} bytes with {:?}", served, options.graph);
+        if options.graph == GraphMode::Lazy {
+            assert!(runner.stats().num_evictions > 0 && served > loaded, "{:?}", runner.stats());
+            continue;
+        }
+        assert_eq!(served, loaded, "nothing grows while serving");
+        let page_bytes = runner.kv_cache().size_bytes() / runner.kv_cache().num_pages();
+        let unused = fraction_bytes - loaded;
+        assert!(unused < 2 * page_bytes + 64 * 1024, "{unused} bytes of the fraction stay unused");
+    }
+}
+
+#[test]
+fn the_kv_cache_and_its_pages_have_one_size() {
+    let device = small_device(192 * MIB);
+    let runner = load(&device, options(GraphMode::Ahead)).expect("it fits");
+    let num_pages = runner.kv_cache().num_pages();
+    assert_eq!((runner.pages().num_pages(), runner.options().kv_cache_tokens), (num_pages, num_pages * 16));
+    assert!(runner.describe(Phase::Prefill, 448).is_none(), "the measured graphs are gone");
+    assert_eq!((runner.stats(), runner.graph_bytes()), (Default::default(), 0));
+}
+
+#[test]
+fn too_little_memory_names_the_option_and_the_remedy() {
+    let error = |memory_bytes: usize, options: RunnerOptions| match load(&small_device(memory_bytes), options) {
+        Ok(_) => panic!("{memory_bytes} bytes are too little"),
+        Err(error) => error.to_string(),
+    };
+    let small = error(44 * MIB, options(GraphMode::Ahead));
+    assert!(small.contains("mem_fraction_static") && small.contains("or lower context_length"), "{small}");
+    let large_steps =
+        RunnerOptions { max_batch_tokens: 1 << 14, max_running_requests: 1024, ..options(GraphMode::Off) };
+    let error_of_steps = error(44 * MIB, large_steps);
+    assert!(error_of_steps.contains("max_batch_tokens") && error_of_steps.contains("lower it"), "{error_of_steps}");
+    let lazy = RunnerOptions { lazy_graph_bytes_max: 1, ..options(GraphMode::Lazy) };
+    let lazy = error(192 * MIB, lazy);
+    assert!(lazy.contains("lazy_graph_bytes_max") && lazy.contains("raise it"), "{lazy}");
+}
