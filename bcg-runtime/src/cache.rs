@@ -13,7 +13,8 @@ use std::collections::BTreeMap;
 
 use crate::graph::GraphOptions;
 use crate::{
-    BreakableCudaGraph, Context, Decision, Description, EagerReason, Error, Freeze, Ladder, LiveBatch, Result, Runner,
+    BreakableCudaGraph, ChainReason, Context, Decision, Description, EagerReason, Error, Freeze, Ladder, LiveBatch,
+    ReplayPath, Result, Runner,
 };
 
 /// How a cache captures and replays.
@@ -57,6 +58,8 @@ pub struct GraphCacheStats {
     pub num_replays: u64,
     /// Those verified against an eager run.
     pub num_verified: u64,
+    /// Replays that were, at least in part, launched segment by segment, by reason.
+    pub chained: BTreeMap<ChainReason, u64>,
     /// Captures that succeeded.
     pub num_captures: u64,
     /// Captures that failed.
@@ -71,19 +74,28 @@ impl GraphCacheStats {
     /// Returns the sums of two caches.
     #[must_use]
     pub fn merged(&self, other: &Self) -> Self {
-        let mut eager = self.eager.clone();
-        for (&reason, &count) in &other.eager {
-            *eager.entry(reason).or_default() += count;
-        }
         Self {
             num_replays: self.num_replays + other.num_replays,
             num_verified: self.num_verified + other.num_verified,
             num_captures: self.num_captures + other.num_captures,
             num_capture_failures: self.num_capture_failures + other.num_capture_failures,
             num_evictions: self.num_evictions + other.num_evictions,
-            eager,
+            chained: sums(&self.chained, &other.chained),
+            eager: sums(&self.eager, &other.eager),
         }
     }
+
+    /// Returns how many replays were healed: one launch between two breaks that cannot be.
+    pub fn num_healed(&self) -> u64 {
+        self.num_replays - self.chained.values().sum::<u64>()
+    }
+}
+
+/// Adds counts of equal keys.
+fn sums<K: Ord + Copy>(a: &BTreeMap<K, u64>, b: &BTreeMap<K, u64>) -> BTreeMap<K, u64> {
+    let mut sums = a.clone();
+    b.iter().for_each(|(&key, &count)| *sums.entry(key).or_default() += count);
+    sums
 }
 
 /// Graphs of one forward, by capture size.
@@ -284,7 +296,7 @@ impl<L: LiveBatch, O: Freeze> GraphCache<L, O> {
 
     /// Keeps a graph whose capture took `bytes` of the device, if it fits into the budget.
     fn keep(&mut self, size: usize, graph: BreakableCudaGraph<L, O>, bytes: usize) {
-        let num_nodes = graph.describe().segments.iter().map(|segment| segment.num_nodes).sum();
+        let num_nodes = graph.num_exec_nodes();
         if !self.taken.is_final {
             self.taken.bytes += bytes;
             self.taken.num_nodes += num_nodes;
@@ -310,20 +322,24 @@ impl<L: LiveBatch, O: Freeze> GraphCache<L, O> {
     /// # Errors
     /// Those of [`BreakableCudaGraph::replay`], and [`Error::Mismatch`] when this replay is verified.
     pub fn replay(&mut self, size: usize, runner: &mut Runner, live: &L) -> Result<O> {
-        let Some(Held { graph, last_used, .. }) = self.graphs.get_mut(&size) else {
+        let Some(Held { graph, last_used, num_nodes }) = self.graphs.get_mut(&size) else {
             let name = format!("{} of {size} rows", self.name);
             return Err(Error::NotCaptured { name, reason: "this size was not captured, or was dropped" });
         };
         self.uses += 1;
         *last_used = self.uses;
-        self.stats.num_replays += 1;
-        let is_verified =
-            self.options.verify_every.is_some_and(|n| self.stats.num_replays.is_multiple_of(u64::from(n.max(1))));
-        if !is_verified {
-            return graph.replay(runner, live);
+        let nth = self.stats.num_replays + 1;
+        let is_verified = self.options.verify_every.is_some_and(|n| nth.is_multiple_of(u64::from(n.max(1))));
+        let output = if is_verified { graph.replay_verified(runner, live) } else { graph.replay(runner, live) }?;
+        self.stats.num_replays = nth;
+        self.stats.num_verified += u64::from(is_verified);
+        if let Some(ReplayPath::Chain(reason)) = graph.last_replay() {
+            *self.stats.chained.entry(reason).or_default() += 1;
+            // Executables may have been made for it.
+            *num_nodes = graph.num_exec_nodes();
+            self.evict();
         }
-        self.stats.num_verified += 1;
-        graph.replay_verified(runner, live)
+        Ok(output)
     }
 
     /// Drops all graphs, such as after a change of what they were captured with, and forgets what failed.

@@ -223,6 +223,14 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
         self.last_replay
     }
 
+    /// Returns the nodes of all executables that are there now: what the graph takes of the device is proportional.
+    pub(crate) fn num_exec_nodes(&self) -> usize {
+        match &self.captured {
+            Ok(Captured { recording: Some(recording), .. }) => recording.num_exec_nodes(),
+            _ => 0,
+        }
+    }
+
     /// Drops the capture: its executables, its frozen arguments and its share of what they use.
     pub fn reset(&mut self) {
         self.captured = Err("it was reset");
@@ -353,6 +361,14 @@ impl<L: LiveBatch, O: Freeze> Recording<L, O> {
             Step::Segment(_) => None,
         });
         breaks.clone().count() == 0 || breaks.any(|is_healable| is_healable)
+    }
+
+    fn num_exec_nodes(&self) -> usize {
+        let segments = self.steps.iter().filter_map(|step| match step {
+            Step::Segment(segment) => Some(segment.num_exec_nodes()),
+            Step::Break(_) => None,
+        });
+        segments.sum::<usize>() + self.healer.num_nodes()
     }
 
     fn describe(&self, description: &mut Description) {

@@ -44,6 +44,8 @@ pub(crate) struct SharedExec {
     exec: GraphExec,
     nodes: NodeCounts,
     kernels: Vec<&'static str>,
+    /// The segment whose graph it was made from.
+    made_by: usize,
     /// The segment whose graph it holds.
     holds: AtomicUsize,
 }
@@ -69,6 +71,15 @@ impl Segment {
                 }
                 shared.exec.launch(stream)
             }
+        }
+    }
+
+    /// Returns the nodes of its own executable, if it is there; the first segment of equal ones owns a shared one.
+    pub(crate) fn num_exec_nodes(&self) -> usize {
+        match self.exec.get() {
+            Some(Executable::Own(_)) => self.nodes.total(),
+            Some(Executable::Shared(shared)) if shared.made_by == self.index => self.nodes.total(),
+            Some(Executable::Shared(_)) | None => 0,
         }
     }
 
@@ -105,8 +116,9 @@ impl Segment {
                 return Ok(Arc::clone(shared));
             }
         }
-        let (exec, kernels) = (graph.instantiate()?, self.kernels.clone());
-        let shared = Arc::new(SharedExec { exec, nodes: self.nodes, kernels, holds: AtomicUsize::new(self.index) });
+        let (exec, kernels, made_by) = (graph.instantiate()?, self.kernels.clone(), self.index);
+        let holds = AtomicUsize::new(made_by);
+        let shared = Arc::new(SharedExec { exec, nodes: self.nodes, kernels, made_by, holds });
         pool.push(Arc::clone(&shared));
         Ok(shared)
     }

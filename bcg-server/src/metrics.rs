@@ -74,6 +74,8 @@ pub struct Metrics {
     pub step_time: Family<PhaseLabel, Histogram, fn() -> Histogram>,
     /// Forwards that replayed a graph.
     pub graph_replays: Counter,
+    /// Replays that were, at least in part, launched segment by segment.
+    pub chained_replays: Family<ReasonLabel, Counter>,
     /// Forwards that captured a graph.
     pub graph_captures: Counter,
     /// Graphs dropped to stay within their budget.
@@ -107,6 +109,7 @@ impl Default for Metrics {
             request_latency: latency(),
             step_time: Family::new_with_constructor(latency),
             graph_replays: Counter::default(),
+            chained_replays: Family::default(),
             graph_captures: Counter::default(),
             graph_evictions: Counter::default(),
             graph_memory: Gauge::default(),
@@ -131,6 +134,8 @@ impl Metrics {
         registry.register("preemptions", "Sequences that gave their pages back", self.preemptions.clone());
         registry.register("failed_steps", "Steps that failed", self.failed_steps.clone());
         registry.register("graph_replays", "Forwards that replayed a graph", self.graph_replays.clone());
+        let help = "Replays that were, at least in part, launched segment by segment, by reason";
+        registry.register("chained_replays", help, self.chained_replays.clone());
         registry.register("graph_captures", "Forwards that captured a graph", self.graph_captures.clone());
         let help = "Graphs dropped to stay within their budget";
         registry.register("graph_evictions", help, self.graph_evictions.clone());
@@ -164,8 +169,10 @@ impl Metrics {
         raise(&self.graph_captures, stats.captures);
         raise(&self.graph_evictions, stats.evictions);
         self.graph_memory.set(i64::try_from(stats.graph_bytes).unwrap_or(i64::MAX));
-        for &(reason, count) in &stats.eager {
-            raise(&self.eager_forwards.get_or_create(&ReasonLabel { reason }), count);
+        for (family, counts) in [(&self.chained_replays, &stats.chained), (&self.eager_forwards, &stats.eager)] {
+            for &(reason, count) in counts {
+                raise(&family.get_or_create(&ReasonLabel { reason }), count);
+            }
         }
     }
 
@@ -214,14 +221,15 @@ mod tests {
     #[test]
     fn a_runners_counters_are_taken_over_once() {
         let metrics = Metrics::default();
-        let eager = vec![("too_large", 3)];
-        let stats = RunnerStats { replays: 5, captures: 2, evictions: 1, graph_bytes: 4096, eager };
+        let (eager, chained) = (vec![("too_large", 3)], vec![("work_changed", 4)]);
+        let stats = RunnerStats { replays: 5, chained, captures: 2, evictions: 1, graph_bytes: 4096, eager };
         metrics.take_stats(&stats);
         metrics.take_stats(&stats);
         let text = metrics.render();
         assert!(text.contains("bcg_graph_replays_total 5"), "{text}");
         assert!(text.contains("bcg_graph_evictions_total 1"), "{text}");
         assert!(text.contains("bcg_graph_memory_bytes 4096"), "{text}");
+        assert!(text.contains("bcg_chained_replays_total{reason=\"work_changed\"} 4"), "{text}");
         assert!(text.contains("bcg_eager_forwards_total{reason=\"too_large\"} 3"), "{text}");
     }
 }

@@ -42,8 +42,11 @@ struct Merged {
     _graph: Graph,
     /// The first and the last segment.
     segments: (usize, usize),
+    /// Of the segments and of the work between them.
+    num_nodes: usize,
+    /// Of that work.
     nodes: Vec<NodeHandle>,
-    /// What the nodes do.
+    /// What these nodes do.
     holds: Vec<Recorded>,
 }
 
@@ -72,6 +75,11 @@ impl Healer {
     /// Returns how many nodes of a step's break were patched so far.
     pub(crate) fn num_patched(&self, step: usize) -> u64 {
         self.patched[step]
+    }
+
+    /// Returns the nodes of all merged executables.
+    pub(crate) fn num_nodes(&self) -> usize {
+        self.merged.iter().map(|merged| merged.num_nodes).sum()
     }
 
     pub(crate) fn num_merged(&self) -> usize {
@@ -144,7 +152,9 @@ impl Merged {
             return Ok(None);
         };
         let exec = graph.instantiate().map_err(|error| error.in_segment(segments.0))?;
-        Ok(Some(Self { exec, _graph: graph, segments, nodes, holds: span.ops.clone() }))
+        let captured = span.segments.iter().map(|(_, segment)| segment.nodes.total());
+        let num_nodes = captured.sum::<usize>() + span.ops.len();
+        Ok(Some(Self { exec, _graph: graph, segments, num_nodes, nodes, holds: span.ops.clone() }))
     }
 
     /// Tells whether it does the work of `span`, once it is patched.

@@ -12,6 +12,8 @@ use crate::error::one_line;
 pub struct RunnerStats {
     /// Forwards that replayed a graph.
     pub replays: u64,
+    /// Replays that were, at least in part, launched segment by segment, by reason.
+    pub chained: Vec<(&'static str, u64)>,
     /// Forwards that captured one.
     pub captures: u64,
     /// Graphs dropped to stay within their budget.
@@ -43,6 +45,7 @@ impl StepRunner for ModelRunner {
         let stats = Self::stats(self);
         RunnerStats {
             replays: stats.num_replays,
+            chained: stats.chained.iter().map(|(reason, &count)| (reason.name(), count)).collect(),
             captures: stats.num_captures,
             evictions: stats.num_evictions,
             graph_bytes: self.graph_bytes(),
