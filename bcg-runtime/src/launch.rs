@@ -244,7 +244,7 @@ impl KernelId {
 }
 
 /// The bytes of an argument struct, inline, so that a recorded launch needs no allocation.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy)]
 #[repr(C, align(16))]
 pub struct ArgBytes {
     bytes: [u8; ARG_BYTES_MAX],
@@ -252,11 +252,16 @@ pub struct ArgBytes {
 }
 
 impl ArgBytes {
-    fn new<A: KernelArgs>(args: &A) -> Self {
-        let source = bytemuck::bytes_of(args);
-        let mut bytes = [0; ARG_BYTES_MAX];
-        bytes[..source.len()].copy_from_slice(source);
-        Self { bytes, len: source.len() as u16 }
+    fn new(source: &[u8]) -> Self {
+        let mut args = Self { bytes: [0; ARG_BYTES_MAX], len: 0 };
+        args.set(source);
+        args
+    }
+
+    /// Takes over other bytes, at most [`ARG_BYTES_MAX`].
+    pub(crate) fn set(&mut self, source: &[u8]) {
+        self.bytes[..source.len()].copy_from_slice(source);
+        self.len = source.len() as u16;
     }
 
     /// Returns the argument struct's bytes.
@@ -294,6 +299,11 @@ pub struct Launch {
 impl Launch {
     /// Describes a launch of `kernel` with `args`.
     pub fn new<A: KernelArgs>(kernel: &'static Kernel<A>, dims: Dims, args: &A) -> Self {
+        Self::from_bytes(kernel, dims, bytemuck::bytes_of(args))
+    }
+
+    /// As [`Launch::new`], with the bytes of the kernel's argument struct.
+    pub(crate) fn from_bytes(kernel: &'static dyn AnyKernel, dims: Dims, args: &[u8]) -> Self {
         Self { kernel, dims, args: ArgBytes::new(args) }
     }
 }

@@ -208,7 +208,10 @@ impl CaptureStream {
             return Ok(());
         }
         self.count_launch(kernel.name());
-        self.submit(&Op::Launch(Launch::new(kernel, dims, &args)))
+        if self.is_in_break() && record::keep_launch(&self.main, kernel, dims, bytemuck::bytes_of(&args)) {
+            return Ok(());
+        }
+        self.enqueue_op(&Op::Launch(Launch::new(kernel, dims, &args)))
     }
 
     /// Enqueues a copy of `src` into `dst`, of the same shape and dtype; either may be row-sliced.
@@ -467,8 +470,19 @@ impl CaptureStream {
 
     /// Enqueues work on the current stream, captures it, or keeps it back for a healed replay.
     pub(crate) fn submit(&mut self, op: &Op) -> Result<()> {
-        let is_main = Arc::ptr_eq(&self.current, &self.main);
-        if !is_main {
+        if self.is_in_break() && record::keep(&self.main, op) {
+            return Ok(());
+        }
+        self.enqueue_op(op)
+    }
+
+    /// Tells whether work goes to the main stream, outside of segments: a break may run.
+    fn is_in_break(&self) -> bool {
+        self.segment.is_none() && Arc::ptr_eq(&self.current, &self.main)
+    }
+
+    fn enqueue_op(&mut self, op: &Op) -> Result<()> {
+        if !Arc::ptr_eq(&self.current, &self.main) {
             return self.enqueue("work on a side stream", |device, stream| op.enqueue(device, stream));
         }
         match &mut self.segment {
@@ -479,7 +493,7 @@ impl CaptureStream {
                 result
             }
             // A break's work: where nothing runs, it is enqueued at each replay.
-            None if record::keep(&self.main, op) || self.is_dry => Ok(()),
+            None if self.is_dry => Ok(()),
             None => op.enqueue(&self.device, self.main.handle()),
         }
     }

@@ -16,6 +16,7 @@
 mod ranges;
 
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ranges::{ALIGNMENT, FreeRanges};
@@ -55,6 +56,8 @@ pub(crate) struct Arena(Arc<Shared>);
 struct Shared {
     device: Device,
     base: DevicePtr,
+    /// The forward that runs now; changed under the lock, read by many.
+    forward: AtomicU64,
     state: Mutex<State>,
 }
 
@@ -63,7 +66,6 @@ struct State {
     free: FreeRanges,
     blocks: Vec<Block>,
     unused_slots: Vec<u32>,
-    forward: u64,
     extent: usize,
     in_use: usize,
     /// Bytes mapped when the memory was released; `None` while it is there.
@@ -111,7 +113,6 @@ impl Arena {
             free,
             blocks: Vec::new(),
             unused_slots: Vec::new(),
-            forward: 0,
             extent: 0,
             in_use: 0,
             released: None,
@@ -121,7 +122,12 @@ impl Arena {
             recorded_kept_back: Vec::new(),
             serving: Serving::Free,
         };
-        Ok(Self(Arc::new(Shared { device: device.clone(), base, state: Mutex::new(state) })))
+        Ok(Self(Arc::new(Shared {
+            device: device.clone(),
+            base,
+            forward: AtomicU64::new(0),
+            state: Mutex::new(state),
+        })))
     }
 
     /// Begins a forward: every block of earlier ones is stale, and all but the first `extent` bytes are free.
@@ -131,7 +137,7 @@ impl Arena {
             let message = "the arena's memory is released; call Runner::restore_memory first".to_owned();
             return Err(Error::Option { option: "Runner::release_memory", message });
         }
-        state.forward += 1;
+        self.0.forward.fetch_add(1, Ordering::Relaxed);
         state.blocks.clear();
         state.unused_slots.clear();
         state.kept_back.clear();
@@ -154,8 +160,8 @@ impl Arena {
             None => (state.take_free(bytes)?, false),
         };
         let slot = state.add_block(Block { offset, bytes, handles: 1, recorded });
-        let forward = state.forward;
         drop(state);
+        let forward = self.0.forward();
         let block = ArenaBlock { arena: self.clone(), forward, slot };
         Ok(Tensor::in_arena(self.0.base.offset_bytes(offset), shape, dtype, block))
     }
@@ -165,7 +171,7 @@ impl Arena {
         if !self.is(&block.arena) {
             return Err(foreign(&format!("{:?}", block.arena), &format!("{self:?}")));
         }
-        let current = self.0.lock().forward;
+        let current = self.0.forward();
         if block.forward == current { Ok(()) } else { Err(Error::Stale { tensor: block.forward, current }) }
     }
 
@@ -175,7 +181,7 @@ impl Arena {
         let mut state = self.0.lock();
         let offset = (ptr.as_u64() - self.0.base.as_u64()) as usize;
         let slot = state.add_block(Block { offset, bytes, handles: 1, recorded: true });
-        ArenaBlock { arena: self.clone(), forward: state.forward, slot }
+        ArenaBlock { arena: self.clone(), forward: self.0.forward(), slot }
     }
 
     pub(crate) fn set_may_grow(&self, may_grow: bool) {
@@ -243,7 +249,7 @@ impl Arena {
         let mut state = self.0.lock();
         if state.released.is_none() {
             state.released = Some(state.reservation.mapped_bytes());
-            state.forward += 1;
+            self.0.forward.fetch_add(1, Ordering::Relaxed);
             state.reservation.unmap_all();
         }
     }
@@ -262,6 +268,11 @@ impl Arena {
 }
 
 impl Shared {
+    /// Returns the forward that runs now. The lock orders it with all else, where that matters.
+    fn forward(&self) -> u64 {
+        self.forward.load(Ordering::Relaxed)
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -361,7 +372,7 @@ pub(crate) struct ArenaBlock {
 impl Clone for ArenaBlock {
     fn clone(&self) -> Self {
         let mut state = self.arena.0.lock();
-        if state.forward == self.forward {
+        if self.arena.0.forward() == self.forward {
             state.blocks[self.slot as usize].handles += 1;
         }
         drop(state);
@@ -372,7 +383,7 @@ impl Clone for ArenaBlock {
 impl Drop for ArenaBlock {
     fn drop(&mut self) {
         let mut state = self.arena.0.lock();
-        if state.forward == self.forward {
+        if self.arena.0.forward() == self.forward {
             state.drop_handle(self.slot);
         }
     }

@@ -126,7 +126,7 @@ impl Healer {
 impl Span {
     /// Driver calls of the chain.
     fn num_launches(&self) -> usize {
-        self.ops.len() + self.segments.iter().filter(|(_, segment)| !segment.is_empty()).count()
+        self.ops().len() + self.segments.iter().filter(|(_, segment)| !segment.is_empty()).count()
     }
 
     fn first_and_last(&self) -> (usize, usize) {
@@ -141,32 +141,32 @@ impl Merged {
         let mut parts = Vec::with_capacity(span.num_launches());
         let mut next = 0;
         for (before, segment) in &span.segments {
-            parts.extend(span.ops[next..*before].iter().map(|recorded| Part::Op(&recorded.op)));
+            parts.extend(span.ops()[next..*before].iter().map(|recorded| Part::Op(&recorded.op)));
             next = *before;
             let graph = segment.graph.as_ref().map(Graph::handle);
             parts.extend(graph.map(|graph| Part::Graph { graph, is_programmatic: segment.is_programmatic }));
         }
-        parts.extend(span.ops[next..].iter().map(|recorded| Part::Op(&recorded.op)));
+        parts.extend(span.ops()[next..].iter().map(|recorded| Part::Op(&recorded.op)));
         let segments = span.first_and_last();
         let Some((graph, nodes)) = Graph::merge(main, &parts).map_err(|error| error.in_segment(segments.0))? else {
             return Ok(None);
         };
         let exec = graph.instantiate().map_err(|error| error.in_segment(segments.0))?;
         let captured = span.segments.iter().map(|(_, segment)| segment.nodes.total());
-        let num_nodes = captured.sum::<usize>() + span.ops.len();
-        Ok(Some(Self { exec, _graph: graph, segments, num_nodes, nodes, holds: span.ops.clone() }))
+        let num_nodes = captured.sum::<usize>() + span.ops().len();
+        Ok(Some(Self { exec, _graph: graph, segments, num_nodes, nodes, holds: span.ops().to_vec() }))
     }
 
     /// Tells whether it does the work of `span`, once it is patched.
     fn does(&self, span: &Span) -> bool {
         self.segments == span.first_and_last()
-            && self.holds.len() == span.ops.len()
-            && self.holds.iter().zip(&span.ops).all(|(held, recorded)| held.op.is_like(&recorded.op))
+            && self.holds.len() == span.ops().len()
+            && self.holds.iter().zip(span.ops()).all(|(held, recorded)| held.op.is_like(&recorded.op))
     }
 
     /// Patches what differs and launches. Returns `false`, with nothing enqueued, if the driver refuses a patch.
     fn launch(&mut self, span: &Span, main: &Stream, patched: &mut [u64]) -> Result<bool> {
-        for ((held, recorded), node) in self.holds.iter_mut().zip(&span.ops).zip(&self.nodes) {
+        for ((held, recorded), node) in self.holds.iter_mut().zip(span.ops()).zip(&self.nodes) {
             if held.op.is_same(&recorded.op) {
                 continue;
             }

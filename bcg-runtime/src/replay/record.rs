@@ -16,9 +16,10 @@ use std::sync::Arc;
 
 use crate::capture::breaks::BreakSite;
 use crate::device::Stream;
+use crate::launch::{AnyKernel, Launch};
 use crate::op::Op;
 use crate::segment::Segment;
-use crate::{Device, Error, Result};
+use crate::{Device, Dims, Error, Result};
 
 thread_local! {
     static RECORD: RefCell<Option<Record>> = const { RefCell::new(None) };
@@ -44,7 +45,9 @@ pub(crate) struct Recorded {
 /// Segments in a row and the work of the breaks between them.
 #[derive(Debug, Default)]
 pub(crate) struct Span {
-    pub(crate) ops: Vec<Recorded>,
+    /// The first `num_ops` are there; the others are places to write the next ones to, without moving large values.
+    slots: Vec<Recorded>,
+    num_ops: usize,
     /// Each with the number of ops before it.
     pub(crate) segments: Vec<(usize, Arc<Segment>)>,
 }
@@ -128,6 +131,34 @@ impl Record {
 }
 
 impl Span {
+    /// Returns the work, in order.
+    pub(crate) fn ops(&self) -> &[Recorded] {
+        &self.slots[..self.num_ops]
+    }
+
+    fn push(&mut self, op: &Op, place: Place) {
+        match self.slots.get_mut(self.num_ops) {
+            Some(slot) => (slot.op, slot.place) = (op.clone(), place),
+            None => self.slots.push(Recorded { op: op.clone(), place }),
+        }
+        self.num_ops += 1;
+    }
+
+    fn push_launch(&mut self, kernel: &'static dyn AnyKernel, dims: Dims, args: &[u8], place: Place) {
+        match self.slots.get_mut(self.num_ops) {
+            Some(Recorded { op: Op::Launch(launch), place: slot_place }) => {
+                (launch.kernel, launch.dims, *slot_place) = (kernel, dims, place);
+                launch.args.set(args);
+            }
+            Some(slot) => (slot.op, slot.place) = (Op::Launch(Launch::from_bytes(kernel, dims, args)), place),
+            None => {
+                let op = Op::Launch(Launch::from_bytes(kernel, dims, args));
+                self.slots.push(Recorded { op, place });
+            }
+        }
+        self.num_ops += 1;
+    }
+
     /// Enqueues everything, in order, and forgets it.
     pub(crate) fn flush(&mut self, main: &Stream) -> Result<()> {
         let result = self.enqueue(main);
@@ -145,15 +176,15 @@ impl Span {
         };
         let mut next = 0;
         for (before, segment) in &self.segments {
-            enqueue(&self.ops[next..*before])?;
+            enqueue(&self.ops()[next..*before])?;
             next = *before;
             segment.launch(main).map_err(|error| error.in_segment(segment.index))?;
         }
-        enqueue(&self.ops[next..])
+        enqueue(&self.ops()[next..])
     }
 
     pub(crate) fn clear(&mut self) {
-        self.ops.clear();
+        self.num_ops = 0;
         self.segments.clear();
     }
 }
@@ -194,7 +225,7 @@ impl Drop for Active {
 
 /// Adds a segment to the span.
 pub(crate) fn pass(segment: &Arc<Segment>) {
-    with(|record| record.span.segments.push((record.span.ops.len(), Arc::clone(segment))));
+    with(|record| record.span.segments.push((record.span.num_ops, Arc::clone(segment))));
 }
 
 /// Begins a break. At a replay, one that cannot be healed keeps nothing back.
@@ -202,7 +233,7 @@ pub(crate) fn begin_break(place: Place, not_healable: Option<&'static str>) {
     with(|record| {
         record.place = Some(place);
         record.left = not_healable;
-        record.break_begin = record.span.ops.len();
+        record.break_begin = record.span.num_ops;
     });
 }
 
@@ -215,7 +246,7 @@ pub(crate) fn end_break() -> Result<Option<&'static str>> {
         record.place = None;
         let left = record.left.take();
         if left.is_some() && record.mode != RecordMode::Replay {
-            record.span.ops.truncate(record.break_begin);
+            record.span.num_ops = record.break_begin;
         }
         record.error.take().map_or(Ok(left), Err)
     })
@@ -243,12 +274,21 @@ pub(crate) fn needs_run() -> Option<&'static str> {
 
 /// Notes work of a break that goes to `main`; `true` if it is kept back and must not be enqueued.
 pub(crate) fn keep(main: &Arc<Stream>, op: &Op) -> bool {
+    note(main, |span, place| span.push(op, place))
+}
+
+/// As [`keep`], for a launch of `kernel` with the argument struct in `args`.
+pub(crate) fn keep_launch(main: &Arc<Stream>, kernel: &'static dyn AnyKernel, dims: Dims, args: &[u8]) -> bool {
+    note(main, |span, place| span.push_launch(kernel, dims, args, place))
+}
+
+fn note(main: &Arc<Stream>, push: impl FnOnce(&mut Span, Place)) -> bool {
     with(|record| {
         if !Arc::ptr_eq(&record.main, main) || record.left.is_some() {
             return false;
         }
         let Some(place) = record.place else { return false };
-        record.span.ops.push(Recorded { op: op.clone(), place });
+        push(&mut record.span, place);
         record.keeps_back()
     })
     .unwrap_or(false)
