@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use crate::graph::GraphOptions;
 use crate::{
     BreakableCudaGraph, ChainReason, Context, Decision, Description, EagerReason, Error, Freeze, Ladder, LiveBatch,
-    ReplayPath, Result, Runner,
+    ReplayPath, Result, Runner, Timeline,
 };
 
 /// How a cache captures and replays.
@@ -323,8 +323,7 @@ impl<L: LiveBatch, O: Freeze> GraphCache<L, O> {
     /// Those of [`BreakableCudaGraph::replay`], and [`Error::Mismatch`] when this replay is verified.
     pub fn replay(&mut self, size: usize, runner: &mut Runner, live: &L) -> Result<O> {
         let Some(Held { graph, last_used, num_nodes }) = self.graphs.get_mut(&size) else {
-            let name = format!("{} of {size} rows", self.name);
-            return Err(Error::NotCaptured { name, reason: "this size was not captured, or was dropped" });
+            return Err(not_captured(&self.name, size));
         };
         self.uses += 1;
         *last_used = self.uses;
@@ -340,6 +339,15 @@ impl<L: LiveBatch, O: Freeze> GraphCache<L, O> {
             self.evict();
         }
         Ok(output)
+    }
+
+    /// Times the steps of a replay of a size; see [`BreakableCudaGraph::timeline`].
+    ///
+    /// # Errors
+    /// As [`BreakableCudaGraph::replay`].
+    pub fn timeline(&mut self, size: usize, runner: &mut Runner, live: &L) -> Result<Timeline> {
+        let held = self.graphs.get_mut(&size).ok_or_else(|| not_captured(&self.name, size))?;
+        held.graph.timeline(runner, live)
     }
 
     /// Drops all graphs, such as after a change of what they were captured with, and forgets what failed.

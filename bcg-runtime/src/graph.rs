@@ -14,7 +14,7 @@ use crate::replay::record::Span;
 use crate::replay::{self, ReplayMode, ReplayPath, record, verify};
 use crate::segment::Step;
 use crate::tensor::{PersistentBuffer, foreign};
-use crate::{CaptureStream, Context, Error, Freeze, LiveBatch, Result, Runner};
+use crate::{BlockLifetime, CaptureStream, Context, Error, Freeze, LiveBatch, Result, Runner, Timeline, timeline};
 
 /// The forward that a graph captures.
 pub(crate) type Forward<L, O> = dyn Fn(&mut Context<'_, L>) -> Result<O> + Send + Sync;
@@ -95,6 +95,7 @@ pub(crate) struct Recording<L, O: Freeze> {
     pub(crate) output: O::Frozen,
     pub(crate) stamps: Vec<Stamp>,
     pub(crate) extent_bytes: usize,
+    pub(crate) blocks: Vec<BlockLifetime>,
     /// The stream whose arena the addresses belong to.
     pub(crate) arena: crate::arena::Arena,
     pub(crate) capture_time: Duration,
@@ -231,6 +232,15 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
         }
     }
 
+    /// Times the steps of a replay, on the host and, where kernels can be traced, on the GPU. It replays the batch several
+    /// times.
+    ///
+    /// # Errors
+    /// As [`replay`](Self::replay).
+    pub fn timeline(&mut self, runner: &mut Runner, live: &L) -> Result<Timeline> {
+        timeline::take(runner, &mut |runner| self.replay(runner, live).map(drop))
+    }
+
     /// Drops the capture: its executables, its frozen arguments and its share of what they use.
     pub fn reset(&mut self) {
         self.captured = Err("it was reset");
@@ -284,6 +294,7 @@ fn record<L: LiveBatch, O: Freeze>(
 ) -> Result<(Recording<L, O>, O)> {
     let begun = Instant::now();
     stream.begin_forward(live.rows(), 0)?;
+    stream.arena().begin_log();
     let mut guard = CaptureGuard::begin(stream, CaptureMode { is_dry, shares_execs: options.shares_executables })?;
     let run = || {
         let mut cx = Context { stream: guard.stream, live, recorder: Some(&mut guard.recorder) };
@@ -302,6 +313,7 @@ fn record<L: LiveBatch, O: Freeze>(
     let healer = prepare(stream, &mut steps, spans)?;
     let recording = Recording {
         healer,
+        blocks: arena.end_log(steps.len()),
         steps,
         output: frozen_output,
         stamps,
@@ -375,6 +387,7 @@ impl<L: LiveBatch, O: Freeze> Recording<L, O> {
         description.extent_bytes = self.extent_bytes;
         description.capture_time = self.capture_time;
         description.num_merged = self.healer.num_merged();
+        description.blocks.clone_from(&self.blocks);
         for (index, step) in self.steps.iter().enumerate() {
             match step {
                 Step::Segment(segment) => description.segments.push(SegmentDescription {
@@ -413,6 +426,8 @@ pub struct Description {
     pub num_merged: usize,
     /// Arena bytes that a replay uses.
     pub extent_bytes: usize,
+    /// The arena's blocks, in the order in which the forward takes them.
+    pub blocks: Vec<BlockLifetime>,
     /// Host time of the capture, its run included.
     pub capture_time: Duration,
 }

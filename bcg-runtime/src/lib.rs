@@ -69,9 +69,10 @@ mod segment;
 mod shape;
 mod stream;
 mod tensor;
+mod timeline;
 mod upload;
 
-pub use arena::ArenaStats;
+pub use arena::{ArenaStats, BlockLifetime, Moment};
 pub use bcg_kernels::{Arch, Source};
 pub use bcg_macros::{Bridge, Freeze, eager_on_graph};
 pub use bridge::{Bridge, Carrier};
@@ -92,6 +93,7 @@ pub use replay::{ChainReason, ReplayMode, ReplayPath};
 pub use runner::{Runner, RunnerOptions, RunnerStats};
 pub use stream::{CaptureStream, SideStream};
 pub use tensor::Tensor;
+pub use timeline::{GpuTimeline, KernelTime, StepKind, StepTime, Timeline};
 pub use upload::{UploadOptions, UploadSource, Uploader};
 
 /// What the macros expand to. Not part of the public interface.

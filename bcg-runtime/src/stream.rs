@@ -16,6 +16,7 @@ use crate::replay::record;
 use crate::replay::verify::Probe;
 use crate::shape::Shape;
 use crate::tensor::{PersistentBuffer, Storage, Tensor, foreign};
+use crate::timeline::StepLog;
 use crate::{
     DType, Device, DevicePtr, Dims, Error, Event, Kernel, KernelArgs, ReplayMode, Result, RunnerOptions, Stream,
 };
@@ -55,6 +56,7 @@ pub struct CaptureStream {
     pub(crate) is_dry: bool,
     pub(crate) segment: Option<SegmentLog>,
     pub(crate) probe: Option<Probe>,
+    pub(crate) step_log: Option<StepLog>,
     pub(crate) counts: WorkCounts,
     /// Empty; kept so that scrubbing an output allocates nothing.
     pub(crate) frozen_scratch: Vec<FrozenTensor>,
@@ -146,6 +148,7 @@ impl CaptureStream {
             is_dry: false,
             segment: None,
             probe: None,
+            step_log: None,
             counts: WorkCounts::default(),
             frozen_scratch: Vec::new(),
         })

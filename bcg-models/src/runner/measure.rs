@@ -1,5 +1,7 @@
 //! The forward alone, for those who time it.
 
+use bcg_runtime::{Decision, Timeline};
+
 use super::ModelRunner;
 use crate::batch::{Phase, SequenceInput};
 use crate::error::Result;
@@ -28,6 +30,22 @@ impl ModelRunner {
             }
         };
         Ok(())
+    }
+
+    /// Times the steps of a batch's replay, without upload, logits and tokens. It replays the batch several times.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step); [`bcg_runtime::Error::NotCaptured`] if no graph is captured for this batch.
+    pub fn timeline(&mut self, batch: &[SequenceInput<'_>]) -> Result<Timeline> {
+        self.check(batch)?;
+        let (phase, rows) = (Phase::of(batch), batch.iter().map(|sequence| sequence.tokens.len()).sum());
+        let size = match self.graphs_and_runner(phase).0.decide(rows) {
+            Decision::Replay { size } | Decision::Capture { size } => size,
+            Decision::Eager(_) => rows,
+        };
+        let live = self.inputs.fill(&mut self.runner, batch, phase, size, true)?;
+        let (graphs, runner) = self.graphs_and_runner(phase);
+        Ok(graphs.timeline(size, runner, &live)?)
     }
 
     /// Waits until what was enqueued has run.

@@ -13,13 +13,17 @@
 //!
 //! Called by [`crate::CaptureStream`] alone. The arena never enqueues work.
 
+mod log;
 mod ranges;
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use log::BlockLog;
 use ranges::{ALIGNMENT, FreeRanges};
+
+pub use log::{BlockLifetime, Moment};
 
 use crate::device::Reservation;
 use crate::shape::Shape;
@@ -76,6 +80,8 @@ struct State {
     /// As `kept_back`, of blocks at recorded addresses.
     recorded_kept_back: Vec<(usize, usize)>,
     serving: Serving,
+    /// While a capture is open.
+    log: Option<BlockLog>,
 }
 
 /// How allocations are served.
@@ -121,6 +127,7 @@ impl Arena {
             kept_back: Vec::new(),
             recorded_kept_back: Vec::new(),
             serving: Serving::Free,
+            log: None,
         };
         Ok(Self(Arc::new(Shared {
             device: device.clone(),
@@ -145,6 +152,7 @@ impl Arena {
         state.keep_back = false;
         state.may_grow = true;
         state.serving = Serving::Free;
+        state.log = None;
         state.extent = extent;
         state.in_use = extent;
         let mapped = state.reservation.mapped_bytes();
@@ -198,6 +206,23 @@ impl Arena {
                 state.free.free(offset, bytes);
             }
         }
+    }
+
+    /// Begins to log the blocks of a capture.
+    pub(crate) fn begin_log(&self) {
+        self.0.lock().log = Some(BlockLog::default());
+    }
+
+    /// Says which step of the graph is captured now.
+    pub(crate) fn log_step(&self, step: usize) {
+        if let Some(log) = &mut self.0.lock().log {
+            log.begin_step(step);
+        }
+    }
+
+    /// Ends the log of a capture of `num_steps` steps.
+    pub(crate) fn end_log(&self, num_steps: usize) -> Vec<BlockLifetime> {
+        self.0.lock().log.take().map_or_else(Vec::new, |log| log.end(num_steps))
     }
 
     pub(crate) fn begin_record(&self) {
@@ -304,6 +329,9 @@ impl State {
         if let Serving::Recording(records) = &mut self.serving {
             records.push(BlockRecord { offset, bytes });
         }
+        if let Some(log) = &mut self.log {
+            log.taken(offset, bytes);
+        }
         Ok(offset)
     }
 
@@ -348,6 +376,9 @@ impl State {
             return;
         }
         self.in_use -= bytes;
+        if let Some(log) = &mut self.log {
+            log.freed(offset);
+        }
         if self.keep_back {
             self.kept_back.push((offset, bytes));
         } else {

@@ -119,6 +119,7 @@ impl<L> Recorder<L> {
         stream.device().backend().begin_capture(stream.main().handle())?;
         stream.segment = Some(SegmentLog::default());
         stream.arena().set_may_grow(false);
+        stream.arena().log_step(self.steps.len());
         Ok(())
     }
 
@@ -158,6 +159,7 @@ impl<L> Recorder<L> {
             "segment captured"
         );
         self.steps.push(Step::Segment(segment));
+        stream.arena().log_step(self.steps.len());
         self.num_segments += 1;
         self.retained.extend(log.retained);
         self.pinned.extend(log.pinned);

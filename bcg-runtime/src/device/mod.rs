@@ -10,6 +10,7 @@ pub(crate) mod traits;
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Instant;
 
 pub(crate) use guard::{Allocation, Graph, GraphExec, Reservation, StreamRef};
 pub use guard::{Event, LiveObjects, PinnedBuffer, Stream};
@@ -61,6 +62,19 @@ pub struct KernelRun {
     pub start_ns: u64,
     /// When it had ended.
     pub end_ns: u64,
+    /// The stream that it ran on, as the driver numbers them.
+    pub stream_id: u32,
+    /// The middle of the host's call that launched it, or the graph that it is part of; known where calls are traced too.
+    pub launch_ns: Option<u64>,
+}
+
+/// What a device saw while its kernels were traced.
+#[derive(Debug)]
+pub(crate) struct KernelTrace {
+    /// In the order of their starts.
+    pub(crate) runs: Vec<KernelRun>,
+    /// One moment on the host's clock and on that of `runs`.
+    pub(crate) clock: (Instant, u64),
 }
 
 /// A handle to one device. Cloning is cheap; all clones mean the same device.
@@ -190,14 +204,20 @@ impl Device {
     /// assert!(matches!(Device::host().trace_kernels(|| 1), Err(Error::Trace(_))));
     /// ```
     pub fn trace_kernels<R>(&self, f: impl FnOnce() -> R) -> Result<(R, Vec<KernelRun>)> {
+        let (result, trace) = self.trace(false, f)?;
+        Ok((result, trace.runs))
+    }
+
+    /// As [`Device::trace_kernels`], and with `with_calls` also when each kernel was launched, which costs the host more.
+    pub(crate) fn trace<R>(&self, with_calls: bool, f: impl FnOnce() -> R) -> Result<(R, KernelTrace)> {
         let (mut f, mut result) = (Some(f), None);
         self.synchronize()?;
-        let runs = self.backend.trace_kernels(&mut || {
+        let trace = self.backend.trace_kernels(with_calls, &mut || {
             result = f.take().map(|f| f());
             self.synchronize()
         })?;
         let result = result.ok_or_else(|| Error::Trace("the device did not run what was to be traced".to_owned()))?;
-        Ok((result, runs))
+        Ok((result, trace))
     }
 
     /// Allocates a persistent tensor with undefined contents (NaN on the host device).

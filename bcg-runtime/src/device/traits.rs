@@ -15,10 +15,11 @@
 
 use std::fmt;
 
+use super::KernelTrace;
 use crate::launch::Launch;
 use crate::matmul::MatmulTuning;
 use crate::op::Op;
-use crate::{DType, DeviceKind, DevicePtr, KernelRun, MemoryInfo, Result};
+use crate::{DType, DeviceKind, DevicePtr, MemoryInfo, Result};
 
 macro_rules! handles {
     ($($(#[$doc:meta])* $name:ident),*) => { $(
@@ -257,6 +258,6 @@ pub(crate) trait Backend:
     fn num_multiprocessors(&self) -> u32;
     /// Compiles and loads kernels ahead of their first launch, in parallel where that helps.
     fn prepare(&self, kernels: &[&'static dyn crate::launch::AnyKernel]) -> Result<()>;
-    /// Calls `f`, which waits for its work, and returns the kernels that ran meanwhile.
-    fn trace_kernels(&self, f: &mut dyn FnMut() -> Result<()>) -> Result<Vec<KernelRun>>;
+    /// Calls `f`, which waits for its work, and returns the kernels that ran meanwhile, `with_calls` with their launches.
+    fn trace_kernels(&self, with_calls: bool, f: &mut dyn FnMut() -> Result<()>) -> Result<KernelTrace>;
 }

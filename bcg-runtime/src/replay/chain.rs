@@ -6,7 +6,7 @@
 use super::{begin, run_break, thaw_output};
 use crate::graph::Recording;
 use crate::segment::Step;
-use crate::{CaptureStream, Freeze, LiveBatch, Result};
+use crate::{CaptureStream, Freeze, LiveBatch, Result, StepKind};
 
 /// Runs the recorded steps and returns the output.
 pub(crate) fn replay<L: LiveBatch, O: Freeze>(
@@ -17,21 +17,25 @@ pub(crate) fn replay<L: LiveBatch, O: Freeze>(
     let span = tracing::trace_span!("chain replay");
     let _entered = span.enter();
     begin(recording, stream, live)?;
-    let mut segment = 0;
+    let (mut segment, mut breaks) = (0, 0);
     for step in &recording.steps {
         match step {
             Step::Segment(captured) => {
+                stream.begin_step(StepKind::Segment(segment));
                 captured.launch(stream.main()).map_err(|error| error.in_segment(segment))?;
                 segment += 1;
             }
             Step::Break(step) => {
+                stream.begin_step(StepKind::Break(breaks));
                 if let Err(error) = run_break(step, stream, live) {
                     stream.arena().end_recorded();
                     stream.reset_forks();
                     return Err(error.in_break(step.site, segment - 1));
                 }
+                breaks += 1;
             }
         }
+        stream.end_step();
     }
     Ok(thaw_output(recording, stream))
 }

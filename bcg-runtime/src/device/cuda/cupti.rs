@@ -1,20 +1,26 @@
-//! Which kernels ran, from when to when: CUPTI's activity records, of kernels inside graphs too.
+//! Which kernels ran, from when to when, and when the host launched them: CUPTI's activity records, of kernels inside graphs
+//! too.
 //!
 //! - The library is looked for once per process and never unloaded; its absence is an error, never a panic.
 //! - Records are collected while one call of [`trace`] runs; traces take turns.
 //! - Nothing is recorded, and nothing costs time, outside a trace.
 
+use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::mem::offset_of;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use bcg_kernels::{library_candidates, open_library};
 use libloading::Library;
 
+use crate::device::KernelTrace;
 use crate::{Error, KernelRun, Result};
 
 /// `CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL`: kernels, without keeping them from running side by side.
 const KERNELS: c_int = 10;
+/// `CUPTI_ACTIVITY_KIND_DRIVER` and `CUPTI_ACTIVITY_KIND_RUNTIME`: calls of the driver, and of libraries to the runtime.
+const CALLS: [c_int; 2] = [4, 5];
 /// `CUPTI_ACTIVITY_FLAG_FLUSH_FORCED`: buffers that are not full are delivered too.
 const FLUSH_FORCED: u32 = 1;
 /// Records of about 5,000 kernels.
@@ -42,12 +48,50 @@ struct KernelRecord {
 
 const _: () = assert!(offset_of!(KernelRecord, start_ns) == 16 && offset_of!(KernelRecord, name) == 104);
 
+/// `CUpti_ActivityAPI`.
+#[repr(C)]
+struct CallRecord {
+    kind: c_int,
+    callback_id: u32,
+    start_ns: u64,
+    end_ns: u64,
+    process_id: u32,
+    thread_id: u32,
+    correlation_id: u32,
+    return_value: u32,
+}
+
 /// What the callbacks collect.
-static COLLECTED: Mutex<Collected> = Mutex::new(Collected { runs: Vec::new(), problem: None });
+static COLLECTED: Mutex<Collected> = Mutex::new(Collected::new());
 
 struct Collected {
-    runs: Vec<KernelRun>,
+    /// With the correlation of their launch.
+    runs: Vec<(u32, KernelRun)>,
+    /// The middle of each call, by its correlation, which counts up from call to call.
+    calls: BTreeMap<u32, u64>,
     problem: Option<String>,
+}
+
+impl Collected {
+    const fn new() -> Self {
+        Self { runs: Vec::new(), calls: BTreeMap::new(), problem: None }
+    }
+
+    /// Returns the kernels in the order of their starts, or what went wrong.
+    fn end(self) -> Result<Vec<KernelRun>> {
+        if let Some(problem) = self.problem {
+            return Err(Error::Trace(problem));
+        }
+        let calls = self.calls;
+        let launched = |(correlation, run): (u32, KernelRun)| {
+            // A library's call to the runtime may have one number and the driver's call within it the next one.
+            let launch_ns = calls.range(..=correlation).next_back().map(|(_, &middle_ns)| middle_ns);
+            KernelRun { launch_ns, ..run }
+        };
+        let mut runs: Vec<_> = self.runs.into_iter().map(launched).collect();
+        runs.sort_by_key(|run| run.start_ns);
+        Ok(runs)
+    }
 }
 
 fn collected() -> MutexGuard<'static, Collected> {
@@ -60,6 +104,7 @@ struct Cupti {
     enable: unsafe extern "C" fn(c_int) -> c_int,
     disable: unsafe extern "C" fn(c_int) -> c_int,
     flush_all: unsafe extern "C" fn(u32) -> c_int,
+    timestamp: unsafe extern "C" fn(*mut u64) -> c_int,
     next_record: unsafe extern "C" fn(*mut u8, usize, *mut *mut c_void) -> c_int,
     // Keeps the functions above mapped; lives in a static, so it is never unloaded.
     _library: Library,
@@ -70,30 +115,25 @@ type BufferCompleted = unsafe extern "C" fn(*mut c_void, u32, *mut u8, usize, us
 
 static CUPTI: OnceLock<std::result::Result<Cupti, String>> = OnceLock::new();
 
-/// Runs `f`, which waits for its own work, and returns the kernels that ran meanwhile, in the order of their starts.
+/// Runs `f`, which waits for its own work, and returns the kernels that ran meanwhile; `with_calls` also when each was
+/// launched.
 ///
 /// # Errors
 /// [`Error::Trace`] without CUPTI, or if it fails; the first error of `f`.
-pub(super) fn trace(f: impl FnOnce() -> Result<()>) -> Result<Vec<KernelRun>> {
+pub(super) fn trace(with_calls: bool, f: impl FnOnce() -> Result<()>) -> Result<KernelTrace> {
     static TURN: Mutex<()> = Mutex::new(());
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let cupti = CUPTI.get_or_init(Cupti::load).as_ref().map_err(|message| Error::Trace(message.clone()))?;
     cupti.flush()?;
-    *collected() = Collected { runs: Vec::new(), problem: None };
-    // SAFETY: `enable` is bound in `Cupti::bind`; it takes a number and no pointer.
-    check("cuptiActivityEnable", unsafe { (cupti.enable)(KERNELS) })?;
-    let result = f();
+    let clock = cupti.clock()?;
+    *collected() = Collected::new();
+    let kinds = if with_calls { &[KERNELS, CALLS[0], CALLS[1]][..] } else { &[KERNELS] };
+    let result = kinds.iter().try_for_each(|&kind| cupti.enable(kind)).and_then(|()| f());
     let flushed = cupti.flush();
-    // SAFETY: as for `enable`.
-    check("cuptiActivityDisable", unsafe { (cupti.disable)(KERNELS) })?;
-    result.and(flushed)?;
-    let Collected { mut runs, problem } =
-        std::mem::replace(&mut *collected(), Collected { runs: Vec::new(), problem: None });
-    if let Some(problem) = problem {
-        return Err(Error::Trace(problem));
-    }
-    runs.sort_by_key(|run| run.start_ns);
-    Ok(runs)
+    let disabled = kinds.iter().map(|&kind| cupti.disable(kind)).fold(Ok(()), Result::and);
+    result.and(flushed).and(disabled)?;
+    let runs = std::mem::replace(&mut *collected(), Collected::new()).end()?;
+    Ok(KernelTrace { runs, clock })
 }
 
 fn check(call: &str, code: c_int) -> Result<()> {
@@ -110,7 +150,7 @@ impl Cupti {
     }
 
     fn bind(library: Library) -> std::result::Result<Self, String> {
-        // SAFETY: each type below is the signature that cupti_activity.h of CUDA 7 to 13 declares for the name beside it.
+        // SAFETY: each type below is the signature that CUPTI's headers of CUDA 7 to 13 declare for the name beside it.
         // The copied function pointers stay valid because `_library` lives as long as they do.
         let (cupti, code) = unsafe {
             let register = *library
@@ -122,12 +162,39 @@ impl Cupti {
                 enable: *library.get(c"cuptiActivityEnable").map_err(|error| error.to_string())?,
                 disable: *library.get(c"cuptiActivityDisable").map_err(|error| error.to_string())?,
                 flush_all: *library.get(c"cuptiActivityFlushAll").map_err(|error| error.to_string())?,
+                timestamp: *library.get(c"cuptiGetTimestamp").map_err(|error| error.to_string())?,
                 next_record: *library.get(c"cuptiActivityGetNextRecord").map_err(|error| error.to_string())?,
                 _library: library,
             };
             (cupti, register(buffer_requested, buffer_completed))
         };
         if code == 0 { Ok(cupti) } else { Err(format!("cuptiActivityRegisterCallbacks failed with code {code}")) }
+    }
+
+    fn enable(&self, kind: c_int) -> Result<()> {
+        // SAFETY: `enable` is bound in `Cupti::bind`; it takes a number and no pointer.
+        check("cuptiActivityEnable", unsafe { (self.enable)(kind) })
+    }
+
+    fn disable(&self, kind: c_int) -> Result<()> {
+        // SAFETY: as for `enable`.
+        check("cuptiActivityDisable", unsafe { (self.disable)(kind) })
+    }
+
+    /// Reads the host's clock and CUPTI's at one moment: of some tries, the one that took the least time.
+    fn clock(&self) -> Result<(Instant, u64)> {
+        let mut best: Option<(Duration, Instant, u64)> = None;
+        for _ in 0..16 {
+            let (before, mut ns) = (Instant::now(), 0);
+            // SAFETY: `timestamp` is bound in `Cupti::bind`; it writes one number to where it is told, which is `ns`.
+            check("cuptiGetTimestamp", unsafe { (self.timestamp)(&raw mut ns) })?;
+            let took = before.elapsed();
+            if best.is_none_or(|(shortest, ..)| took < shortest) {
+                best = Some((took, before + took / 2, ns));
+            }
+        }
+        let (_, at, ns) = best.expect("tried more than once");
+        Ok((at, ns))
     }
 
     /// Delivers the records so far to [`buffer_completed`]; returns when all are delivered.
@@ -160,8 +227,16 @@ unsafe extern "C" fn buffer_completed(_: *mut c_void, _: u32, buffer: *mut u8, _
         // SAFETY: `buffer` holds `valid` bytes of records and lives until `words` drops below; `record` is null or the
         // record before, as the function asks for.
         while unsafe { (cupti.next_record)(buffer, valid, &raw mut record) } == 0 {
-            // SAFETY: `record` points at a record in `buffer`, aligned to 8 bytes; only kernels' records are enabled, and
-            // these begin with the fields of `KernelRecord`.
+            // SAFETY: `record` points at a record in `buffer`, which begins with its kind, as every record does.
+            let kind = unsafe { *record.cast::<c_int>() };
+            if CALLS.contains(&kind) {
+                // SAFETY: as above, aligned to 8 bytes; records of this kind are a `CallRecord`.
+                let call: &CallRecord = unsafe { &*record.cast() };
+                collected().calls.insert(call.correlation_id, call.start_ns.midpoint(call.end_ns));
+                continue;
+            }
+            // SAFETY: as above; of the other kinds only kernels' records are enabled, and these begin with the fields of
+            // `KernelRecord`.
             let run = unsafe { read(&*record.cast()) };
             match run {
                 Ok(run) => collected().runs.push(run),
@@ -176,12 +251,13 @@ unsafe extern "C" fn buffer_completed(_: *mut c_void, _: u32, buffer: *mut u8, _
 ///
 /// # Safety
 /// `record.name` is null or points at a NUL-terminated string.
-unsafe fn read(record: &KernelRecord) -> std::result::Result<KernelRun, String> {
-    let KernelRecord { kind, start_ns, end_ns, name, .. } = *record;
+unsafe fn read(record: &KernelRecord) -> std::result::Result<(u32, KernelRun), String> {
+    let KernelRecord { kind, start_ns, end_ns, name, correlation_id, device_context_stream: [.., stream_id], .. } =
+        *record;
     if kind != KERNELS || start_ns == 0 || end_ns < start_ns || name.is_null() {
         return Err(format!("CUPTI's record is none that this program knows: kind {kind}, {start_ns}..{end_ns} ns"));
     }
     // SAFETY: not null, so the caller says that it is a string.
     let name = unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned();
-    Ok(KernelRun { name, start_ns, end_ns })
+    Ok((correlation_id, KernelRun { name, start_ns, end_ns, stream_id, launch_ns: None }))
 }

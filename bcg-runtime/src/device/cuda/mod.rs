@@ -33,9 +33,10 @@ use std::thread::ThreadId;
 use bcg_kernels::Arch;
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
 
+use super::KernelTrace;
 use super::traits::Backend;
 use crate::launch::AnyKernel;
-use crate::{DeviceKind, Error, KernelRun, Result};
+use crate::{DeviceKind, Error, Result};
 use matmul::Matmuls;
 use module::Modules;
 use sys::{Driver, Relaxed};
@@ -285,9 +286,9 @@ impl Backend for CudaBackend {
         self.prepare_kernels(kernels)
     }
 
-    fn trace_kernels(&self, f: &mut dyn FnMut() -> Result<()>) -> Result<Vec<KernelRun>> {
+    fn trace_kernels(&self, with_calls: bool, f: &mut dyn FnMut() -> Result<()>) -> Result<KernelTrace> {
         self.bind_again()?;
-        cupti::trace(f)
+        cupti::trace(with_calls, f)
     }
 }
 

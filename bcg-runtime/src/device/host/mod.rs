@@ -34,9 +34,10 @@ use std::thread::ThreadId;
 pub use fault::HostControl;
 pub use memory::HostMemory;
 
+use super::KernelTrace;
 use super::traits::Backend;
 use crate::launch::AnyKernel;
-use crate::{DeviceKind, Error, KernelRun, Result};
+use crate::{DeviceKind, Error, Result};
 use capture::Capture;
 use event::EventState;
 use fault::Faults;
@@ -174,7 +175,7 @@ impl Backend for HostBackend {
     }
 
     /// Refuses: nothing here runs on a GPU.
-    fn trace_kernels(&self, _: &mut dyn FnMut() -> Result<()>) -> Result<Vec<KernelRun>> {
+    fn trace_kernels(&self, _: bool, _: &mut dyn FnMut() -> Result<()>) -> Result<KernelTrace> {
         Err(Error::Trace(format!("{} runs no kernel on a GPU; use a CUDA device", self.shared.name)))
     }
 

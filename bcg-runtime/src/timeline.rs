@@ -1,0 +1,281 @@
+//! The timeline of a replay: what each step cost on the host, and when the GPU ran what.
+//!
+//! - Off the record, a replay pays one test of an `Option` for each step, and allocates nothing.
+//! - The host's times are those of a replay that nothing watched. The GPU's times are of another replay, which CUPTI
+//!   watched and so slowed; they come with the host's times of that same replay, on one clock.
+//!
+//! [`crate::replay`] marks the steps; [`take`] is called by [`crate::BreakableCudaGraph::timeline`] alone.
+
+use std::time::Instant;
+
+use crate::device::KernelTrace;
+use crate::{CaptureStream, Error, Result, Runner};
+
+/// Replays that nothing watches; the median one is kept.
+const REPLAYS: usize = 5;
+
+/// One forward, step by step. Times are in microseconds from the beginning of its replay.
+///
+/// # Example
+/// ```
+/// use bcg_runtime::{BreakableCudaGraph, Context, DType, Device, Eager, Result, Runner, RunnerOptions, StepKind, Tensor, eager_on_graph};
+///
+/// #[eager_on_graph]
+/// fn seven(cx: &mut Eager<'_, ()>, x: &Tensor) -> Result<()> {
+///     cx.fill_bytes(x, 7)
+/// }
+///
+/// let mut runner = Runner::new(&Device::host(), RunnerOptions::default())?;
+/// let mut graph = BreakableCudaGraph::new("fill");
+/// graph.capture(&mut runner, &(), |cx: &mut Context<'_, ()>| {
+///     let x = cx.empty(&[4], DType::U8)?;
+///     seven(cx, &x)?;
+///     Ok(x)
+/// })?;
+/// let timeline = graph.timeline(&mut runner, &())?;
+/// assert!(timeline.steps.iter().any(|step| step.kind == StepKind::Break(0)));
+/// assert!(timeline.gpu.is_err(), "the host device runs nothing on a GPU");
+/// assert_eq!(graph.describe().blocks[0].offset, 0);
+/// # Ok::<(), bcg_runtime::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+pub struct Timeline {
+    /// The host's steps, in order.
+    pub steps: Vec<StepTime>,
+    /// When the host had enqueued everything.
+    pub host_us: f64,
+    /// When the device had run everything.
+    pub wall_us: f64,
+    /// The GPU's part, or why it is not known.
+    pub gpu: Result<GpuTimeline, String>,
+}
+
+/// What the GPU did during a replay that was watched.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct GpuTimeline {
+    /// The host's steps in that replay.
+    pub steps: Vec<StepTime>,
+    /// The kernels, in the order of their starts.
+    pub kernels: Vec<KernelTime>,
+}
+
+/// What the host did in a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum StepKind {
+    /// Launched the executable of this segment.
+    Segment(usize),
+    /// Ran the body of this break: its work was enqueued, or recorded for a healed launch.
+    Break(usize),
+    /// Patched and launched an executable into which some segments and the breaks between them are merged.
+    Healed {
+        /// The first of the segments.
+        first_segment: usize,
+        /// How many segments.
+        num_segments: usize,
+    },
+}
+
+/// A step on the host.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepTime {
+    /// Which one.
+    pub kind: StepKind,
+    /// When it began.
+    pub begin_us: f64,
+    /// How long the host was busy with it.
+    pub duration_us: f64,
+}
+
+/// A kernel on the GPU.
+#[derive(Clone, Debug, PartialEq)]
+pub struct KernelTime {
+    /// Its entry point, as the compiler named it.
+    pub name: String,
+    /// The stream, as the driver numbers them.
+    pub stream_id: u32,
+    /// When it began.
+    pub begin_us: f64,
+    /// How long it ran.
+    pub duration_us: f64,
+    /// The index in [`GpuTimeline::steps`] of the step that launched it.
+    pub step: Option<usize>,
+}
+
+impl GpuTimeline {
+    /// Returns the microseconds from the first kernel's begin to the last one's end.
+    pub fn span_us(&self) -> f64 {
+        let begin = self.kernels.iter().map(|kernel| kernel.begin_us).fold(f64::INFINITY, f64::min);
+        (self.kernels.iter().map(KernelTime::end_us).fold(0.0, f64::max) - begin).max(0.0)
+    }
+
+    /// Returns the microseconds in which at least one kernel ran.
+    pub fn busy_us(&self) -> f64 {
+        let (mut busy, mut until) = (0.0, f64::NEG_INFINITY);
+        for kernel in &self.kernels {
+            busy += (kernel.end_us() - kernel.begin_us.max(until)).max(0.0);
+            until = kernel.end_us().max(until);
+        }
+        busy
+    }
+
+    /// Puts what was traced on the clock of the replay that `log` is of.
+    fn new(trace: KernelTrace, log: &StepLog) -> Self {
+        let steps = log.steps();
+        let (at, at_ns) = trace.clock;
+        let since = log.begun.saturating_duration_since(at).as_secs_f64() * 1e6;
+        let us = |ns: u64| (i128::from(ns) - i128::from(at_ns)) as f64 / 1e3 - since;
+        let kernels = trace.runs.into_iter().filter_map(|run| {
+            let launch_us = us(run.launch_ns?);
+            let (begin_us, end_us) = (us(run.start_ns), us(run.end_ns));
+            // Kernels of the replay that warmed the tracing up were launched earlier.
+            (launch_us >= 0.0).then(|| KernelTime {
+                name: run.name,
+                stream_id: run.stream_id,
+                begin_us,
+                duration_us: end_us - begin_us,
+                step: steps.partition_point(|step| step.begin_us <= launch_us).checked_sub(1),
+            })
+        });
+        Self { kernels: kernels.collect(), steps }
+    }
+}
+
+impl KernelTime {
+    /// Returns when it had ended.
+    pub fn end_us(&self) -> f64 {
+        self.begin_us + self.duration_us
+    }
+}
+
+impl StepTime {
+    /// Returns when the host was done with it.
+    pub fn end_us(&self) -> f64 {
+        self.begin_us + self.duration_us
+    }
+}
+
+/// The steps of the replay that runs now, as they happen.
+#[derive(Debug)]
+pub(crate) struct StepLog {
+    begun: Instant,
+    done: Vec<(StepKind, Instant, Instant)>,
+    open: Option<(StepKind, Instant)>,
+}
+
+impl StepLog {
+    fn begin() -> Self {
+        // Room for the steps of most models, so that logging does not allocate either.
+        Self { done: Vec::with_capacity(1024), open: None, begun: Instant::now() }
+    }
+
+    fn steps(&self) -> Vec<StepTime> {
+        let us = |at: Instant| at.duration_since(self.begun).as_secs_f64() * 1e6;
+        let step = |&(kind, begin, end): &(StepKind, Instant, Instant)| StepTime {
+            kind,
+            begin_us: us(begin),
+            duration_us: us(end) - us(begin),
+        };
+        self.done.iter().map(step).collect()
+    }
+}
+
+impl CaptureStream {
+    /// Says that a replay begins a step.
+    pub(crate) fn begin_step(&mut self, kind: StepKind) {
+        if let Some(log) = &mut self.step_log {
+            log.open = Some((kind, Instant::now()));
+        }
+    }
+
+    /// Says that the step has ended.
+    pub(crate) fn end_step(&mut self) {
+        if let Some(log) = &mut self.step_log
+            && let Some((kind, begin)) = log.open.take()
+        {
+            log.done.push((kind, begin, Instant::now()));
+        }
+    }
+}
+
+/// A replay and its times.
+struct Timed {
+    log: StepLog,
+    host_us: f64,
+    wall_us: f64,
+}
+
+/// Takes the timeline of what `replay` runs, which it calls several times.
+pub(crate) fn take(runner: &mut Runner, replay: &mut dyn FnMut(&mut Runner) -> Result<()>) -> Result<Timeline> {
+    replay(runner)?;
+    let mut timed = (0..REPLAYS).map(|_| timed(runner, replay)).collect::<Result<Vec<_>>>()?;
+    timed.sort_by(|a, b| a.host_us.total_cmp(&b.host_us));
+    let Timed { log, host_us, wall_us } = timed.swap_remove(REPLAYS / 2);
+    let gpu = match watched(runner, replay) {
+        Ok(gpu) => Ok(gpu),
+        Err(Error::Trace(why)) => Err(why),
+        Err(error) => return Err(error),
+    };
+    Ok(Timeline { steps: log.steps(), host_us, wall_us, gpu })
+}
+
+fn timed(runner: &mut Runner, replay: &mut dyn FnMut(&mut Runner) -> Result<()>) -> Result<Timed> {
+    runner.synchronize()?;
+    runner.stream_mut().step_log = Some(StepLog::begin());
+    let result = replay(runner);
+    let enqueued = Instant::now();
+    let log = runner.stream_mut().step_log.take().unwrap_or_else(StepLog::begin);
+    result?;
+    runner.synchronize()?;
+    let us = |at: Instant| at.duration_since(log.begun).as_secs_f64() * 1e6;
+    Ok(Timed { host_us: us(enqueued), wall_us: us(Instant::now()), log })
+}
+
+fn watched(runner: &mut Runner, replay: &mut dyn FnMut(&mut Runner) -> Result<()>) -> Result<GpuTimeline> {
+    let device = runner.device().clone();
+    let (timed, trace) = device.trace(true, || {
+        replay(runner)?; // the first one that is watched is slow
+        timed(runner, replay)
+    })?;
+    Ok(GpuTimeline::new(trace, &timed?.log))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::KernelRun;
+
+    fn kernel(begin_us: f64, duration_us: f64) -> KernelTime {
+        KernelTime { name: "k".to_owned(), stream_id: 7, begin_us, duration_us, step: None }
+    }
+
+    #[test]
+    fn overlapping_kernels_count_once_as_busy_and_gaps_do_not() {
+        let kernels = vec![kernel(10.0, 10.0), kernel(15.0, 3.0), kernel(18.0, 7.0), kernel(40.0, 1.0)];
+        let gpu = GpuTimeline { steps: Vec::new(), kernels };
+        assert_eq!((gpu.busy_us(), gpu.span_us()), (16.0, 31.0));
+        assert_eq!((GpuTimeline::default().busy_us(), GpuTimeline::default().span_us()), (0.0, 0.0));
+    }
+
+    #[test]
+    fn kernels_belong_to_the_step_that_launched_them_whenever_they_ran() {
+        let at = Instant::now();
+        let begun = at + Duration::from_micros(100);
+        let us = |us: u64| begun + Duration::from_micros(us);
+        let done = vec![(StepKind::Segment(0), us(1), us(5)), (StepKind::Break(0), us(6), us(9))];
+        let log = StepLog { begun, done, open: None };
+        let run = |launch_us: u64, start_us: u64| KernelRun {
+            name: launch_us.to_string(),
+            start_ns: 1_000_000 + start_us * 1000,
+            end_ns: 1_000_000 + start_us * 1000 + 500,
+            stream_id: 7,
+            launch_ns: Some(1_000_000 + launch_us * 1000),
+        };
+        // Microsecond 100 of the trace is microsecond 0 of the replay; the first kernel is of an earlier replay.
+        let runs = vec![run(50, 60), run(103, 110), run(103, 120), run(108, 130)];
+        let gpu = GpuTimeline::new(KernelTrace { runs, clock: (at, 1_000_000) }, &log);
+        let seen: Vec<_> = gpu.kernels.iter().map(|kernel| (kernel.begin_us.round(), kernel.step)).collect();
+        assert_eq!(seen, [(10.0, Some(0)), (20.0, Some(0)), (30.0, Some(1))]);
+    }
+}
