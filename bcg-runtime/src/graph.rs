@@ -238,7 +238,11 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
     /// # Errors
     /// As [`replay`](Self::replay).
     pub fn timeline(&mut self, runner: &mut Runner, live: &L) -> Result<Timeline> {
-        timeline::take(runner, &mut |runner| self.replay(runner, live).map(drop))
+        let mut timeline = timeline::take(runner, &mut |runner| self.replay(runner, live).map(drop))?;
+        if let (Ok(gpu), Ok(Captured { recording: Some(recording), .. })) = (&mut timeline.gpu, &self.captured) {
+            gpu.assign(&recording.healer.parts(&recording.steps));
+        }
+        Ok(timeline)
     }
 
     /// Drops the capture: its executables, its frozen arguments and its share of what they use.

@@ -99,6 +99,8 @@ pub struct KernelTime {
     pub duration_us: f64,
     /// The index in [`GpuTimeline::steps`] of the step that launched it.
     pub step: Option<usize>,
+    /// The segment or break that it belongs to; of a healed launch, known if its kernels are as many as its nodes.
+    pub part: Option<StepKind>,
 }
 
 impl GpuTimeline {
@@ -134,11 +136,35 @@ impl GpuTimeline {
                 begin_us,
                 duration_us: end_us - begin_us,
                 step: steps.partition_point(|step| step.begin_us <= launch_us).checked_sub(1),
+                part: None,
             })
         });
         Self { kernels: kernels.collect(), steps }
     }
+
+    /// Says which part each kernel belongs to, given the parts of each merged executable, in order.
+    pub(crate) fn assign(&mut self, merged: &[Vec<Part>]) {
+        for (index, step) in self.steps.iter().enumerate() {
+            let kernels = self.kernels.iter_mut().filter(|kernel| kernel.step == Some(index)).collect::<Vec<_>>();
+            if let StepKind::Healed { first_segment, num_segments } = step.kind {
+                let ends =
+                    [first_segment, first_segment + num_segments - 1].map(|index| Some(StepKind::Segment(index)));
+                let is_launched = |parts: &&Vec<Part>| {
+                    [parts.first(), parts.last()].map(|part| part.map(|part| part.0)) == ends
+                        && parts.iter().map(|part| part.1).sum::<usize>() == kernels.len()
+                };
+                let parts = merged.iter().find(is_launched).into_iter().flatten();
+                let owners = parts.flat_map(|&(kind, count)| std::iter::repeat_n(kind, count));
+                kernels.into_iter().zip(owners).for_each(|(kernel, kind)| kernel.part = Some(kind));
+            } else {
+                kernels.into_iter().for_each(|kernel| kernel.part = Some(step.kind));
+            }
+        }
+    }
 }
+
+/// A segment or a break, and its number of kernels.
+pub(crate) type Part = (StepKind, usize);
 
 impl KernelTime {
     /// Returns when it had ended.
@@ -247,7 +273,7 @@ mod tests {
     use crate::KernelRun;
 
     fn kernel(begin_us: f64, duration_us: f64) -> KernelTime {
-        KernelTime { name: "k".to_owned(), stream_id: 7, begin_us, duration_us, step: None }
+        KernelTime { name: "k".to_owned(), stream_id: 7, begin_us, duration_us, step: None, part: None }
     }
 
     #[test]
@@ -277,5 +303,25 @@ mod tests {
         let gpu = GpuTimeline::new(KernelTrace { runs, clock: (at, 1_000_000) }, &log);
         let seen: Vec<_> = gpu.kernels.iter().map(|kernel| (kernel.begin_us.round(), kernel.step)).collect();
         assert_eq!(seen, [(10.0, Some(0)), (20.0, Some(0)), (30.0, Some(1))]);
+    }
+
+    #[test]
+    fn kernels_of_a_healed_launch_belong_to_its_parts_in_order_if_their_number_is_right() {
+        let (segment, one) = (StepKind::Segment, StepKind::Break(1));
+        let merged = [
+            vec![(segment(1), 2), (one, 2), (segment(2), 0)], // made for other work of the break
+            vec![(segment(1), 2), (one, 1), (segment(2), 0)],
+        ];
+        let healed = StepKind::Healed { first_segment: 1, num_segments: 2 };
+        let parts_of = |kind: StepKind, count: usize| {
+            let steps = vec![StepTime { kind, begin_us: 0.0, duration_us: 1.0 }];
+            let kernels = vec![KernelTime { step: Some(0), ..kernel(1.0, 1.0) }; count];
+            let mut gpu = GpuTimeline { steps, kernels };
+            gpu.assign(&merged);
+            gpu.kernels.iter().map(|kernel| kernel.part).collect::<Vec<_>>()
+        };
+        assert_eq!(parts_of(healed, 3), [Some(segment(1)), Some(segment(1)), Some(one)]);
+        assert_eq!(parts_of(healed, 5), [None; 5]);
+        assert_eq!(parts_of(one, 2), [Some(one); 2]);
     }
 }

@@ -9,6 +9,7 @@ mod clients;
 mod kernels;
 mod licenses;
 mod package;
+mod page;
 mod plots;
 mod process;
 mod tidy;
@@ -25,6 +26,7 @@ cargo xtask <command>
   licenses        check the licence of every dependency
   kernels         compile every kernel for sm_80, sm_90a and sm_100a with NVRTC from its Python wheel; needs no GPU
   test-clients    run the official openai client against the server
+  test-page       open the page of `bcg inspect --html` in a headless browser and use it
   package         package every crate that can be published [--verify builds them too] [--allow-dirty]
   plots DIR       draw what `bcg bench … --json` wrote into DIR: docs/plots/*.svg
   gpu-bundle      put everything that a GPU machine must run into target/gpu-bundle
@@ -54,6 +56,7 @@ fn run() -> Result<()> {
         Some("licenses") => licenses::run(),
         Some("kernels") => kernels::run(),
         Some("test-clients") => clients::run(),
+        Some("test-page") => page::run(),
         Some("package") => package::run(&flags),
         Some("plots") => plots::run(&flags),
         Some("gpu-bundle") => bundle::run(),

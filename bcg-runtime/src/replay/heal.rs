@@ -18,8 +18,10 @@ use super::{ChainReason, ReplayPath, begin, run_break, thaw_output};
 use crate::device::traits::{NodeHandle, Part};
 use crate::device::{Graph, GraphExec, Stream};
 use crate::graph::Recording;
+use crate::op::Op;
 use crate::segment::{Break, Segment, Step};
-use crate::{CaptureStream, Freeze, LiveBatch, Result};
+use crate::timeline;
+use crate::{CaptureStream, Freeze, LiveBatch, Result, StepKind};
 
 /// The merged executables that a graph keeps, one for each span and each sequence of work in it.
 const MERGED_MAX: usize = 16;
@@ -86,6 +88,11 @@ impl Healer {
         self.merged.len()
     }
 
+    /// Returns the segments and breaks of each merged executable, in order, with their numbers of kernels.
+    pub(crate) fn parts<L>(&self, steps: &[Step<L>]) -> Vec<Vec<timeline::Part>> {
+        self.merged.iter().map(|merged| merged.parts(steps)).collect()
+    }
+
     /// Keeps a merged executable for a span, if there is room, more than one launch to save, and no node that cannot be
     /// copied.
     fn merge(&mut self, span: &Span, main: &Stream) -> Result<()> {
@@ -129,6 +136,14 @@ impl Span {
         self.ops().len() + self.segments.iter().filter(|(_, segment)| !segment.is_empty()).count()
     }
 
+    /// Returns what launching it is in a timeline.
+    fn step_kind(&self) -> Option<StepKind> {
+        let first = self.segments.first()?.1.index;
+        let is_alone = self.segments.len() == 1 && self.ops.is_empty();
+        let healed = StepKind::Healed { first_segment: first, num_segments: self.segments.len() };
+        Some(if is_alone { StepKind::Segment(first) } else { healed })
+    }
+
     fn first_and_last(&self) -> (usize, usize) {
         let index = |segment: Option<&(usize, Arc<Segment>)>| segment.map_or(usize::MAX, |(_, segment)| segment.index);
         (index(self.segments.first()), index(self.segments.last()))
@@ -162,6 +177,20 @@ impl Merged {
         self.segments == span.first_and_last()
             && self.holds.len() == span.ops().len()
             && self.holds.iter().zip(span.ops()).all(|(held, recorded)| held.op.is_like(&recorded.op))
+    }
+
+    fn parts<L>(&self, steps: &[Step<L>]) -> Vec<timeline::Part> {
+        let is_kernel_of = |held: &Recorded, step| held.place.step == step && matches!(held.op, Op::Launch(_));
+        let kernels_of = |step| self.holds.iter().filter(|held| is_kernel_of(held, step)).count();
+        let mut breaks = 0..;
+        let parts = steps.iter().enumerate().filter_map(|(index, step)| match step {
+            Step::Segment(segment) => Some((StepKind::Segment(segment.index), segment.nodes.kernels)),
+            Step::Break(_) => Some((StepKind::Break(breaks.next()?), kernels_of(index))),
+        });
+        let mut parts: Vec<_> = parts.skip_while(|part| part.0 != StepKind::Segment(self.segments.0)).collect();
+        let last = parts.iter().position(|part| part.0 == StepKind::Segment(self.segments.1));
+        parts.truncate(last.map_or(0, |last| last + 1));
+        parts
     }
 
     /// Patches what differs and launches. Returns `false`, with nothing enqueued, if the driver refuses a patch.
@@ -206,7 +235,7 @@ fn run_steps<L: LiveBatch>(
     live: &L,
 ) -> Result<ReplayPath> {
     let mut path = ReplayPath::Healed;
-    let mut segment = 0;
+    let (mut segment, mut breaks) = (0, 0);
     for (step, what) in steps.iter_mut().enumerate() {
         match what {
             Step::Segment(captured) => {
@@ -215,11 +244,14 @@ fn run_steps<L: LiveBatch>(
             }
             Step::Break(captured) => {
                 if captured.not_healable.is_some() {
-                    path.and(end_span(healer)?);
+                    path.and(end_span(healer, stream)?);
                 }
+                stream.begin_step(StepKind::Break(breaks));
+                breaks += 1;
                 record::begin_break(Place { step, segment, site: captured.site }, captured.not_healable);
                 let ended = run_break(captured, stream, live).and_then(|()| record::end_break());
                 let left = ended.map_err(|error| fail(captured, stream, error, segment))?;
+                stream.end_step();
                 if let (Some(why), None) = (left, captured.not_healable) {
                     tracing::debug!(name = captured.site.name, why, "a break cannot be healed any more");
                     captured.not_healable = Some(why);
@@ -229,7 +261,7 @@ fn run_steps<L: LiveBatch>(
             }
         }
     }
-    path.and(end_span(healer)?);
+    path.and(end_span(healer, stream)?);
     Ok(path)
 }
 
@@ -239,8 +271,16 @@ fn fail<L>(captured: &Break<L>, stream: &mut CaptureStream, error: crate::Error,
     error.in_break(captured.site, segment)
 }
 
-fn end_span(healer: &mut Healer) -> Result<SpanEnd> {
-    record::end_span(|span, main| healer.launch(span, main)).unwrap_or(Ok(SpanEnd::Launched))
+fn end_span(healer: &mut Healer, stream: &mut CaptureStream) -> Result<SpanEnd> {
+    let launch = |span: &Span, main: &Stream| {
+        if let Some(kind) = span.step_kind() {
+            stream.begin_step(kind);
+        }
+        let ended = healer.launch(span, main);
+        stream.end_step();
+        ended
+    };
+    record::end_span(launch).unwrap_or(Ok(SpanEnd::Launched))
 }
 
 impl ReplayPath {

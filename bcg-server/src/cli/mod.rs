@@ -8,6 +8,7 @@ pub mod bench;
 pub mod eval;
 pub mod generate;
 pub mod inspect;
+mod sequences;
 
 /// Flags of `bcg`.
 #[derive(Debug, Parser)]
@@ -29,7 +30,7 @@ pub enum Command {
     Generate(generate::GenerateArgs),
     /// Answer the problems of a JSONL file and print the accuracy
     Eval(eval::EvalArgs),
-    /// Show the segments and breaks of a captured size
+    /// Show the segments, the breaks and the timeline of a captured size
     Inspect(inspect::InspectArgs),
     /// Time kernels, forwards and captures
     Bench(bench::BenchArgs),

@@ -4,10 +4,11 @@ use anyhow::ensure;
 use bcg_models::ModelRunner;
 use clap::Args;
 
-use super::forward::{self, Sequences};
+use super::forward;
 use super::report::{Environment, Report};
 use super::{RoundsArgs, sizes_at_least_one};
 use crate::args::{CaptureArg, EngineArgs};
+use crate::cli::sequences::Sequences;
 use crate::engine::load;
 
 /// Flags of `bcg bench decode`.

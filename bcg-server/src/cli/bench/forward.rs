@@ -3,13 +3,13 @@
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use bcg_models::state::PageLease;
-use bcg_models::{ForwardPath, ModelRunner, SamplingParams, SequenceInput};
+use bcg_models::{ForwardPath, ModelRunner};
 
 use super::RoundsArgs;
 use super::profile::{self, Profile};
 use super::report::{Report, Row};
 use super::timing::{Rounds, Samples};
+use crate::cli::sequences::Sequences;
 use crate::progress::bar;
 
 /// What the times of a forward include; goes with every table.
@@ -18,45 +18,6 @@ graph_ms, eager_ms: wall time from before the upload of the step's inputs (token
 table; from pageable host memory) until the hidden states are there (synchronised), attention and its planning included, \
 LM head not. *_host_ms: the part of it until all is enqueued. step_ms: with graphs, plus LM head, greedy choice and \
 read-back of the tokens. Median (p10..p90); the three take turns.";
-
-/// The sequences of a batch, with pages of their own.
-#[derive(Debug)]
-pub(super) struct Sequences {
-    tokens: Vec<u32>,
-    past_len: usize,
-    leases: Vec<PageLease>,
-    sampling: SamplingParams,
-}
-
-impl Sequences {
-    /// Makes `count` sequences with `new_len` new tokens each, behind `past_len` tokens that the KV cache holds already.
-    ///
-    /// Pages are taken in turns, so that no sequence's pages lie side by side: as in a server that decodes for a while.
-    pub(super) fn new(runner: &ModelRunner, count: usize, new_len: usize, past_len: usize) -> Result<Self> {
-        let vocab = runner.config().vocab_size as u64;
-        let tokens = (1..=new_len as u64).map(|i| (i.wrapping_mul(0x9E37_79B9_7F4A_7C15) % vocab) as u32).collect();
-        let mut leases = (0..count).map(|_| runner.pages().lease(0)).collect::<Result<Vec<_>, _>>()?;
-        for _ in 0..runner.pages().pages_for(past_len + new_len) {
-            leases.iter_mut().try_for_each(|lease| lease.grow(1))?;
-        }
-        Ok(Self { tokens, past_len, leases, sampling: SamplingParams::greedy() })
-    }
-
-    fn inputs(&self) -> Vec<SequenceInput<'_>> {
-        let leases = self.leases.iter();
-        leases
-            .map(|lease| SequenceInput {
-                tokens: &self.tokens,
-                past_len: self.past_len,
-                pages: lease.pages(),
-                sampling: &self.sampling,
-                step: 0,
-                top_logprobs: None,
-                logits: false,
-            })
-            .collect()
-    }
-}
 
 /// The times of one batch, in milliseconds.
 #[derive(Debug)]
@@ -108,7 +69,7 @@ fn time(runner: &mut ModelRunner, sequences: &Sequences, rounds: Rounds) -> Resu
     let batch = sequences.inputs();
     let replays = runner.stats().num_replays;
     runner.forward_only(&batch, ForwardPath::Graph)?;
-    let rows = sequences.tokens.len() * sequences.leases.len();
+    let rows = sequences.num_tokens();
     ensure!(runner.stats().num_replays > replays, "no graph was replayed for {rows} rows, so there is none to time");
     let times = rounds.run(|| {
         let graph = time_once(runner, |runner| Ok(runner.forward_only(&batch, ForwardPath::Graph)?))?;

@@ -1,81 +1,42 @@
-//! `bcg inspect`: what a captured size consists of, as a table, JSON or a Graphviz picture.
+//! What a captured size consists of, as a table, JSON or a Graphviz picture.
 
 use std::fmt::Write;
 
-use anyhow::{Context, ensure};
-use bcg_models::Phase;
 use bcg_runtime::{BreakDescription, Description, SegmentDescription};
-use clap::Args;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
-use crate::args::{EngineArgs, GraphPlan};
-use crate::engine::load;
+/// A fact about a segment or a break: its name in JSON, its heading, and how to read it.
+pub(super) type Column<T> = (&'static str, &'static str, fn(&T) -> Value);
 
-/// Flags of `bcg inspect`.
-#[derive(Debug, Args)]
-pub struct InspectArgs {
-    /// Flags of the engine; graphs are on whatever they say.
-    #[command(flatten)]
-    pub engine: EngineArgs,
+/// What is shown of a break, in this order.
+pub(super) const BREAK_COLUMNS: &[Column<BreakDescription>] = &[
+    ("name", "function", |one| one.name.into()),
+    ("file", "file", |one| one.file.into()),
+    ("line", "line", |one| one.line.into()),
+    ("num_launches", "launches", |one| one.num_launches.into()),
+    ("num_args", "frozen tensors", |one| one.num_args.into()),
+    ("bridge_bytes", "bridge", |one| one.bridge_bytes.into()),
+    ("num_patched", "nodes patched", |one| one.num_patched.into()),
+    ("not_healable", "not healable because of", |one| one.not_healable.into()),
+];
 
-    /// Tokens of the prefill to capture, or sequences of the decode
-    #[arg(long, value_name = "N")]
-    pub size: usize,
-
-    /// Capture a decode instead of a prefill
-    #[arg(long)]
-    pub decode: bool,
-
-    /// Print JSON
-    #[arg(long, conflicts_with = "dot")]
-    pub json: bool,
-
-    /// Print a Graphviz digraph
-    #[arg(long)]
-    pub dot: bool,
-}
-
-/// Runs the command.
-///
-/// # Errors
-/// What is wrong with the flags or the model, or that the capture failed.
-pub fn run(args: &InspectArgs) -> anyhow::Result<()> {
-    ensure!(args.size > 0, "--size: 0 tokens is no size; give at least 1");
-    let mut flags = args.engine.clone();
-    flags.enable_breakable_cuda_graph = true;
-    let mut plan = flags.plan()?;
-    ensure!(
-        args.size <= plan.max_batch_tokens,
-        "--size: {} is above the {} tokens of a step; raise --chunked-prefill-size",
-        args.size,
-        plan.max_batch_tokens
-    );
-    plan.graph = GraphPlan::Ahead;
-    let phase = if args.decode { Phase::Decode } else { Phase::Prefill };
-    let size_if = |wanted| if phase == wanted { args.size } else { 1 };
-    plan.graph_sizes = Some(vec![size_if(Phase::Prefill)]);
-    plan.decode_graph_sizes = Some(vec![size_if(Phase::Decode)]);
-    plan.graph_max_tokens = None;
-    let runner = load::load_runner(&plan)?;
-    let description = runner.describe(phase, args.size).context("the size was not captured")?;
-    let text = if args.json {
-        serde_json::to_string_pretty(&to_json(args.size, &description))? + "\n"
-    } else if args.dot {
-        to_dot(&description)
-    } else {
-        to_table(&description)
-    };
-    print!("{text}");
-    Ok(())
-}
+/// What is shown of a segment, in this order.
+pub(super) const SEGMENT_COLUMNS: &[Column<SegmentDescription>] = &[
+    ("is_empty", "empty", |segment| segment.is_empty.into()),
+    ("num_nodes", "nodes", |segment| segment.num_nodes.into()),
+    ("num_copies", "copies", |segment| segment.num_copies.into()),
+    ("num_fills", "fills", |segment| segment.num_fills.into()),
+    ("kernels", "kernels", |segment| segment.kernels.clone().into()),
+];
 
 /// A segment or a break, in the order in which they run.
-enum Step<'a> {
+pub(super) enum Step<'a> {
     Segment(usize, &'a SegmentDescription),
     Break(usize, &'a BreakDescription),
 }
 
-fn steps(description: &Description) -> Vec<Step<'_>> {
+/// Puts segments and breaks in the order in which they run.
+pub(super) fn steps(description: &Description) -> Vec<Step<'_>> {
     let mut steps = Vec::new();
     let mut breaks = description.breaks.iter().enumerate().peekable();
     for (index, segment) in description.segments.iter().enumerate() {
@@ -88,12 +49,14 @@ fn steps(description: &Description) -> Vec<Step<'_>> {
     steps
 }
 
-fn to_table(description: &Description) -> String {
+/// Formats the steps as a table for a terminal.
+pub(super) fn to_table(description: &Description) -> String {
     let mut text = format!(
-        "{}: {} segments, {} breaks, {} arena bytes, captured in {:.2} ms\n\n",
+        "{}: {} segments, {} breaks, {} merged executables, {} arena bytes, captured in {:.2} ms\n\n",
         description.name,
         description.segments.len(),
         description.breaks.len(),
+        description.num_merged,
         description.extent_bytes,
         description.capture_time.as_secs_f64() * 1e3,
     );
@@ -116,7 +79,7 @@ fn to_table(description: &Description) -> String {
                 String::new(),
                 String::new(),
                 one.bridge_bytes.to_string(),
-                format!("{} ({}:{})", one.name, one.file, one.line),
+                format!("{} ({}:{}){}", one.name, one.file, one.line, not_healable(one)),
             ],
         });
     }
@@ -138,29 +101,13 @@ fn to_table(description: &Description) -> String {
     text
 }
 
-fn to_json(size: usize, description: &Description) -> Value {
+/// Gives the steps with everything that is known of them.
+pub(super) fn to_json(size: usize, description: &Description) -> Value {
     let steps: Vec<Value> = steps(description)
         .iter()
         .map(|step| match step {
-            Step::Segment(index, segment) => json!({
-                "kind": "segment",
-                "index": index,
-                "is_empty": segment.is_empty,
-                "num_nodes": segment.num_nodes,
-                "num_copies": segment.num_copies,
-                "num_fills": segment.num_fills,
-                "kernels": segment.kernels,
-            }),
-            Step::Break(index, one) => json!({
-                "kind": "break",
-                "index": index,
-                "name": one.name,
-                "file": one.file,
-                "line": one.line,
-                "num_launches": one.num_launches,
-                "num_args": one.num_args,
-                "bridge_bytes": one.bridge_bytes,
-            }),
+            Step::Segment(index, segment) => step_json("segment", *index, SEGMENT_COLUMNS, *segment),
+            Step::Break(index, one) => step_json("break", *index, BREAK_COLUMNS, *one),
         })
         .collect();
     json!({
@@ -168,13 +115,26 @@ fn to_json(size: usize, description: &Description) -> Value {
         "size": size,
         "num_segments": description.segments.len(),
         "num_breaks": description.breaks.len(),
+        "num_merged": description.num_merged,
         "extent_bytes": description.extent_bytes,
         "capture_ms": description.capture_time.as_secs_f64() * 1e3,
         "steps": steps,
     })
 }
 
-fn to_dot(description: &Description) -> String {
+/// Says why a break cannot be healed, if so.
+fn not_healable(one: &BreakDescription) -> String {
+    one.not_healable.map_or_else(String::new, |why| format!(", not healable because of {why}"))
+}
+
+fn step_json<T>(kind: &str, index: usize, columns: &[Column<T>], one: &T) -> Value {
+    let mut step = Map::from_iter([("kind".to_owned(), kind.into()), ("index".to_owned(), index.into())]);
+    step.extend(columns.iter().map(|(key, _, read)| ((*key).to_owned(), read(one))));
+    step.into()
+}
+
+/// Draws the steps as a Graphviz digraph.
+pub(super) fn to_dot(description: &Description) -> String {
     let mut text = format!("digraph \"{}\" {{\n  rankdir=TB;\n  node [fontname=monospace];\n", description.name);
     let steps = steps(description);
     for (at, step) in steps.iter().enumerate() {
