@@ -384,6 +384,11 @@ fn measured<R>(runner: &mut Runner, f: impl FnOnce(&mut Runner) -> Result<R>) ->
     Ok((output, before.saturating_sub(free(runner)?)))
 }
 
+fn not_captured(name: &str, size: usize) -> Error {
+    let name = format!("{name} of {size} rows");
+    Error::NotCaptured { name, reason: "this size was not captured, or was dropped" }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

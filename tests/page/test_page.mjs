@@ -2,7 +2,7 @@
 // (the JSON that the same call printed). Leaves a screenshot beside the page.
 
 import assert from "node:assert/strict";
-import { readFileSync } from "node:fs";
+import { readFileSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { fileURLToPath, pathToFileURL } from "node:url";
@@ -22,15 +22,34 @@ async function launch() {
   return playwright.launch({ executablePath: await chromium.executablePath(), args: ["--no-sandbox"] });
 }
 
-/** Opens the page; what it logs and what it asks the network for is noted. */
-async function open(browser, options) {
+const DATA = /(<script type="application\/json" id="data">)(.*?)(<\/script>)/s;
+const dataOf = (text) => JSON.parse(text.match(DATA)[2]);
+
+/** Writes a page as a GPU would have made it: kernels of each step on two streams, and names that are no HTML. */
+function writeGpuPage() {
+  const text = readFileSync(pageFile, "utf8");
+  const data = dataOf(text);
+  const kernels = data.steps.map(({ part, begin_us }, step) => (
+    { name: "<b>kernel</b>", stream: 7, begin_us: begin_us + 20, duration_us: 0.5, step, part }
+  ));
+  const last = kernels.at(-1);
+  kernels.push({ ...last, name: "aside", stream: 9 }, { ...last, name: "late", begin_us: last.begin_us + 30, part: null });
+  const gpu = { kernels, gpu: { busy_us: 5, span_us: 50 }, no_gpu: null, model: "<img src=x onerror=alert(1)>" };
+  const file = pageFile.replace(/\.html$/, "-gpu.html");
+  const json = JSON.stringify({ ...data, ...gpu }).replaceAll("<", "\\u003c");
+  writeFileSync(file, text.replace(DATA, (_, open, __, close) => open + json + close));
+  return file;
+}
+
+/** Opens a page; what it logs and what it asks the network for is noted. */
+async function open(browser, file, options = {}) {
   const context = await browser.newContext({ viewport: { width: 1360, height: 900 }, ...options });
   const page = await context.newPage();
   const noise = [];
   page.on("console", (message) => noise.push(message.text()));
   page.on("pageerror", (error) => noise.push(error.stack));
   page.on("request", (request) => { if (!request.url().startsWith("file:")) noise.push(request.url()); });
-  await page.goto(pathToFileURL(pageFile).href);
+  await page.goto(pathToFileURL(file).href);
   return { page, noise };
 }
 
@@ -45,12 +64,13 @@ const tip = (page) => page.locator("#tip");
 const tests = {
   async "the timeline has a mark for each step that the description has"({ page }) {
     const marks = (kind) => page.locator(`#timeline .item[data-kind="${kind}"] .step`).count();
-    const steps = JSON.parse(await page.locator("#data").textContent()).steps;
-    const healed = steps.filter((step) => step.part.kind === "healed").length;
+    const { steps } = dataOf(readFileSync(pageFile, "utf8"));
+    const healed = steps.map(({ part }) => part).filter((part) => part.kind === "healed");
     assert.equal(await marks("break"), inspected.num_breaks);
     // A healed launch stands for the segments that it merges.
-    if (healed === 0) assert.equal(await marks("segment"), inspected.num_segments);
-    assert.equal(await page.locator("#timeline .step").count(), steps.length);
+    const merged = healed.reduce((sum, part) => sum + part.num_segments, 0);
+    assert.equal((await marks("segment")) + merged, inspected.num_segments);
+    assert.equal(await marks("healed"), healed.length);
   },
 
   async "the table has a row for each break, with its place in the source"({ page }) {
@@ -115,7 +135,7 @@ const tests = {
     assert.ok(Math.abs(span(await viewOf(page, "timeline")) - span(whole) / 2) < 1e-6);
     await page.keyboard.press("Enter");
     const [from, to] = await viewOf(page, "timeline");
-    const { begin_us: begin, duration_us: duration } = JSON.parse(await page.locator("#data").textContent()).steps[1];
+    const { begin_us: begin, duration_us: duration } = dataOf(readFileSync(pageFile, "utf8")).steps[1];
     assert.ok(from <= begin && begin + duration <= to && to - from < 2 * duration + 1, `${from} to ${to}`);
     await page.keyboard.press("0");
     assert.deepEqual(await viewOf(page, "timeline"), whole);
@@ -131,11 +151,26 @@ const tests = {
   },
 
   async "the memory has a rectangle for each block, and hovering shows its address"({ page }) {
-    const { blocks } = JSON.parse(await page.locator("#data").textContent()).memory;
+    const { blocks } = dataOf(readFileSync(pageFile, "utf8")).memory;
     assert.ok(blocks.length > 0);
     assert.equal(await page.locator("#memory .block").count(), blocks.length);
     await page.locator("#memory .block").first().hover();
     assert.match(await tip(page).textContent(), /block 0.*taken in.*address/s);
+  },
+
+  async "each kernel has a mark on its stream, idle time is marked, and hovering lights up what belongs together"({ browser }) {
+    const { page, noise } = await open(browser, writeGpuPage());
+    const lanes = await page.locator("#timeline .lane").allTextContents();
+    assert.deepEqual(lanes, ["Host", "GPU stream 7", "GPU stream 9"]);
+    const { kernels } = dataOf(readFileSync(pageFile.replace(/\.html$/, "-gpu.html"), "utf8"));
+    assert.equal(await page.locator("#timeline .kernel").count(), kernels.length);
+    assert.ok((await page.locator("#timeline rect.gap").count()) > 0);
+    await page.locator("#timeline .kernel").first().hover();
+    assert.match(await tip(page).textContent(), /^<b>kernel<\/b>.*part of/s);
+    assert.equal(await page.locator("#timeline .lit .step").count(), 1);
+    assert.match(await page.locator("#title").textContent(), /^<img src=x/);
+    assert.equal(await page.locator("img, #tip b").count(), 0, "names are text");
+    assert.deepEqual(noise, []);
   },
 
   async "nothing is wider than a narrow window"({ page }) {
@@ -148,9 +183,9 @@ const tests = {
 const browser = await launch();
 let failed = 0;
 for (const [name, test] of Object.entries(tests)) {
-  const opened = await open(browser, {});
+  const opened = await open(browser, pageFile);
   try {
-    await test(opened);
+    await test({ ...opened, browser });
     assert.deepEqual(opened.noise, [], "the page logs nothing and loads nothing");
     console.log(`ok    ${name}`);
   } catch (error) {
@@ -161,7 +196,7 @@ for (const [name, test] of Object.entries(tests)) {
 }
 const grounds = new Set();
 for (const colorScheme of ["light", "dark"]) {
-  const { page } = await open(browser, { colorScheme });
+  const { page } = await open(browser, pageFile, { colorScheme });
   grounds.add(await page.evaluate(() => getComputedStyle(document.body).backgroundColor));
   await page.screenshot({ path: `${pageFile.replace(/\.html$/, "")}-${colorScheme}.png`, fullPage: true });
 }

@@ -94,14 +94,14 @@ fn steps(inspected: &Inspected) -> Vec<Value> {
     inspected.drawn_steps().iter().enumerate().map(step).collect()
 }
 
-/// Names a step, and says which of its kind it is.
+/// Names a step, and says which of its kind it is and how many segments it launches.
 fn part_json(inspected: &Inspected, kind: StepKind) -> Value {
-    let (name, index) = match kind {
-        StepKind::Segment(index) => ("segment", index),
-        StepKind::Break(index) => ("break", index),
-        StepKind::Healed { first_segment, .. } => ("healed", first_segment),
+    let (name, index, num_segments) = match kind {
+        StepKind::Segment(index) => ("segment", index, 1),
+        StepKind::Break(index) => ("break", index, 0),
+        StepKind::Healed { first_segment, num_segments } => ("healed", first_segment, num_segments),
     };
-    json!({ "kind": name, "index": index, "label": step_label(inspected, kind) })
+    json!({ "kind": name, "index": index, "num_segments": num_segments, "label": step_label(inspected, kind) })
 }
 
 /// What is known of each of `all`, as rows under headings.

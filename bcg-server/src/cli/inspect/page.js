@@ -7,7 +7,7 @@ const byId = (id) => document.getElementById(id);
 
 const digits = (x) => (x >= 100 ? 0 : x >= 10 ? 1 : 2);
 const us = (x) => (x === null || x === undefined ? "–" : x >= 1000 ? `${(x / 1000).toFixed(digits(x / 1000))} ms` : `${x.toFixed(digits(x))} µs`);
-const count = (n, what) => `${n.toLocaleString("en")} ${what}${n === 1 ? "" : "s"}`;
+const count = (n, one, many = `${one}s`) => `${n.toLocaleString("en")} ${n === 1 ? one : many}`;
 function bytes(n) {
   const units = ["B", "KiB", "MiB", "GiB"];
   let unit = 0;
@@ -27,7 +27,9 @@ const facts = ({ columns, rows }, index) => (rows[index] ?? []).map((value, at) 
 const sum = (list) => list.reduce((total, x) => total + x, 0);
 const legend = (id, entries) => byId(id).append(...entries.map(([kind, text]) => html("li", {}, html("i", { class: kind }), text)));
 
-const hasHealed = data.steps.some((step) => step.part.kind === "healed");
+const healed = data.steps.filter((step) => step.part.kind === "healed");
+/** Breaks without a launch of their own. */
+const numHealed = sum(healed.map((step) => step.part.num_segments - 1));
 /** Microseconds of the kernels that `belongs` is true of; nothing if there are none. */
 function gpuUs(belongs) {
   const kernels = data.kernels.filter(belongs);
@@ -46,7 +48,7 @@ function drawHead() {
     ["Forward", us(data.wall_us), "until the device is done"],
     ["GPU busy", gpu ? `${((100 * gpu.busy_us) / (gpu.span_us || 1)).toFixed(1)} %` : "–", gpu ? `${us(gpu.busy_us)} of ${us(gpu.span_us)}` : "not watched"],
     ["Kernels", gpu ? data.kernels.length.toLocaleString("en") : "–", gpu ? `${us(gpuUs(() => true))} in all` : "not watched"],
-    ["Breaks", breaks.rows.length.toLocaleString("en"), hasHealed ? "some healed into one launch" : "all run between launches"],
+    ["Breaks", breaks.rows.length.toLocaleString("en"), healed.length ? `${numHealed} healed into ${count(healed.length, "launch", "launches")}` : "run between launches"],
     ["Segments", segments.rows.length.toLocaleString("en"), `captured in ${data.capture_ms.toFixed(2)} ms`],
     ["Arena", bytes(memory.extent_bytes), `${bytes(memory.peak_bytes)} in use at most`],
   ];
@@ -102,7 +104,7 @@ function drawTimeline() {
   const idle = gaps(top(1), streams.length * (LANE + SPACE) - SPACE, 1 + streams.length);
   const items = [...idle, ...steps, ...kernels];
   const end = Math.max(...items.map((item) => item.to), 1);
-  const kinds = [["segment", "segment"], ["break", "break"], ...(hasHealed ? [["healed", "healed launch"]] : []), ...(data.gpu ? [["gap", "GPU idle"]] : [])];
+  const kinds = [["segment", "segment"], ["break", "break"], ...(healed.length ? [["healed", "healed launch"]] : []), ...(data.gpu ? [["gap", "GPU idle"]] : [])];
   legend("timeline-legend", kinds);
   byId("timeline-note").textContent = data.gpu
     ? `Drawn: a replay that CUPTI watched, which slows the host to ${us(Math.max(...steps.map((step) => step.to), 0))}. The figures above are of a replay that nothing watched.`

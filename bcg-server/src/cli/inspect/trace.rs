@@ -27,7 +27,7 @@ pub(super) fn trace(inspected: &Inspected) -> Value {
             let label = |kind: Option<StepKind>| kind.map(|kind| html::step_label(inspected, kind));
             let launched_by = kernel.step.and_then(|step| gpu.steps.get(step)).map(|step| step.kind);
             let args = json!({ "part": label(kernel.part), "launched_by": label(launched_by) });
-            complete(&kernel.name, "kernel", lane(kernel.stream_id), (kernel.begin_us, kernel.duration_us), args)
+            complete(&kernel.name, "kernel", lane(kernel.stream_id), (kernel.begin_us, kernel.duration_us), &args)
         }));
     }
     events.extend(counter(inspected));
@@ -42,7 +42,7 @@ fn name(what: &str, lane: u32, name: &str) -> Value {
     json!({ "ph": "M", "pid": PROCESS, "tid": lane, "name": what, "args": { "name": name } })
 }
 
-fn complete(name: &str, category: &str, lane: u32, (begin_us, duration_us): (f64, f64), args: Value) -> Value {
+fn complete(name: &str, category: &str, lane: u32, (begin_us, duration_us): (f64, f64), args: &Value) -> Value {
     json!({
         "ph": "X", "pid": PROCESS, "tid": lane, "name": name, "cat": category,
         "ts": rounded(begin_us), "dur": rounded(duration_us), "args": args,
@@ -65,7 +65,7 @@ fn step_event(inspected: &Inspected, step: &StepTime) -> Value {
         StepKind::Healed { .. } => ("healed", json!({})),
     };
     let times = (step.begin_us, step.duration_us);
-    complete(&html::step_label(inspected, step.kind), category, HOST, times, args)
+    complete(&html::step_label(inspected, step.kind), category, HOST, times, &args)
 }
 
 /// The bytes in use, at the times at which the host does what changes them.
