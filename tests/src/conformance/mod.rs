@@ -16,6 +16,7 @@ pub mod memory;
 pub mod outputs;
 pub mod padding;
 pub mod streams;
+pub mod timeline;
 
 use crate::Rule;
 
@@ -147,6 +148,10 @@ macro_rules! conformance_rules {
                 a_body_that_leaves_the_record_finds_the_device_as_in_an_eager_run,
                 padded_and_exact_batches_heal,
                 a_healed_replay_copies_no_bridge,
+            }
+            timeline {
+                a_timeline_has_each_step_and_each_kernel_once,
+                blocks_that_are_held_at_once_lie_apart,
             }
             ladder_and_eligibility {
                 padding_is_at_most_an_eighth_above_sixteen_rows,
