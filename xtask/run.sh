@@ -75,7 +75,8 @@ correctness() {
     fi
 
     # Fast?
-    step "inspect" 60 bin/bcg inspect "${model[@]}" --size 64
+    step "inspect" 60 bin/bcg inspect "${model[@]}" --size 64 --html "$out/inspect.html" --trace "$out/inspect.json"
+    step "inspect: kernels were traced" 10 grep -q '"cat":"kernel"' "$out/inspect.json"
     step "generate" 60 bin/bcg generate "${model[@]}" "${graphs[@]}" --chat --prompt "Raj has 10 boxes with 12 books in each. How many books is that?"
     step "matmul bench" 60 bin/matmul --json "$out/matmul.json"
     step "replay bench" 180 bin/replay --device cuda --json "$out/replay.json"
@@ -89,6 +90,7 @@ benches() {
         local random=(--model "models/geometries/$geometry" --load-format dummy --skip-tokenizer-init --device cuda)
         step "bench prefill $geometry" 200 bin/bcg bench prefill "${random[@]}" --profile --json "$out/prefill-$geometry.json"
         step "bench decode $geometry" 200 bin/bcg bench decode "${random[@]}" --profile --json "$out/decode-$geometry.json"
+        step "inspect $geometry" 60 bin/bcg inspect "${random[@]}" --size 256 --html "$out/inspect-$geometry.html"
         step "bench capture $geometry" 100 bin/bcg bench capture "${random[@]}" --json "$out/capture-$geometry.json"
     done
     if python3 -c 'import torch' 2>/dev/null; then
