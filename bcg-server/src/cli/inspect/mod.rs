@@ -47,7 +47,7 @@ pub struct InspectArgs {
     #[arg(long, value_name = "FILE")]
     pub html: Option<PathBuf>,
 
-    /// Replay and write the timeline of a forward as a Chrome trace, for https://ui.perfetto.dev
+    /// Replay and write the timeline of a forward as a Chrome trace, which Perfetto shows
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
 }
