@@ -350,6 +350,15 @@ impl<L: LiveBatch, O: Freeze> GraphCache<L, O> {
         held.graph.timeline(runner, live)
     }
 
+    /// Makes the driver calls of the last healed replay of a size once more; see [`BreakableCudaGraph::relaunch`].
+    ///
+    /// # Errors
+    /// [`Error::NotCaptured`]; the driver's.
+    pub fn relaunch(&mut self, size: usize, runner: &mut Runner) -> Result<usize> {
+        let held = self.graphs.get_mut(&size).ok_or_else(|| not_captured(&self.name, size))?;
+        held.graph.relaunch(runner)
+    }
+
     /// Drops all graphs, such as after a change of what they were captured with, and forgets what failed.
     pub fn clear(&mut self) {
         self.taken.is_final |= !self.graphs.is_empty();

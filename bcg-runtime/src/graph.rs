@@ -219,6 +219,21 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
         Ok(output)
     }
 
+    /// Makes the driver calls of the last healed replay once more, with the node of every piece of work in its breaks
+    /// patched to what it does already, and returns the number of those nodes. Breaks that cannot be healed are left out.
+    ///
+    /// For benches: it is the least that a replay can take on the host. Memory is left as the replay left it only where
+    /// the forward computes the same from it again.
+    ///
+    /// # Errors
+    /// [`Error::NotCaptured`]; the driver's.
+    pub fn relaunch(&mut self, runner: &mut Runner) -> Result<usize> {
+        let captured = Self::captured(&mut self.captured, &self.name)?;
+        let Some(recording) = &mut captured.recording else { return Ok(0) };
+        check_arena(&self.name, &recording.arena, runner)?;
+        recording.healer.relaunch(runner.stream_mut().main())
+    }
+
     /// Returns how the last replay that succeeded went, if there was one.
     pub fn last_replay(&self) -> Option<ReplayPath> {
         self.last_replay

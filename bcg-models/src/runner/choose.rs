@@ -6,18 +6,26 @@ use super::SampledToken;
 use crate::batch::{ForwardBatch, SamplingBuffers, SequenceInput};
 use crate::ops::{self, SampleInputs};
 
-/// Chooses the token of each row, and reads back what was asked for.
+/// Chooses the token of each row, the most likely one without parameters.
 pub(super) fn choose(
     cx: &mut Eager<'_, ForwardBatch>,
     logits: &Tensor,
     sampling: Option<&SamplingBuffers>,
+) -> bcg_runtime::Result<Tensor> {
+    match sampling {
+        None => ops::argmax(cx, logits),
+        Some(sampling) => sample(cx, logits, sampling),
+    }
+}
+
+/// Reads back the chosen tokens, and what else was asked for.
+pub(super) fn read(
+    cx: &mut Eager<'_, ForwardBatch>,
+    logits: &Tensor,
+    chosen: &Tensor,
     batch: &[SequenceInput<'_>],
 ) -> bcg_runtime::Result<Vec<SampledToken>> {
-    let chosen = match sampling {
-        None => ops::argmax(cx, logits)?,
-        Some(sampling) => sample(cx, logits, sampling)?,
-    };
-    let ids = cx.read::<i32>(&chosen)?;
+    let ids = cx.read::<i32>(chosen)?;
     let mut tokens = Vec::with_capacity(batch.len());
     for (row, (id, sequence)) in ids.into_iter().zip(batch).enumerate() {
         let mut token = SampledToken { id: id.cast_unsigned(), logprob: None, top: Vec::new(), logits: None };

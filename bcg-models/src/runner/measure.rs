@@ -1,6 +1,8 @@
-//! The forward alone, for those who time it.
+//! Parts of a step, for those who time them.
 
-use bcg_runtime::{Decision, Timeline};
+use std::time::{Duration, Instant};
+
+use bcg_runtime::{Decision, ReplayMode, Timeline};
 
 use super::ModelRunner;
 use crate::batch::{Phase, SequenceInput};
@@ -11,6 +13,8 @@ use crate::error::Result;
 pub enum ForwardPath {
     /// As [`ModelRunner::step`] would: with a graph where there is one.
     Graph,
+    /// With a graph where there is one, launched segment by segment.
+    Chain,
     /// Without a graph, whatever is captured.
     Eager,
 }
@@ -24,6 +28,12 @@ impl ModelRunner {
         self.check(batch)?;
         match path {
             ForwardPath::Graph => self.run(batch)?,
+            ForwardPath::Chain => {
+                self.runner.set_replay_mode(ReplayMode::Chain);
+                let ran = self.run(batch);
+                self.runner.set_replay_mode(ReplayMode::default());
+                ran?
+            }
             ForwardPath::Eager => {
                 let rows = batch.iter().map(|sequence| sequence.tokens.len()).sum();
                 self.run_eagerly(batch, Phase::of(batch), rows)?
@@ -37,15 +47,53 @@ impl ModelRunner {
     /// # Errors
     /// As [`step`](Self::step); [`bcg_runtime::Error::NotCaptured`] if no graph is captured for this batch.
     pub fn timeline(&mut self, batch: &[SequenceInput<'_>]) -> Result<Timeline> {
+        let (phase, size) = self.upload_only(batch)?;
+        let live = self.inputs.fill(&mut self.runner, batch, phase, size, true)?;
+        let (graphs, runner) = self.graphs_and_runner(phase);
+        Ok(graphs.timeline(size, runner, &live)?)
+    }
+
+    /// Decides how a batch would be run, uploads it, and returns its phase and padded rows.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn upload_only(&mut self, batch: &[SequenceInput<'_>]) -> Result<(Phase, usize)> {
         self.check(batch)?;
         let (phase, rows) = (Phase::of(batch), batch.iter().map(|sequence| sequence.tokens.len()).sum());
         let size = match self.graphs_and_runner(phase).0.decide(rows) {
             Decision::Replay { size } | Decision::Capture { size } => size,
             Decision::Eager(_) => rows,
         };
-        let live = self.inputs.fill(&mut self.runner, batch, phase, size, true)?;
+        self.inputs.fill(&mut self.runner, batch, phase, size, true)?;
+        Ok((phase, size))
+    }
+
+    /// Makes the driver calls of the last healed replay of a batch's size once more, with every node of its breaks
+    /// patched, and nothing around them: the least that such a replay can take. Returns how many nodes that were.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step); [`bcg_runtime::Error::NotCaptured`] if no graph is captured for this batch.
+    pub fn relaunch_only(&mut self, batch: &[SequenceInput<'_>]) -> Result<usize> {
+        let (phase, size) = self.upload_only(batch)?;
         let (graphs, runner) = self.graphs_and_runner(phase);
-        Ok(graphs.timeline(size, runner, &live)?)
+        Ok(graphs.relaunch(size, runner)?)
+    }
+
+    /// Runs a greedy step and returns for how long the host worked: until all was enqueued, and, once the device had
+    /// finished, until the tokens were read.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn step_host_time(&mut self, batch: &[SequenceInput<'_>]) -> Result<Duration> {
+        let begun = Instant::now();
+        self.check(batch)?;
+        let (live, hidden) = self.run(batch)?;
+        let (_, chosen) = self.choose_tokens(&live, &hidden, None)?;
+        let enqueued = begun.elapsed();
+        self.synchronize()?;
+        let begun = Instant::now();
+        self.runner.read::<i32>(&chosen)?;
+        Ok(enqueued + begun.elapsed())
     }
 
     /// Waits until what was enqueued has run.

@@ -21,7 +21,7 @@ use std::time::Instant;
 
 use bcg_runtime::{Context, Decision, Description, Device, GraphCache, GraphCacheStats, Runner, Tensor};
 
-use crate::batch::{ForwardBatch, InputBuffers, Phase, SequenceInput};
+use crate::batch::{ForwardBatch, InputBuffers, Phase, SamplingBuffers, SequenceInput};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::ops;
@@ -199,13 +199,25 @@ impl ModelRunner {
         let (live, hidden) = self.run(batch)?;
         let is_greedy = batch.iter().all(|sequence| sequence.sampling.is_greedy());
         let sampling = if is_greedy { None } else { Some(self.inputs.fill_sampling(&mut self.runner, batch)?) };
-        let model = Arc::clone(&self.model);
-        let tokens = self.runner.tail(&live, |cx| {
-            let last = ops::gather_rows(cx, &hidden, &live.last_rows)?; // [B, C]
-            let logits = model.logits(cx, &last)?; // [B, V]
-            choose::choose(cx, &logits, sampling.as_ref(), batch)
-        })?;
+        let (logits, chosen) = self.choose_tokens(&live, &hidden, sampling.as_ref())?;
+        let tokens = self.runner.tail(&live, |cx| choose::read(cx, &logits, &chosen, batch))?;
         Ok(StepOutput { tokens })
+    }
+
+    /// Enqueues the end of a step: the logits of each sequence's last row, `[B, V]`, and its next token, `[B]`.
+    fn choose_tokens(
+        &mut self,
+        live: &ForwardBatch,
+        hidden: &Tensor,
+        sampling: Option<&SamplingBuffers>,
+    ) -> Result<(Tensor, Tensor)> {
+        let model = Arc::clone(&self.model);
+        Ok(self.runner.tail(live, |cx| {
+            let last = ops::gather_rows(cx, hidden, &live.last_rows)?; // [B, C]
+            let logits = model.logits(cx, &last)?;
+            let chosen = choose::choose(cx, &logits, sampling)?;
+            Ok((logits, chosen))
+        })?)
     }
 
     /// Runs one sequence and returns the logits of every new token, not only of the last one.

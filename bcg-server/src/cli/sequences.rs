@@ -7,7 +7,9 @@ use bcg_models::{ModelRunner, SamplingParams, SequenceInput};
 /// The sequences of a batch, with pages of their own.
 #[derive(Debug)]
 pub(super) struct Sequences {
+    /// Those of the longest sequence.
     tokens: Vec<u32>,
+    new_lens: Vec<usize>,
     past_len: usize,
     leases: Vec<PageLease>,
     sampling: SamplingParams,
@@ -18,26 +20,31 @@ impl Sequences {
     ///
     /// Pages are taken in turns, so that no sequence's pages lie side by side: as in a server that decodes for a while.
     pub(super) fn new(runner: &ModelRunner, count: usize, new_len: usize, past_len: usize) -> Result<Self> {
-        let vocab = runner.config().vocab_size as u64;
-        let tokens = (1..=new_len as u64).map(|i| (i.wrapping_mul(0x9E37_79B9_7F4A_7C15) % vocab) as u32).collect();
-        let mut leases = (0..count).map(|_| runner.pages().lease(0)).collect::<Result<Vec<_>, _>>()?;
-        for _ in 0..runner.pages().pages_for(past_len + new_len) {
+        Self::of_lens(runner, vec![new_len; count], past_len)
+    }
+
+    /// As [`Sequences::new`], with as many new tokens for each sequence as `new_lens` says.
+    pub(super) fn of_lens(runner: &ModelRunner, new_lens: Vec<usize>, past_len: usize) -> Result<Self> {
+        let (vocab, longest) = (runner.config().vocab_size as u64, new_lens.iter().copied().max().unwrap_or(0));
+        let tokens = (1..=longest as u64).map(|i| (i.wrapping_mul(0x9E37_79B9_7F4A_7C15) % vocab) as u32).collect();
+        let mut leases = new_lens.iter().map(|_| runner.pages().lease(0)).collect::<Result<Vec<_>, _>>()?;
+        for _ in 0..runner.pages().pages_for(past_len + longest) {
             leases.iter_mut().try_for_each(|lease| lease.grow(1))?;
         }
-        Ok(Self { tokens, past_len, leases, sampling: SamplingParams::greedy() })
+        Ok(Self { tokens, new_lens, past_len, leases, sampling: SamplingParams::greedy() })
     }
 
     /// Returns the new tokens of all sequences.
     pub(super) fn num_tokens(&self) -> usize {
-        self.tokens.len() * self.leases.len()
+        self.new_lens.iter().sum()
     }
 
     /// Returns what a step of them takes.
     pub(super) fn inputs(&self) -> Vec<SequenceInput<'_>> {
-        let leases = self.leases.iter();
+        let leases = self.leases.iter().zip(&self.new_lens);
         leases
-            .map(|lease| SequenceInput {
-                tokens: &self.tokens,
+            .map(|(lease, &new_len)| SequenceInput {
+                tokens: &self.tokens[..new_len],
                 past_len: self.past_len,
                 pages: lease.pages(),
                 sampling: &self.sampling,

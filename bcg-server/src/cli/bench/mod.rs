@@ -17,6 +17,7 @@ pub mod kernels;
 pub mod prefill;
 mod profile;
 mod random;
+pub mod replay;
 pub mod report;
 pub mod timing;
 
@@ -42,6 +43,8 @@ pub enum BenchCommand {
     Decode(decode::DecodeArgs),
     /// The captures of all sizes, and the memory they take
     Capture(capture::CaptureArgs),
+    /// The host's time for prefills, healed and as a chain, and that of lazy captures
+    Replay(replay::ReplayArgs),
 }
 
 /// Flags of every bench that repeats something.
@@ -92,6 +95,7 @@ fn measure(command: &BenchCommand) -> anyhow::Result<(Report, &Option<PathBuf>)>
         BenchCommand::Prefill(args) => (prefill::measure(args)?, &args.rounds.json),
         BenchCommand::Decode(args) => (decode::measure(args)?, &args.rounds.json),
         BenchCommand::Capture(args) => (capture::measure(args)?, &args.json),
+        BenchCommand::Replay(args) => (replay::measure(args)?, &args.rounds.json),
     })
 }
 
@@ -165,6 +169,19 @@ mod tests {
         let sum: f64 = sizes.iter().filter_map(|row| row["ms"].as_f64()).sum();
         let total_ms = total["seconds"].as_f64().expect("seconds") * 1e3;
         assert!((sum - total_ms).abs() < 1e-6 * total_ms, "{sum} ms of {total_ms} ms");
+    }
+
+    #[test]
+    fn replay_times_both_ways_and_lazy_captures() {
+        let report = bench(&["replay", "--sizes", "8,20", "--rounds", "5"]).expect("times");
+        let replays = rows(&report, "replay");
+        assert_eq!(replays.iter().map(|row| &row["tokens"]).collect::<Vec<_>>(), [8, 20]);
+        for row in replays {
+            positive(row, &["healed_us_p50", "chain_us_p50", "relaunch_us_p50", "step_us_p50", "relaunched_nodes"]);
+            assert_eq!(row["patched_nodes"], 0, "what breaks launch does not depend on the batch: {row}");
+        }
+        let captures = rows(&report, "lazy capture");
+        captures.into_iter().for_each(|row| positive(row, &["first_ms_p50", "again_ms_p50", "bytes"]));
     }
 
     #[test]

@@ -1,0 +1,189 @@
+//! `bcg bench replay`: the host's time for a prefill whose batch differs each time, healed and as a chain; and what the
+//! lazy capture of a size costs.
+
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+use bcg_models::{ForwardPath, ModelRunner, Phase, SequenceInput};
+use clap::Args;
+
+use super::report::{Environment, Report};
+use super::timing::{Rounds, Samples};
+use super::{RoundsArgs, sizes_at_least_one};
+use crate::args::{CaptureArg, EngineArgs};
+use crate::cli::sequences::Sequences;
+use crate::engine::load;
+
+/// Flags of `bcg bench replay`.
+#[derive(Debug, Args)]
+pub struct ReplayArgs {
+    /// Flags of the engine; graphs of the sizes are on whatever they say.
+    #[command(flatten)]
+    pub engine: EngineArgs,
+
+    /// New tokens of a batch, separated by commas
+    #[arg(long, value_name = "T,T,…", value_delimiter = ',', default_value = "16,128,256,1024,4096")]
+    pub sizes: Vec<usize>,
+
+    /// How often.
+    #[command(flatten)]
+    pub rounds: RoundsArgs,
+}
+
+const NOTE: &str = "\
+host time in µs, median (p10..p90), of one round each in turns; four batches take turns: one, two and three sequences of \
+different lengths, and one behind a prefix. healed_us, chain_us: upload of the step's inputs, planning of attention, and \
+the replay, until all is enqueued. upload_us: that upload and planning alone. relaunch_us: the same upload, then bare \
+driver calls that patch the node of every break and launch. healed_by_relaunch: without the upload, (healed - upload) / \
+(relaunch - upload). patched_nodes: by all replays together. step_us: a whole step with LM head, greedy choice and read-back, without the time that the host waits \
+for the device.";
+
+const LAZY_NOTE: &str = "\
+first_ms: a forward whose exact size is captured with its own data, until it has run; again_ms: its replay; beyond_ms: the \
+difference. bytes: device memory of its graph, executables of the chain and the merged one together.";
+
+/// Times replays.
+///
+/// # Errors
+/// What is wrong with the flags or the model, or that a forward failed.
+pub fn measure(args: &ReplayArgs) -> Result<Report> {
+    let largest = sizes_at_least_one("--sizes", &args.sizes)?;
+    ensure!(!args.sizes.iter().any(|&size| size < 8), "--sizes: a batch of three sequences needs at least 8 tokens");
+    let rounds = args.rounds.rounds()?;
+    let mut flags = args.engine.clone();
+    flags.enable_breakable_cuda_graph = true;
+    flags.capture = CaptureArg::Ahead;
+    flags.cuda_graph_sizes = Some(args.sizes.clone());
+    flags.cuda_graph_decode_sizes = Some(vec![1]);
+    flags.cuda_graph_max_tokens = None;
+    flags.chunked_prefill_size = flags.chunked_prefill_size.max(largest + LAZY.len());
+    flags.context_length = Some(flags.context_length.unwrap_or(0).max(largest + 2 * PREFIX));
+    flags.kv_cache_tokens = Some(flags.kv_cache_tokens.unwrap_or(0).max(8 * (largest + 2 * PREFIX)));
+    flags.mem_fraction_static = None; // the KV cache has the size that the bench needs
+    let model = load::folder_name(&flags.model);
+    let mut runner = load::load_runner(&flags.plan()?)?;
+    let mut report = Report::new(Environment::read(runner.device().name()));
+    report.note(NOTE);
+    report.note(LAZY_NOTE);
+    for &size in &args.sizes {
+        replay(&mut runner, &model, size, rounds, &mut report)?;
+    }
+    drop(runner);
+    flags.capture = CaptureArg::Lazy;
+    (flags.cuda_graph_sizes, flags.cuda_graph_decode_sizes) = (None, None);
+    flags.cuda_graph_max_tokens = Some(largest + LAZY.len());
+    let mut runner = load::load_runner(&flags.plan()?)?;
+    for &size in &args.sizes {
+        lazy(&mut runner, &model, size, &mut report)?;
+    }
+    Ok(report)
+}
+
+/// Tokens that the last batch's sequence has in the KV cache already.
+const PREFIX: usize = 40;
+
+fn batches(runner: &ModelRunner, size: usize) -> Result<[Sequences; 4]> {
+    let (half, third) = (size / 2 + 1, size / 3);
+    Ok([
+        Sequences::of_lens(runner, vec![size], 0)?,
+        Sequences::of_lens(runner, vec![half, size - half], 0)?,
+        Sequences::of_lens(runner, vec![third, size - third - 2, 2], 0)?,
+        Sequences::of_lens(runner, vec![size], PREFIX)?,
+    ])
+}
+
+fn replay(runner: &mut ModelRunner, model: &str, size: usize, rounds: Rounds, report: &mut Report) -> Result<()> {
+    let sequences = batches(runner, size)?;
+    let batches = sequences.each_ref().map(Sequences::inputs);
+    let (mut turn, mut nodes) = (0, 0);
+    let times = rounds.run(|| {
+        // Five turns a round, four batches: each contestant meets each batch.
+        let mut next = || {
+            turn += 1;
+            &batches[turn % batches.len()]
+        };
+        let healed = host_us(runner, next(), |runner, batch| Ok(runner.forward_only(batch, ForwardPath::Graph)?))?;
+        let relaunch = host_us(runner, next(), |runner, batch| {
+            nodes = runner.relaunch_only(batch)?;
+            Ok(())
+        })?;
+        let chain = host_us(runner, next(), |runner, batch| Ok(runner.forward_only(batch, ForwardPath::Chain)?))?;
+        let upload = host_us(runner, next(), |runner, batch| Ok(runner.upload_only(batch).map(drop)?))?;
+        let step = runner.step_host_time(next())?.as_secs_f64() * 1e6;
+        Ok([healed, relaunch, chain, upload, step])
+    })?;
+    let column = |index: usize| times.iter().map(|round| round[index]).collect::<Vec<f64>>();
+    let by_relaunch = |round: &[f64; 5]| (round[0] - round[3], round[1] - round[3]);
+    let pairs = |f: &dyn Fn(&[f64; 5]) -> (f64, f64)| Samples::ratios(&times.iter().map(f).collect::<Vec<_>>());
+    let breaks = runner.describe(Phase::Prefill, size).unwrap_or_default().breaks;
+    let patched: u64 = breaks.iter().map(|one| one.num_patched).sum();
+    report.row(
+        "replay",
+        vec![
+            ("model", model.into()),
+            ("tokens", size.into()),
+            ("breaks", breaks.len().into()),
+            ("healed_us", Samples::new(column(0)).into()),
+            ("upload_us", Samples::new(column(3)).into()),
+            ("relaunch_us", Samples::new(column(1)).into()),
+            ("relaunched_nodes", nodes.into()),
+            ("healed_by_relaunch", pairs(&by_relaunch).into()),
+            ("chain_us", Samples::new(column(2)).into()),
+            ("chain_by_healed", pairs(&|round| (round[2], round[0])).into()),
+            ("step_us", Samples::new(column(4)).into()),
+            ("patched_nodes", (patched as usize).into()),
+        ],
+    );
+    Ok(())
+}
+
+/// Returns the microseconds until `run` returned; waits for the device before and after.
+fn host_us(
+    runner: &mut ModelRunner,
+    batch: &[SequenceInput<'_>],
+    run: impl FnOnce(&mut ModelRunner, &[SequenceInput<'_>]) -> Result<()>,
+) -> Result<f64> {
+    let begun = Instant::now();
+    run(runner, batch)?;
+    let us = begun.elapsed().as_secs_f64() * 1e6;
+    runner.synchronize()?;
+    Ok(us)
+}
+
+/// How much larger than the timed sizes those are that are captured lazily, one after the other.
+const LAZY: [usize; 5] = [1, 2, 3, 4, 5];
+
+fn lazy(runner: &mut ModelRunner, model: &str, size: usize, report: &mut Report) -> Result<()> {
+    let (mut first, mut again) = (Vec::new(), Vec::new());
+    let bytes_before = runner.graph_bytes();
+    for more in LAZY {
+        let sequences = Sequences::new(runner, 1, size + more, 0)?;
+        let batch = sequences.inputs();
+        runner.forward_only(&batch, ForwardPath::Eager)?; // another number of rows has other products to plan
+        runner.synchronize()?;
+        let mut timed = |times: &mut Vec<f64>| -> Result<()> {
+            let begun = Instant::now();
+            runner.forward_only(&batch, ForwardPath::Graph)?;
+            runner.synchronize()?;
+            times.push(begun.elapsed().as_secs_f64() * 1e3);
+            Ok(())
+        };
+        timed(&mut first)?;
+        timed(&mut again)?;
+    }
+    let captures = LAZY.len();
+    ensure!(runner.stats().num_capture_failures == 0, "a size failed to capture; see the log");
+    let beyond = Samples::new(first.iter().zip(&again).map(|(first, again)| first - again).collect());
+    report.row(
+        "lazy capture",
+        vec![
+            ("model", model.into()),
+            ("tokens", (size + LAZY[0]).into()),
+            ("first_ms", Samples::new(first).into()),
+            ("again_ms", Samples::new(again).into()),
+            ("beyond_ms", beyond.into()),
+            ("bytes", (runner.graph_bytes().saturating_sub(bytes_before) / captures).into()),
+        ],
+    );
+    Ok(())
+}
