@@ -9,7 +9,7 @@ use std::sync::Arc;
 use bcg_runtime::{CacheOptions, Device, GraphCache};
 
 use super::options::{GraphMode, RunnerOptions, SHARE_EXECUTABLES_FROM};
-use super::{ModelRunner, Progress, Stage};
+use super::{DUMMY_SEQUENCE_TOKENS, ModelRunner, Progress, Stage};
 use crate::batch::Phase;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
@@ -74,16 +74,30 @@ impl ModelRunner {
         Ok(total)
     }
 
-    /// Captures the graph of a size, drops it, and returns what it took, in bytes.
+    /// Captures the graph of a size, drops it, and returns what it took, in bytes, with what a padded replay adds.
     fn measure_graph(&mut self, phase: Phase, size: usize) -> Result<usize> {
         let unbounded =
             CacheOptions { graphs_max: usize::MAX, bytes_max: usize::MAX, ..self.options.graph_cache(phase)? };
         let cache = GraphCache::new(phase.name(), unbounded);
         let kept = std::mem::replace(self.graphs_and_runner(phase).0, cache);
-        let captured = self.capture_size(phase, size);
+        let captured = self.capture_size(phase, size).and_then(|()| self.replay_padded(phase, size));
         let measured = std::mem::replace(self.graphs_and_runner(phase).0, kept);
         captured.map_err(|error| self.options.without_room(error))?;
         Ok(measured.graph_bytes())
+    }
+
+    /// Replays a graph with a padded row, if the ladder has such batches: its breaks then scrub their outputs, which makes
+    /// other executables than those of the capture.
+    fn replay_padded(&mut self, phase: Phase, size: usize) -> Result<()> {
+        let ladder = self.graphs(phase).ladder();
+        if phase == Phase::Decode || size < 2 || ladder.and_then(|ladder| ladder.size_for(size - 1)) != Some(size) {
+            return Ok(());
+        }
+        self.with_dummy(size - 1, DUMMY_SEQUENCE_TOKENS, |runner, dummy| {
+            let live = runner.inputs.fill(&mut runner.runner, dummy, phase, size, false)?;
+            let (graphs, runner) = runner.graphs_and_runner(phase);
+            graphs.replay(size, runner, &live).map(drop)
+        })
     }
 }
 

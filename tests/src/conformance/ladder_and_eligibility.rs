@@ -3,11 +3,13 @@
 use std::cell::Cell;
 
 use bcg_runtime::{
-    BreakableCudaGraph, CacheOptions, Context, Decision, Device, DeviceKind, EagerReason, Error, GraphCache,
-    GraphOptions, Ladder, Result, Runner, Tensor,
+    BreakableCudaGraph, CacheOptions, Context, Decision, Device, DeviceKind, Eager, EagerReason, Error, GraphCache,
+    GraphOptions, Ladder, ReplayMode, Result, Runner, Tensor, eager_on_graph,
 };
 
-use super::fixture::{Batch, Graph, assert_usable, batch, batches, bits, failure, iota, padded, runner, scaled, step};
+use super::fixture::{
+    Batch, Graph, assert_usable, batch, batches, bits, failure, iota, options, padded, runner, scaled, step,
+};
 use super::kernels::axpy;
 
 /// Above 16 rows, a ladder of relative steps pads by at most an eighth.
@@ -210,6 +212,49 @@ pub fn graphs_keep_to_their_budget_of_bytes(device: &Device) {
     }
     if device.kind() == DeviceKind::Host {
         assert_eq!(cache.captured_sizes(), [4, 7, 10, 11], "half of eight graphs of one size");
+    }
+}
+
+#[eager_on_graph]
+fn scaled_in_steps(cx: &mut Eager<'_, Batch>, x: &Tensor) -> Result<Tensor> {
+    let steps = cx.live().scale as usize;
+    (0..steps).try_fold(x.clone(), |y, _| axpy(cx, 1.0, &y, x))
+}
+
+/// What a replay adds to its graph, because its breaks did other work, counts against the budget too.
+pub fn executables_made_at_a_replay_count_against_the_budget(device: &Device) {
+    let mut runner = runner(device);
+    let inputs = [4, 5].map(|size| iota(device, &[size, 4], size as f32));
+    let forward = |size: usize| {
+        let x = inputs[size - 4].clone();
+        move |cx: &mut Context<'_, Batch>| {
+            let y = step(cx, &x)?;
+            let z = scaled_in_steps(cx, &y)?;
+            step(cx, &z)
+        }
+    };
+    let mut bytes_max = usize::MAX;
+    for is_bounded in [false, true] {
+        let mut cache = cache(&[4, 5], CacheOptions { bytes_max, ..lazy() });
+        for size in [4, 5] {
+            cache.capture(size, &mut runner, &padded(1.0, size, size), forward(size)).expect("a capture");
+        }
+        let captured_bytes = cache.graph_bytes();
+        for steps in [2.0, 3.0, 2.0, 5.0] {
+            let live = padded(steps, 5, 5);
+            let replayed = cache.replay(5, &mut runner, &live).expect("a replay");
+            let replayed = bits(&mut runner, &replayed);
+            let eager = runner.eager(&live, forward(5)).expect("an eager run");
+            assert_eq!(replayed, bits(&mut runner, &eager), "{steps} steps");
+            assert!(cache.graph_bytes() <= bytes_max, "{} of {bytes_max} bytes", cache.graph_bytes());
+        }
+        if is_bounded {
+            let is_exact = device.kind() == DeviceKind::Host;
+            assert!(!is_exact || cache.captured_sizes() == [5], "the other one had to go");
+        } else if device.kind() == DeviceKind::Host && options().replay == ReplayMode::Healed {
+            assert!(cache.graph_bytes() > captured_bytes, "{captured_bytes} bytes became {}", cache.graph_bytes());
+        }
+        bytes_max = cache.graph_bytes().saturating_sub(1);
     }
 }
 

@@ -163,6 +163,7 @@ macro_rules! conformance_rules {
                 a_lazy_cache_of_exact_sizes_pads_nothing,
                 the_least_recently_used_graph_goes_first,
                 graphs_keep_to_their_budget_of_bytes,
+                executables_made_at_a_replay_count_against_the_budget,
                 a_graph_may_be_evicted_while_it_runs,
                 all_sizes_have_the_same_number_of_breaks,
                 every_nth_replay_is_verified,
