@@ -160,7 +160,8 @@ impl Runner {
         self.stream.main().synchronize()
     }
 
-    /// Gives the arena's physical memory back (sleep). Addresses and graphs stay.
+    /// Gives the arena's physical memory back (sleep). Addresses and graphs stay; tensors of the forward that ran last
+    /// become stale, and until [`restore_memory`](Self::restore_memory) no forward begins.
     ///
     /// # Errors
     /// The first error of the work waited for.

@@ -140,29 +140,15 @@ impl Arena {
     /// Begins a forward: every block of earlier ones is stale, and all but the first `extent` bytes are free.
     pub(crate) fn begin_forward(&self, extent: usize) -> Result<()> {
         let mut state = self.0.lock();
-        if state.released.is_some() {
-            let message = "the arena's memory is released; call Runner::restore_memory first".to_owned();
-            return Err(Error::Option { option: "Runner::release_memory", message });
-        }
-        self.0.forward.fetch_add(1, Ordering::Relaxed);
-        state.blocks.clear();
-        state.unused_slots.clear();
-        state.kept_back.clear();
-        state.recorded_kept_back.clear();
-        state.keep_back = false;
-        state.may_grow = true;
-        state.serving = Serving::Free;
-        state.log = None;
-        state.extent = extent;
-        state.in_use = extent;
-        let mapped = state.reservation.mapped_bytes();
-        state.free.reset(extent, mapped);
+        state.check_there()?;
+        self.0.begin_forward(&mut state, extent);
         Ok(())
     }
 
     pub(crate) fn alloc(&self, shape: Shape, dtype: DType) -> Result<Tensor> {
         let bytes = (shape.num_elements() * dtype.size_bytes()).max(1).next_multiple_of(ALIGNMENT);
         let mut state = self.0.lock();
+        state.check_there()?; // a tail may come after a release
         let (offset, recorded) = match state.serve_recorded(bytes) {
             Some(offset) => (offset, true),
             None => (state.take_free(bytes)?, false),
@@ -269,17 +255,17 @@ impl Arena {
         self.0.base
     }
 
-    /// Gives the physical memory back. The addresses, and so all graphs, stay.
+    /// Gives the physical memory back, which makes every block stale. The addresses, and so all graphs, stay.
     pub(crate) fn release(&self) {
         let mut state = self.0.lock();
         if state.released.is_none() {
             state.released = Some(state.reservation.mapped_bytes());
-            self.0.forward.fetch_add(1, Ordering::Relaxed);
             state.reservation.unmap_all();
+            self.0.begin_forward(&mut state, 0);
         }
     }
 
-    /// Puts memory behind the addresses again.
+    /// Puts memory behind the addresses again. Nothing changes if there is too little.
     pub(crate) fn restore(&self) -> Result<()> {
         let mut state = self.0.lock();
         if let Some(bytes) = state.released {
@@ -287,6 +273,7 @@ impl Arena {
                 state.reservation.grow(bytes)?;
             }
             state.released = None;
+            self.0.begin_forward(&mut state, 0);
         }
         Ok(())
     }
@@ -301,9 +288,33 @@ impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn begin_forward(&self, state: &mut State, extent: usize) {
+        self.forward.fetch_add(1, Ordering::Relaxed);
+        state.blocks.clear();
+        state.unused_slots.clear();
+        state.kept_back.clear();
+        state.recorded_kept_back.clear();
+        state.keep_back = false;
+        state.may_grow = true;
+        state.serving = Serving::Free;
+        state.log = None;
+        state.extent = extent;
+        state.in_use = extent;
+        let mapped = state.reservation.mapped_bytes();
+        state.free.reset(extent, mapped);
+    }
 }
 
 impl State {
+    fn check_there(&self) -> Result<()> {
+        if self.released.is_none() {
+            return Ok(());
+        }
+        let message = "the arena's memory is released; call Runner::restore_memory first".to_owned();
+        Err(Error::Option { option: "Runner::release_memory", message })
+    }
+
     /// Serves the next recorded address, if it fits and nothing that this break still uses lies there: a break that
     /// allocates otherwise than at capture may come to an address earlier than its capture did.
     fn serve_recorded(&mut self, bytes: usize) -> Option<usize> {
@@ -529,6 +540,25 @@ mod tests {
         arena.end_recorded();
         assert_eq!((first.ptr, third.ptr), (places[0].ptr, places[2].ptr));
         assert!(too_big.ptr >= arena.base().offset_bytes(extent));
+    }
+
+    #[test]
+    fn a_released_arena_gives_out_nothing_until_it_is_restored() {
+        let arena = arena(1 << 20);
+        let old = arena.alloc(shape(100), DType::U8).unwrap();
+        let mapped = arena.stats().mapped_bytes;
+        arena.release();
+        assert!(matches!(arena.alloc(shape(1), DType::U8), Err(Error::Option { .. })));
+        assert!(matches!(arena.begin_forward(0), Err(Error::Option { .. })));
+        arena.0.device.host_control().unwrap().fail_calls_named("cuMemMap", 1);
+        assert!(matches!(arena.restore(), Err(Error::OutOfMemory { .. })));
+        assert!(matches!(arena.begin_forward(0), Err(Error::Option { .. })), "it is released as before");
+        arena.restore().unwrap();
+        assert_eq!(
+            arena.stats(),
+            ArenaStats { mapped_bytes: mapped, in_use_bytes: 0, extent_bytes: 0, ..arena.stats() }
+        );
+        assert_eq!(arena.alloc(shape(100), DType::U8).unwrap().ptr, old.ptr);
     }
 
     #[test]

@@ -3,7 +3,8 @@
 use std::sync::{Arc, Mutex};
 
 use bcg_runtime::{
-    BreakableCudaGraph, Context, DType, Device, Eager, Error, Result, Runner, RunnerOptions, Tensor, eager_on_graph,
+    BreakableCudaGraph, CacheOptions, Context, DType, Device, Eager, Error, GraphCache, Ladder, LiveObjects, Result,
+    Runner, RunnerOptions, Tensor, eager_on_graph,
 };
 
 use super::fixture::{
@@ -356,6 +357,56 @@ pub fn released_memory_comes_back_with_graphs_intact(device: &Device) {
         assert_eq!((device.live_objects(), runner.arena_stats().mapped_bytes), (objects, mapped));
         replays_like_eager(&mut runner, &mut graph, &batches(), forward_of(&x));
     }
+}
+
+/// A release ends the forward that ran last: its tensors are stale, then and after the memory came back, and its tail
+/// gets no memory in between.
+pub fn a_release_ends_the_forward_that_ran_last(device: &Device) {
+    let mut runner = runner(device);
+    let x = iota(device, &[64], 1.0);
+    let output = runner.eager(&batch(1.0), |cx| step(cx, &x)).expect("an eager run");
+    runner.release_memory().expect("a release");
+    for is_released in [true, false] {
+        assert!(matches!(runner.read::<f32>(&output), Err(Error::Stale { .. })));
+        let error = failure(runner.tail(&batch(2.0), |cx| scaled(cx, &output)));
+        assert!(matches!(error.root(), Error::Stale { .. } | Error::Option { .. }), "{error}");
+        let tail = runner.tail(&batch(2.0), |cx| scaled(cx, &x));
+        if is_released {
+            assert!(matches!(failure(tail).root(), Error::Option { option: "Runner::release_memory", .. }));
+            runner.restore_memory().expect("a restoration");
+        } else {
+            let tail = tail.expect("a tail that needs nothing of the forward");
+            assert_eq!(runner.read::<f32>(&tail).expect("a read")[1], 6.0);
+        }
+    }
+    runner.restore_memory().expect("nothing to restore");
+    assert_usable(&mut runner);
+}
+
+/// Memory is released and comes back while a cache holds graphs of several sizes, one of them captured in between.
+pub fn memory_is_released_while_a_cache_holds_graphs(device: &Device) {
+    let mut runner = runner(device);
+    let options = CacheOptions { ladder: Some(Ladder::exact(32).expect("a ladder")), lazy: true, ..Default::default() };
+    let mut cache = GraphCache::new("cache", options);
+    let objects = |device: &Device| LiveObjects { allocations: 0, allocated_bytes: 0, ..device.live_objects() };
+    for size in [20, 7, 32] {
+        let x = iota(device, &[size, 16], size as f32);
+        let captured = cache.capture(size, &mut runner, &batch(1.0), forward_of(&x)).expect("a capture");
+        drop(captured);
+        let (held, bytes) = (objects(device), cache.graph_bytes());
+        runner.release_memory().expect("a release");
+        assert!(failure(cache.replay(size, &mut runner, &batch(1.0))).to_string().contains("Runner::restore_memory"));
+        assert_eq!((objects(device), cache.graph_bytes()), (held, bytes), "graphs stay");
+        runner.restore_memory().expect("a restoration");
+        for size in cache.captured_sizes() {
+            let replayed = cache.replay(size, &mut runner, &batch(3.0)).expect("a replay");
+            let replayed = bits(&mut runner, &replayed);
+            let x = iota(device, &[size, 16], size as f32);
+            let eager = runner.eager(&batch(3.0), forward_of(&x)).expect("an eager run");
+            assert_eq!(replayed, bits(&mut runner, &eager), "{size} rows");
+        }
+    }
+    assert_eq!(cache.captured_sizes(), [7, 20, 32]);
 }
 
 /// A runner and its graphs leave nothing behind.

@@ -97,6 +97,8 @@ macro_rules! conformance_rules {
                 two_arenas_are_independent,
                 a_thousand_replays_grow_nothing,
                 released_memory_comes_back_with_graphs_intact,
+                a_release_ends_the_forward_that_ran_last,
+                memory_is_released_while_a_cache_holds_graphs,
                 dropping_everything_returns_everything,
             }
             padding {
