@@ -8,6 +8,7 @@ pub mod geometry;
 pub mod golden;
 pub mod ops;
 pub mod random;
+pub mod soak;
 
 use bcg_runtime::Device;
 

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use bcg_runtime::{Device, ReplayMode};
 use bcg_tests::conformance::fixture::with_replay;
 use bcg_tests::geometry::Session;
-use bcg_tests::{conformance, geometry, golden, ops, random};
+use bcg_tests::{conformance, geometry, golden, ops, random, soak};
 
 struct Options {
     filter: String,
@@ -92,7 +92,7 @@ fn run_all(device: &Device, options: &Options) -> ExitCode {
             }
         }
     }
-    for (group, rules) in [("ops", ops::RULES), ("golden", golden::RULES)] {
+    for (group, rules) in [("ops", ops::RULES), ("golden", golden::RULES), ("soak", soak::RULES)] {
         for (name, rule) in rules {
             let name = if name.contains("::") { (*name).to_owned() } else { format!("{group}::{name}") };
             if name.contains(&options.filter) {

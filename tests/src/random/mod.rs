@@ -7,7 +7,7 @@
 mod interpret;
 mod kernels;
 mod program;
-mod rng;
+pub(crate) mod rng;
 mod run;
 
 use std::sync::Arc;
