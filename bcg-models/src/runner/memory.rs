@@ -44,6 +44,7 @@ impl ModelRunner {
         progress(Progress { stage: Stage::KvCache, done: 0, total: 1 });
         let measured =
             Measured { graph_bytes: self.measure_graphs()?, arena_bytes: self.runner.arena_stats().mapped_bytes };
+        self.runner.synchronize()?; // graphs that still ran are gone then
         let device = self.device().clone();
         self.options.fit_kv_cache(&self.config, device.memory_info()?, measured)?;
         let num_pages = self.options.num_pages();

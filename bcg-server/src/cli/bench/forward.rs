@@ -82,7 +82,10 @@ fn time(runner: &mut ModelRunner, sequences: &Sequences, rounds: Rounds) -> Resu
 }
 
 /// Returns the milliseconds until `run` returned, and until its work was done.
-fn time_once(runner: &mut ModelRunner, run: impl FnOnce(&mut ModelRunner) -> Result<()>) -> Result<(f64, f64)> {
+pub(super) fn time_once(
+    runner: &mut ModelRunner,
+    run: impl FnOnce(&mut ModelRunner) -> Result<()>,
+) -> Result<(f64, f64)> {
     let begun = Instant::now();
     run(runner)?;
     let host = begun.elapsed();

@@ -14,6 +14,7 @@ pub mod capture;
 pub mod decode;
 mod forward;
 pub mod kernels;
+pub mod lazy;
 pub mod prefill;
 mod profile;
 mod random;
@@ -43,6 +44,8 @@ pub enum BenchCommand {
     Decode(decode::DecodeArgs),
     /// The captures of all sizes, and the memory they take
     Capture(capture::CaptureArgs),
+    /// The captures of new sizes while their first batches are served
+    Lazy(lazy::LazyArgs),
     /// The host's time for prefills, healed and as a chain, and that of lazy captures
     Replay(replay::ReplayArgs),
 }
@@ -95,6 +98,7 @@ fn measure(command: &BenchCommand) -> anyhow::Result<(Report, &Option<PathBuf>)>
         BenchCommand::Prefill(args) => (prefill::measure(args)?, &args.rounds.json),
         BenchCommand::Decode(args) => (decode::measure(args)?, &args.rounds.json),
         BenchCommand::Capture(args) => (capture::measure(args)?, &args.json),
+        BenchCommand::Lazy(args) => (lazy::measure(args)?, &args.json),
         BenchCommand::Replay(args) => (replay::measure(args)?, &args.rounds.json),
     })
 }
@@ -172,6 +176,16 @@ mod tests {
     }
 
     #[test]
+    fn lazy_times_the_captures_of_new_sizes() {
+        let report = bench(&["lazy", "--sizes", "5,20", "--rounds", "5"]).expect("captures");
+        let rounds: Vec<_> = rows(&report, "lazy").iter().map(|row| &row["rounds"]).collect();
+        assert_eq!(rounds, [4, 5], "sizes 5..2 and 20..16");
+        rows(&report, "lazy")
+            .into_iter()
+            .for_each(|row| positive(row, &["capture_ms_p50", "eager_ms_p50", "graph_ms_p50"]));
+        assert_eq!(rows(&report, "graphs")[0]["captures"], 9);
+        let error = bench(&["lazy", "--sizes", "20,19"]).expect_err("19 is captured by then").to_string();
+        assert!(error.contains("further apart"), "{error}");
     fn replay_times_both_ways_and_lazy_captures() {
         let report = bench(&["replay", "--sizes", "8,20", "--rounds", "5"]).expect("times");
         let replays = rows(&report, "replay");
