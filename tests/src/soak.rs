@@ -184,12 +184,12 @@ pub fn mixed_steps_are_right_and_grow_nothing(device: &Device) {
         }
     }
     let (begin, end) = (at_tenth.expect("a tenth"), Held::measure(device, &mut lanes));
-    let num_replays: u64 = lanes.iter().map(|lane| lane.cache.stats().num_replays).sum();
-    assert!(num_replays > NUM_STEPS as u64 / 2, "{num_replays} replays");
+    let stats = lanes[1..].iter().fold(lanes[0].cache.stats().clone(), |sum, lane| sum.merged(lane.cache.stats()));
+    assert!(stats.num_replays > NUM_STEPS as u64 / 2 && stats.num_verified > 0, "{stats:?}");
     println!("after {NUM_STEPS} steps: {end:?}; after the first tenth: {begin:?}");
     for lane in &lanes {
         let stats = lane.cache.stats();
-        assert!(stats.num_evictions > 0 && stats.num_verified > 0 && stats.num_capture_failures == 0, "{stats:?}");
+        assert!(stats.num_evictions > 0 && stats.num_capture_failures == 0, "{stats:?}");
     }
     assert_eq!(end.objects, begin.objects, "objects of the device");
     assert!(end.device_bytes <= begin.device_bytes + device_tolerance, "device memory grew: {begin:?}, {end:?}");
