@@ -46,7 +46,7 @@ pub enum BenchCommand {
     Capture(capture::CaptureArgs),
     /// The captures of new sizes while their first batches are served
     Lazy(lazy::LazyArgs),
-    /// The host's time for prefills, healed and as a chain, and that of lazy captures
+    /// The host's time for prefills, healed and as a chain
     Replay(replay::ReplayArgs),
 }
 
@@ -186,7 +186,10 @@ mod tests {
         assert_eq!(rows(&report, "graphs")[0]["captures"], 9);
         let error = bench(&["lazy", "--sizes", "20,19"]).expect_err("19 is captured by then").to_string();
         assert!(error.contains("further apart"), "{error}");
-    fn replay_times_both_ways_and_lazy_captures() {
+    }
+
+    #[test]
+    fn replay_times_both_ways() {
         let report = bench(&["replay", "--sizes", "8,20", "--rounds", "5"]).expect("times");
         let replays = rows(&report, "replay");
         assert_eq!(replays.iter().map(|row| &row["tokens"]).collect::<Vec<_>>(), [8, 20]);
@@ -194,8 +197,6 @@ mod tests {
             positive(row, &["healed_us_p50", "chain_us_p50", "relaunch_us_p50", "step_us_p50", "relaunched_nodes"]);
             assert_eq!(row["patched_nodes"], 0, "what breaks launch does not depend on the batch: {row}");
         }
-        let captures = rows(&report, "lazy capture");
-        captures.into_iter().for_each(|row| positive(row, &["first_ms_p50", "again_ms_p50", "bytes"]));
     }
 
     #[test]

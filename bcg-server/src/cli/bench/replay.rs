@@ -1,5 +1,4 @@
-//! `bcg bench replay`: the host's time for a prefill whose batch differs each time, healed and as a chain; and what the
-//! lazy capture of a size costs.
+//! `bcg bench replay`: the host's time for a prefill whose batch differs each time, healed and as a chain.
 
 use std::time::Instant;
 
@@ -38,10 +37,6 @@ driver calls that patch the node of every break and launch. healed_by_relaunch: 
 (relaunch - upload). patched_nodes: by all replays together. step_us: a whole step with LM head, greedy choice and read-back, without the time that the host waits \
 for the device.";
 
-const LAZY_NOTE: &str = "\
-first_ms: a forward whose exact size is captured with its own data, until it has run; again_ms: its replay; beyond_ms: the \
-difference. bytes: device memory of its graph, executables of the chain and the merged one together.";
-
 /// Times replays.
 ///
 /// # Errors
@@ -56,7 +51,7 @@ pub fn measure(args: &ReplayArgs) -> Result<Report> {
     flags.cuda_graph_sizes = Some(args.sizes.clone());
     flags.cuda_graph_decode_sizes = Some(vec![1]);
     flags.cuda_graph_max_tokens = None;
-    flags.chunked_prefill_size = flags.chunked_prefill_size.max(largest + LAZY.len());
+    flags.chunked_prefill_size = flags.chunked_prefill_size.max(largest);
     flags.context_length = Some(flags.context_length.unwrap_or(0).max(largest + 2 * PREFIX));
     flags.kv_cache_tokens = Some(flags.kv_cache_tokens.unwrap_or(0).max(8 * (largest + 2 * PREFIX)));
     flags.mem_fraction_static = None; // the KV cache has the size that the bench needs
@@ -64,17 +59,8 @@ pub fn measure(args: &ReplayArgs) -> Result<Report> {
     let mut runner = load::load_runner(&flags.plan()?)?;
     let mut report = Report::new(Environment::read(runner.device().name()));
     report.note(NOTE);
-    report.note(LAZY_NOTE);
     for &size in &args.sizes {
         replay(&mut runner, &model, size, rounds, &mut report)?;
-    }
-    drop(runner);
-    flags.capture = CaptureArg::Lazy;
-    (flags.cuda_graph_sizes, flags.cuda_graph_decode_sizes) = (None, None);
-    flags.cuda_graph_max_tokens = Some(largest + LAZY.len());
-    let mut runner = load::load_runner(&flags.plan()?)?;
-    for &size in &args.sizes {
-        lazy(&mut runner, &model, size, &mut report)?;
     }
     Ok(report)
 }
@@ -148,42 +134,4 @@ fn host_us(
     let us = begun.elapsed().as_secs_f64() * 1e6;
     runner.synchronize()?;
     Ok(us)
-}
-
-/// How much larger than the timed sizes those are that are captured lazily, one after the other.
-const LAZY: [usize; 5] = [1, 2, 3, 4, 5];
-
-fn lazy(runner: &mut ModelRunner, model: &str, size: usize, report: &mut Report) -> Result<()> {
-    let (mut first, mut again) = (Vec::new(), Vec::new());
-    let bytes_before = runner.graph_bytes();
-    for more in LAZY {
-        let sequences = Sequences::new(runner, 1, size + more, 0)?;
-        let batch = sequences.inputs();
-        runner.forward_only(&batch, ForwardPath::Eager)?; // another number of rows has other products to plan
-        runner.synchronize()?;
-        let mut timed = |times: &mut Vec<f64>| -> Result<()> {
-            let begun = Instant::now();
-            runner.forward_only(&batch, ForwardPath::Graph)?;
-            runner.synchronize()?;
-            times.push(begun.elapsed().as_secs_f64() * 1e3);
-            Ok(())
-        };
-        timed(&mut first)?;
-        timed(&mut again)?;
-    }
-    let captures = LAZY.len();
-    ensure!(runner.stats().num_capture_failures == 0, "a size failed to capture; see the log");
-    let beyond = Samples::new(first.iter().zip(&again).map(|(first, again)| first - again).collect());
-    report.row(
-        "lazy capture",
-        vec![
-            ("model", model.into()),
-            ("tokens", (size + LAZY[0]).into()),
-            ("first_ms", Samples::new(first).into()),
-            ("again_ms", Samples::new(again).into()),
-            ("beyond_ms", beyond.into()),
-            ("bytes", (runner.graph_bytes().saturating_sub(bytes_before) / captures).into()),
-        ],
-    );
-    Ok(())
 }
