@@ -31,8 +31,6 @@ pub struct CacheOptions {
     pub bytes_max: usize,
     /// Verify every Nth replay against an eager run.
     pub verify_every: Option<u32>,
-    /// Graphs of at least this size share executables among equal segments; see [`GraphOptions::shares_executables`].
-    pub share_from: usize,
     /// The options of each graph.
     pub graph: GraphOptions,
 }
@@ -45,7 +43,6 @@ impl Default for CacheOptions {
             graphs_max: 128,
             bytes_max: usize::MAX,
             verify_every: None,
-            share_from: usize::MAX,
             graph: GraphOptions::default(),
         }
     }
@@ -290,7 +287,6 @@ impl<L: LiveBatch, O: Freeze> GraphCache<L, O> {
     fn new_graph(&self, size: usize) -> BreakableCudaGraph<L, O> {
         let mut options = self.options.graph;
         options.expected_breaks = options.expected_breaks.or_else(|| self.num_breaks());
-        options.shares_executables |= size >= self.options.share_from;
         BreakableCudaGraph::with_options(format!("{} of {size} rows", self.name), options)
     }
 

@@ -40,7 +40,8 @@ pub struct GraphOptions {
     pub expected_breaks: Option<usize>,
     /// Segments with the same kernels in the same order, such as those of a model's layers, share one executable, which
     /// is updated before each launch. On an H200 that saves about 0.1 MiB of device memory a segment and costs 0.7 to 5 µs of
-    /// host time a launch (docs/BENCHMARKS.md): for sizes whose kernels take much longer than that.
+    /// host time a launch (docs/BENCHMARKS.md). It is for graphs whose breaks heal: their segments are launched one by
+    /// one only where a replay falls back to the chain.
     pub shares_executables: bool,
 }
 
@@ -357,15 +358,27 @@ fn prepare<L>(stream: &CaptureStream, steps: &mut [Step<L>], spans: Vec<Span>) -
     let is_healed = stream.replay_mode() == ReplayMode::Healed;
     let healer = Healer::new(stream.main(), steps.len(), if is_healed { &spans } else { &[] })?;
     drop(spans);
-    for step in steps {
-        let Step::Segment(segment) = step else { continue };
-        if !healer.covers(segment.index) {
+    for step in &*steps {
+        if let Step::Segment(segment) = step
+            && !healer.covers(segment.index)
+        {
             segment.prepare().map_err(|error| error.in_segment(segment.index))?;
-        } else if let Some(segment) = Arc::get_mut(segment) {
-            segment.forget_executable(); // made again should the chain be needed
         }
     }
+    forget_covered(steps, &healer);
     Ok(healer)
+}
+
+/// Gives up the executables of segments whose work a merged one does; they are made again should the chain be needed.
+fn forget_covered<L>(steps: &mut [Step<L>], healer: &Healer) {
+    for step in steps {
+        if let Step::Segment(segment) = step
+            && healer.covers(segment.index)
+            && let Some(segment) = Arc::get_mut(segment)
+        {
+            segment.forget_executable();
+        }
+    }
 }
 
 fn check_census<L>(steps: &[Step<L>], expected: Option<usize>) -> Result<()> {
@@ -392,6 +405,10 @@ impl<L: LiveBatch, O: Freeze> Recording<L, O> {
             Step::Segment(_) => None,
         });
         breaks.clone().count() == 0 || breaks.any(|is_healable| is_healable)
+    }
+
+    pub(crate) fn forget_covered(&mut self) {
+        forget_covered(&mut self.steps, &self.healer);
     }
 
     fn num_exec_nodes(&self) -> usize {

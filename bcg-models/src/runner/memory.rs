@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use bcg_runtime::{CacheOptions, Device, GraphCache};
 
-use super::options::{GraphMode, RunnerOptions, SHARE_EXECUTABLES_FROM};
+use super::options::{GraphMode, RunnerOptions};
 use super::{DUMMY_SEQUENCE_TOKENS, ModelRunner, Progress, Stage};
 use crate::batch::Phase;
 use crate::config::ModelConfig;
@@ -60,13 +60,8 @@ impl ModelRunner {
         let mut total = 0;
         for phase in Phase::ALL {
             let sizes = self.graph_sizes(phase).to_vec();
-            let (mut all, mut most) = (0, 0);
-            let (own, sharing) = sizes.split_at(sizes.partition_point(|&size| size < SHARE_EXECUTABLES_FROM));
-            for sizes in [own, sharing] {
-                let bytes = sizes.last().map_or(Ok(0), |&largest| self.measure_graph(phase, largest))?;
-                all += bytes * sizes.len();
-                most = most.max(bytes);
-            }
+            let most = sizes.last().map_or(Ok(0), |&largest| self.measure_graph(phase, largest))?;
+            let all = most * sizes.len();
             total += match self.options.graph {
                 GraphMode::Lazy => self.options.lazy_graph_bytes(all, most)?,
                 GraphMode::Off | GraphMode::Ahead => all,

@@ -8,9 +8,6 @@ use crate::batch::{BatchLimits, Phase};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 
-/// Rows from which the layers' segments share executables: kernels then take longer than the host does with the updates.
-pub(super) const SHARE_EXECUTABLES_FROM: usize = 512;
-
 /// Whether and when forwards are captured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum GraphMode {
@@ -189,8 +186,8 @@ impl RunnerOptions {
             graphs_max: or_all(self.lazy_graphs_max),
             bytes_max: or_all(self.lazy_graph_bytes_max),
             verify_every: self.verify_graph,
-            share_from: SHARE_EXECUTABLES_FROM,
-            graph: GraphOptions { debug_eager: self.debug_graph, ..GraphOptions::default() },
+            // The chain is what a healed replay falls back to: it need not be as fast as it can be.
+            graph: GraphOptions { debug_eager: self.debug_graph, shares_executables: true, ..GraphOptions::default() },
         })
     }
 

@@ -21,7 +21,7 @@ use crate::graph::Recording;
 use crate::op::Op;
 use crate::segment::{Break, Segment, Step};
 use crate::timeline;
-use crate::{CaptureStream, Freeze, LiveBatch, Result, StepKind};
+use crate::{CaptureStream, Error, Freeze, LiveBatch, Result, StepKind};
 
 /// The merged executables that a graph keeps, one for each span and each sequence of work in it.
 const MERGED_MAX: usize = 16;
@@ -111,11 +111,16 @@ impl Healer {
     /// Keeps a merged executable for a span, if there is room, more than one launch to save, and no node that cannot be
     /// copied.
     fn merge(&mut self, span: &Span, main: &Stream) -> Result<()> {
-        if self.merged.len() < MERGED_MAX
-            && span.num_launches() > 1
-            && let Some(merged) = Merged::new(span, main)?
-        {
-            self.merged.push(merged);
+        if self.merged.len() >= MERGED_MAX || span.num_launches() <= 1 {
+            return Ok(());
+        }
+        match Merged::new(span, main) {
+            Ok(merged) => self.merged.extend(merged),
+            // The chain needs less, and what runs must go on.
+            Err(error) if matches!(error.root(), Error::OutOfMemory { .. }) => {
+                tracing::warn!(%error, "no memory for a merged executable; going on with the chain");
+            }
+            Err(error) => return Err(error),
         }
         Ok(())
     }
@@ -250,6 +255,9 @@ pub(crate) fn replay<L: LiveBatch, O: Freeze>(
     let result = run_steps(&mut recording.steps, &mut recording.healer, stream, live);
     recording.healer.record = active.end();
     let path = result?;
+    if path == ReplayPath::Chain(ChainReason::WorkChanged) {
+        recording.forget_covered();
+    }
     Ok((thaw_output(recording, stream), path))
 }
 
@@ -290,7 +298,7 @@ fn run_steps<L: LiveBatch>(
     Ok(path)
 }
 
-fn fail<L>(captured: &Break<L>, stream: &mut CaptureStream, error: crate::Error, segment: usize) -> crate::Error {
+fn fail<L>(captured: &Break<L>, stream: &mut CaptureStream, error: Error, segment: usize) -> Error {
     stream.arena().end_recorded();
     stream.reset_forks();
     error.in_break(captured.site, segment)

@@ -4,11 +4,12 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use bcg_models::{CaptureSummary, ModelRunner, Phase, Progress};
+use bcg_models::{CaptureSummary, ForwardPath, ModelRunner, Phase, Progress};
 use clap::Args;
 
 use super::report::{Environment, Report};
 use crate::args::{CaptureArg, EngineArgs};
+use crate::cli::sequences::Sequences;
 use crate::engine::load;
 use crate::progress::LoadProgress;
 
@@ -45,7 +46,10 @@ pub fn measure(args: &CaptureArgs) -> Result<Report> {
     flags.capture = CaptureArg::Ahead;
     if flags.cuda_graph_max_tokens.is_none() {
         let sizes = flags.cuda_graph_sizes.get_or_insert_with(|| expand(&PREFILL));
-        flags.chunked_prefill_size = flags.chunked_prefill_size.max(sizes.iter().copied().max().unwrap_or(1));
+        let largest = sizes.iter().copied().max().unwrap_or(1);
+        flags.chunked_prefill_size = flags.chunked_prefill_size.max(largest);
+        flags.context_length = Some(flags.context_length.unwrap_or(0).max(largest));
+        flags.kv_cache_tokens = Some(flags.kv_cache_tokens.unwrap_or(0).max(largest.next_multiple_of(flags.page_size)));
         let sizes = flags.cuda_graph_decode_sizes.get_or_insert_with(|| expand(&DECODE));
         flags.max_running_requests = flags.max_running_requests.max(sizes.iter().copied().max().unwrap_or(1));
     }
@@ -56,7 +60,8 @@ pub fn measure(args: &CaptureArgs) -> Result<Report> {
     let model = load::folder_name(&flags.model);
     report.note(
         "ms: host time of a size's capture. arena_bytes: arena memory that a replay uses, shared by all sizes. graph_bytes, \
-         device_bytes: device memory that is gone after the capture, without and with what the arena grew.",
+         device_bytes: device memory that is gone after the capture, without and with what the arena grew. with_chain_bytes: \
+         graph_bytes, and what the executables take that a chain replay of each prefill size made.",
     );
     let device = runner.device().clone();
     let free = || device.memory_info().map(|memory| memory.free_bytes);
@@ -69,6 +74,7 @@ pub fn measure(args: &CaptureArgs) -> Result<Report> {
     let marks = marks.into_iter().map(|(at, free)| Ok(Mark { at, free_bytes: free? })).collect::<Result<Vec<_>>>()?;
     let (first, last) = (marks.first().context("no size was captured")?, marks.last().context("no size was captured")?);
     each_size(&runner, &summary, &marks, &mut report);
+    let chain_bytes = chain_bytes(&mut runner, &summary)?;
     report.row(
         "capture",
         vec![
@@ -81,9 +87,21 @@ pub fn measure(args: &CaptureArgs) -> Result<Report> {
             ("arena_bytes", summary.arena_bytes.into()),
             ("graph_bytes", summary.graph_bytes.into()),
             ("device_bytes", first.free_bytes.saturating_sub(last.free_bytes).into()),
+            ("with_chain_bytes", (summary.graph_bytes + chain_bytes).into()),
         ],
     );
     Ok(report)
+}
+
+/// Replays each prefill size as a chain, and returns the device memory that is gone then.
+fn chain_bytes(runner: &mut ModelRunner, summary: &CaptureSummary) -> Result<usize> {
+    let before = runner.device().memory_info()?.free_bytes;
+    for &size in summary.prefill_sizes.iter().filter(|&&size| size > 1) {
+        let sequences = Sequences::new(runner, 1, size, 0)?;
+        runner.forward_only(&sequences.inputs(), ForwardPath::Chain)?;
+    }
+    runner.synchronize()?;
+    Ok(before.saturating_sub(runner.device().memory_info()?.free_bytes))
 }
 
 /// The time and the free memory before a size is captured, or after the last one.
