@@ -89,6 +89,8 @@ benches() {
         models+=(--model "models/geometries/$geometry")
         local random=(--model "models/geometries/$geometry" --load-format dummy --skip-tokenizer-init --device cuda)
         step "bench prefill $geometry" 200 bin/bcg bench prefill "${random[@]}" --profile --json "$out/prefill-$geometry.json"
+        step "bench replay $geometry" 200 bin/bcg bench replay "${random[@]}" --rounds 60 --json "$out/replay-$geometry.json"
+        step "bench lazy $geometry" 100 bin/bcg bench lazy "${random[@]}" --json "$out/lazy-$geometry.json"
         step "bench decode $geometry" 200 bin/bcg bench decode "${random[@]}" --profile --json "$out/decode-$geometry.json"
         step "inspect $geometry" 60 bin/bcg inspect "${random[@]}" --size 256 --html "$out/inspect-$geometry.html"
         step "bench capture $geometry" 100 bin/bcg bench capture "${random[@]}" --json "$out/capture-$geometry.json"
@@ -106,7 +108,7 @@ benches() {
 if [ "$mode" = bench ]; then benches; else correctness; fi
 
 echo
-awk '/^(ceilings|kernels|prefill|decode|profile|capture)$/ { shown = 1 } /^$/ { shown = 0 } shown' "$log"
+awk '/^(ceilings|kernels|prefill|replay|lazy|decode|profile|capture)$/ { shown = 1 } /^$/ { shown = 0 } shown' "$log"
 grep -hE '^(accuracy|FAILED|[0-9]+ passed)|captured prefill' "$log" | uniq
 printf '%s\n' "${table[@]}" | tee -a "$log"
 exit "$failed"

@@ -34,6 +34,13 @@
 //!   the method as callers see it, with `Context`; the impl takes `Eager`.
 //! - `async`, `const`, `unsafe`, `extern`, lifetime parameters and `impl Trait` arguments are refused.
 //!
+//! # What heals
+//! A body that allocates, launches kernels, fills and copies on its own stream costs no launch of its own at a replay: its
+//! work is patched into one executable with the segments around it. A body that reads back, waits, uploads from pageable
+//! memory, calls `matmul`, opens a side stream or frees memory that it used works as well, and stays a break;
+//! `BreakDescription::not_healable` says why. Memory that a body's work uses must not be freed by another thread while the
+//! forward is being replayed.
+//!
 //! # Example
 //! ```
 //! use bcg_runtime::{Context, Device, Eager, LiveBatch, Result, Runner, RunnerOptions, Tensor, eager_on_graph};
