@@ -8,7 +8,7 @@ use std::collections::HashMap;
 
 use super::super::traits::{NodeHandle, Part, RowCopy};
 use super::CudaBackend;
-use super::sys::nodes::{EdgeData, FULL, KERNEL, KernelNode, PROGRAMMATIC};
+use super::sys::nodes::{Edge, FULL, KERNEL, KernelNode, PROGRAMMATIC};
 use crate::Result;
 use crate::op::Op;
 
@@ -21,11 +21,12 @@ pub(super) struct Merge<'a> {
     graph: u64,
     /// Nodes of the last part on which no other depends.
     frontier: Vec<NodeKind>,
+    edges: Vec<Edge>,
 }
 
 impl<'a> Merge<'a> {
     pub(super) fn new(backend: &'a CudaBackend, graph: u64) -> Self {
-        Self { backend, graph, frontier: Vec::new() }
+        Self { backend, graph, frontier: Vec::new(), edges: Vec::new() }
     }
 
     /// Adds all parts and returns the nodes of the operations; nothing if a captured node cannot be copied.
@@ -46,19 +47,40 @@ impl<'a> Merge<'a> {
                 }
             }
         }
-        Ok(Some(nodes))
+        Ok(self.holds_its_edges()?.then_some(nodes))
+    }
+
+    fn add_edge(&mut self, edge: Edge) -> Result<()> {
+        self.edges.push(edge);
+        self.backend.driver.add_edge(self.graph, &edge)
+    }
+
+    /// Tells whether the driver holds the edges that were added: a kernel that starts early though it must not would
+    /// compute from memory that is not written yet, and nothing else would show it.
+    fn holds_its_edges(&self) -> Result<bool> {
+        let sorted = |edges: &[Edge]| {
+            let mut edges: Vec<_> =
+                edges.iter().map(|(from, to, data)| (*from, *to, data.from_port, data.type_)).collect();
+            edges.sort_unstable();
+            edges
+        };
+        let is_held = sorted(&self.backend.driver.graph_edges(self.graph)?) == sorted(&self.edges);
+        if !is_held {
+            tracing::warn!("the driver holds other edges than were added to a merged graph; going on with the chain");
+        }
+        Ok(is_held)
     }
 
     /// Makes the first nodes of a part depend on the part before.
-    fn follow(&self, roots: &[NodeKind], is_programmatic: bool) -> Result<()> {
+    fn follow(&mut self, roots: &[NodeKind], is_programmatic: bool) -> Result<()> {
         let overlaps = matches!((&*self.frontier, roots), ([(_, true)], [(_, true)]));
         let data = if is_programmatic && overlaps && self.backend.can_overlap { PROGRAMMATIC } else { FULL };
         let before = |root: &NodeKind| {
             let root = root.0;
             self.frontier.iter().map(move |node| (node.0, root, data))
         };
-        let edges: Vec<(u64, u64, EdgeData)> = roots.iter().flat_map(before).collect();
-        self.backend.driver.add_edges(self.graph, &edges)
+        let edges: Vec<Edge> = roots.iter().flat_map(before).collect();
+        edges.into_iter().try_for_each(|edge| self.add_edge(edge))
     }
 
     /// Copies a graph; `false` if it holds a node that cannot be copied.
@@ -76,9 +98,8 @@ impl<'a> Merge<'a> {
             added.push(node);
         }
         let edges = driver.graph_edges(graph)?;
-        let copied: Vec<_> = edges.iter().map(|(from, to, data)| (copies[from].0, copies[to].0, *data)).collect();
-        driver.add_edges(self.graph, &copied)?;
-        let without = |end: fn(&(u64, u64, EdgeData)) -> u64| -> Vec<NodeKind> {
+        edges.iter().try_for_each(|(from, to, data)| self.add_edge((copies[from].0, copies[to].0, *data)))?;
+        let without = |end: fn(&Edge) -> u64| -> Vec<NodeKind> {
             let has_none = |node: &&u64| !edges.iter().any(|edge| end(edge) == **node);
             added.iter().filter(has_none).map(|node| copies[node]).collect()
         };

@@ -13,6 +13,9 @@ use crate::{DevicePtr, Dims, Error, Result};
 /// How an edge orders two nodes, in the driver's own bytes.
 pub(in super::super) type EdgeData = sys::CUgraphEdgeData;
 
+/// From a node, to a node, and how.
+pub(in super::super) type Edge = (u64, u64, EdgeData);
+
 /// The second node may start when all blocks of the first, both kernels, allow it or have ended.
 pub(in super::super) const PROGRAMMATIC: EdgeData = EdgeData {
     from_port: 1, // CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC
@@ -126,8 +129,8 @@ impl Driver {
         Ok(graph)
     }
 
-    /// Returns the edges of a graph: from, to, and how.
-    pub(in super::super) fn graph_edges(&self, graph: u64) -> Result<Vec<(u64, u64, EdgeData)>> {
+    /// Returns the edges of a graph.
+    pub(in super::super) fn graph_edges(&self, graph: u64) -> Result<Vec<Edge>> {
         let mut count = 0;
         let none = ptr::null_mut();
         // SAFETY: a live graph (contract of `traits`); with null arrays the driver writes only the count.
@@ -142,17 +145,12 @@ impl Driver {
         Ok(edges.map(|((from, to), data)| (from, to, data)).collect())
     }
 
-    pub(in super::super) fn add_edges(&self, graph: u64, edges: &[(u64, u64, EdgeData)]) -> Result<()> {
-        if edges.is_empty() {
-            return Ok(());
-        }
-        let from: Vec<u64> = edges.iter().map(|edge| edge.0).collect();
-        let to: Vec<u64> = edges.iter().map(|edge| edge.1).collect();
-        let data: Vec<EdgeData> = edges.iter().map(|edge| edge.2).collect();
-        let arrays = (from.as_ptr(), to.as_ptr(), data.as_ptr());
-        // SAFETY: a live graph and nodes of it (`merge.rs` adds edges between nodes that it added just before); each array
-        // is readable for as many elements as there are edges.
-        unsafe { call!(self.cuGraphAddDependencies_v2(graph, arrays.0, arrays.1, arrays.2, edges.len())) }
+    /// Adds one edge. Several in one call would do, if driver 580.159 did not give some of them the data of others.
+    pub(in super::super) fn add_edge(&self, graph: u64, (from, to, data): &Edge) -> Result<()> {
+        let (from, to, data) = (std::ptr::from_ref(from), std::ptr::from_ref(to), std::ptr::from_ref(data));
+        // SAFETY: a live graph and two nodes of it (`merge.rs` adds edges between nodes that it added just before); each
+        // pointer is readable for the one edge that the call says.
+        unsafe { call!(self.cuGraphAddDependencies_v2(graph, from, to, data, 1)) }
     }
 
     /// Adds a node that does what `node`, of type `kind`, does; nothing for a type that cannot be copied.
