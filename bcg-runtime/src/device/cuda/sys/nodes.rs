@@ -147,7 +147,7 @@ impl Driver {
 
     /// Adds one edge. Several in one call would do, if driver 580.159 did not give some of them the data of others.
     pub(in super::super) fn add_edge(&self, graph: u64, (from, to, data): &Edge) -> Result<()> {
-        let (from, to, data) = (std::ptr::from_ref(from), std::ptr::from_ref(to), std::ptr::from_ref(data));
+        let (from, to, data) = (ptr::from_ref(from), ptr::from_ref(to), ptr::from_ref(data));
         // SAFETY: a live graph and two nodes of it (`merge.rs` adds edges between nodes that it added just before); each
         // pointer is readable for the one edge that the call says.
         unsafe { call!(self.cuGraphAddDependencies_v2(graph, from, to, data, 1)) }
