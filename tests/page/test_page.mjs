@@ -18,6 +18,9 @@ async function launch() {
   const bin = join(dirname(fileURLToPath(import.meta.resolve("@sparticuz/chromium"))), "..", "bin");
   await inflate(join(bin, "al2023.tar.br"));
   setupLambdaEnvironment(join(tmpdir(), "al2023", "lib"));
+  // Without this it would look for the fonts that it brings along in other folders, and show no text.
+  process.env.FONTCONFIG_FILE = join(tmpdir(), "page-fonts.conf");
+  writeFileSync(process.env.FONTCONFIG_FILE, `<fontconfig><dir>${join(tmpdir(), "fonts")}</dir></fontconfig>`);
   // Containers run this as root, where the browser's sandbox does not work; it opens nothing but the page.
   return playwright.launch({ executablePath: await chromium.executablePath(), args: ["--no-sandbox"] });
 }
