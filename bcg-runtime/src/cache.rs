@@ -10,6 +10,7 @@
 //! later ones, which find the gaps of dropped ones, are not taken for free.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use crate::graph::GraphOptions;
 use crate::{
@@ -346,13 +347,13 @@ impl<L: LiveBatch, O: Freeze> GraphCache<L, O> {
         held.graph.timeline(runner, live)
     }
 
-    /// Makes the driver calls of the last healed replay of a size once more; see [`BreakableCudaGraph::relaunch`].
+    /// Times the bare driver calls of a replay of a size; see [`BreakableCudaGraph::relaunch`].
     ///
     /// # Errors
-    /// [`Error::NotCaptured`]; the driver's.
-    pub fn relaunch(&mut self, size: usize, runner: &mut Runner) -> Result<usize> {
+    /// Those of [`BreakableCudaGraph::relaunch`].
+    pub fn relaunch(&mut self, size: usize, runner: &mut Runner, live: &L) -> Result<(usize, Duration)> {
         let held = self.graphs.get_mut(&size).ok_or_else(|| not_captured(&self.name, size))?;
-        held.graph.relaunch(runner)
+        held.graph.relaunch(runner, live)
     }
 
     /// Drops all graphs, such as after a change of what they were captured with, and forgets what failed.

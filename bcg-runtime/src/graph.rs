@@ -220,19 +220,20 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
         Ok(output)
     }
 
-    /// Makes the driver calls of the last healed replay once more, with the node of every piece of work in its breaks
-    /// patched to what it does already, and returns the number of those nodes. Breaks that cannot be healed are left out.
-    ///
-    /// For benches: it is the least that a replay can take on the host. Memory is left as the replay left it only where
-    /// the forward computes the same from it again.
+    /// Replays, waits, and makes the driver calls of that healed replay once more, with the node of every piece of work in
+    /// its breaks patched to what it does already. Returns the number of those nodes and the host time of those calls: the
+    /// least that such a replay can take, for benches. Breaks that cannot be healed are left out.
     ///
     /// # Errors
-    /// [`Error::NotCaptured`]; the driver's.
-    pub fn relaunch(&mut self, runner: &mut Runner) -> Result<usize> {
+    /// Those of [`replay`](Self::replay); the driver's.
+    pub fn relaunch(&mut self, runner: &mut Runner, live: &L) -> Result<(usize, Duration)> {
+        self.replay(runner, live)?;
         let captured = Self::captured(&mut self.captured, &self.name)?;
-        let Some(recording) = &mut captured.recording else { return Ok(0) };
-        check_arena(&self.name, &recording.arena, runner)?;
-        recording.healer.relaunch(runner.stream_mut().main())
+        let Some(recording) = &mut captured.recording else { return Ok((0, Duration::ZERO)) };
+        runner.synchronize()?;
+        let begun = Instant::now();
+        let num_nodes = recording.healer.relaunch(runner.stream_mut().main())?;
+        Ok((num_nodes, begun.elapsed()))
     }
 
     /// Returns how the last replay that succeeded went, if there was one.

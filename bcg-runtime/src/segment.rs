@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use crate::arena::{BlockRecord, FrozenTensor};
+use crate::arena::{Arena, BlockRecord, FrozenTensor};
 use crate::capture::breaks::BreakSite;
 use crate::device::traits::NodeCounts;
 use crate::device::{Graph, GraphExec, Stream};
@@ -125,7 +125,7 @@ impl Segment {
 }
 
 /// The body of a break with its frozen arguments and outputs.
-pub(crate) type BreakFn<L> = Box<dyn Fn(&mut Eager<'_, L>) -> Result<()> + Send + Sync>;
+pub(crate) type BreakFn<L> = Box<dyn Fn(&mut Eager<'_, L>, &Arena) -> Result<()> + Send + Sync>;
 
 /// One eager break of a captured graph.
 pub(crate) struct Break<L> {

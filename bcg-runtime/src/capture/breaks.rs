@@ -2,6 +2,7 @@
 
 use super::catch_panic;
 use super::recorder::{Recorder, place};
+use crate::arena::Arena;
 use crate::bridge::{Bridges, Carrier, scrub, scrub_output};
 use crate::freeze::{Claims, Thaw};
 use crate::generation::Stamp;
@@ -134,9 +135,8 @@ fn run_recorded<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
     scrub(cx.stream, &outputs, cx.live.rows())?;
     let is_own = outputs.iter().map(|output| cx.stream.arena().holds(&blocks, output.ptr)).collect();
     let bridges = Bridges { tensors: outputs.clone(), is_own };
-    let run = move |eager: &mut Eager<'_, L>| {
-        let arena = eager.arena().clone();
-        let output = replay(eager, &frozen, &Thaw { arena: &arena })?;
+    let run = move |eager: &mut Eager<'_, L>, arena: &Arena| {
+        let output = replay(eager, &frozen, &Thaw { arena })?;
         check_joined_at_replay(eager, site)?;
         let mut carrier = Carrier::new(eager, &bridges);
         output.carry(&frozen_output, &mut carrier)?;

@@ -17,6 +17,12 @@ pub(crate) fn replay<L: LiveBatch, O: Freeze>(
     let span = tracing::trace_span!("chain replay");
     let _entered = span.enter();
     begin(recording, stream, live)?;
+    let result = run_steps(recording, stream, live);
+    stream.arena().end_recorded();
+    result.map(|()| thaw_output(recording))
+}
+
+fn run_steps<L: LiveBatch, O: Freeze>(recording: &Recording<L, O>, stream: &mut CaptureStream, live: &L) -> Result<()> {
     let (mut segment, mut breaks) = (0, 0);
     for step in &recording.steps {
         match step {
@@ -27,8 +33,7 @@ pub(crate) fn replay<L: LiveBatch, O: Freeze>(
             }
             Step::Break(step) => {
                 stream.begin_step(StepKind::Break(breaks));
-                if let Err(error) = run_break(step, stream, live) {
-                    stream.arena().end_recorded();
+                if let Err(error) = run_break(step, &recording.arena, stream, live) {
                     stream.reset_forks();
                     return Err(error.in_break(step.site, segment - 1));
                 }
@@ -37,5 +42,5 @@ pub(crate) fn replay<L: LiveBatch, O: Freeze>(
         }
         stream.end_step();
     }
-    Ok(thaw_output(recording, stream))
+    Ok(())
 }

@@ -19,17 +19,19 @@ use crate::device::traits::{NodeHandle, Part};
 use crate::device::{Graph, GraphExec, Stream};
 use crate::graph::Recording;
 use crate::op::Op;
-use crate::segment::{Break, Segment, Step};
+use crate::segment::{Segment, Step};
 use crate::timeline;
 use crate::{CaptureStream, Error, Freeze, LiveBatch, Result, StepKind};
 
-/// The merged executables that a graph keeps, one for each span and each sequence of work in it.
+/// The merged executables that a graph tries to make, one for each span and each sequence of work in it.
 const MERGED_MAX: usize = 16;
 
 /// What a graph needs for healed replays.
 #[derive(Debug)]
 pub(crate) struct Healer {
     merged: Vec<Merged>,
+    /// How many more are tried, whether they succeed or not: making one takes milliseconds.
+    tries_left: usize,
     /// Kept between replays, so that recording allocates nothing.
     record: Option<Record>,
     /// Nodes patched so far, by the step of their break.
@@ -64,7 +66,8 @@ impl Healer {
     /// Makes the merged executables of the spans that a capture recorded.
     pub(crate) fn new(main: &Arc<Stream>, num_steps: usize, spans: &[Span]) -> Result<Self> {
         let record = Some(Record::new(main, RecordMode::Replay));
-        let mut healer = Self { merged: Vec::new(), record, patched: vec![0; num_steps] };
+        let patched = vec![0; num_steps];
+        let mut healer = Self { merged: Vec::new(), tries_left: MERGED_MAX, record, patched };
         for span in spans {
             healer.merge(span, main)?;
         }
@@ -95,7 +98,8 @@ impl Healer {
         self.merged.iter().map(|merged| merged.parts(steps)).collect()
     }
 
-    /// Patches all nodes of the executables that the last replay launched, and launches these again.
+    /// Patches all nodes of the executables that the last replay launched, and launches these again: what the work uses
+    /// must still be there.
     pub(crate) fn relaunch(&mut self, main: &Stream) -> Result<usize> {
         let mut num_nodes = 0;
         for merged in self.merged.iter_mut().filter(|merged| merged.was_launched) {
@@ -111,9 +115,10 @@ impl Healer {
     /// Keeps a merged executable for a span, if there is room, more than one launch to save, and no node that cannot be
     /// copied.
     fn merge(&mut self, span: &Span, main: &Stream) -> Result<()> {
-        if self.merged.len() >= MERGED_MAX || span.num_launches() <= 1 {
+        if self.tries_left == 0 || span.num_launches() <= 1 {
             return Ok(());
         }
+        self.tries_left -= 1;
         match Merged::new(span, main) {
             Ok(merged) => self.merged.extend(merged),
             // The chain needs less, and what runs must go on.
@@ -252,21 +257,22 @@ pub(crate) fn replay<L: LiveBatch, O: Freeze>(
     recording.healer.merged.iter_mut().for_each(|merged| merged.was_launched = false);
     let record = recording.healer.record.take().unwrap_or_else(|| Record::new(stream.main(), RecordMode::Replay));
     let active = Active::begin(record);
-    let result = run_steps(&mut recording.steps, &mut recording.healer, stream, live);
+    let result = run_steps(recording, stream, live);
+    stream.arena().end_recorded();
     recording.healer.record = active.end();
     let path = result?;
     if path == ReplayPath::Chain(ChainReason::WorkChanged) {
         recording.forget_covered();
     }
-    Ok((thaw_output(recording, stream), path))
+    Ok((thaw_output(recording), path))
 }
 
-fn run_steps<L: LiveBatch>(
-    steps: &mut [Step<L>],
-    healer: &mut Healer,
+fn run_steps<L: LiveBatch, O: Freeze>(
+    recording: &mut Recording<L, O>,
     stream: &mut CaptureStream,
     live: &L,
 ) -> Result<ReplayPath> {
+    let Recording { steps, healer, arena, .. } = recording;
     let mut path = ReplayPath::Healed;
     let (mut segment, mut breaks) = (0, 0);
     for (step, what) in steps.iter_mut().enumerate() {
@@ -282,8 +288,9 @@ fn run_steps<L: LiveBatch>(
                 stream.begin_step(StepKind::Break(breaks));
                 breaks += 1;
                 record::begin_break(Place { step, segment, site: captured.site }, captured.not_healable);
-                let ended = run_break(captured, stream, live).and_then(|()| record::end_break());
-                let left = ended.map_err(|error| fail(captured, stream, error, segment))?;
+                let ended = run_break(captured, arena, stream, live).and_then(|()| record::end_break());
+                let left = ended.inspect_err(|_| stream.reset_forks());
+                let left = left.map_err(|error| error.in_break(captured.site, segment))?;
                 stream.end_step();
                 if let (Some(why), None) = (left, captured.not_healable) {
                     tracing::debug!(name = captured.site.name, why, "a break cannot be healed any more");
@@ -296,12 +303,6 @@ fn run_steps<L: LiveBatch>(
     }
     path.and(end_span(healer, stream)?);
     Ok(path)
-}
-
-fn fail<L>(captured: &Break<L>, stream: &mut CaptureStream, error: Error, segment: usize) -> Error {
-    stream.arena().end_recorded();
-    stream.reset_forks();
-    error.in_break(captured.site, segment)
 }
 
 fn end_span(healer: &mut Healer, stream: &mut CaptureStream) -> Result<SpanEnd> {

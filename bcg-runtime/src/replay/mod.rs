@@ -10,6 +10,7 @@ pub(crate) mod verify;
 
 use std::fmt;
 
+use crate::arena::Arena;
 use crate::bridge::scrub;
 use crate::capture::catch_panic;
 use crate::capture::recorder::place;
@@ -117,22 +118,21 @@ fn begin<L: LiveBatch, O: Freeze>(recording: &Recording<L, O>, stream: &mut Capt
 }
 
 /// Runs a break with its frozen arguments, and scrubs the padded rows of its outputs.
-fn run_break<L: LiveBatch>(step: &Break<L>, stream: &mut CaptureStream, live: &L) -> Result<()> {
+fn run_break<L: LiveBatch>(step: &Break<L>, arena: &Arena, stream: &mut CaptureStream, live: &L) -> Result<()> {
     let span = tracing::trace_span!("break", name = step.site.name);
     let _entered = span.enter();
     let mut probe = stream.probe.take();
     if let Some(probe) = &mut probe {
         probe.snapshot_args(stream, place(step.site), &step.args)?;
     }
-    stream.arena().begin_recorded(&step.blocks);
-    let result = catch_panic(|| (step.run)(&mut Eager::from_parts(stream, live)));
-    stream.arena().end_recorded();
+    // Until the next break or the end of the replay, nothing else is allocated.
+    arena.begin_recorded(&step.blocks);
+    let result = catch_panic(|| (step.run)(&mut Eager::from_parts(stream, live), arena));
     stream.probe = probe;
     result?;
     scrub(stream, &step.outputs, live.rows())
 }
 
-fn thaw_output<L, O: Freeze>(recording: &Recording<L, O>, stream: &CaptureStream) -> O {
-    let arena = stream.arena().clone();
-    O::thaw(&recording.output, &Thaw { arena: &arena })
+fn thaw_output<L, O: Freeze>(recording: &Recording<L, O>) -> O {
+    O::thaw(&recording.output, &Thaw { arena: &recording.arena })
 }

@@ -32,9 +32,8 @@ pub struct ReplayArgs {
 const NOTE: &str = "\
 host time in µs, median (p10..p90), of one round each in turns; four batches take turns: one, two and three sequences of \
 different lengths, and one behind a prefix. healed_us, chain_us: upload of the step's inputs, planning of attention, and \
-the replay, until all is enqueued. upload_us: that upload and planning alone. relaunch_us: the same upload, then bare \
-driver calls that patch the node of every break and launch. healed_by_relaunch: without the upload, (healed - upload) / \
-(relaunch - upload). patched_nodes: by all replays together. step_us: a whole step with LM head, greedy choice and read-back, without the time that the host waits \
+the replay, until all is enqueued. upload_us: that upload and planning alone. bare_us: driver calls that patch the node of \
+every break and launch, and nothing else. healed_by_bare: (healed - upload) / bare. patched_nodes: by all replays together. step_us: a whole step with LM head, greedy choice and read-back, without the time that the host waits \
 for the device.";
 
 /// Times replays.
@@ -89,17 +88,15 @@ fn replay(runner: &mut ModelRunner, model: &str, size: usize, rounds: Rounds, re
             &batches[turn % batches.len()]
         };
         let healed = host_us(runner, next(), |runner, batch| Ok(runner.forward_only(batch, ForwardPath::Graph)?))?;
-        let relaunch = host_us(runner, next(), |runner, batch| {
-            nodes = runner.relaunch_only(batch)?;
-            Ok(())
-        })?;
+        let bare = runner.relaunch(next())?;
+        runner.synchronize()?;
+        nodes = bare.0;
         let chain = host_us(runner, next(), |runner, batch| Ok(runner.forward_only(batch, ForwardPath::Chain)?))?;
         let upload = host_us(runner, next(), |runner, batch| Ok(runner.upload_only(batch).map(drop)?))?;
         let step = runner.step_host_time(next())?.as_secs_f64() * 1e6;
-        Ok([healed, relaunch, chain, upload, step])
+        Ok([healed, bare.1.as_secs_f64() * 1e6, chain, upload, step])
     })?;
     let column = |index: usize| times.iter().map(|round| round[index]).collect::<Vec<f64>>();
-    let by_relaunch = |round: &[f64; 5]| (round[0] - round[3], round[1] - round[3]);
     let pairs = |f: &dyn Fn(&[f64; 5]) -> (f64, f64)| Samples::ratios(&times.iter().map(f).collect::<Vec<_>>());
     let breaks = runner.describe(Phase::Prefill, size).unwrap_or_default().breaks;
     let patched: u64 = breaks.iter().map(|one| one.num_patched).sum();
@@ -111,9 +108,9 @@ fn replay(runner: &mut ModelRunner, model: &str, size: usize, rounds: Rounds, re
             ("breaks", breaks.len().into()),
             ("healed_us", Samples::new(column(0)).into()),
             ("upload_us", Samples::new(column(3)).into()),
-            ("relaunch_us", Samples::new(column(1)).into()),
-            ("relaunched_nodes", nodes.into()),
-            ("healed_by_relaunch", pairs(&by_relaunch).into()),
+            ("bare_us", Samples::new(column(1)).into()),
+            ("bare_patched_nodes", nodes.into()),
+            ("healed_by_bare", pairs(&|round| (round[0] - round[3], round[1])).into()),
             ("chain_us", Samples::new(column(2)).into()),
             ("chain_by_healed", pairs(&|round| (round[2], round[0])).into()),
             ("step_us", Samples::new(column(4)).into()),
