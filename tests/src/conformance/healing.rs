@@ -1,6 +1,7 @@
 //! Healed replay: what breaks enqueue becomes nodes of one launch, and always with the values of an eager run.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use bcg_runtime::{
     ChainReason, Context, DType, Device, Dims, Eager, Error, Event, PinnedBuffer, ReplayMode, ReplayPath, Result, Rows,
@@ -293,6 +294,45 @@ pub fn replays_in_flight_keep_their_arguments(device: &Device) {
         let eager = runner.eager(&batch(scale), layers(&x)).expect("an eager run");
         assert_eq!(row, bits(&mut runner, &eager), "scale {scale}");
     }
+}
+
+/// A replay patches and launches while the replay before it runs: it returns before that one is done.
+pub fn patching_does_not_wait_for_a_running_replay(device: &Device) {
+    let control = device.host_control();
+    // About 4 ms a replay on a GPU, in copies, so that the host is far ahead of it.
+    let (numel, num_copies) = if control.is_some() { (16, 2) } else { (64 << 20, 32) };
+    let [from, to] = [0; 2].map(|_| device.zeros(&[numel], DType::F32).expect("a tensor"));
+    let (x, mut runner) = (iota(device, &[16], 1.0), healing(device));
+    let forward = move |cx: &mut Context<'_, Batch>| {
+        let mut y = step(cx, &x)?;
+        for _ in 0..num_copies {
+            cx.copy(&to, &from)?;
+        }
+        for _ in 0..3 {
+            y = scaled(cx, &y)?;
+        }
+        step(cx, &y)
+    };
+    let mut graph = assert_like_eager(&mut runner, &batches(), forward);
+    let num_patched = |graph: &Graph| graph.describe().breaks.iter().map(|one| one.num_patched).sum::<u64>();
+    runner.synchronize().expect("a wait");
+    if let Some(control) = &control {
+        control.set_delay("runner", true);
+    }
+    let (before, start) = (num_patched(&graph), Instant::now());
+    let mut num_pending = 0;
+    for scale in [5.0, 6.0, 7.0] {
+        graph.replay(&mut runner, &batch(scale)).expect("a replay");
+        if let Some(control) = &control {
+            assert!(control.num_pending() > num_pending, "a replay ran work that was queued");
+            num_pending = control.num_pending();
+        }
+    }
+    let launched = start.elapsed();
+    runner.synchronize().expect("a wait");
+    let finished = start.elapsed();
+    assert_eq!((num_patched(&graph) - before, graph.last_replay()), (9, Some(ReplayPath::Healed)));
+    assert!(control.is_some() || 3 * launched < finished, "launched after {launched:?}, finished after {finished:?}");
 }
 
 /// What a break's body does besides launching, chosen by the live batch.

@@ -147,6 +147,7 @@ macro_rules! conformance_rules {
                 a_copy_of_rows_that_moves_is_other_work,
                 an_error_while_recording_leaves_the_graph_replayable,
                 replays_in_flight_keep_their_arguments,
+                patching_does_not_wait_for_a_running_replay,
                 a_body_that_leaves_the_record_finds_the_device_as_in_an_eager_run,
                 padded_and_exact_batches_heal,
                 a_healed_replay_copies_no_bridge,
