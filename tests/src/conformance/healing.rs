@@ -299,7 +299,7 @@ pub fn replays_in_flight_keep_their_arguments(device: &Device) {
 /// A replay patches and launches while the replay before it runs: it returns before that one is done.
 pub fn patching_does_not_wait_for_a_running_replay(device: &Device) {
     let control = device.host_control();
-    // About 4 ms a replay on a GPU, in copies, so that the host is far ahead of it.
+    // Milliseconds of copies for a GPU, so that the host is far ahead of it.
     let (numel, num_copies) = if control.is_some() { (16, 2) } else { (64 << 20, 32) };
     let [from, to] = [0; 2].map(|_| device.zeros(&[numel], DType::F32).expect("a tensor"));
     let (x, mut runner) = (iota(device, &[16], 1.0), healing(device));

@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use bcg_models::{CaptureSummary, ForwardPath, ModelRunner, Phase, Progress};
 use clap::Args;
 
+use super::make_room;
 use super::report::{Environment, Report};
 use crate::args::{CaptureArg, EngineArgs};
 use crate::cli::sequences::Sequences;
@@ -47,9 +48,7 @@ pub fn measure(args: &CaptureArgs) -> Result<Report> {
     if flags.cuda_graph_max_tokens.is_none() {
         let sizes = flags.cuda_graph_sizes.get_or_insert_with(|| expand(&PREFILL));
         let largest = sizes.iter().copied().max().unwrap_or(1);
-        flags.chunked_prefill_size = flags.chunked_prefill_size.max(largest);
-        flags.context_length = Some(flags.context_length.unwrap_or(0).max(largest));
-        flags.kv_cache_tokens = Some(flags.kv_cache_tokens.unwrap_or(0).max(largest.next_multiple_of(flags.page_size)));
+        make_room(&mut flags, largest, largest, largest);
         let sizes = flags.cuda_graph_decode_sizes.get_or_insert_with(|| expand(&DECODE));
         flags.max_running_requests = flags.max_running_requests.max(sizes.iter().copied().max().unwrap_or(1));
     }

@@ -6,8 +6,8 @@ use clap::Args;
 
 use super::forward;
 use super::report::{Environment, Report};
-use super::{RoundsArgs, sizes_at_least_one};
-use crate::args::{CaptureArg, EngineArgs};
+use super::{RoundsArgs, sizes_at_least_one, with_graphs};
+use crate::args::EngineArgs;
 use crate::cli::sequences::Sequences;
 use crate::engine::load;
 
@@ -39,17 +39,11 @@ pub fn measure(args: &DecodeArgs) -> anyhow::Result<Report> {
     let largest = sizes_at_least_one("--batches", &args.batches)?;
     ensure!(args.context > 0, "--context: a sequence has at least its new token; give at least 1");
     args.rounds.rounds()?;
-    let mut flags = args.engine.clone();
-    flags.enable_breakable_cuda_graph = true;
-    flags.capture = CaptureArg::Ahead;
-    flags.cuda_graph_sizes = Some(vec![1]); // no prefill is timed
-    flags.cuda_graph_decode_sizes = Some(args.batches.clone());
-    flags.cuda_graph_max_tokens = None;
+    let mut flags = with_graphs(&args.engine, &[1], &args.batches); // no prefill is timed
     flags.max_running_requests = largest;
     flags.chunked_prefill_size = flags.chunked_prefill_size.max(largest);
     flags.context_length = Some(flags.context_length.unwrap_or(0).max(args.context));
     flags.kv_cache_tokens = Some(largest * args.context.next_multiple_of(flags.page_size));
-    flags.mem_fraction_static = None; // the KV cache has the size that the bench needs
     let mut runner = load::load_runner(&flags.plan()?)?;
     super::random::fill_kv(&runner)?;
 

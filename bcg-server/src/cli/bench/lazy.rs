@@ -8,8 +8,8 @@ use clap::Args;
 
 use super::forward::time_once;
 use super::report::{Environment, Report};
-use super::sizes_at_least_one;
 use super::timing::Samples;
+use super::{make_room, sizes_at_least_one};
 use crate::args::{CaptureArg, EngineArgs};
 use crate::cli::sequences::Sequences;
 use crate::engine::load;
@@ -45,9 +45,7 @@ pub fn measure(args: &LazyArgs) -> Result<Report> {
     flags.enable_breakable_cuda_graph = true;
     flags.capture = CaptureArg::Lazy;
     flags.cuda_graph_max_tokens = Some(largest);
-    flags.chunked_prefill_size = flags.chunked_prefill_size.max(largest);
-    flags.context_length = Some(flags.context_length.unwrap_or(0).max(largest));
-    flags.kv_cache_tokens = Some(flags.kv_cache_tokens.unwrap_or(0).max(largest.next_multiple_of(flags.page_size)));
+    make_room(&mut flags, largest, largest, largest);
     flags.mem_fraction_static = None; // the KV cache has the size that the bench needs
     let mut runner = load::load_runner(&flags.plan()?)?;
 

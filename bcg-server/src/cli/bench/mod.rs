@@ -25,6 +25,8 @@ pub mod timing;
 use report::Report;
 use timing::Rounds;
 
+use crate::args::{CaptureArg, EngineArgs};
+
 /// Flags of `bcg bench`.
 #[derive(Debug, Args)]
 pub struct BenchArgs {
@@ -81,6 +83,27 @@ impl RoundsArgs {
 fn sizes_at_least_one(flag: &str, sizes: &[usize]) -> anyhow::Result<usize> {
     ensure!(!sizes.contains(&0), "{flag}: 0 is no size; give sizes of at least 1");
     sizes.iter().copied().max().with_context(|| format!("{flag}: names no size; give at least one"))
+}
+
+/// Returns the engine's flags, but with graphs of these sizes alone, captured ahead, and a KV cache of the size that the
+/// flags name.
+fn with_graphs(engine: &EngineArgs, prefill_sizes: &[usize], decode_sizes: &[usize]) -> EngineArgs {
+    EngineArgs {
+        enable_breakable_cuda_graph: true,
+        capture: CaptureArg::Ahead,
+        cuda_graph_sizes: Some(prefill_sizes.to_vec()),
+        cuda_graph_decode_sizes: Some(decode_sizes.to_vec()),
+        cuda_graph_max_tokens: None,
+        mem_fraction_static: None,
+        ..engine.clone()
+    }
+}
+
+/// Raises the engine's bounds to steps of `new_tokens`, sequences of `context` tokens and a KV cache of `kv_tokens`.
+fn make_room(flags: &mut EngineArgs, new_tokens: usize, context: usize, kv_tokens: usize) {
+    flags.chunked_prefill_size = flags.chunked_prefill_size.max(new_tokens);
+    flags.context_length = Some(flags.context_length.unwrap_or(0).max(context));
+    flags.kv_cache_tokens = Some(flags.kv_cache_tokens.unwrap_or(0).max(kv_tokens.next_multiple_of(flags.page_size)));
 }
 
 /// Runs the command.

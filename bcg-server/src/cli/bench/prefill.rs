@@ -5,8 +5,8 @@ use clap::Args;
 
 use super::forward;
 use super::report::{Environment, Report};
-use super::{RoundsArgs, sizes_at_least_one};
-use crate::args::{CaptureArg, EngineArgs};
+use super::{RoundsArgs, make_room, sizes_at_least_one, with_graphs};
+use crate::args::EngineArgs;
 use crate::cli::sequences::Sequences;
 use crate::engine::load;
 
@@ -33,16 +33,8 @@ pub struct PrefillArgs {
 pub fn measure(args: &PrefillArgs) -> anyhow::Result<Report> {
     let largest = sizes_at_least_one("--sizes", &args.sizes)?;
     args.rounds.rounds()?;
-    let mut flags = args.engine.clone();
-    flags.enable_breakable_cuda_graph = true;
-    flags.capture = CaptureArg::Ahead;
-    flags.cuda_graph_sizes = Some(args.sizes.clone());
-    flags.cuda_graph_decode_sizes = Some(vec![1]); // one new token is a decode
-    flags.cuda_graph_max_tokens = None;
-    flags.chunked_prefill_size = flags.chunked_prefill_size.max(largest);
-    flags.context_length = Some(flags.context_length.unwrap_or(0).max(largest));
-    flags.kv_cache_tokens = Some(flags.kv_cache_tokens.unwrap_or(0).max(largest.next_multiple_of(flags.page_size)));
-    flags.mem_fraction_static = None; // the KV cache has the size that the bench needs
+    let mut flags = with_graphs(&args.engine, &args.sizes, &[1]); // one new token is a decode
+    make_room(&mut flags, largest, largest, largest);
     let mut runner = load::load_runner(&flags.plan()?)?;
 
     let mut report = Report::new(Environment::read(runner.device().name()));

@@ -8,8 +8,8 @@ use clap::Args;
 
 use super::report::{Environment, Report};
 use super::timing::{Rounds, Samples};
-use super::{RoundsArgs, sizes_at_least_one};
-use crate::args::{CaptureArg, EngineArgs};
+use super::{RoundsArgs, make_room, sizes_at_least_one, with_graphs};
+use crate::args::EngineArgs;
 use crate::cli::sequences::Sequences;
 use crate::engine::load;
 
@@ -44,16 +44,9 @@ pub fn measure(args: &ReplayArgs) -> Result<Report> {
     let largest = sizes_at_least_one("--sizes", &args.sizes)?;
     ensure!(!args.sizes.iter().any(|&size| size < 8), "--sizes: a batch of three sequences needs at least 8 tokens");
     let rounds = args.rounds.rounds()?;
-    let mut flags = args.engine.clone();
-    flags.enable_breakable_cuda_graph = true;
-    flags.capture = CaptureArg::Ahead;
-    flags.cuda_graph_sizes = Some(args.sizes.clone());
-    flags.cuda_graph_decode_sizes = Some(vec![1]);
-    flags.cuda_graph_max_tokens = None;
-    flags.chunked_prefill_size = flags.chunked_prefill_size.max(largest);
-    flags.context_length = Some(flags.context_length.unwrap_or(0).max(largest + 2 * PREFIX));
-    flags.kv_cache_tokens = Some(flags.kv_cache_tokens.unwrap_or(0).max(8 * (largest + 2 * PREFIX)));
-    flags.mem_fraction_static = None; // the KV cache has the size that the bench needs
+    let mut flags = with_graphs(&args.engine, &args.sizes, &[1]);
+    let context = largest + 2 * PREFIX;
+    make_room(&mut flags, largest, context, 8 * context);
     let model = load::folder_name(&flags.model);
     let mut runner = load::load_runner(&flags.plan()?)?;
     let mut report = Report::new(Environment::read(runner.device().name()));
