@@ -24,7 +24,8 @@ fn input<'a>(
     lease: &'a PageLease,
     sampling: &'a SamplingParams,
 ) -> SequenceInput<'a> {
-    SequenceInput { tokens, past_len, pages: lease.pages(), sampling, step: 0, top_logprobs: None, logits: true }
+    let (pages, state) = (lease.pages(), lease.state());
+    SequenceInput { tokens, past_len, pages, state, sampling, step: 0, top_logprobs: None, logits: true }
 }
 
 /// Runs `tokens` in steps that end at `ends`, and returns the logits behind the last one.
