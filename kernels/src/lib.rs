@@ -56,6 +56,7 @@ pub const HEADERS: &[(&str, &str)] = &[
     ("prefill.cuh", include_str!("../include/prefill.cuh")),
     ("random.cuh", include_str!("../include/random.cuh")),
     ("rms_norm.cuh", include_str!("../include/rms_norm.cuh")),
+    ("silu.cuh", include_str!("../include/silu.cuh")),
 ];
 
 /// Declares one static per source file, and [`ALL`].
@@ -89,6 +90,8 @@ sources! {
     FILL_RANDOM = "fill_random.cu",
     /// Rows by index.
     GATHER_ROWS = "gather_rows.cu",
+    /// Products of rows with the matrix of the expert that each belongs to.
+    GROUPED_LINEAR = "grouped_linear.cu",
     /// Matrix product of few rows with a transposed weight.
     LINEAR_FEW_ROWS = "linear_few_rows.cu",
     /// Query and key norm, rotary embedding, key-value write.
