@@ -56,6 +56,7 @@ pub const HEADERS: &[(&str, &str)] = &[
     ("prefill.cuh", include_str!("../include/prefill.cuh")),
     ("random.cuh", include_str!("../include/random.cuh")),
     ("rms_norm.cuh", include_str!("../include/rms_norm.cuh")),
+    ("ssm.cuh", include_str!("../include/ssm.cuh")),
 ];
 
 /// Declares one static per source file, and [`ALL`].
@@ -101,6 +102,10 @@ sources! {
     SCRUB_TAIL = "scrub_tail.cu",
     /// Gated activation.
     SILU_MUL = "silu_mul.cu",
+    /// Mamba2's recurrence over the new tokens of each sequence.
+    SSD_SCAN = "ssd_scan.cu",
+    /// One step of Mamba2's recurrence.
+    SSM_UPDATE = "ssm_update.cu",
 }
 
 #[cfg(test)]

@@ -20,6 +20,7 @@ mod decode_plan;
 mod float;
 mod paged_kv;
 mod random;
+mod state_slots;
 
 mod add_rms_norm;
 mod argmax;
@@ -36,6 +37,8 @@ mod qk_norm_rope_kv_write;
 mod rms_norm;
 mod sample;
 mod silu_mul;
+mod ssd_scan;
+mod ssm_update;
 
 pub use add_rms_norm::add_rms_norm;
 pub use argmax::argmax;
@@ -52,3 +55,5 @@ pub use qk_norm_rope_kv_write::{QkNormRopeKvWrite, qk_norm_rope_kv_write, rope_i
 pub use rms_norm::rms_norm;
 pub use sample::{SampleInputs, sample};
 pub use silu_mul::silu_mul;
+pub use ssd_scan::{SsmInputs, ssd_scan};
+pub use ssm_update::ssm_update;
