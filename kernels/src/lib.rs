@@ -82,18 +82,26 @@ sources! {
     ATTENTION_PREFILL = "attention_prefill.cu",
     /// The same for compute capability 9.0.
     ATTENTION_PREFILL_HOPPER = "attention_prefill_hopper.cu",
+    /// Causal convolution of each channel with few weights.
+    CAUSAL_CONV1D = "causal_conv1d.cu",
     /// Strided copy of rows.
     COPY_ROWS = "copy_rows.cu",
     /// One value everywhere.
     FILL = "fill.cu",
     /// Sets elements to seeded, nearly normal random numbers.
     FILL_RANDOM = "fill_random.cu",
+    /// RMS norm of groups of columns behind a gate.
+    GATED_RMS_NORM = "gated_rms_norm.cu",
     /// Rows by index.
     GATHER_ROWS = "gather_rows.cu",
+    /// Key-value write.
+    KV_WRITE = "kv_write.cu",
     /// Matrix product of few rows with a transposed weight.
     LINEAR_FEW_ROWS = "linear_few_rows.cu",
     /// Query and key norm, rotary embedding, key-value write.
     QK_NORM_ROPE_KV_WRITE = "qk_norm_rope_kv_write.cu",
+    /// Squared ReLU.
+    RELU2 = "relu2.cu",
     /// RMS norm.
     RMS_NORM = "rms_norm.cu",
     /// Random choice of a token.
