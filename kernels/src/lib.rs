@@ -56,6 +56,7 @@ pub const HEADERS: &[(&str, &str)] = &[
     ("prefill.cuh", include_str!("../include/prefill.cuh")),
     ("random.cuh", include_str!("../include/random.cuh")),
     ("rms_norm.cuh", include_str!("../include/rms_norm.cuh")),
+    ("ssm.cuh", include_str!("../include/ssm.cuh")),
 ];
 
 /// Declares one static per source file, and [`ALL`].
@@ -81,18 +82,26 @@ sources! {
     ATTENTION_PREFILL = "attention_prefill.cu",
     /// The same for compute capability 9.0.
     ATTENTION_PREFILL_HOPPER = "attention_prefill_hopper.cu",
+    /// Causal convolution of each channel with few weights.
+    CAUSAL_CONV1D = "causal_conv1d.cu",
     /// Strided copy of rows.
     COPY_ROWS = "copy_rows.cu",
     /// One value everywhere.
     FILL = "fill.cu",
     /// Sets elements to seeded, nearly normal random numbers.
     FILL_RANDOM = "fill_random.cu",
+    /// RMS norm of groups of columns behind a gate.
+    GATED_RMS_NORM = "gated_rms_norm.cu",
     /// Rows by index.
     GATHER_ROWS = "gather_rows.cu",
+    /// Key-value write.
+    KV_WRITE = "kv_write.cu",
     /// Matrix product of few rows with a transposed weight.
     LINEAR_FEW_ROWS = "linear_few_rows.cu",
     /// Query and key norm, rotary embedding, key-value write.
     QK_NORM_ROPE_KV_WRITE = "qk_norm_rope_kv_write.cu",
+    /// Squared ReLU.
+    RELU2 = "relu2.cu",
     /// RMS norm.
     RMS_NORM = "rms_norm.cu",
     /// Random choice of a token.
@@ -101,6 +110,10 @@ sources! {
     SCRUB_TAIL = "scrub_tail.cu",
     /// Gated activation.
     SILU_MUL = "silu_mul.cu",
+    /// Mamba2's recurrence over the new tokens of each sequence.
+    SSD_SCAN = "ssd_scan.cu",
+    /// One step of Mamba2's recurrence.
+    SSM_UPDATE = "ssm_update.cu",
 }
 
 #[cfg(test)]

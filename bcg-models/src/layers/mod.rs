@@ -2,10 +2,12 @@
 
 mod attention;
 mod linear;
+mod mamba2;
 mod mlp;
 mod norm;
 
-pub use attention::{Attention, Rotary};
+pub use attention::{Attention, Heads, Rotary, rope_theta};
 pub use linear::Linear;
-pub use mlp::Mlp;
+pub use mamba2::{Mamba2, Mamba2Config};
+pub use mlp::{Mlp, Relu2Mlp};
 pub use norm::RmsNorm;

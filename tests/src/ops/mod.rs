@@ -6,6 +6,7 @@ mod attention;
 mod fixture;
 mod linear;
 mod linear_few_rows;
+mod mamba;
 mod norms;
 mod qk_norm_rope_kv_write;
 mod rows;
@@ -24,8 +25,16 @@ use linear_few_rows::{
     linear_of_few_rows_has_the_same_bits_for_any_number_of_rows, linear_of_few_rows_matches_the_formula,
     linear_of_few_rows_waits_for_a_computed_weight,
 };
-use norms::{add_rms_norm_matches_the_formula, rms_norm_matches_the_formula, silu_mul_matches_the_formula};
-use qk_norm_rope_kv_write::rope_turns_and_writes_each_token_in_its_slot;
+use mamba::{
+    conv1d_continues_each_sequence, conv1d_of_many_rows_matches_the_formula, conv1d_takes_one_token_of_each_sequence,
+    ssd_scan_continues_each_sequence, ssd_scan_of_long_sequences_matches_the_formula,
+    ssm_update_takes_one_token_of_each_sequence, time_steps_stay_within_their_limits,
+};
+use norms::{
+    add_rms_norm_matches_the_formula, gated_rms_norm_matches_the_formula, relu2_matches_the_formula,
+    rms_norm_matches_the_formula, silu_mul_matches_the_formula,
+};
+use qk_norm_rope_kv_write::{kv_write_copies_each_token_to_its_slot, rope_turns_and_writes_each_token_in_its_slot};
 use rows::{
     copy_rows_touches_nothing_else, fill_random_follows_the_formula, fill_reaches_every_dtype,
     fill_reaches_every_element_of_wide_rows, gather_rows_picks_rows, scrub_tail_zeroes_padded_rows_only,
@@ -41,6 +50,8 @@ pub const RULES: &[Rule] = crate::rules![
     rms_norm_matches_the_formula,
     add_rms_norm_matches_the_formula,
     silu_mul_matches_the_formula,
+    gated_rms_norm_matches_the_formula,
+    relu2_matches_the_formula,
     linear_matches_the_formula,
     linear_rows_do_not_depend_on_other_rows,
     linear_gives_the_same_bits_each_time,
@@ -50,6 +61,14 @@ pub const RULES: &[Rule] = crate::rules![
     linear_of_few_rows_has_the_same_bits_for_any_number_of_rows,
     linear_of_few_rows_waits_for_a_computed_weight,
     rope_turns_and_writes_each_token_in_its_slot,
+    kv_write_copies_each_token_to_its_slot,
+    conv1d_continues_each_sequence,
+    conv1d_of_many_rows_matches_the_formula,
+    conv1d_takes_one_token_of_each_sequence,
+    ssd_scan_continues_each_sequence,
+    ssd_scan_of_long_sequences_matches_the_formula,
+    time_steps_stay_within_their_limits,
+    ssm_update_takes_one_token_of_each_sequence,
     prefill_attends_to_prefix_and_itself,
     prefill_rows_do_not_depend_on_other_sequences,
     prefill_skips_pages_outside_the_cache,
