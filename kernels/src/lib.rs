@@ -122,6 +122,8 @@ sources! {
     SILU_MUL = "silu_mul.cu",
     /// Mamba2's recurrence over the new tokens of each sequence.
     SSD_SCAN = "ssd_scan.cu",
+    /// The same on tensor cores.
+    SSD_SCAN_TILED = "ssd_scan_tiled.cu",
     /// One step of Mamba2's recurrence.
     SSM_UPDATE = "ssm_update.cu",
 }
