@@ -38,8 +38,7 @@ struct HeadLinearArgs {
     _padding: u32,
 }
 
-static HEAD_LINEAR: PerFloat<HeadLinearArgs> =
-    per_float!("head_linear", bcg_kernels::HEAD_LINEAR, host).programmatic();
+static HEAD_LINEAR: PerFloat<HeadLinearArgs> = per_float!("head_linear", bcg_kernels::HEAD_LINEAR, host).programmatic();
 
 /// On tensor cores: weights as `[N, K]`, and as `[K, N]`.
 static TILED: [Kernel<HeadLinearArgs>; 2] = [

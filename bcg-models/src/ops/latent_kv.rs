@@ -41,12 +41,7 @@ pub(super) struct LatentKvArgs {
 }
 
 /// Refuses caches that the kernels cannot read or write; returns L and R.
-pub(super) fn check_caches(
-    check: Check,
-    latents: &Tensor,
-    rope_keys: &Tensor,
-    dtype: DType,
-) -> Result<(usize, usize)> {
+pub(super) fn check_caches(check: Check, latents: &Tensor, rope_keys: &Tensor, dtype: DType) -> Result<(usize, usize)> {
     check.rank("latents", latents, &["P", "S", "1", "L"])?;
     check.rank("rope_keys", rope_keys, &["P", "S", "1", "R"])?;
     let (pages, page_size) = (latents.dim(0), latents.dim(1));

@@ -185,9 +185,8 @@ fn host<T: Float>(a: &MlaKvWriteArgs, dims: &Dims, memory: &HostMemory<'_>) -> R
         if slot >= a.num_pages as usize * page_size {
             continue;
         }
-        let place = |stride: i64, dim: usize| {
-            (slot / page_size * stride as usize + slot % page_size * dim) * size_of::<T>()
-        };
+        let place =
+            |stride: i64, dim: usize| (slot / page_size * stride as usize + slot % page_size * dim) * size_of::<T>();
         let (latent, rope_key) =
             row::<T>(memory, a.kv_a, a.kv_a_stride, t, latent_dim + rope_dim)?.split_at(latent_dim);
         let scale = rms_scale(latent, a.eps);

@@ -302,7 +302,8 @@ mod tests {
     #[test]
     fn wrong_tensors_are_refused_by_name() -> Result<()> {
         let device = Device::host();
-        let (latents, rope_keys) = (device.zeros(&[2, 4, 1, 64], DType::F32)?, device.zeros(&[2, 4, 1, 32], DType::F32)?);
+        let (latents, rope_keys) =
+            (device.zeros(&[2, 4, 1, 64], DType::F32)?, device.zeros(&[2, 4, 1, 32], DType::F32)?);
         let page_table = device.zeros(&[1, 2], DType::I32)?;
         let (q, q_pe) = (device.zeros(&[3, 128], DType::F32)?, device.zeros(&[3, 64], DType::F32)?);
         let (weight, narrow) = (device.zeros(&[2, 64, 64], DType::F32)?, device.zeros(&[2, 32, 64], DType::F32)?);

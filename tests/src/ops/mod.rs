@@ -6,6 +6,7 @@ mod attention;
 mod fixture;
 mod linear;
 mod linear_few_rows;
+mod mla;
 mod norms;
 mod qk_norm_rope_kv_write;
 mod rows;
@@ -23,6 +24,12 @@ use linear::{
 use linear_few_rows::{
     linear_of_few_rows_has_the_same_bits_for_any_number_of_rows, linear_of_few_rows_matches_the_formula,
     linear_of_few_rows_waits_for_a_computed_weight,
+};
+use mla::{
+    head_linear_multiplies_each_head_with_its_own_weight, mla_decode_attends_to_all_keys,
+    mla_decode_rows_do_not_depend_on_padded_rows, mla_kv_write_norms_turns_and_writes_each_token_in_its_slot,
+    mla_prefill_attends_to_prefix_and_itself, mla_prefill_keeps_its_place_between_kernels,
+    mla_prefill_rows_do_not_depend_on_other_sequences, mla_prefill_skips_pages_outside_the_cache,
 };
 use norms::{add_rms_norm_matches_the_formula, rms_norm_matches_the_formula, silu_mul_matches_the_formula};
 use qk_norm_rope_kv_write::rope_turns_and_writes_each_token_in_its_slot;
@@ -57,6 +64,14 @@ pub const RULES: &[Rule] = crate::rules![
     prefill_keeps_its_place_between_kernels,
     decode_attends_to_all_keys,
     decode_rows_do_not_depend_on_padded_rows,
+    mla_kv_write_norms_turns_and_writes_each_token_in_its_slot,
+    head_linear_multiplies_each_head_with_its_own_weight,
+    mla_decode_attends_to_all_keys,
+    mla_decode_rows_do_not_depend_on_padded_rows,
+    mla_prefill_attends_to_prefix_and_itself,
+    mla_prefill_skips_pages_outside_the_cache,
+    mla_prefill_rows_do_not_depend_on_other_sequences,
+    mla_prefill_keeps_its_place_between_kernels,
     gather_rows_picks_rows,
     copy_rows_touches_nothing_else,
     fill_reaches_every_dtype,
