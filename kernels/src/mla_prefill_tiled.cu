@@ -17,7 +17,7 @@ constexpr u32 TILE_KEYS = 64, KEYS_PER_WARP = TILE_KEYS / WARPS;
 constexpr u32 STAGES = 3, STAGE_COLUMNS = 64, STAGE_CHUNKS = STAGE_COLUMNS / 8;
 
 // Bytes from one row to the next in shared memory.
-constexpr u32 pitch(u32 elements) { return (elements + 8) * 2; }
+BCG_DEVICE constexpr u32 pitch(u32 elements) { return (elements + 8) * 2; }
 
 // The sequences and heads whose keys and values are in the workspace.
 struct Round {
