@@ -2,10 +2,14 @@
 
 mod attention;
 mod linear;
+mod mla;
 mod mlp;
 mod norm;
+mod yarn;
 
 pub use attention::{Attention, Heads, Rotary, rope_theta};
 pub use linear::Linear;
+pub use mla::{Mla, MlaDims, MlaShared};
 pub use mlp::Mlp;
 pub use norm::RmsNorm;
+pub use yarn::RotaryScaling;
