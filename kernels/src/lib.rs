@@ -49,8 +49,11 @@ impl Source {
 pub const HEADERS: &[(&str, &str)] = &[
     ("attention_decode.cuh", include_str!("../include/attention_decode.cuh")),
     ("bcg.cuh", include_str!("../include/bcg.cuh")),
+    ("latent_attention.cuh", include_str!("../include/latent_attention.cuh")),
     ("logit_search.cuh", include_str!("../include/logit_search.cuh")),
     ("logits.cuh", include_str!("../include/logits.cuh")),
+    ("mla_decode.cuh", include_str!("../include/mla_decode.cuh")),
+    ("mla_prefill.cuh", include_str!("../include/mla_prefill.cuh")),
     ("mma.cuh", include_str!("../include/mma.cuh")),
     ("moe_permute.cuh", include_str!("../include/moe_permute.cuh")),
     ("paged_attention.cuh", include_str!("../include/paged_attention.cuh")),
@@ -108,6 +111,20 @@ sources! {
     MOE_PERMUTE = "moe_permute.cu",
     /// Choice of experts.
     MOE_ROUTE = "moe_route.cu",
+    /// One matrix product per head.
+    HEAD_LINEAR = "head_linear.cu",
+    /// Matrix product of few rows with a transposed weight.
+    LINEAR_FEW_ROWS = "linear_few_rows.cu",
+    /// Latent attention of one query per sequence.
+    MLA_DECODE = "mla_decode.cu",
+    /// The same on tensor cores, split over a persistent grid by a plan.
+    MLA_DECODE_TILED = "mla_decode_tiled.cu",
+    /// Norm of the latent, rotary embedding, cache write.
+    MLA_KV_WRITE = "mla_kv_write.cu",
+    /// Causal latent attention of new tokens.
+    MLA_PREFILL = "mla_prefill.cu",
+    /// The same on tensor cores, over decompressed keys and values.
+    MLA_PREFILL_TILED = "mla_prefill_tiled.cu",
     /// Query and key norm, rotary embedding, key-value write.
     QK_NORM_ROPE_KV_WRITE = "qk_norm_rope_kv_write.cu",
     /// Squared ReLU.
