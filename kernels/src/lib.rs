@@ -101,18 +101,10 @@ sources! {
     GATHER_ROWS = "gather_rows.cu",
     /// Products of rows with the matrix of the expert that each belongs to.
     GROUPED_LINEAR = "grouped_linear.cu",
-    /// Key-value write.
-    KV_WRITE = "kv_write.cu",
-    /// Matrix product of few rows with a transposed weight.
-    LINEAR_FEW_ROWS = "linear_few_rows.cu",
-    /// Weighted sum of a token's experts.
-    MOE_COMBINE = "moe_combine.cu",
-    /// Choices of experts in the order of the experts.
-    MOE_PERMUTE = "moe_permute.cu",
-    /// Choice of experts.
-    MOE_ROUTE = "moe_route.cu",
     /// One matrix product per head.
     HEAD_LINEAR = "head_linear.cu",
+    /// Key-value write.
+    KV_WRITE = "kv_write.cu",
     /// Matrix product of few rows with a transposed weight.
     LINEAR_FEW_ROWS = "linear_few_rows.cu",
     /// Latent attention of one query per sequence.
@@ -125,6 +117,12 @@ sources! {
     MLA_PREFILL = "mla_prefill.cu",
     /// The same on tensor cores, over decompressed keys and values.
     MLA_PREFILL_TILED = "mla_prefill_tiled.cu",
+    /// Weighted sum of a token's experts.
+    MOE_COMBINE = "moe_combine.cu",
+    /// Choices of experts in the order of the experts.
+    MOE_PERMUTE = "moe_permute.cu",
+    /// Choice of experts.
+    MOE_ROUTE = "moe_route.cu",
     /// Query and key norm, rotary embedding, key-value write.
     QK_NORM_ROPE_KV_WRITE = "qk_norm_rope_kv_write.cu",
     /// Squared ReLU.

@@ -31,19 +31,19 @@ use mamba::{
     ssd_scan_continues_each_sequence, ssd_scan_of_long_sequences_matches_the_formula,
     ssm_update_takes_one_token_of_each_sequence, time_steps_stay_within_their_limits,
 };
-use norms::{
-    add_rms_norm_matches_the_formula, gated_rms_norm_matches_the_formula, relu2_matches_the_formula,
-    rms_norm_matches_the_formula, silu_mul_matches_the_formula,
-};
-use qk_norm_rope_kv_write::{kv_write_copies_each_token_to_its_slot, rope_turns_and_writes_each_token_in_its_slot};
 use mla::{
     head_linear_multiplies_each_head_with_its_own_weight, mla_decode_attends_to_all_keys,
     mla_decode_rows_do_not_depend_on_padded_rows, mla_kv_write_norms_turns_and_writes_each_token_in_its_slot,
     mla_prefill_attends_to_prefix_and_itself, mla_prefill_keeps_its_place_between_kernels,
     mla_prefill_rows_do_not_depend_on_other_sequences, mla_prefill_skips_pages_outside_the_cache,
 };
+use norms::{
+    add_rms_norm_matches_the_formula, gated_rms_norm_matches_the_formula, relu2_matches_the_formula,
+    rms_norm_matches_the_formula, silu_mul_matches_the_formula,
+};
 use norms::{add_rms_norm_matches_the_formula, rms_norm_matches_the_formula, silu_mul_matches_the_formula};
 use qk_norm_rope_kv_write::rope_turns_and_writes_each_token_in_its_slot;
+use qk_norm_rope_kv_write::{kv_write_copies_each_token_to_its_slot, rope_turns_and_writes_each_token_in_its_slot};
 use rows::{
     copy_rows_touches_nothing_else, fill_random_follows_the_formula, fill_reaches_every_dtype,
     fill_reaches_every_element_of_wide_rows, gather_rows_picks_rows, scrub_tail_zeroes_padded_rows_only,
