@@ -6,6 +6,7 @@ mod attention;
 mod fixture;
 mod linear;
 mod linear_few_rows;
+mod moe;
 mod norms;
 mod qk_norm_rope_kv_write;
 mod rows;
@@ -23,6 +24,11 @@ use linear::{
 use linear_few_rows::{
     linear_of_few_rows_has_the_same_bits_for_any_number_of_rows, linear_of_few_rows_matches_the_formula,
     linear_of_few_rows_waits_for_a_computed_weight,
+};
+use moe::{
+    a_mixture_of_experts_ignores_padded_rows, grouped_gate_up_matches_the_formula, grouped_linear_matches_the_formula,
+    moe_combine_matches_the_formula, moe_permute_keeps_the_order_within_an_expert,
+    moe_route_chooses_what_the_formula_chooses, moe_route_takes_the_first_of_equals,
 };
 use norms::{add_rms_norm_matches_the_formula, rms_norm_matches_the_formula, silu_mul_matches_the_formula};
 use qk_norm_rope_kv_write::rope_turns_and_writes_each_token_in_its_slot;
@@ -49,6 +55,13 @@ pub const RULES: &[Rule] = crate::rules![
     linear_of_few_rows_matches_the_formula,
     linear_of_few_rows_has_the_same_bits_for_any_number_of_rows,
     linear_of_few_rows_waits_for_a_computed_weight,
+    moe_route_chooses_what_the_formula_chooses,
+    moe_route_takes_the_first_of_equals,
+    moe_permute_keeps_the_order_within_an_expert,
+    grouped_gate_up_matches_the_formula,
+    grouped_linear_matches_the_formula,
+    moe_combine_matches_the_formula,
+    a_mixture_of_experts_ignores_padded_rows,
     rope_turns_and_writes_each_token_in_its_slot,
     prefill_attends_to_prefix_and_itself,
     prefill_rows_do_not_depend_on_other_sequences,
