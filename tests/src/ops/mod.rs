@@ -6,6 +6,7 @@ mod attention;
 mod fixture;
 mod linear;
 mod linear_few_rows;
+mod moe;
 mod mamba;
 mod mla;
 mod norms;
@@ -26,6 +27,10 @@ use linear_few_rows::{
     linear_of_few_rows_has_the_same_bits_for_any_number_of_rows, linear_of_few_rows_matches_the_formula,
     linear_of_few_rows_waits_for_a_computed_weight,
 };
+use moe::{
+    a_mixture_of_experts_ignores_padded_rows, grouped_gate_up_matches_the_formula, grouped_linear_matches_the_formula,
+    moe_combine_matches_the_formula, moe_permute_keeps_the_order_within_an_expert,
+    moe_route_chooses_what_the_formula_chooses, moe_route_takes_the_first_of_equals,
 use mamba::{
     conv1d_continues_each_sequence, conv1d_of_many_rows_matches_the_formula, conv1d_takes_one_token_of_each_sequence,
     ssd_scan_continues_each_sequence, ssd_scan_of_long_sequences_matches_the_formula,
@@ -69,6 +74,13 @@ pub const RULES: &[Rule] = crate::rules![
     linear_of_few_rows_matches_the_formula,
     linear_of_few_rows_has_the_same_bits_for_any_number_of_rows,
     linear_of_few_rows_waits_for_a_computed_weight,
+    moe_route_chooses_what_the_formula_chooses,
+    moe_route_takes_the_first_of_equals,
+    moe_permute_keeps_the_order_within_an_expert,
+    grouped_gate_up_matches_the_formula,
+    grouped_linear_matches_the_formula,
+    moe_combine_matches_the_formula,
+    a_mixture_of_experts_ignores_padded_rows,
     rope_turns_and_writes_each_token_in_its_slot,
     kv_write_copies_each_token_to_its_slot,
     conv1d_continues_each_sequence,
