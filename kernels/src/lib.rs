@@ -49,6 +49,7 @@ impl Source {
 pub const HEADERS: &[(&str, &str)] = &[
     ("attention_decode.cuh", include_str!("../include/attention_decode.cuh")),
     ("bcg.cuh", include_str!("../include/bcg.cuh")),
+    ("few_rows.cuh", include_str!("../include/few_rows.cuh")),
     ("logit_search.cuh", include_str!("../include/logit_search.cuh")),
     ("logits.cuh", include_str!("../include/logits.cuh")),
     ("mma.cuh", include_str!("../include/mma.cuh")),
