@@ -57,6 +57,7 @@ pub const HEADERS: &[(&str, &str)] = &[
     ("prefill.cuh", include_str!("../include/prefill.cuh")),
     ("random.cuh", include_str!("../include/random.cuh")),
     ("rms_norm.cuh", include_str!("../include/rms_norm.cuh")),
+    ("silu.cuh", include_str!("../include/silu.cuh")),
 ];
 
 /// Declares one static per source file, and [`ALL`].
@@ -90,6 +91,10 @@ sources! {
     FILL_RANDOM = "fill_random.cu",
     /// Rows by index.
     GATHER_ROWS = "gather_rows.cu",
+    /// Matrix products of few rows with the weights of their experts.
+    GROUPED_LINEAR_FEW_ROWS = "grouped_linear_few_rows.cu",
+    /// The same of many rows for compute capability 9.0.
+    GROUPED_LINEAR_HOPPER = "grouped_linear_hopper.cu",
     /// Matrix product of few rows with a transposed weight.
     LINEAR_FEW_ROWS = "linear_few_rows.cu",
     /// Query and key norm, rotary embedding, key-value write.
