@@ -4,53 +4,42 @@
 // so that no warp idles at the end of an item; the sums are added by the place of a step in its item, in an order that
 // depends on the number of columns only. Host reference, shapes and geometry: bcg-models/src/ops/grouped_linear_few_rows.rs.
 #include "few_rows.cuh"
-#include "silu.cuh"
+#include "grouped_linear.cuh"
 
-struct GroupedFewRowsArgs {
-    const bf16* x;
-    const bf16* weight;
-    bf16* out;
-    const i32* offsets;  // [experts + 1] the first place of each expert
-    const i32* rows;     // [places] token * choices + choice
-    i64 x_stride;
-    u32 tokens;  // the most rows of an expert
-    u32 choices;
-    u32 experts;
-    u32 outputs;
-    u32 depth;  // a multiple of 8
-    u32 padding;
-};
-
-// The experts that have rows, in shared memory.
+// Up to `capacity` rows of one expert each, in the order of their places; in shared memory.
 struct List {
     u16* expert;
-    u16* first;  // and, behind the last one, the end of its rows
+    u16* first;  // place; and, behind the last entry, the end of its rows
     u8* token;   // of each place
     u32 len;
 
-    BCG_DEVICE List(const GroupedFewRowsArgs& a, u8* shared) {
-        first = (u16*)shared, expert = first + a.experts + 1;
-        token = (u8*)(expert + a.experts);
+    // Room for an entry of each expert, and more: a token may pick an expert twice.
+    BCG_DEVICE List(const GroupedArgs& a, u8* shared) {
+        first = (u16*)shared, expert = first + a.experts + a.chosen + 1;
+        token = (u8*)(expert + a.experts + a.chosen);
     }
 
     // Fills the list by all threads of the block, which are as many as experts at least.
-    BCG_DEVICE void fill(const GroupedFewRowsArgs& a) {
-        __shared__ u32 with_rows[WARPS];
-        u32 e = threadIdx.x, lane = e % 32, warp = e / 32, places = a.tokens * a.choices;
-        i32 start = 0, end = 0;
-        if (e < a.experts) start = a.offsets[e], end = a.offsets[e + 1];
-        for (u32 p = e; p < places; p += THREADS) token[p] = (u8)((u32)a.rows[p] / a.choices);
-        u32 here = __ballot_sync(FULL_WARP, start < end);
-        if (lane == 0) with_rows[warp] = here;
+    BCG_DEVICE void fill(const GroupedArgs& a, u32 capacity) {
+        __shared__ u32 of_warp[WARPS];
+        u32 e = threadIdx.x, lane = e % 32, warp = e / 32;
+        u32 start = 0, end = 0;
+        if (e < a.experts) start = (u32)a.offsets[e], end = (u32)a.offsets[e + 1];
+        for (u32 p = e; p < a.places; p += THREADS) token[p] = (u8)((u32)a.rows[p] / a.chosen);
+        u32 count = (end - start + capacity - 1) / capacity, index = count;  // index: behind the expert's last entry
+#pragma unroll
+        for (u32 step = 1; step < 32; step *= 2) {
+            u32 before = __shfl_up_sync(FULL_WARP, index, step);
+            if (lane >= step) index += before;
+        }
+        if (lane == 31) of_warp[warp] = index;
         __syncthreads();
-        u32 index = __popc(here & ((1u << lane) - 1));
         len = 0;
         for (u32 w = 0; w < WARPS; w++) {
-            u32 count = __popc(with_rows[w]);
-            index += w < warp ? count : 0;
-            len += count;
+            index += w < warp ? of_warp[w] : 0;
+            len += of_warp[w];
         }
-        if (start < end) expert[index] = (u16)e, first[index] = (u16)start;
+        for (index -= count; start < end; index++, start += capacity) expert[index] = (u16)e, first[index] = (u16)start;
         if (e + 1 == a.experts) first[len] = (u16)end;
         __syncthreads();
     }
@@ -58,14 +47,14 @@ struct List {
 
 template <bool GATED, u32 R, u32 ROWS, u32 STAGES> struct Block : FewRows<R, ROWS, STAGES> {
     using Base = FewRows<R, ROWS, STAGES>;
-    using Base::HALVES, Base::TILES, Base::row, Base::slot, Base::warp;
+    using Base::HALVES, Base::TILES, Base::capacity, Base::row, Base::slot, Base::warp;
     static constexpr u32 OUTPUTS = GATED ? R / 2 : R;  // of an item
 
-    const GroupedFewRowsArgs& a;
+    const GroupedArgs& a;
     List list;
     float* partial;  // of two items
     u32 chunks;      // steps of an item
-    u32 groups;      // items of an expert
+    u32 groups;      // items of an entry
     u32 items;
 
     // Where the thread copies from: a step of an item.
@@ -78,13 +67,13 @@ template <bool GATED, u32 R, u32 ROWS, u32 STAGES> struct Block : FewRows<R, ROW
         const bf16* x[HALVES];
     };
 
-    BCG_DEVICE Block(const GroupedFewRowsArgs& args, u8* shared)
-        : Base(args.tokens, shared), a(args), list(args, shared + this->ring_bytes() + 2 * partial_bytes()) {
+    BCG_DEVICE Block(const GroupedArgs& args, u8* shared)
+        : Base(args.places / args.chosen, shared), a(args), list(args, shared + this->ring_bytes() + 2 * partial_bytes()) {
         partial = (float*)(shared + this->ring_bytes());
         chunks = (a.depth + STEP - 1) / STEP, groups = (a.outputs + OUTPUTS - 1) / OUTPUTS;
     }
 
-    BCG_DEVICE u32 partial_bytes() const { return WARPS * a.tokens * Base::PITCH * 4; }
+    BCG_DEVICE u32 partial_bytes() const { return WARPS * capacity * Base::PITCH * 4; }
 
     // Points the source to its item, if there is one.
     BCG_DEVICE void find(Source& s) const {
@@ -93,11 +82,11 @@ template <bool GATED, u32 R, u32 ROWS, u32 STAGES> struct Block : FewRows<R, ROW
         i64 rows_of_expert = (i64)a.outputs * (GATED ? 2 : 1);
         s.rows = list.first[index + 1] - first;
         s.outputs = output < a.outputs ? a.outputs - output : 0;
-        s.weight = a.weight + (list.expert[index] * rows_of_expert + output) * a.depth;
+        s.weight = (const bf16*)a.weight + (list.expert[index] * rows_of_expert + output) * a.depth;
 #pragma unroll
         for (u32 t = row(), half = 0; half < HALVES; t += 8, half++) {
             u32 place = first + (t < s.rows ? t : 0);
-            s.x[half] = a.x + (GATED ? list.token[place] : place) * a.x_stride;
+            s.x[half] = (const bf16*)a.x + (GATED ? list.token[place] : place) * a.x_stride;
         }
     }
 
@@ -130,19 +119,19 @@ template <bool GATED, u32 R, u32 ROWS, u32 STAGES> struct Block : FewRows<R, ROW
     // Adds the sums of all warps in order and writes the item's outputs.
     BCG_DEVICE void write(u32 item, u32 rows, const float* sums) const {
         u32 index = item / groups, first_output = item % groups * OUTPUTS;
-        bf16* out = a.out + (i64)list.first[index] * a.outputs;
+        bf16* out = (bf16*)a.out + (i64)list.first[index] * a.outputs;
         for (u32 i = threadIdx.x; i < rows * OUTPUTS; i += THREADS) {
             u32 t = i / OUTPUTS, n = i % OUTPUTS;
             float sum = this->total(sums, t, n);
             if constexpr (GATED)
-                sum = silu_times<bf16>(round_to<bf16>(sum), round_to<bf16>(this->total(sums, t, OUTPUTS + n)));
+                sum = silu_mul<bf16>(round_to<bf16>(sum), round_to<bf16>(this->total(sums, t, OUTPUTS + n)));
             if (first_output + n < a.outputs) out[(i64)t * a.outputs + first_output + n] = from_f32<bf16>(sum);
         }
     }
 
     BCG_DEVICE void run() {
         wait_for_inputs();
-        list.fill(a);
+        list.fill(a, capacity);
         items = list.len * groups;
         Source next = {blockIdx.x, warp};
         for (; next.chunk >= chunks; next.chunk -= chunks) next.item += gridDim.x;
@@ -171,7 +160,7 @@ template <bool GATED, u32 R, u32 ROWS, u32 STAGES> struct Block : FewRows<R, ROW
 };
 
 #define GROUPED_FEW_ROWS(NAME, GATED, ROWS, STAGES)                                                     \
-    extern "C" __global__ void __launch_bounds__(THREADS) NAME##_few_rows_##ROWS(GroupedFewRowsArgs a) { \
+    extern "C" __global__ void __launch_bounds__(THREADS) NAME##_few_rows_##ROWS(GroupedArgs a) { \
         extern __shared__ __align__(16) u8 shared[];                                                    \
         release_dependents();                                                                           \
         Block<GATED, 32, ROWS, STAGES>(a, shared).run();                                                \

@@ -50,6 +50,8 @@ pub const HEADERS: &[(&str, &str)] = &[
     ("attention_decode.cuh", include_str!("../include/attention_decode.cuh")),
     ("bcg.cuh", include_str!("../include/bcg.cuh")),
     ("few_rows.cuh", include_str!("../include/few_rows.cuh")),
+    ("grouped_linear.cuh", include_str!("../include/grouped_linear.cuh")),
+    ("hopper.cuh", include_str!("../include/hopper.cuh")),
     ("logit_search.cuh", include_str!("../include/logit_search.cuh")),
     ("logits.cuh", include_str!("../include/logits.cuh")),
     ("mma.cuh", include_str!("../include/mma.cuh")),
@@ -91,7 +93,9 @@ sources! {
     FILL_RANDOM = "fill_random.cu",
     /// Rows by index.
     GATHER_ROWS = "gather_rows.cu",
-    /// Matrix products of few rows with the weights of their experts.
+    /// Products of rows with the matrix of the expert that each belongs to.
+    GROUPED_LINEAR = "grouped_linear.cu",
+    /// The same of few rows.
     GROUPED_LINEAR_FEW_ROWS = "grouped_linear_few_rows.cu",
     /// The same of many rows for compute capability 9.0.
     GROUPED_LINEAR_HOPPER = "grouped_linear_hopper.cu",

@@ -20,7 +20,7 @@ template <typename T, bool WIDE> BCG_DEVICE void silu_mul(const SiluMulArgs& a) 
         Pack<T> gate = load_pack<WIDE>(gates, c, a.columns), up = load_pack<WIDE>(gates + a.columns, c, a.columns);
         float product[LEN];
 #pragma unroll
-        for (u32 e = 0; e < LEN; e++) product[e] = silu_times<T>(get(gate, e), get(up, e));
+        for (u32 e = 0; e < LEN; e++) product[e] = silu_mul<T>(get(gate, e), get(up, e));
         store_pack<WIDE>(out, c, a.columns, pack<T>(product));
     }
 }
