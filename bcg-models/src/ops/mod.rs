@@ -30,6 +30,8 @@ mod fill;
 mod fill_random;
 mod gather_rows;
 mod grouped_linear;
+mod grouped_linear_few_rows;
+mod grouped_linear_hopper;
 mod linear;
 mod linear_few_rows;
 mod logits;
