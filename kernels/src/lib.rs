@@ -55,6 +55,7 @@ pub const HEADERS: &[(&str, &str)] = &[
     ("logit_search.cuh", include_str!("../include/logit_search.cuh")),
     ("logits.cuh", include_str!("../include/logits.cuh")),
     ("mma.cuh", include_str!("../include/mma.cuh")),
+    ("moe_permute.cuh", include_str!("../include/moe_permute.cuh")),
     ("paged_attention.cuh", include_str!("../include/paged_attention.cuh")),
     ("prefill.cuh", include_str!("../include/prefill.cuh")),
     ("random.cuh", include_str!("../include/random.cuh")),
@@ -101,6 +102,12 @@ sources! {
     GROUPED_LINEAR_HOPPER = "grouped_linear_hopper.cu",
     /// Matrix product of few rows with a transposed weight.
     LINEAR_FEW_ROWS = "linear_few_rows.cu",
+    /// Weighted sum of a token's experts.
+    MOE_COMBINE = "moe_combine.cu",
+    /// Choices of experts in the order of the experts.
+    MOE_PERMUTE = "moe_permute.cu",
+    /// Choice of experts.
+    MOE_ROUTE = "moe_route.cu",
     /// Query and key norm, rotary embedding, key-value write.
     QK_NORM_ROPE_KV_WRITE = "qk_norm_rope_kv_write.cu",
     /// RMS norm.

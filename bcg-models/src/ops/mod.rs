@@ -13,7 +13,7 @@
 //! A new op is four files: `kernels/src/x.cu`, `ops/x.rs`, a line here, a test in `tests/src/ops/x.rs`.
 //!
 //! Shape letters: T tokens, B sequences, C hidden, I intermediate, Hq/Hkv query/key-value heads, D head dim, V
-//! vocabulary, P pages, S page size.
+//! vocabulary, P pages, S page size, E experts, K chosen experts.
 
 mod check;
 mod decode_plan;
@@ -35,7 +35,9 @@ mod grouped_linear_hopper;
 mod linear;
 mod linear_few_rows;
 mod logits;
+mod moe_combine;
 mod moe_permute;
+mod moe_route;
 mod qk_norm_rope_kv_write;
 mod rms_norm;
 mod sample;
@@ -52,7 +54,9 @@ pub use fill_random::fill_random;
 pub use gather_rows::gather_rows;
 pub use grouped_linear::{grouped_gate_up, grouped_linear};
 pub use linear::{linear, linear_to};
-pub use moe_permute::ExpertPlan;
+pub use moe_combine::moe_combine;
+pub use moe_permute::{ExpertPlan, moe_permute};
+pub use moe_route::{Routing, Scores, Scoring, moe_route};
 pub use paged_kv::PagedKv;
 pub use qk_norm_rope_kv_write::{QkNormRopeKvWrite, qk_norm_rope_kv_write, rope_inv_freq};
 pub use rms_norm::rms_norm;
