@@ -1,22 +1,7 @@
 // Products of rows with the matrix of the expert that each belongs to, for any float dtype and any size. A persistent
 // grid: each block walks the experts and takes every gridDim.x-th tile of ROWS places by COLUMNS outputs. The order of a
 // sum depends on the depth only. Host reference, shapes and geometry: bcg-models/src/ops/grouped_linear.rs.
-#include "silu.cuh"
-
-struct GroupedArgs {
-    const void* x;
-    const void* weight;
-    void* out;
-    const i32* offsets;  // [experts + 1]
-    const i32* rows;     // [places]
-    i64 x_stride;
-    u32 experts;
-    u32 outputs;  // columns of out
-    u32 depth;
-    u32 chosen;
-    u32 places;
-    u32 weight_is_input;
-};
+#include "grouped_linear.cuh"
 
 constexpr u32 THREADS = 256;
 constexpr u32 ROWS = 16;

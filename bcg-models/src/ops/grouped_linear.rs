@@ -1,15 +1,17 @@
 //! Products of rows with the matrix of the expert that each belongs to; portable CUDA source:
-//! `kernels/src/grouped_linear.cu`.
+//! `kernels/src/grouped_linear.cu`; for bf16, [`grouped_linear_few_rows`] and [`grouped_linear_hopper`] serve instead where
+//! they can.
 //!
 //! The grid follows the shapes alone; blocks find their work in the plan's `offsets`, on the device.
 
-use bcg_runtime::{CaptureStream, DevicePtr, Dims, HostMemory, Result, Tensor};
+use bcg_runtime::{CaptureStream, DType, DevicePtr, Dims, HostMemory, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 
 use super::check::Check;
 use super::float::{Float, PerFloat, dot, extend_f32, per_float, row};
 use super::moe_permute::ExpertPlan;
 use super::silu_mul::gated;
+use super::{grouped_linear_few_rows, grouped_linear_hopper};
 
 /// The arguments of every kernel of this product.
 #[repr(C)]
@@ -93,8 +95,7 @@ pub fn grouped_gate_up(cx: &mut CaptureStream, x: &Tensor, weight: &Tensor, plan
     CHECK.shape("x", x, &[plan.places.dim(0), weight.dim(2)])?;
     let out = cx.empty(&[plan.rows.dim(0), weight.dim(1) / 2], x.dtype())?;
     let args = grouped_args(cx, CHECK, x, weight, plan, &out)?;
-    let dims = portable_dims(cx);
-    cx.launch(GATE_UP.get(CHECK, "x", x.dtype())?, dims, args)?;
+    launch(cx, CHECK, x.dtype(), true, args)?;
     Ok(out)
 }
 
@@ -142,8 +143,7 @@ pub fn grouped_linear(cx: &mut CaptureStream, x: &Tensor, weight: &Tensor, plan:
     CHECK.shape("x", x, &[plan.rows.dim(0), weight.dim(2)])?;
     let out = cx.empty(&[plan.rows.dim(0), weight.dim(1)], x.dtype())?;
     let args = grouped_args(cx, CHECK, x, weight, plan, &out)?;
-    let dims = portable_dims(cx);
-    cx.launch(LINEAR.get(CHECK, "x", x.dtype())?, dims, args)?;
+    launch(cx, CHECK, x.dtype(), false, args)?;
     Ok(out)
 }
 
@@ -172,9 +172,29 @@ fn grouped_args(
     })
 }
 
-/// A persistent grid, the same for every plan.
-fn portable_dims(cx: &CaptureStream) -> Dims {
-    Dims::linear(BLOCKS_PER_MULTIPROCESSOR * cx.device().num_multiprocessors(), THREADS)
+/// Enqueues the kernel that serves the product best. All have a persistent grid, the same for every plan.
+fn launch(cx: &mut CaptureStream, check: Check, dtype: DType, is_gated: bool, args: GroupedArgs) -> Result<()> {
+    if dtype == DType::Bf16 && grouped_linear_few_rows::applies(cx.device(), &args) {
+        return grouped_linear_few_rows::launch(cx, is_gated, args);
+    }
+    if dtype == DType::Bf16 && grouped_linear_hopper::applies(cx.device(), is_gated, &args) {
+        return grouped_linear_hopper::launch(cx, is_gated, args);
+    }
+    let kernel = if is_gated { &GATE_UP } else { &LINEAR }.get(check, "x", dtype)?;
+    let dims = Dims::linear(BLOCKS_PER_MULTIPROCESSOR * cx.device().num_multiprocessors(), THREADS);
+    cx.launch(kernel, dims, args)
+}
+
+impl GroupedArgs {
+    /// Tells whether the kernels on tensor cores can address everything: in 16-byte words of bf16, of which they count up
+    /// to 2³² in `x`.
+    pub(super) fn is_in_words(&self) -> bool {
+        let words = i64::from(self.places) * self.x_stride / 8;
+        [self.x, self.weight, self.out].iter().all(|tensor| tensor.as_u64().is_multiple_of(16))
+            && self.x_stride % 8 == 0
+            && self.depth.is_multiple_of(8)
+            && words < i64::from(u32::MAX)
+    }
 }
 
 pub(super) fn host_gate_up<T: Float>(a: &GroupedArgs, _: &Dims, memory: &HostMemory<'_>) -> Result<()> {
@@ -219,7 +239,7 @@ fn host<T: Float, const GATED: bool>(a: &GroupedArgs, memory: &HostMemory<'_>) -
 mod tests {
     use super::*;
     use crate::ops::check::testing::refusal;
-    use bcg_runtime::{DType, Device};
+    use bcg_runtime::Device;
 
     #[test]
     fn wrong_tensors_are_refused_by_name() -> Result<()> {

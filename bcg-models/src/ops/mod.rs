@@ -36,6 +36,8 @@ mod gather_rows;
 mod grouped_linear;
 mod head_linear;
 mod kv_write;
+mod grouped_linear_few_rows;
+mod grouped_linear_hopper;
 mod linear;
 mod linear_few_rows;
 mod logits;

@@ -4,6 +4,7 @@
 
 mod attention;
 mod fixture;
+mod grouped_linear;
 mod linear;
 mod linear_few_rows;
 mod moe;
@@ -18,6 +19,10 @@ use attention::{
     decode_attends_to_all_keys, decode_rows_do_not_depend_on_padded_rows, prefill_attends_to_prefix_and_itself,
     prefill_does_not_read_behind_the_batch, prefill_keeps_its_place_between_kernels,
     prefill_rows_do_not_depend_on_other_sequences, prefill_skips_pages_outside_the_cache,
+};
+use grouped_linear::{
+    products_of_experts_have_the_same_bits_in_any_batch, products_of_experts_match_the_formula,
+    products_of_experts_serve_any_shares,
 };
 use linear::{
     linear_gives_the_same_bits_each_time, linear_matches_the_formula, linear_of_nothing_is_zero,
@@ -81,6 +86,9 @@ pub const RULES: &[Rule] = crate::rules![
     grouped_linear_matches_the_formula,
     moe_combine_matches_the_formula,
     a_mixture_of_experts_ignores_padded_rows,
+    products_of_experts_match_the_formula,
+    products_of_experts_serve_any_shares,
+    products_of_experts_have_the_same_bits_in_any_batch,
     rope_turns_and_writes_each_token_in_its_slot,
     kv_write_copies_each_token_to_its_slot,
     conv1d_continues_each_sequence,
