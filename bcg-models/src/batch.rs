@@ -7,15 +7,17 @@
 //!   sequences, which is never frozen.
 //!
 //! A padded row has token 0, position 0 and slot −1 (nothing is written to the KV cache), and belongs to no sequence.
+//! Captured code that mixes rows reads from `num_valid` where they begin.
 //! What attention reads is padded to a capacity of sequences, which have no rows and no keys: addresses and shapes depend
 //! on the phase and the padded rows alone, so every batch of one size makes the same launches, breaks included.
 
 use std::ops::Range;
 
-use bcg_runtime::{DType, Device, LiveBatch, Result, Rows, Runner, Tensor};
+use bcg_runtime::{DType, Device, Freeze, LiveBatch, Result, Rows, Runner, Tensor};
 
 use crate::ops::{DecodePlan, attention_prefill_plan, attention_prefill_plan_len};
 use crate::sampling::SamplingParams;
+use crate::state::StateLease;
 
 /// One sequence's part of a step.
 #[derive(Debug, Clone, Copy)]
@@ -26,6 +28,9 @@ pub struct SequenceInput<'a> {
     pub past_len: usize,
     /// The sequence's pages, with room for `past_len + tokens.len()` tokens.
     pub pages: &'a [u32],
+    /// The sequence's state, for a model with state-space layers; without one (a dummy batch) a step starts from zeros and
+    /// keeps no state.
+    pub state: Option<&'a StateLease>,
     /// How the next token is chosen.
     pub sampling: &'a SamplingParams,
     /// How many tokens the sequence has drawn before; with the seed it fixes the random choice.
@@ -79,8 +84,19 @@ pub struct TokenInputs {
     pub positions: Tensor,
     /// `[T]` i32: `page * S + offset`, or −1.
     pub slot_mapping: Tensor,
+    /// `[1]` i32: the rows that are not padding.
+    pub num_valid: Tensor,
     /// What attention reads in a decode; in a prefill, the live batch has it.
     pub decode: Option<DecodeInputs>,
+}
+
+/// The state slots of a batch's sequences, which state-space layers read and write.
+#[derive(Debug, Clone, Freeze)]
+pub struct StateSlots {
+    /// `[B]` i32: the slot that holds a sequence's state; −1 for one that begins, and behind the last sequence.
+    pub read: Tensor,
+    /// `[B]` i32: the slot that its new state goes to, another than the one it reads; −1 where none is kept.
+    pub write: Tensor,
 }
 
 /// What captured attention reads of a decode.
@@ -92,6 +108,8 @@ pub struct DecodeInputs {
     pub page_table: Tensor,
     /// How attention is spread over the device; see [`DecodePlan`].
     pub plan: Tensor,
+    /// `[T]` slots.
+    pub states: StateSlots,
 }
 
 /// The live batch.
@@ -109,6 +127,8 @@ pub struct ForwardBatch {
     pub kv_lens: Tensor,
     /// `[Bmax, pages]` i32, as wide as the longest possible sequence needs. Only the pages of the sequences' tokens count.
     pub page_table: Tensor,
+    /// `[Bmax]` slots.
+    pub states: StateSlots,
     /// `[B]` i32: the last row of each sequence.
     pub last_rows: Tensor,
     /// The order of the work of [`attention_prefill`](crate::ops::attention_prefill), with room for the longest one;
@@ -195,6 +215,10 @@ impl Sections<'_> {
         self.buffer.rows(begin..begin + len)
     }
 
+    fn states(&mut self, len: usize) -> Result<StateSlots> {
+        Ok(StateSlots { read: self.next(len)?, write: self.next(len)? })
+    }
+
     /// The sections that captured code reads.
     fn captured(
         &mut self,
@@ -207,10 +231,12 @@ impl Sections<'_> {
             token_ids: self.next(rows)?,
             positions: self.next(rows)?,
             slot_mapping: self.next(rows)?,
+            num_valid: self.next(1)?,
             decode: match phase {
                 Phase::Prefill => None,
                 Phase::Decode => Some(DecodeInputs {
                     kv_lens: self.next(rows)?,
+                    states: self.states(rows)?,
                     page_table: page_table.rows(0..rows)?,
                     plan: self.next(decode_plan.shape().iter().product())?.reshape(&decode_plan.shape())?,
                 }),
@@ -253,8 +279,9 @@ impl InputBuffers {
         let aligned = |len: usize| len.next_multiple_of(SECTION_ALIGNMENT);
         let plan: usize = decode_plan.shape().iter().product();
         let plan = plan.max(attention_prefill_plan_len(rows, sequences));
-        // Tokens, positions, slots; lengths, starts, last rows; the phase's plan; a decode's prefill plan without items.
-        let len = 3 * aligned(rows) + 3 * aligned(sequences + 1) + aligned(plan) + SECTION_ALIGNMENT;
+        // Tokens, positions, slots; lengths, states, starts, last rows; the phase's plan; the number of valid rows, and a
+        // decode's prefill plan without items.
+        let len = 3 * aligned(rows) + 5 * aligned(sequences + 1) + aligned(plan) + 2 * SECTION_ALIGNMENT;
         Ok(Self {
             sections: zeros(len, DType::I32)?,
             page_table: device.zeros(&[sequences, pages_per_sequence], DType::I32)?,
@@ -281,8 +308,8 @@ impl InputBuffers {
         Sections { buffer: &self.sections, end: 0 }.captured(phase, rows, &self.page_table, self.decode_plan)
     }
 
-    /// Uploads a batch for a forward of `phase` that is padded to `padded` rows. With `write_kv` off no key or value is
-    /// kept: a dummy batch.
+    /// Uploads a batch for a forward of `phase` that is padded to `padded` rows. With `write_kv` off no key, value or state
+    /// is kept: a dummy batch.
     ///
     /// # Errors
     /// [`bcg_runtime::Error::Shape`] beyond the limits; the driver's.
@@ -302,7 +329,7 @@ impl InputBuffers {
         assert!(phase == Phase::Prefill || Phase::of(batch) == phase, "a decode has one new token a sequence");
         let live = self.views(phase, batch.len(), Rows { valid, padded })?;
         self.stage_tokens(batch, padded, write_kv);
-        self.stage_sequences(batch, &live);
+        self.stage_sequences(batch, &live, write_kv);
         let staged = self.staging.len();
         runner.upload(&self.sections.rows(0..staged)?, &self.staging)?;
         let width = self.stage_page_tables(batch);
@@ -316,9 +343,12 @@ impl InputBuffers {
         let capacity = rows.padded.min(self.page_table.dim(0));
         let mut sections = Sections { buffer: &self.sections, end: 0 };
         let captured = sections.captured(phase, rows.padded, &self.page_table, self.decode_plan)?;
-        let (kv_lens, plan_len) = match captured.decode {
-            None => (sections.next(capacity)?, attention_prefill_plan_len(rows.padded, capacity)),
-            Some(decode) => (decode.kv_lens, 1),
+        let (kv_lens, states, plan_len) = match captured.decode {
+            None => {
+                let plan_len = attention_prefill_plan_len(rows.padded, capacity);
+                (sections.next(capacity)?, sections.states(capacity)?, plan_len)
+            }
+            Some(decode) => (decode.kv_lens, decode.states, 1),
         };
         Ok(ForwardBatch {
             rows,
@@ -326,6 +356,7 @@ impl InputBuffers {
             phase,
             cu_seqlens_q: sections.next(capacity + 1)?,
             kv_lens,
+            states,
             page_table: self.page_table.rows(0..capacity)?,
             last_rows: sections.next(capacity)?.rows(0..num_sequences)?,
             prefill_plan: sections.next(plan_len)?,
@@ -346,14 +377,25 @@ impl InputBuffers {
         push_section(staging, padded, -1, |staging| {
             written.iter().for_each(|s| push_slots(staging, s.pages, page_size, s.past_len..s.kv_len()));
         });
+        let valid: usize = batch.iter().map(|sequence| sequence.tokens.len()).sum();
+        push_section(staging, 1, 0, |staging| staging.push(valid as i32));
     }
 
     /// Appends what is known of each sequence, and the plan of the phase's attention.
-    fn stage_sequences(&mut self, batch: &[SequenceInput<'_>], live: &ForwardBatch) {
+    fn stage_sequences(&mut self, batch: &[SequenceInput<'_>], live: &ForwardBatch, write_state: bool) {
         let (staging, plan) = (&mut self.staging, &mut self.staged_plan);
         let capacity = live.kv_lens.dim(0);
         let lens = push_section(staging, capacity, 0, |staging| {
             staging.extend(batch.iter().map(|sequence| sequence.kv_len() as i32));
+        });
+        let slots = |sequence: &SequenceInput<'_>| sequence.state.map(|state| state.slots(sequence.past_len));
+        let number = |slot: Option<u32>| slot.map_or(-1, u32::cast_signed);
+        push_section(staging, capacity, -1, |staging| {
+            staging.extend(batch.iter().map(|sequence| number(slots(sequence).and_then(|(read, _)| read))));
+        });
+        let written = if write_state { batch } else { &[] };
+        push_section(staging, capacity, -1, |staging| {
+            staging.extend(written.iter().map(|sequence| number(slots(sequence).map(|(_, write)| write))));
         });
         if live.phase == Phase::Decode {
             self.decode_plan.fill(&staging[lens.start..][..batch.len()], plan);
@@ -419,6 +461,7 @@ impl InputBuffers {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::state::PagePool;
     use bcg_runtime::RunnerOptions;
 
     const LIMITS: BatchLimits = BatchLimits { rows: 16, sequences: 8, pages_per_sequence: 4 };
@@ -429,7 +472,8 @@ mod tests {
         pages: &'a [u32],
         sampling: &'a SamplingParams,
     ) -> SequenceInput<'a> {
-        SequenceInput { tokens, past_len, pages, sampling, step: 0, top_logprobs: None, logits: false }
+        let (state, step) = (None, 0);
+        SequenceInput { tokens, past_len, pages, state, sampling, step, top_logprobs: None, logits: false }
     }
 
     #[test]
@@ -445,6 +489,7 @@ mod tests {
         assert_eq!(read(&tokens.token_ids), [7, 8, 9, 6, 0, 0]);
         assert_eq!(read(&tokens.positions), [3, 4, 5, 0, 0, 0]);
         assert_eq!(read(&tokens.slot_mapping), [23, 8, 9, 4, -1, -1]);
+        assert_eq!(read(&tokens.num_valid), [4]);
         assert_eq!(read(&live.cu_seqlens_q), [0, 3, 4, 4, 4, 4, 4]);
         assert_eq!(read(&live.kv_lens), [6, 1, 0, 0, 0, 0]);
         assert_eq!(live.page_table.shape(), [6, LIMITS.pages_per_sequence]);
@@ -475,6 +520,34 @@ mod tests {
     }
 
     #[test]
+    fn states_are_read_behind_the_first_tokens_and_written_unless_the_batch_is_a_dummy() {
+        let device = Device::host();
+        let mut runner = Runner::new(&device, RunnerOptions::default()).expect("a runner");
+        let mut buffers = InputBuffers::new(&device, LIMITS, 4, DecodePlan::new(&device, 4, 2)).expect("buffers");
+        let (params, pool) = (SamplingParams::greedy(), PagePool::with_states(8, 4, 3));
+        let leases = [0, 3, 5].map(|past_len| (pool.lease(2).expect("a lease"), past_len));
+        leases[2].0.state().expect("a state").commit(5);
+        let batch: Vec<_> = leases
+            .iter()
+            .map(|(lease, past_len)| SequenceInput {
+                state: lease.state(),
+                ..input(&[7], *past_len, lease.pages(), &params)
+            })
+            .collect();
+        for phase in Phase::ALL {
+            let live = buffers.fill(&mut runner, &batch, phase, 4, true).expect("filled");
+            let slots = match buffers.token_inputs(phase, 4).expect("views").decode {
+                Some(decode) => decode.states,
+                None => live.states,
+            };
+            assert_eq!(runner.read::<i32>(&slots.read).expect("read"), [-1, 2, 5, -1]);
+            assert_eq!(runner.read::<i32>(&slots.write).expect("read"), [1, 3, 4, -1]);
+            buffers.fill(&mut runner, &batch, phase, 4, false).expect("a dummy");
+            assert_eq!(runner.read::<i32>(&slots.write).expect("read"), [-1; 4]);
+        }
+    }
+
+    #[test]
     fn batches_of_one_size_lie_at_the_same_places() {
         let device = Device::host();
         let mut runner = Runner::new(&device, RunnerOptions::default()).expect("a runner");
@@ -493,7 +566,9 @@ mod tests {
                 let live = buffers.fill(&mut runner, batch, phase, padded, true).expect("filled");
                 assert_eq!(live.last_rows.shape(), [batch.len()]);
                 // A tensor's description has its dtype, its shape and its address.
-                [live.cu_seqlens_q, live.kv_lens, live.page_table, live.prefill_plan].map(|t| format!("{t:?}"))
+                let StateSlots { read, write } = live.states;
+                [live.cu_seqlens_q, live.kv_lens, live.page_table, live.prefill_plan, read, write]
+                    .map(|t| format!("{t:?}"))
             });
             assert_eq!(first, second);
         }

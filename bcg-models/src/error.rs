@@ -114,6 +114,12 @@ pub enum Error {
         /// Pages in the pool.
         total: usize,
     },
+    /// Every state slot of a model with state-space layers is taken.
+    #[error("all {total} state slots are taken; raise max_running_requests, or wait until a sequence ends")]
+    OutOfStates {
+        /// Sequences that can have a state.
+        total: usize,
+    },
     /// The runtime or the device failed.
     #[error(transparent)]
     Runtime(#[from] bcg_runtime::Error),

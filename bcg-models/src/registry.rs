@@ -9,7 +9,7 @@ use crate::batch::{ForwardBatch, TokenInputs};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::models::Qwen3;
-use crate::state::KvCache;
+use crate::state::{CacheLayout, Caches};
 use crate::weights::Weights;
 
 /// A language model, loaded.
@@ -22,7 +22,7 @@ pub trait Model: Debug + Send + Sync {
         &self,
         cx: &mut Context<'_, ForwardBatch>,
         inputs: &TokenInputs,
-        kv: &KvCache,
+        caches: &Caches,
     ) -> bcg_runtime::Result<Tensor>;
 
     /// Turns hidden states `[B, C]` into logits `[B, V]` in f32. Runs behind the captured part, on the last rows only.
@@ -32,15 +32,17 @@ pub trait Model: Debug + Send + Sync {
     fn logits(&self, cx: &mut CaptureStream, hidden: &Tensor) -> bcg_runtime::Result<Tensor>;
 }
 
+/// An architecture as `config.json` names it, what a sequence keeps between steps, and the loader.
+type Family = (&'static str, fn(&ModelConfig) -> Result<CacheLayout>, Loader);
 type Loader = fn(&ModelConfig, &mut Weights<'_>) -> Result<Arc<dyn Model>>;
 
-/// The supported architectures, as `architectures` in `config.json` names them.
-const MODELS: &[(&str, Loader)] =
-    &[("Qwen3ForCausalLM", |config, weights| Ok(Arc::new(Qwen3::load(config, weights)?)))];
+/// The supported architectures.
+const MODELS: &[Family] =
+    &[("Qwen3ForCausalLM", Qwen3::cache_layout, |config, weights| Ok(Arc::new(Qwen3::load(config, weights)?)))];
 
 /// The names of the supported architectures.
 pub fn supported() -> Vec<&'static str> {
-    MODELS.iter().map(|(name, _)| *name).collect()
+    MODELS.iter().map(|(name, ..)| *name).collect()
 }
 
 /// Loads the model that `config` names, and refuses weights that it leaves over.
@@ -48,7 +50,8 @@ pub fn supported() -> Vec<&'static str> {
 /// # Errors
 /// [`Error::Architecture`]; those of [`Weights`].
 pub fn load(config: &ModelConfig, mut weights: Weights<'_>) -> Result<Arc<dyn Model>> {
-    let model = loader(&config.architecture)?(config, &mut weights)?;
+    let (_, _, load) = family(&config.architecture)?;
+    let model = load(config, &mut weights)?;
     weights.finish()?;
     Ok(model)
 }
@@ -58,13 +61,21 @@ pub fn load(config: &ModelConfig, mut weights: Weights<'_>) -> Result<Arc<dyn Mo
 /// # Errors
 /// [`Error::Architecture`], which lists those that are.
 pub fn check(architecture: &str) -> Result<()> {
-    loader(architecture).map(|_| ())
+    family(architecture).map(|_| ())
 }
 
-fn loader(architecture: &str) -> Result<Loader> {
-    let entry = MODELS.iter().find(|(name, _)| *name == architecture);
-    entry
-        .map(|(_, loader)| *loader)
+/// What a sequence of the model that `config` names keeps between steps.
+///
+/// # Errors
+/// [`Error::Architecture`]; [`Error::Config`] for a field that is absent or that the family cannot honour.
+pub fn cache_layout(config: &ModelConfig) -> Result<CacheLayout> {
+    family(&config.architecture)?.1(config)
+}
+
+fn family(architecture: &str) -> Result<&'static Family> {
+    MODELS
+        .iter()
+        .find(|(name, ..)| *name == architecture)
         .ok_or_else(|| Error::Architecture { got: architecture.to_owned(), supported: supported() })
 }
 

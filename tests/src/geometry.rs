@@ -118,8 +118,8 @@ fn input<'a>(
     lease: &'a PageLease,
     sampling: &'a SamplingParams,
 ) -> SequenceInput<'a> {
-    let (pages, tokens) = (lease.pages(), &tokens[past_len..]);
-    SequenceInput { tokens, past_len, pages, sampling, step: 0, top_logprobs: None, logits: true }
+    let (pages, state, tokens) = (lease.pages(), lease.state(), &tokens[past_len..]);
+    SequenceInput { tokens, past_len, pages, state, sampling, step: 0, top_logprobs: None, logits: true }
 }
 
 fn read(dir: &Path, vocab_size: usize) -> Vec<Sequence> {

@@ -3,27 +3,40 @@
 use bcg_runtime::Device;
 use bcg_tests::golden;
 
+/// One test for each rule and checkpoint: they run beside each other, and say which one failed.
 macro_rules! tests {
-    ($($rule:ident,)*) => {
+    ($($module:ident = $checkpoint:literal),* => $rules:tt) => {
+        $(mod $module { tests!(@rules $checkpoint $rules); })*
+
+        /// A checkpoint that is listed but has no test here would run on CUDA only.
+        #[test]
+        fn every_checkpoint_has_its_tests() {
+            assert_eq!(golden::CHECKPOINTS, [$($checkpoint),*]);
+        }
+    };
+    (@rules $checkpoint:literal { $($rule:ident,)* }) => {
         $(
             #[test]
             fn $rule() {
-                golden::$rule(&Device::host());
+                super::golden::$rule(&super::Device::host(), $checkpoint);
             }
         )*
 
-        /// A rule that is listed but has no test here would run on CUDA only.
         #[test]
         fn every_rule_has_its_test() {
-            let listed: Vec<&str> = golden::RULES.iter().map(|(name, _)| *name).collect();
+            let listed: Vec<&str> = super::golden::RULES.iter().map(|(name, _)| *name).collect();
             assert_eq!(listed, [$(stringify!($rule)),*]);
         }
     };
 }
 
 tests! {
+    qwen3 = "tiny-qwen3"
+=> {
     logits_match_the_reference,
     a_prompt_in_chunks_equals_the_prompt_at_once,
+    chunked_prompts_have_the_answers_of_whole_ones,
+    a_preempted_sequence_goes_on_as_if_it_had_not_been,
     a_ragged_batch_equals_each_sequence_alone,
     a_decode_equals_a_prefill_of_the_same_tokens,
     graphs_give_the_tokens_of_eager_runs,
@@ -34,4 +47,5 @@ tests! {
     a_configuration_alone_gives_the_same_finite_logits_each_time,
     chat_answers_are_right,
     few_shot_answers_are_right,
+}
 }

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 
 use bcg_models::{GenerateOptions, GraphMode, ModelRunner, Phase, RunnerOptions, SamplingParams};
 use bcg_runtime::{Device, HostOptions};
-use bcg_tests::golden::{self, tiny_qwen3};
+use bcg_tests::golden::{self, folder};
 
 const MIB: usize = 1 << 20;
 const FRACTION: f64 = 0.8;
@@ -24,7 +24,7 @@ fn used_bytes(device: &Device) -> usize {
 
 fn load(device: &Device, options: RunnerOptions) -> bcg_models::Result<ModelRunner> {
     let options = RunnerOptions { mem_fraction_static: Some(FRACTION), kv_cache_tokens: 1 << 24, ..options };
-    ModelRunner::load(device, &tiny_qwen3(), options, &mut |_| ())
+    ModelRunner::load(device, &folder("tiny-qwen3"), options, &mut |_| ())
 }
 
 /// Runs prompts of some lengths, each with some tokens of answer.

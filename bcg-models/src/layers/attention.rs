@@ -6,13 +6,83 @@
 //! static buffers.
 
 use bcg_runtime::{Context, Device, Eager, Result, Tensor, eager_on_graph};
+use serde_json::Value;
 
 use super::{Linear, RmsNorm};
 use crate::batch::{ForwardBatch, TokenInputs};
-use crate::config::ModelConfig;
+use crate::config::{Fields, ModelConfig};
 use crate::ops::{self, PagedKv, QkNormRopeKvWrite};
-use crate::state::LayerKv;
+use crate::state::{CacheLayout, LayerKv};
 use crate::weights::Weights;
+
+/// Head dimensions that the attention kernels cover.
+const HEAD_DIMS: [usize; 2] = [64, 128];
+
+/// The heads of grouped-query attention.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Heads {
+    /// Hq.
+    pub q: usize,
+    /// Hkv.
+    pub kv: usize,
+    /// D.
+    pub dim: usize,
+}
+
+impl Heads {
+    /// Reads `num_attention_heads`, `num_key_value_heads` and `head_dim`, and refuses attention that [`Attention`] does not
+    /// compute.
+    ///
+    /// # Errors
+    /// [`Error::Config`](crate::Error::Config) names the field.
+    pub fn read(config: &ModelConfig) -> crate::Result<Self> {
+        let fields = &config.fields;
+        let q = fields.count("num_attention_heads")?;
+        let kv = fields.optional_count("num_key_value_heads")?.unwrap_or(q);
+        let dim = fields.optional_count("head_dim")?.unwrap_or(config.hidden_size / q);
+        if !q.is_multiple_of(kv) {
+            let expected = format!("a divisor of num_attention_heads = {q}");
+            return Err(fields.error("num_key_value_heads", expected, kv, "check the checkpoint's conversion"));
+        }
+        if !HEAD_DIMS.contains(&dim) {
+            let remedy = "the attention kernels cover no other head dimension yet";
+            return Err(fields.error("head_dim", "64 or 128", dim, remedy));
+        }
+        fields.refuse_flag("use_sliding_window", "sliding-window attention is not implemented")?;
+        fields.refuse_flag("attention_bias", "biased projections are not implemented")?;
+        let mut kinds = fields.get("layer_types").and_then(Value::as_array).into_iter().flatten();
+        match kinds.find(|kind| kind.as_str() != Some("full_attention")) {
+            Some(other) => {
+                Err(fields.error("layer_types", "`full_attention` only", other, "no other kind is implemented"))
+            }
+            None => Ok(Self { q, kv, dim }),
+        }
+    }
+
+    /// What `kv_layers` layers of such attention keep of a token.
+    pub fn cache_layout(self, kv_layers: usize) -> CacheLayout {
+        let shape = [self.kv, self.dim];
+        CacheLayout { kv_layers, k: shape, v: shape, q_heads: self.q, states: None }
+    }
+}
+
+/// Reads the base of the rotary frequencies: `rope_parameters.rope_theta` (transformers 5) or `rope_theta`. Scaled variants
+/// are refused.
+///
+/// # Errors
+/// [`Error::Config`](crate::Error::Config) names the field.
+pub fn rope_theta(fields: &Fields) -> crate::Result<f64> {
+    for field in ["rope_parameters.rope_type", "rope_scaling.rope_type", "rope_scaling.type"] {
+        fields.refuse_other(field, "default", "scaled rotary embeddings are not implemented")?;
+    }
+    for field in ["rope_parameters.rope_theta", "rope_theta"] {
+        if let Some(theta) = fields.number(field)? {
+            return Ok(theta);
+        }
+    }
+    let remedy = "add `rope_theta` or `rope_parameters.rope_theta`";
+    Err(fields.error("rope_theta", "a positive number", "nothing", remedy))
+}
 
 /// The rotary frequencies, shared by all layers.
 #[derive(Debug, Clone)]
@@ -22,12 +92,12 @@ pub struct Rotary {
 }
 
 impl Rotary {
-    /// Computes the frequencies of a configuration.
+    /// Computes the frequencies for heads of `dim` dimensions.
     ///
     /// # Errors
-    /// The device's.
-    pub fn new(device: &Device, config: &ModelConfig) -> Result<Self> {
-        let inv_freq = ops::rope_inv_freq(config.rope_theta, config.head_dim);
+    /// Those of [`rope_theta`]; the device's.
+    pub fn new(device: &Device, config: &ModelConfig, dim: usize) -> crate::Result<Self> {
+        let inv_freq = ops::rope_inv_freq(rope_theta(&config.fields)?, dim);
         Ok(Self { inv_freq: device.tensor(&[inv_freq.len()], &inv_freq)? })
     }
 }
@@ -48,11 +118,11 @@ impl Attention {
     /// Takes `q_proj`, `k_proj` and `v_proj`, as one matrix, `o_proj`, `q_norm` and `k_norm` under `name`.
     ///
     /// # Errors
-    /// Those of [`Weights::take`].
+    /// Those of [`Heads::read`] and of [`Weights::take`].
     pub fn load(weights: &mut Weights<'_>, name: &str, config: &ModelConfig, rotary: &Rotary) -> crate::Result<Self> {
-        let (hidden, head_dim, eps) = (config.hidden_size, config.head_dim, config.rms_norm_eps);
-        let q_width = config.num_attention_heads * head_dim;
-        let kv_width = config.num_key_value_heads * head_dim;
+        let Heads { q, kv, dim: head_dim } = Heads::read(config)?;
+        let (hidden, eps) = (config.hidden_size, config.rms_norm_eps);
+        let (q_width, kv_width) = (q * head_dim, kv * head_dim);
         let qkv = [
             (format!("{name}.q_proj"), q_width),
             (format!("{name}.k_proj"), kv_width),

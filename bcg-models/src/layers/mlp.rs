@@ -3,7 +3,7 @@
 use bcg_runtime::{CaptureStream, Result, Tensor};
 
 use super::Linear;
-use crate::config::ModelConfig;
+use crate::config::Fields;
 use crate::ops;
 use crate::weights::Weights;
 
@@ -15,12 +15,20 @@ pub struct Mlp {
 }
 
 impl Mlp {
-    /// Takes `gate_proj` and `up_proj`, as one matrix, and `down_proj` under `name`.
+    /// Reads the width of the MLP, `intermediate_size`, and refuses another activation than SiLU.
+    ///
+    /// # Errors
+    /// [`Error::Config`](crate::Error::Config) names the field.
+    pub fn read_width(fields: &Fields) -> crate::Result<usize> {
+        fields.refuse_other("hidden_act", "silu", "no other activation is implemented")?;
+        fields.count("intermediate_size")
+    }
+
+    /// Takes `gate_proj` and `up_proj` of `inner` rows, as one matrix, and `down_proj` under `name`.
     ///
     /// # Errors
     /// Those of [`Weights::take`].
-    pub fn load(weights: &mut Weights<'_>, name: &str, config: &ModelConfig) -> crate::Result<Self> {
-        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+    pub fn load(weights: &mut Weights<'_>, name: &str, hidden: usize, inner: usize) -> crate::Result<Self> {
         let gate_up = [(format!("{name}.gate_proj"), inner), (format!("{name}.up_proj"), inner)];
         Ok(Self {
             gate_up_proj: Linear::load_fused(weights, &gate_up, hidden)?,

@@ -5,7 +5,7 @@ mod linear;
 mod mlp;
 mod norm;
 
-pub use attention::{Attention, Rotary};
+pub use attention::{Attention, Heads, Rotary, rope_theta};
 pub use linear::Linear;
 pub use mlp::Mlp;
 pub use norm::RmsNorm;

@@ -4,10 +4,10 @@ use bcg_runtime::{CaptureStream, Context, Result, Tensor};
 
 use crate::batch::{ForwardBatch, TokenInputs};
 use crate::config::ModelConfig;
-use crate::layers::{Attention, Linear, Mlp, RmsNorm, Rotary};
+use crate::layers::{Attention, Heads, Linear, Mlp, RmsNorm, Rotary, rope_theta};
 use crate::ops;
 use crate::registry::Model;
-use crate::state::{KvCache, LayerKv};
+use crate::state::{CacheLayout, Caches, LayerKv};
 use crate::weights::Weights;
 
 /// `Qwen3ForCausalLM`.
@@ -28,15 +28,25 @@ struct DecoderLayer {
 }
 
 impl Qwen3 {
+    /// Keys and values of every layer.
+    ///
+    /// # Errors
+    /// [`Error::Config`](crate::Error::Config) for what the layers cannot honour.
+    pub fn cache_layout(config: &ModelConfig) -> crate::Result<CacheLayout> {
+        rope_theta(&config.fields)?;
+        Mlp::read_width(&config.fields)?;
+        Ok(Heads::read(config)?.cache_layout(config.fields.count("num_hidden_layers")?))
+    }
+
     /// Takes the model's weights.
     ///
     /// # Errors
     /// Those of [`Weights::take`].
     pub fn load(config: &ModelConfig, weights: &mut Weights<'_>) -> crate::Result<Self> {
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-        let rotary = Rotary::new(weights.device(), config)?;
+        let rotary = Rotary::new(weights.device(), config, Heads::read(config)?.dim)?;
         let embed_tokens = weights.take("model.embed_tokens.weight", &[vocab, hidden])?;
-        let layers = (0..config.num_hidden_layers)
+        let layers = (0..config.fields.count("num_hidden_layers")?)
             .map(|layer| DecoderLayer::load(config, weights, &format!("model.layers.{layer}"), &rotary))
             .collect::<crate::Result<_>>()?;
         let norm = RmsNorm::load(weights, "model.norm", hidden, config.rms_norm_eps)?;
@@ -51,10 +61,10 @@ impl Qwen3 {
 }
 
 impl Model for Qwen3 {
-    fn forward(&self, cx: &mut Context<'_, ForwardBatch>, inputs: &TokenInputs, kv: &KvCache) -> Result<Tensor> {
+    fn forward(&self, cx: &mut Context<'_, ForwardBatch>, inputs: &TokenInputs, caches: &Caches) -> Result<Tensor> {
         let mut residual = ops::gather_rows(cx, &self.embed_tokens, &inputs.token_ids)?; // [T, C]
         let mut branch = None;
-        for (layer, kv) in self.layers.iter().zip(kv.layers()) {
+        for (layer, kv) in self.layers.iter().zip(caches.kv.layers()) {
             let out = layer.forward(cx, branch, residual, inputs, kv)?;
             (branch, residual) = (Some(out.0), out.1);
         }
@@ -76,7 +86,7 @@ impl DecoderLayer {
             input_layernorm: RmsNorm::load(weights, &format!("{name}.input_layernorm"), hidden, eps)?,
             self_attn: Attention::load(weights, &format!("{name}.self_attn"), config, rotary)?,
             post_attention_layernorm: RmsNorm::load(weights, &format!("{name}.post_attention_layernorm"), hidden, eps)?,
-            mlp: Mlp::load(weights, &format!("{name}.mlp"), config)?,
+            mlp: Mlp::load(weights, &format!("{name}.mlp"), hidden, Mlp::read_width(&config.fields)?)?,
         })
     }
 

@@ -1,4 +1,4 @@
-//! Parts of a step, for those who time them.
+//! Parts of a step, for those who time them. They leave a sequence's state where it was, so that a batch can be run again.
 
 use std::time::{Duration, Instant};
 

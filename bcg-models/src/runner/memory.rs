@@ -1,7 +1,7 @@
 //! Who gets which part of the device's memory: all that is not the KV cache is measured first, and the cache gets the rest.
 //!
 //! With [`RunnerOptions::mem_fraction_static`](super::RunnerOptions::mem_fraction_static) a model is loaded in this order:
-//! weights → a KV cache of one page → the largest step that there can be, which gives the arena its size and loads the
+//! weights → states, and a KV cache of one page → the largest step that there can be, which gives the arena its size and loads the
 //! kernels → a few graphs, captured and dropped, which tell what one takes → the KV cache with what is left of the fraction.
 
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use super::{DUMMY_SEQUENCE_TOKENS, ModelRunner, Progress, Stage};
 use crate::batch::Phase;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::state::{KvCache, PagePool};
+use crate::state::{Caches, KvCache, PagePool, StateCache};
 
 /// What is taken beside weights and KV cache, in bytes.
 #[derive(Debug, Clone, Copy, Default)]
@@ -24,15 +24,31 @@ pub(super) struct Measured {
     pub(super) graph_bytes: usize,
 }
 
-/// Makes a KV cache of some pages.
-pub(super) fn kv_cache(
+/// Makes a KV cache of some pages, and states for as many sequences as can run.
+pub(super) fn caches(
     device: &Device,
     config: &ModelConfig,
     options: &RunnerOptions,
     num_pages: usize,
-) -> bcg_runtime::Result<KvCache> {
-    let shape = [num_pages, options.page_size, config.num_key_value_heads, config.head_dim];
-    KvCache::new(device, config.dtype, config.num_hidden_layers, shape)
+) -> Result<Caches> {
+    let layout = config.cache_layout()?;
+    let kv = KvCache::new(device, config.dtype, &layout, [num_pages, options.page_size])?;
+    let slots = 2 * options.max_running_requests;
+    let states = StateCache::new(device, config.dtype, layout.states.as_ref(), slots).map_err(|error| match error {
+        bcg_runtime::Error::OutOfMemory { .. } => {
+            let bytes = layout.states.as_ref().map_or(0, |layout| 2 * layout.bytes_per_slot(config.dtype));
+            let expected = format!("few enough for their states of {} MiB each; lower it ({error})", bytes >> 20);
+            Error::batch("max_running_requests", expected, options.max_running_requests)
+        }
+        error => error.into(),
+    })?;
+    Ok(Caches { kv, states })
+}
+
+/// Makes the pool of a cache's pages and states.
+pub(super) fn page_pool(caches: &Caches, options: &RunnerOptions) -> PagePool {
+    let num_states = if caches.states.layers().is_empty() { 0 } else { options.max_running_requests };
+    PagePool::with_states(caches.kv.num_pages(), options.page_size, num_states)
 }
 
 impl ModelRunner {
@@ -48,8 +64,10 @@ impl ModelRunner {
         let device = self.device().clone();
         self.options.fit_kv_cache(&self.config, device.memory_info()?, measured)?;
         let num_pages = self.options.num_pages();
-        self.kv_cache = Arc::new(kv_cache(&device, &self.config, &self.options, num_pages)?);
-        self.pages = PagePool::new(num_pages, self.options.page_size);
+        let layout = self.config.cache_layout()?;
+        let kv = KvCache::new(&device, self.config.dtype, &layout, [num_pages, self.options.page_size])?;
+        self.caches = Arc::new(Caches { kv, states: self.caches.states.clone() });
+        self.pages = page_pool(&self.caches, &self.options);
         tracing::debug!(?measured, num_pages, "the KV cache has what is left");
         progress(Progress { stage: Stage::KvCache, done: 1, total: 1 });
         Ok(())
@@ -116,7 +134,7 @@ impl RunnerOptions {
         let Some(fraction) = self.mem_fraction_static else { return Ok(()) };
         let Measured { arena_bytes, graph_bytes } = measured;
         let kept_free = (memory.total_bytes as f64 * (1.0 - fraction)).ceil() as usize;
-        let page_bytes = config.kv_bytes_per_token() * self.page_size;
+        let page_bytes = config.cache_layout()?.kv_bytes_per_token(config.dtype) * self.page_size;
         let fits =
             memory.free_bytes.saturating_sub(kept_free.saturating_add(graph_bytes)) / page_bytes * self.page_size;
         if fits < self.context_length {
@@ -165,7 +183,7 @@ mod tests {
     #[test]
     fn the_kv_cache_gets_what_the_others_leave() {
         let config = ModelConfig::load(&crate::testing::tiny_qwen3()).expect("config");
-        let page_bytes = config.kv_bytes_per_token() * 16;
+        let page_bytes = config.cache_layout().expect("a layout").kv_bytes_per_token(config.dtype) * 16;
         // 1,000 pages in all, of which weights and arena took 300, the graphs will take 100, and 200 stay free.
         let memory = MemoryInfo { free_bytes: 700 * page_bytes, total_bytes: 1000 * page_bytes };
         let measured = Measured { arena_bytes: 32 << 20, graph_bytes: 100 * page_bytes };

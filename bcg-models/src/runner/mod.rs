@@ -5,7 +5,8 @@
 //!
 //! Invariants:
 //! - captured code reads only what [`InputBuffers`] hold, at addresses that never change;
-//! - a failed step leaves the runner usable: KV slots that it wrote belong to the sequences that failed.
+//! - a failed step leaves the runner usable: KV slots that it wrote belong to the sequences that failed, and their states
+//!   are still those before it.
 //!
 //! Which pages a sequence owns, and which sequences run, is decided by the caller; see [`PagePool`].
 
@@ -27,7 +28,7 @@ use crate::error::{Error, Result};
 use crate::ops;
 use crate::registry::{self, Model};
 use crate::sampling::SamplingParams;
-use crate::state::{KvCache, PagePool};
+use crate::state::{Caches, KvCache, PagePool, StateCache};
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
 
@@ -56,6 +57,7 @@ const DUMMY_SEQUENCE_TOKENS: usize = 128;
 ///     tokens: &prompt,
 ///     past_len: 0,
 ///     pages: lease.pages(),
+///     state: lease.state(),
 ///     sampling: &SamplingParams::greedy(),
 ///     step: 0,
 ///     top_logprobs: None,
@@ -70,7 +72,7 @@ pub struct ModelRunner {
     prefill_graphs: GraphCache<ForwardBatch, Tensor>,
     decode_graphs: GraphCache<ForwardBatch, Tensor>,
     inputs: InputBuffers,
-    kv_cache: Arc<KvCache>,
+    caches: Arc<Caches>,
     model: Arc<dyn Model>,
     runner: Runner,
     pages: PagePool,
@@ -106,11 +108,12 @@ impl ModelRunner {
         // Where the device's memory bounds it, the KV cache gets its size when all else has been measured.
         let is_fitted = options.mem_fraction_static.is_some();
         let num_pages = if is_fitted { 1 } else { options.num_pages() };
-        let kv_cache = memory::kv_cache(device, &config, &options, num_pages)?;
+        let caches = Arc::new(memory::caches(device, &config, &options, num_pages)?);
         if !is_fitted {
             progress(Progress { stage: Stage::KvCache, done: 1, total: 1 });
         }
-        let decode_plan = ops::DecodePlan::new(device, config.num_attention_heads, config.num_key_value_heads);
+        let layout = config.cache_layout()?;
+        let decode_plan = ops::DecodePlan::new(device, layout.q_heads, layout.k[0]);
         let inputs = InputBuffers::new(device, options.limits()?, options.page_size, decode_plan)?;
         let runtime_options =
             bcg_runtime::RunnerOptions { name: "model".to_owned(), poison: options.poison, ..Default::default() };
@@ -119,10 +122,10 @@ impl ModelRunner {
             prefill_graphs: graphs(Phase::Prefill)?,
             decode_graphs: graphs(Phase::Decode)?,
             inputs,
-            kv_cache: Arc::new(kv_cache),
+            pages: memory::page_pool(&caches, &options),
+            caches,
             model,
             runner: Runner::new(device, runtime_options)?,
-            pages: PagePool::new(num_pages, options.page_size),
             tokenizer,
             config,
             options,
@@ -201,6 +204,7 @@ impl ModelRunner {
         let sampling = if is_greedy { None } else { Some(self.inputs.fill_sampling(&mut self.runner, batch)?) };
         let (logits, chosen) = self.choose_tokens(&live, &hidden, sampling.as_ref())?;
         let tokens = self.runner.tail(&live, |cx| choose::read(cx, &logits, &chosen, batch))?;
+        commit_states(batch);
         Ok(StepOutput { tokens })
     }
 
@@ -239,6 +243,7 @@ impl ModelRunner {
             }
             Ok(logits)
         })?;
+        commit_states(batch);
         Ok(logits)
     }
 
@@ -300,9 +305,9 @@ impl ModelRunner {
         rows: usize,
     ) -> bcg_runtime::Result<impl Fn(&mut Context<'_, ForwardBatch>) -> bcg_runtime::Result<Tensor> + Send + Sync + use<>>
     {
-        let (model, kv_cache) = (Arc::clone(&self.model), Arc::clone(&self.kv_cache));
+        let (model, caches) = (Arc::clone(&self.model), Arc::clone(&self.caches));
         let inputs = self.inputs.token_inputs(phase, rows)?;
-        Ok(move |cx: &mut Context<'_, ForwardBatch>| model.forward(cx, &inputs, &kv_cache))
+        Ok(move |cx: &mut Context<'_, ForwardBatch>| model.forward(cx, &inputs, &caches))
     }
 
     /// Runs every kernel of a step once, at the largest captured size, so that no later capture has to grow the arena; and
@@ -356,6 +361,7 @@ impl ModelRunner {
                 tokens: &tokens[..longest.min(rows - first)],
                 past_len: 0,
                 pages: &pages,
+                state: None,
                 sampling: &sampling,
                 step: 0,
                 top_logprobs: None,
@@ -384,6 +390,7 @@ impl ModelRunner {
                 let expected = format!("at most {} tokens", options.context_length);
                 return Err(Error::batch("length of a sequence", expected, sequence.kv_len()));
             }
+            self.check_state(sequence)?;
             let wanted = self.pages.pages_for(sequence.kv_len());
             if sequence.pages.len() < wanted {
                 return Err(Error::batch("pages of a sequence", format!("at least {wanted}"), sequence.pages.len()));
@@ -398,7 +405,23 @@ impl ModelRunner {
         Ok(())
     }
 
-    /// The pages of the KV cache.
+    /// Refuses a step that a model with states cannot do: they stand for all tokens up to where the last step ended.
+    fn check_state(&self, sequence: &SequenceInput<'_>) -> Result<()> {
+        if self.caches.states.layers().is_empty() {
+            return Ok(());
+        }
+        let Some(state) = sequence.state else {
+            return Err(Error::batch("state of a sequence", "that of its lease, for a model with states", "none"));
+        };
+        let (past_len, held) = (sequence.past_len, state.num_tokens());
+        if past_len != 0 && past_len != held {
+            let expected = format!("0, or the {held} tokens that its state stands for, which cannot be turned back");
+            return Err(Error::batch("past tokens of a sequence", expected, past_len));
+        }
+        Ok(())
+    }
+
+    /// The pages of the KV cache, and the states of sequences.
     pub fn pages(&self) -> &PagePool {
         &self.pages
     }
@@ -428,7 +451,12 @@ impl ModelRunner {
 
     /// The KV cache.
     pub fn kv_cache(&self) -> &KvCache {
-        &self.kv_cache
+        &self.caches.kv
+    }
+
+    /// The states of state-space layers.
+    pub fn states(&self) -> &StateCache {
+        &self.caches.states
     }
 
     /// What the graphs of both phases did so far.
@@ -454,5 +482,14 @@ impl ModelRunner {
     /// Describes the graph of a size, if it is captured.
     pub fn describe(&self, phase: Phase, size: usize) -> Option<Description> {
         self.graphs(phase).describe(size)
+    }
+}
+
+/// Records that a step succeeded: the states that it wrote count from now on.
+fn commit_states(batch: &[SequenceInput<'_>]) {
+    for sequence in batch {
+        if let Some(state) = sequence.state {
+            state.commit(sequence.kv_len());
+        }
     }
 }

@@ -7,12 +7,14 @@
 
 use bcg_runtime::{DType, Device, Freeze, Generation, Result, Tensor};
 
+use super::CacheLayout;
+
 /// The keys and values of one layer.
 #[derive(Debug, Clone, Freeze)]
 pub struct LayerKv {
-    /// `[P, S, Hkv, D]`.
+    /// Keys, `[P, S, Hkv, D]`; in latent attention the latents, `[P, S, 1, L]`.
     pub k: Tensor,
-    /// `[P, S, Hkv, D]`.
+    /// Values, `[P, S, Hkv, D]`; in latent attention the rotated keys, `[P, S, 1, R]`.
     pub v: Tensor,
 }
 
@@ -20,29 +22,31 @@ pub struct LayerKv {
 ///
 /// # Example
 /// ```
-/// use bcg_models::state::KvCache;
+/// use bcg_models::state::{CacheLayout, KvCache};
 /// use bcg_runtime::{DType, Device};
-/// let cache = KvCache::new(&Device::host(), DType::Bf16, 2, [8, 16, 2, 64])?;
+/// let layout = CacheLayout { kv_layers: 2, k: [2, 64], v: [2, 64], q_heads: 4, states: None };
+/// let cache = KvCache::new(&Device::host(), DType::Bf16, &layout, [8, 16])?;
 /// assert_eq!((cache.layers().len(), cache.num_tokens(), cache.size_bytes()), (2, 128, 131_072));
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
 #[derive(Debug, Clone)]
 pub struct KvCache {
     layers: Vec<LayerKv>,
-    shape: [usize; 4],
+    layout: CacheLayout,
+    pages: [usize; 2],
     dtype: DType,
     generation: Generation,
 }
 
 impl KvCache {
-    /// Makes a zeroed cache of `num_layers` layers, each of `shape` `[P, S, Hkv, D]` for keys and again for values.
+    /// Makes a zeroed cache of `pages`, `[P, S]`, for a model's layers.
     ///
     /// # Errors
     /// The device's, above all when it has too little memory.
-    pub fn new(device: &Device, dtype: DType, num_layers: usize, shape: [usize; 4]) -> Result<Self> {
+    pub fn new(device: &Device, dtype: DType, layout: &CacheLayout, pages: [usize; 2]) -> Result<Self> {
         let generation = Generation::new("the KV cache");
-        let layers = stamped(zeroed(device, dtype, num_layers, shape)?, &generation)?;
-        Ok(Self { layers, shape, dtype, generation })
+        let layers = stamped(zeroed(device, dtype, layout, pages)?, &generation)?;
+        Ok(Self { layers, layout: layout.clone(), pages, dtype, generation })
     }
 
     /// Replaces all tensors by zeroed ones; graphs captured with the older ones are refused from now on.
@@ -50,7 +54,7 @@ impl KvCache {
     /// # Errors
     /// As [`new`](Self::new); the older tensors then stay, and stay usable.
     pub fn recreate(&mut self, device: &Device) -> Result<()> {
-        let layers = zeroed(device, self.dtype, self.layers.len(), self.shape)?;
+        let layers = zeroed(device, self.dtype, &self.layout, self.pages)?;
         self.generation.advance();
         self.layers = stamped(layers, &self.generation)?;
         Ok(())
@@ -63,12 +67,12 @@ impl KvCache {
 
     /// Pages.
     pub fn num_pages(&self) -> usize {
-        self.shape[0]
+        self.pages[0]
     }
 
     /// Tokens that a page holds.
     pub fn page_size(&self) -> usize {
-        self.shape[1]
+        self.pages[1]
     }
 
     /// Tokens that the cache holds.
@@ -78,13 +82,13 @@ impl KvCache {
 
     /// Bytes of all layers.
     pub fn size_bytes(&self) -> usize {
-        2 * self.layers.len() * self.shape.iter().product::<usize>() * self.dtype.size_bytes()
+        self.num_tokens() * self.layout.kv_bytes_per_token(self.dtype)
     }
 }
 
-fn zeroed(device: &Device, dtype: DType, num_layers: usize, shape: [usize; 4]) -> Result<Vec<LayerKv>> {
-    let zeros = || device.zeros(&shape, dtype);
-    (0..num_layers).map(|_| Ok(LayerKv { k: zeros()?, v: zeros()? })).collect()
+fn zeroed(device: &Device, dtype: DType, layout: &CacheLayout, [pages, size]: [usize; 2]) -> Result<Vec<LayerKv>> {
+    let zeros = |[heads, dim]: [usize; 2]| device.zeros(&[pages, size, heads, dim], dtype);
+    (0..layout.kv_layers).map(|_| Ok(LayerKv { k: zeros(layout.k)?, v: zeros(layout.v)? })).collect()
 }
 
 fn stamped(layers: Vec<LayerKv>, generation: &Generation) -> Result<Vec<LayerKv>> {
@@ -97,11 +101,13 @@ mod tests {
     use super::*;
     use bcg_runtime::{Error, Runner, RunnerOptions};
 
+    const LAYOUT: CacheLayout = CacheLayout { kv_layers: 2, k: [1, 64], v: [1, 32], q_heads: 1, states: None };
+
     #[test]
     fn tensors_of_a_recreated_cache_are_refused() {
         let device = Device::host();
         let mut runner = Runner::new(&device, RunnerOptions::default()).expect("a runner");
-        let mut cache = KvCache::new(&device, DType::Bf16, 1, [2, 4, 1, 64]).expect("a cache");
+        let mut cache = KvCache::new(&device, DType::Bf16, &LAYOUT, [2, 4]).expect("a cache");
         let old = cache.layers()[0].clone();
         cache.recreate(&device).expect("another cache");
         let new = cache.layers()[0].clone();
@@ -113,7 +119,7 @@ mod tests {
     fn a_cache_that_cannot_be_recreated_stays_usable() {
         let device = Device::host();
         let mut runner = Runner::new(&device, RunnerOptions::default()).expect("a runner");
-        let mut cache = KvCache::new(&device, DType::Bf16, 2, [2, 4, 1, 64]).expect("a cache");
+        let mut cache = KvCache::new(&device, DType::Bf16, &LAYOUT, [2, 4]).expect("a cache");
         device.host_control().expect("a host device").fail_calls_named("cuMemAlloc", 1);
         assert!(matches!(cache.recreate(&device), Err(Error::OutOfMemory { .. })));
         runner.eager(&(), |cx| cx.fill_zero(&cache.layers()[0].k)).expect("the older tensors are usable");

@@ -1,7 +1,22 @@
-//! What outlives a forward: the KV cache and who owns which of its pages.
+//! What outlives a forward: the KV cache, the states of state-space layers, and who owns which of their pages and slots.
 
 mod kv_cache;
+mod layout;
 mod page_pool;
+mod state_cache;
+mod state_lease;
 
 pub use kv_cache::{KvCache, LayerKv};
+pub use layout::{CacheLayout, StateLayout};
 pub use page_pool::{PageLease, PagePool};
+pub use state_cache::{LayerState, StateCache};
+pub use state_lease::StateLease;
+
+/// All that a forward reads and writes of earlier steps.
+#[derive(Debug, Clone)]
+pub struct Caches {
+    /// Keys and values of attention layers.
+    pub kv: KvCache,
+    /// States of state-space layers.
+    pub states: StateCache,
+}

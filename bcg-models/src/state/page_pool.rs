@@ -1,14 +1,15 @@
-//! Who owns which page of the KV cache.
+//! Who owns which page of the KV cache and, for models with state-space layers, which state slots.
 //!
-//! Invariants, checked by [`PagePool::check`]: a page is either free or in exactly one lease; a lease that drops gives its
-//! pages back. Pages are handed out lowest first, so that a run is reproducible.
+//! Invariants, checked by [`PagePool::check`]: a page or a pair of slots is either free or in exactly one lease; a lease that
+//! drops gives them back. They are handed out lowest first, so that a run is reproducible.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::StateLease;
 use crate::error::{Error, Result};
 
-/// The allocator of KV pages. Cheap to clone: all clones share the pages.
+/// The allocator of KV pages and state slots. Cheap to clone: all clones share the pages.
 ///
 /// # Example
 /// ```
@@ -32,34 +33,55 @@ pub struct PagePool {
 struct Shared {
     num_pages: usize,
     page_size: usize,
-    free: Mutex<BTreeSet<u32>>,
+    /// Pairs of state slots; 0 for a model without states.
+    num_states: usize,
+    free: Mutex<Free>,
+}
+
+#[derive(Debug, Clone)]
+struct Free {
+    pages: BTreeSet<u32>,
+    states: BTreeSet<u32>,
 }
 
 impl Shared {
-    fn free(&self) -> MutexGuard<'_, BTreeSet<u32>> {
-        // A panic cannot leave the set half changed: every critical section is one call or plain removals.
+    fn free(&self) -> MutexGuard<'_, Free> {
+        // A panic cannot leave the sets half changed: every critical section is one call or plain removals.
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl PagePool {
-    /// Makes a pool of `num_pages` free pages of `page_size` tokens.
+    /// Makes a pool of `num_pages` free pages of `page_size` tokens, for a model without states.
     ///
     /// # Panics
     /// If `page_size` is zero, or there are more pages than an `i32` of a page table can name.
     pub fn new(num_pages: usize, page_size: usize) -> Self {
-        assert!(page_size > 0, "a page holds at least one token");
-        let count = i32::try_from(num_pages).expect("page numbers fit an i32");
-        let free = (0..count.cast_unsigned()).collect();
-        Self { shared: Arc::new(Shared { num_pages, page_size, free: Mutex::new(free) }) }
+        Self::with_states(num_pages, page_size, 0)
     }
 
-    /// Takes `count` pages.
+    /// Makes a pool that also has the states of `num_states` sequences, a pair of slots each: every lease then has one.
+    ///
+    /// # Panics
+    /// As [`new`](Self::new).
+    pub fn with_states(num_pages: usize, page_size: usize, num_states: usize) -> Self {
+        assert!(page_size > 0, "a page holds at least one token");
+        let numbers = |count: usize| (0..i32::try_from(count).expect("numbers fit an i32").cast_unsigned()).collect();
+        let free = Mutex::new(Free { pages: numbers(num_pages), states: numbers(num_states) });
+        Self { shared: Arc::new(Shared { num_pages, page_size, num_states, free }) }
+    }
+
+    /// Takes `count` pages and, where there are states, a pair of slots.
     ///
     /// # Errors
-    /// [`Error::OutOfPages`]; nothing was taken then.
+    /// [`Error::OutOfPages`], [`Error::OutOfStates`]; nothing was taken then.
     pub fn lease(&self, count: usize) -> Result<PageLease> {
-        let mut lease = PageLease { shared: Arc::clone(&self.shared), pages: Vec::new() };
+        let mut lease = PageLease { shared: Arc::clone(&self.shared), pages: Vec::new(), state: None };
+        if self.shared.num_states > 0 {
+            let pair = self.shared.free().states.pop_first();
+            let pair = pair.ok_or(Error::OutOfStates { total: self.shared.num_states })?;
+            lease.state = Some(StateLease::new(pair));
+        }
         lease.grow(count)?;
         Ok(lease)
     }
@@ -81,30 +103,35 @@ impl PagePool {
 
     /// Pages that nobody holds.
     pub fn num_free(&self) -> usize {
-        self.shared.free().len()
+        self.shared.free().pages.len()
     }
 
-    /// Checks that every page is free or in exactly one of `leases`, which must be all there are.
+    /// Checks that every page and every state is free or in exactly one of `leases`, which must be all there are.
     ///
     /// # Panics
-    /// If a page is lost or has two owners.
+    /// If one is lost or has two owners.
     pub fn check<'a>(&self, leases: impl IntoIterator<Item = &'a PageLease>) {
         let mut seen = self.shared.free().clone();
         for lease in leases {
             assert!(Arc::ptr_eq(&lease.shared, &self.shared), "a lease of another pool");
             for &page in &lease.pages {
-                assert!(seen.insert(page), "page {page} has two owners");
+                assert!(seen.pages.insert(page), "page {page} has two owners");
+            }
+            if let Some(state) = &lease.state {
+                assert!(seen.states.insert(state.pair()), "state {} has two owners", state.pair());
             }
         }
-        assert_eq!(seen.len(), self.num_pages(), "every page is free or leased");
+        assert_eq!(seen.pages.len(), self.num_pages(), "every page is free or leased");
+        assert_eq!(seen.states.len(), self.shared.num_states, "every state is free or leased");
     }
 }
 
-/// Pages of one sequence, given back when this drops.
+/// Pages and state of one sequence, given back when this drops.
 #[derive(Debug)]
 pub struct PageLease {
     shared: Arc<Shared>,
     pages: Vec<u32>,
+    state: Option<StateLease>,
 }
 
 impl PageLease {
@@ -113,16 +140,21 @@ impl PageLease {
         &self.pages
     }
 
+    /// The state, for a model that has one.
+    pub fn state(&self) -> Option<&StateLease> {
+        self.state.as_ref()
+    }
+
     /// Takes `count` more pages, behind those held.
     ///
     /// # Errors
     /// [`Error::OutOfPages`]; nothing was taken then.
     pub fn grow(&mut self, count: usize) -> Result<()> {
         let mut free = self.shared.free();
-        if free.len() < count {
-            return Err(Error::OutOfPages { wanted: count, free: free.len(), total: self.shared.num_pages });
+        if free.pages.len() < count {
+            return Err(Error::OutOfPages { wanted: count, free: free.pages.len(), total: self.shared.num_pages });
         }
-        self.pages.extend((0..count).filter_map(|_| free.pop_first()));
+        self.pages.extend((0..count).filter_map(|_| free.pages.pop_first()));
         Ok(())
     }
 
@@ -137,7 +169,9 @@ impl PageLease {
 
 impl Drop for PageLease {
     fn drop(&mut self) {
-        self.shared.free().extend(self.pages.drain(..));
+        let mut free = self.shared.free();
+        free.pages.extend(self.pages.drain(..));
+        free.states.extend(self.state.take().map(|state| state.pair()));
     }
 }
 
@@ -155,6 +189,20 @@ mod tests {
     }
 
     #[test]
+    fn each_lease_has_a_state_of_its_own_while_there_are_any() {
+        let pool = PagePool::with_states(4, 16, 2);
+        let leases = [pool.lease(1).expect("the first"), pool.lease(0).expect("the second")];
+        pool.check(&leases);
+        let error = pool.lease(1).expect_err("none is left").to_string();
+        assert_eq!(error, "all 2 state slots are taken; raise max_running_requests, or wait until a sequence ends");
+        assert_eq!(pool.num_free(), 3, "nothing was taken");
+        drop(leases);
+        pool.lease(5).expect_err("too many pages");
+        pool.check(&[]);
+        assert!(PagePool::new(4, 16).lease(1).expect("a page").state().is_none());
+    }
+
+    #[test]
     fn tokens_are_rounded_up_to_pages() {
         let pool = PagePool::new(8, 16);
         let mut lease = pool.lease(0).expect("no page");
@@ -166,7 +214,7 @@ mod tests {
 
     #[test]
     fn no_page_is_ever_owned_twice_or_lost() {
-        let pool = PagePool::new(20, 4);
+        let pool = PagePool::with_states(20, 4, 6);
         let mut leases: Vec<PageLease> = Vec::new();
         let mut state = 1_u64;
         for _ in 0..2000 {

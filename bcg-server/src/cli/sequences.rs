@@ -31,6 +31,7 @@ impl Sequences {
         for _ in 0..runner.pages().pages_for(past_len + longest) {
             leases.iter_mut().try_for_each(|lease| lease.grow(1))?;
         }
+        leases.iter().filter_map(PageLease::state).for_each(|state| state.assume(past_len));
         Ok(Self { tokens, new_lens, past_len, leases, sampling: SamplingParams::greedy() })
     }
 
@@ -47,6 +48,7 @@ impl Sequences {
                 tokens: &self.tokens[..new_len],
                 past_len: self.past_len,
                 pages: lease.pages(),
+                state: lease.state(),
                 sampling: &self.sampling,
                 step: 0,
                 top_logprobs: None,

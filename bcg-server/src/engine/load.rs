@@ -116,7 +116,7 @@ fn runner_options(plan: &EnginePlan, config: &ModelConfig, device: &Device) -> a
     if let (Some(tokens), None) = (plan.kv_cache_tokens, plan.context_length) {
         context_length = context_length.min(tokens);
     }
-    let (kv_cache_tokens, mem_fraction_static) = kv_cache(plan, config, device.kind(), context_length);
+    let (kv_cache_tokens, mem_fraction_static) = kv_cache(plan, config, device.kind(), context_length)?;
     let default = RunnerOptions::default();
     Ok(RunnerOptions {
         load_format: match plan.load_format {
@@ -152,18 +152,18 @@ fn kv_cache(
     config: &ModelConfig,
     device: DeviceKind,
     context_length: usize,
-) -> (usize, Option<f64>) {
+) -> anyhow::Result<(usize, Option<f64>)> {
     if let Some(tokens) = plan.kv_cache_tokens {
-        return (tokens, None);
+        return Ok((tokens, None));
     }
     let useful = plan.max_running.saturating_mul(context_length);
-    match (device, plan.mem_fraction_static) {
+    Ok(match (device, plan.mem_fraction_static) {
         (DeviceKind::Host, None) => {
-            let fits = HOST_KV_BYTES / config.kv_bytes_per_token().max(1);
+            let fits = HOST_KV_BYTES / config.cache_layout()?.kv_bytes_per_token(config.dtype).max(1);
             (fits.min(useful).max(context_length), None)
         }
         (_, fraction) => (useful, Some(fraction.unwrap_or(MEM_FRACTION_STATIC))),
-    }
+    })
 }
 
 /// Returns the name of a checkpoint's folder.

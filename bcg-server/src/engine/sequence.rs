@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use bcg_models::state::PageLease;
+use bcg_models::state::{PageLease, StateLease};
 
 /// Identity of a sequence; a later sequence has a greater one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -52,6 +52,11 @@ impl Sequence {
     /// Returns how many tokens the KV cache holds.
     pub fn computed(&self) -> usize {
         self.computed
+    }
+
+    /// Returns its state, for a model that has one.
+    pub fn state(&self) -> Option<&StateLease> {
+        self.lease.as_ref().and_then(PageLease::state)
     }
 
     /// Returns the pages that hold its keys and values, in order.

@@ -202,6 +202,7 @@ impl<R: StepRunner> Worker<R> {
                 tokens: &sequence.tokens()[past_len..past_len + entry.num_tokens],
                 past_len,
                 pages: sequence.pages(),
+                state: sequence.state(),
                 sampling: &active.sampling,
                 step: sequence.num_generated() as u64,
                 top_logprobs: active.top_logprobs,

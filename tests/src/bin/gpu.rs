@@ -92,7 +92,14 @@ fn run_all(device: &Device, options: &Options) -> ExitCode {
             }
         }
     }
-    for (group, rules) in [("ops", ops::RULES), ("golden", golden::RULES), ("soak", soak::RULES)] {
+    for (checkpoint, (name, rule)) in golden::CHECKPOINTS.iter().flat_map(|c| golden::RULES.iter().map(move |r| (c, r)))
+    {
+        let name = format!("golden::{checkpoint}::{name}");
+        if name.contains(&options.filter) {
+            report.run(name, || rule(device, checkpoint));
+        }
+    }
+    for (group, rules) in [("ops", ops::RULES), ("soak", soak::RULES)] {
         for (name, rule) in rules {
             let name = if name.contains("::") { (*name).to_owned() } else { format!("{group}::{name}") };
             if name.contains(&options.filter) {

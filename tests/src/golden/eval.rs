@@ -6,7 +6,7 @@ use bcg_models::{ChatMessage, ChatTemplate, GenerateOptions, GraphMode, ModelRun
 use bcg_runtime::Device;
 use serde_json::Value;
 
-use super::{load, options, root, tiny_qwen3};
+use super::{Checkpoint, folder, load, options, root};
 
 /// Problems of each style that the quick rules solve; `bcg eval` solves all 200.
 const NUM_PROBLEMS: usize = 12;
@@ -45,8 +45,8 @@ fn number_in(answer: &str) -> Option<f64> {
 }
 
 /// Solves the first `count` problems; returns the fraction that is right, and all answers' tokens.
-pub fn accuracy(runner: &mut ModelRunner, style: Style, count: usize) -> (f64, Vec<Vec<u32>>) {
-    let template = ChatTemplate::load(&tiny_qwen3()).expect("a readable template").expect("a template");
+pub fn accuracy(runner: &mut ModelRunner, checkpoint: Checkpoint, style: Style, count: usize) -> (f64, Vec<Vec<u32>>) {
+    let template = ChatTemplate::load(&folder(checkpoint)).expect("a readable template").expect("a template");
     let shots = shots();
     let tokenizer = runner.tokenizer().expect("a tokenizer").clone();
     let (mut right, mut all_tokens) = (0, Vec::new());
@@ -76,21 +76,22 @@ pub fn accuracy(runner: &mut ModelRunner, style: Style, count: usize) -> (f64, V
     (f64::from(right) / problems.len() as f64, all_tokens)
 }
 
-fn answers_are_right(device: &Device, style: Style) {
-    let (eager, eager_tokens) = accuracy(&mut load(device, options(GraphMode::Off)), style, NUM_PROBLEMS);
+fn answers_are_right(device: &Device, checkpoint: Checkpoint, style: Style) {
+    let (eager, eager_tokens) =
+        accuracy(&mut load(device, checkpoint, options(GraphMode::Off)), checkpoint, style, NUM_PROBLEMS);
     assert_eq!(eager, 1.0, "eager: {eager_tokens:?}");
-    let mut runner = load(device, options(GraphMode::Ahead));
-    let (graphs, graph_tokens) = accuracy(&mut runner, style, NUM_PROBLEMS);
+    let mut runner = load(device, checkpoint, options(GraphMode::Ahead));
+    let (graphs, graph_tokens) = accuracy(&mut runner, checkpoint, style, NUM_PROBLEMS);
     assert_eq!((graphs, graph_tokens), (eager, eager_tokens), "with graphs");
     assert!(runner.stats().num_replays as usize >= NUM_PROBLEMS, "{:?}", runner.stats());
 }
 
 /// The first problems as chat: all right, and token for token the same with graphs.
-pub fn chat_answers_are_right(device: &Device) {
-    answers_are_right(device, Style::Chat);
+pub fn chat_answers_are_right(device: &Device, checkpoint: Checkpoint) {
+    answers_are_right(device, checkpoint, Style::Chat);
 }
 
 /// The first problems with five examples: all right, and token for token the same with graphs.
-pub fn few_shot_answers_are_right(device: &Device) {
-    answers_are_right(device, Style::FewShot);
+pub fn few_shot_answers_are_right(device: &Device, checkpoint: Checkpoint) {
+    answers_are_right(device, checkpoint, Style::FewShot);
 }

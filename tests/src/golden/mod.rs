@@ -1,11 +1,11 @@
-//! Golden tests: a real checkpoint against the reference implementation, and against itself.
+//! Golden tests: real checkpoints against the reference implementation, and against themselves.
 //!
-//! The tiny checkpoint was trained to solve `tests/data/mini_gsm_test.jsonl`, so accuracy is a test of every layer; its
+//! Each tiny checkpoint was trained to solve `tests/data/mini_gsm_test.jsonl`, so accuracy is a test of every layer; its
 //! `reference_logits.json` was computed by transformers in f32. Everything else compares ways to compute one thing: bit for
 //! bit where the same kernels see the same numbers.
 
+mod checkpoint;
 mod eval;
-mod qwen3;
 
 use std::path::{Path, PathBuf};
 
@@ -14,12 +14,25 @@ use bcg_runtime::Device;
 
 pub use eval::{Style, accuracy};
 
-use crate::Rule;
+/// A folder in `models`.
+pub type Checkpoint = &'static str;
+
+/// The tiny checkpoints, one for each family. Every rule holds for each.
+pub const CHECKPOINTS: &[Checkpoint] = &["tiny-qwen3"];
+
+/// A rule and its name.
+pub type Rule = (&'static str, fn(&Device, Checkpoint));
+
+macro_rules! rules {
+    ($($name:ident),* $(,)?) => { &[$((stringify!($name), $name as fn(&Device, Checkpoint))),*] };
+}
 
 /// Rules of this group.
-pub const RULES: &[Rule] = crate::rules![
+pub const RULES: &[Rule] = rules![
     logits_match_the_reference,
     a_prompt_in_chunks_equals_the_prompt_at_once,
+    chunked_prompts_have_the_answers_of_whole_ones,
+    a_preempted_sequence_goes_on_as_if_it_had_not_been,
     a_ragged_batch_equals_each_sequence_alone,
     a_decode_equals_a_prefill_of_the_same_tokens,
     graphs_give_the_tokens_of_eager_runs,
@@ -32,26 +45,27 @@ pub const RULES: &[Rule] = crate::rules![
     few_shot_answers_are_right,
 ];
 
-pub use eval::{chat_answers_are_right, few_shot_answers_are_right};
-pub use qwen3::{
+pub use checkpoint::{
     a_batch_that_does_not_fit_is_refused_and_changes_nothing,
     a_configuration_alone_gives_the_same_finite_logits_each_time, a_decode_equals_a_prefill_of_the_same_tokens,
-    a_prompt_in_chunks_equals_the_prompt_at_once, a_ragged_batch_equals_each_sequence_alone,
+    a_preempted_sequence_goes_on_as_if_it_had_not_been, a_prompt_in_chunks_equals_the_prompt_at_once,
+    a_ragged_batch_equals_each_sequence_alone, chunked_prompts_have_the_answers_of_whole_ones,
     graphs_give_the_tokens_of_eager_runs, healed_prefills_patch_no_node, log_probabilities_are_of_the_logits,
     logits_match_the_reference, sampled_tokens_depend_on_seed_and_step_alone,
 };
+pub use eval::{chat_answers_are_right, few_shot_answers_are_right};
 
 /// The repository's root: `BCG_ROOT` if the tests run elsewhere than they were built.
 pub fn root() -> PathBuf {
     std::env::var_os("BCG_ROOT").map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join(".."), PathBuf::from)
 }
 
-/// The folder of the tiny Qwen3 checkpoint.
-pub fn tiny_qwen3() -> PathBuf {
-    root().join("models/tiny-qwen3")
+/// The folder of a checkpoint.
+pub fn folder(checkpoint: Checkpoint) -> PathBuf {
+    root().join("models").join(checkpoint)
 }
 
-/// Options that suit the tiny checkpoint.
+/// Options that suit a tiny checkpoint.
 pub fn options(graph: GraphMode) -> RunnerOptions {
     RunnerOptions {
         kv_cache_tokens: 4096,
@@ -64,9 +78,10 @@ pub fn options(graph: GraphMode) -> RunnerOptions {
     }
 }
 
-/// The tiny checkpoint, loaded and, where graphs are captured ahead, captured.
-pub fn load(device: &Device, options: RunnerOptions) -> ModelRunner {
-    let mut runner = ModelRunner::load(device, &tiny_qwen3(), options, &mut |_| ()).expect("the tiny checkpoint loads");
+/// A tiny checkpoint, loaded and, where graphs are captured ahead, captured.
+pub fn load(device: &Device, checkpoint: Checkpoint, options: RunnerOptions) -> ModelRunner {
+    let mut runner =
+        ModelRunner::load(device, &folder(checkpoint), options, &mut |_| ()).expect("the tiny checkpoint loads");
     runner.capture(&mut |_| ()).expect("every size is captured");
     runner
 }

@@ -12,7 +12,7 @@ pub(super) fn fill(runner: &mut Runner, tensor: &Tensor) -> Result<()> {
     Ok(runner.eager(&(), |cx| ops::fill_random(cx, tensor, 1, 0.0, 1.0))?)
 }
 
-/// Fills the keys and values of a model.
+/// Fills the keys, values and states of a model.
 ///
 /// # Errors
 /// As [`fill`].
@@ -21,6 +21,10 @@ pub(super) fn fill_kv(model: &ModelRunner) -> Result<()> {
     for layer in model.kv_cache().layers() {
         fill(&mut runner, &layer.k)?;
         fill(&mut runner, &layer.v)?;
+    }
+    for layer in model.states().layers() {
+        fill(&mut runner, &layer.conv)?;
+        fill(&mut runner, &layer.ssm)?;
     }
     Ok(runner.synchronize()?)
 }

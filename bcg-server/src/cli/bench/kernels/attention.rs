@@ -4,9 +4,9 @@ use std::fmt;
 use std::str::FromStr;
 
 use anyhow::Result;
-use bcg_models::ModelConfig;
+use bcg_models::layers::Heads;
 use bcg_models::ops::{self, DecodePlan, PagedKv};
-use bcg_runtime::Tensor;
+use bcg_runtime::{DType, Tensor};
 
 use super::cases::{Case, PAGE, Shapes, each};
 use super::lab::Lab;
@@ -113,12 +113,12 @@ struct Cache {
 }
 
 impl Cache {
-    fn new(lab: &mut Lab, config: &ModelConfig, lens: &[usize]) -> Result<Self> {
+    fn new(lab: &mut Lab, dtype: DType, heads: Heads, lens: &[usize]) -> Result<Self> {
         let pages = Pages::new(lens);
-        let shape = [pages.count, PAGE, config.num_key_value_heads, config.head_dim];
+        let shape = [pages.count, PAGE, heads.kv, heads.dim];
         Ok(Self {
-            k: lab.random(&shape, config.dtype)?,
-            v: lab.random(&shape, config.dtype)?,
+            k: lab.random(&shape, dtype)?,
+            v: lab.random(&shape, dtype)?,
             page_table: lab.tensor(&pages.table)?.reshape(&[lens.len(), pages.width])?,
         })
     }
@@ -134,13 +134,13 @@ fn as_i32(numbers: &[usize]) -> Vec<i32> {
 
 /// Bytes of queries and outputs, and of the keys and values that are read, each once.
 fn bytes(model: &Shapes, queries: usize, keys: usize) -> usize {
-    let ModelConfig { num_attention_heads: q_heads, num_key_value_heads: kv_heads, head_dim, .. } = model.config;
-    2 * (queries * q_heads + keys * kv_heads) * head_dim * model.size()
+    let Heads { q: q_heads, kv: kv_heads, dim } = model.heads;
+    2 * (queries * q_heads + keys * kv_heads) * dim * model.size()
 }
 
 /// Operations of the two products, for so many pairs of a query and a key that it sees.
 fn flops(model: &Shapes, pairs: usize) -> usize {
-    4 * pairs * model.config.num_attention_heads * model.config.head_dim
+    4 * pairs * model.heads.q * model.heads.dim
 }
 
 /// Causal attention of new tokens.
@@ -150,12 +150,12 @@ pub(super) fn prefill(model: &Shapes, shape: PrefillShape) -> Case {
     let queries: usize = new.iter().sum();
     let pairs: usize = new.iter().map(|new| new * shape.prefix + new * (new + 1) / 2).sum();
     let bytes = bytes(model, queries, lens.iter().sum());
-    let config = model.config.clone();
+    let (dtype, heads) = (model.config.dtype, model.heads);
     let starts: Vec<usize> = (0..=new.len()).map(|end| new[..end].iter().sum()).collect();
-    let scale = (config.head_dim as f32).sqrt().recip();
+    let scale = (heads.dim as f32).sqrt().recip();
     let prepare = each(move |lab| {
-        let q = lab.random(&[queries, config.num_attention_heads * config.head_dim], config.dtype)?;
-        let cache = Cache::new(lab, &config, &lens)?;
+        let q = lab.random(&[queries, heads.q * heads.dim], dtype)?;
+        let cache = Cache::new(lab, dtype, heads, &lens)?;
         let (starts, lens, mut plan) = (as_i32(&starts), as_i32(&lens), vec![]);
         ops::attention_prefill_plan(&starts, &lens, &mut plan);
         let (starts, lens, plan) = (lab.tensor(&starts)?, lab.tensor(&lens)?, lab.tensor(&plan)?);
@@ -167,14 +167,14 @@ pub(super) fn prefill(model: &Shapes, shape: PrefillShape) -> Case {
 /// Attention of one new token for each sequence.
 pub(super) fn decode(model: &Shapes, shape: DecodeShape) -> Case {
     let DecodeShape { sequences, tokens } = shape;
-    let config = model.config.clone();
-    let scale = (config.head_dim as f32).sqrt().recip();
+    let (dtype, heads) = (model.config.dtype, model.heads);
+    let scale = (heads.dim as f32).sqrt().recip();
     let prepare = each(move |lab| {
-        let q = lab.random(&[sequences, config.num_attention_heads * config.head_dim], config.dtype)?;
+        let q = lab.random(&[sequences, heads.q * heads.dim], dtype)?;
         let lens = vec![tokens; sequences];
-        let cache = Cache::new(lab, &config, &lens)?;
+        let cache = Cache::new(lab, dtype, heads, &lens)?;
         let lens = as_i32(&lens);
-        let decode_plan = DecodePlan::new(lab.device(), config.num_attention_heads, config.num_key_value_heads);
+        let decode_plan = DecodePlan::new(lab.device(), heads.q, heads.kv);
         let mut plan = Vec::new();
         decode_plan.fill(&lens, &mut plan);
         let (lens, plan) = (lab.tensor(&lens)?, lab.tensor(&plan)?.reshape(&decode_plan.shape())?);

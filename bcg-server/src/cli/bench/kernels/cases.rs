@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 use bcg_models::ModelConfig;
+use bcg_models::layers::{Heads, Mlp, rope_theta};
 use bcg_models::ops::{self, QkNormRopeKvWrite, SampleInputs};
 use bcg_runtime::{DType, DeviceKind, Tensor};
 
@@ -88,8 +89,17 @@ pub(super) fn large_product() -> Case {
 }
 
 /// The cases of one model.
-pub(super) fn of_model(name: &str, config: &ModelConfig, args: &KernelsArgs) -> Vec<Case> {
-    let model = Shapes { name: name.to_owned(), config: config.clone() };
+///
+/// # Errors
+/// [`bcg_models::Error::Config`] for a geometry without such layers.
+pub(super) fn of_model(name: &str, config: &ModelConfig, args: &KernelsArgs) -> Result<Vec<Case>> {
+    let model = Shapes {
+        name: name.to_owned(),
+        config: config.clone(),
+        heads: Heads::read(config)?,
+        rope_theta: rope_theta(&config.fields)?,
+        inner: Mlp::read_width(&config.fields)?,
+    };
     let mut cases = Vec::new();
     for &tokens in &args.tokens {
         cases.push(model.gather_rows(tokens));
@@ -106,7 +116,7 @@ pub(super) fn of_model(name: &str, config: &ModelConfig, args: &KernelsArgs) -> 
         cases.push(model.argmax(rows));
         cases.push(model.sample(rows));
     }
-    cases
+    Ok(cases)
 }
 
 /// A model's name and geometry.
@@ -114,6 +124,10 @@ pub(super) fn of_model(name: &str, config: &ModelConfig, args: &KernelsArgs) -> 
 pub(super) struct Shapes {
     pub(super) name: String,
     pub(super) config: ModelConfig,
+    pub(super) heads: Heads,
+    rope_theta: f64,
+    /// Width of the MLP.
+    inner: usize,
 }
 
 impl Shapes {
@@ -167,7 +181,7 @@ impl Shapes {
     }
 
     fn silu_mul(&self, tokens: usize) -> Case {
-        let ModelConfig { intermediate_size: inner, dtype, .. } = self.config;
+        let (inner, dtype) = (self.inner, self.config.dtype);
         let bytes = 3 * tokens * inner * self.size();
         let prepare = each(move |lab| {
             let gate_up = lab.random(&[tokens, 2 * inner], dtype)?;
@@ -177,9 +191,9 @@ impl Shapes {
     }
 
     fn qk_norm_rope_kv_write(&self, tokens: usize) -> Case {
-        let ModelConfig { num_attention_heads: q_heads, num_key_value_heads: kv_heads, head_dim, dtype, .. } =
-            self.config;
-        let (eps, theta) = (self.config.rms_norm_eps, self.config.rope_theta);
+        let Heads { q: q_heads, kv: kv_heads, dim: head_dim } = self.heads;
+        let ModelConfig { rms_norm_eps: eps, dtype, .. } = self.config;
+        let theta = self.rope_theta;
         let width = (q_heads + 2 * kv_heads) * head_dim;
         // Everything that is read is written, as queries or into the cache.
         let bytes = tokens * (2 * width * self.size() + 8) + 2 * head_dim * self.size() + 2 * head_dim;
@@ -210,9 +224,8 @@ impl Shapes {
     }
 
     fn projections(&self, tokens: usize) -> Vec<Case> {
-        let ModelConfig { hidden_size: hidden, intermediate_size: inner, head_dim, .. } = self.config;
-        let q_width = self.config.num_attention_heads * head_dim;
-        let kv_width = self.config.num_key_value_heads * head_dim;
+        let (hidden, inner, heads) = (self.config.hidden_size, self.inner, self.heads);
+        let (q_width, kv_width) = (heads.q * heads.dim, heads.kv * heads.dim);
         let shapes = [
             ("qkv_proj", q_width + 2 * kv_width, hidden),
             ("o_proj", hidden, q_width),

@@ -96,7 +96,7 @@ pub fn measure(args: &KernelsArgs) -> Result<Report> {
     let mut cases = Vec::new();
     for dir in &args.model {
         let config = ModelConfig::load(dir).with_context(|| format!("--model {}", dir.display()))?;
-        cases.extend(cases::of_model(&load::folder_name(dir), &config, args));
+        cases.extend(cases::of_model(&load::folder_name(dir), &config, args)?);
     }
     cases.retain(|case| args.op.as_ref().is_none_or(|op| case.op.contains(op.as_str())));
     ensure!(!cases.is_empty(), "--op: no op has that in its name; drop it to time all");

@@ -1,4 +1,4 @@
-//! The tiny Qwen3 checkpoint: logits against the reference, and equal results on every path to them.
+//! A tiny checkpoint: logits against the reference, and equal results on every path to them.
 
 use std::ops::ControlFlow;
 
@@ -9,7 +9,7 @@ use bcg_models::{
 use bcg_runtime::{Device, DeviceKind};
 use serde_json::Value;
 
-use super::{load, options, tiny_qwen3};
+use super::{Checkpoint, folder, load, options};
 
 /// The relative spacing of bf16 numbers, and how far logits may lie from the f32 reference: rounding once in every op.
 const BF16_EPSILON: f32 = 1.0 / 256.0;
@@ -24,7 +24,8 @@ fn input<'a>(
     lease: &'a PageLease,
     sampling: &'a SamplingParams,
 ) -> SequenceInput<'a> {
-    SequenceInput { tokens, past_len, pages: lease.pages(), sampling, step: 0, top_logprobs: None, logits: true }
+    let (pages, state) = (lease.pages(), lease.state());
+    SequenceInput { tokens, past_len, pages, state, sampling, step: 0, top_logprobs: None, logits: true }
 }
 
 /// Runs `tokens` in steps that end at `ends`, and returns the logits behind the last one.
@@ -42,8 +43,8 @@ fn logits_in_steps(runner: &mut ModelRunner, tokens: &[u32], ends: &[usize]) -> 
     logits.expect("logits were asked for")
 }
 
-fn reference() -> Vec<Value> {
-    let bytes = std::fs::read(tiny_qwen3().join("reference_logits.json")).expect("the reference");
+fn reference(checkpoint: Checkpoint) -> Vec<Value> {
+    let bytes = std::fs::read(folder(checkpoint).join("reference_logits.json")).expect("the reference");
     let mut reference: Value = serde_json::from_slice(&bytes).expect("JSON");
     let Value::Array(cases) = reference["cases"].take() else { panic!("cases") };
     cases
@@ -83,10 +84,10 @@ fn assert_same(device: &Device, got: &[f32], expected: &[f32], what: &str) {
 }
 
 /// The last logits lie within bf16 rounding of the reference, and every position has its most likely token.
-pub fn logits_match_the_reference(device: &Device) {
-    let mut runner = load(device, options(GraphMode::Off));
+pub fn logits_match_the_reference(device: &Device, checkpoint: Checkpoint) {
+    let mut runner = load(device, checkpoint, options(GraphMode::Off));
     let greedy = SamplingParams::greedy();
-    for (index, case) in reference().iter().enumerate() {
+    for (index, case) in reference(checkpoint).iter().enumerate() {
         let tokens = tokens_of(case);
         let last = numbers(&case["last_logits"], |number| number.as_f64().map(|number| number as f32));
         let best = numbers(&case["argmax"], |id| id.as_u64().map(|id| id as u32));
@@ -104,9 +105,9 @@ pub fn logits_match_the_reference(device: &Device) {
 }
 
 /// Chunks of a prompt, each attending to the pages of those before it, end in the same logits as the prompt at once.
-pub fn a_prompt_in_chunks_equals_the_prompt_at_once(device: &Device) {
-    let mut runner = load(device, options(GraphMode::Off));
-    for case in reference() {
+pub fn a_prompt_in_chunks_equals_the_prompt_at_once(device: &Device, checkpoint: Checkpoint) {
+    let mut runner = load(device, checkpoint, options(GraphMode::Off));
+    for case in reference(checkpoint) {
         let tokens = tokens_of(&case);
         let len = tokens.len();
         let whole = logits_in_steps(&mut runner, &tokens, &[len]);
@@ -120,11 +121,58 @@ pub fn a_prompt_in_chunks_equals_the_prompt_at_once(device: &Device) {
     }
 }
 
+/// Long prompts in chunks of 16 and 64 tokens have the same answers, eagerly and with graphs whose breaks see the prefix.
+pub fn chunked_prompts_have_the_answers_of_whole_ones(device: &Device, checkpoint: Checkpoint) {
+    let prompts: Vec<Vec<u32>> =
+        reference(checkpoint).chunks(4).map(|cases| cases.iter().flat_map(tokens_of).collect()).collect();
+    let tokens = |options: RunnerOptions| {
+        let mut runner = load(device, checkpoint, options);
+        let answers: Vec<Vec<u32>> =
+            prompts.iter().map(|prompt| answer(&mut runner, prompt, SamplingParams::greedy())).collect();
+        (answers, runner.stats().num_replays)
+    };
+    let (whole, _) = tokens(options(GraphMode::Off));
+    for chunk in [16, 64] {
+        let chunked =
+            |graph| RunnerOptions { max_batch_tokens: chunk, graph_sizes: Some(vec![16, 64]), ..options(graph) };
+        assert_eq!(tokens(chunked(GraphMode::Off)).0, whole, "chunks of {chunk}");
+        let verified = RunnerOptions { verify_graph: Some(1), poison: true, ..chunked(GraphMode::Ahead) };
+        for graphs in [chunked(GraphMode::Ahead), verified] {
+            let (got, num_replays) = tokens(graphs);
+            assert_eq!(got, whole, "chunks of {chunk} with graphs");
+            let prefills: usize = prompts.iter().map(|prompt| prompt.len().div_ceil(chunk)).sum();
+            assert!(num_replays as usize >= prefills, "{num_replays} replays");
+        }
+    }
+}
+
+/// A sequence that gave its pages and state back, as a preempted one does, goes on with the same tokens once it is computed
+/// again from its first token.
+pub fn a_preempted_sequence_goes_on_as_if_it_had_not_been(device: &Device, checkpoint: Checkpoint) {
+    let mut runner = load(device, checkpoint, options(GraphMode::Ahead));
+    let prompt = tokens_of(&reference(checkpoint)[0]);
+    let expected = answer(&mut runner, &prompt, SamplingParams::greedy());
+    let (pool, greedy) = (runner.pages().clone(), SamplingParams::greedy());
+    let mut tokens = prompt.clone();
+    for kept in [5, 9, 24] {
+        // Others use what the sequence gave back.
+        answer(&mut runner, &tokens_of(&reference(checkpoint)[kept % 8]), SamplingParams::greedy());
+        let lease = pool.lease(pool.pages_for(prompt.len() + kept)).expect("pages");
+        let mut computed = 0;
+        while tokens.len() < prompt.len() + kept {
+            let output = runner.step(&[input(&tokens[computed..], computed, &lease, &greedy)]).expect("a step");
+            computed = tokens.len();
+            tokens.push(output.tokens[0].id);
+        }
+    }
+    assert_eq!(tokens[prompt.len()..], expected);
+}
+
 /// Sequences of different lengths, some with a prefix, do not see each other.
-pub fn a_ragged_batch_equals_each_sequence_alone(device: &Device) {
-    let mut runner = load(device, options(GraphMode::Off));
+pub fn a_ragged_batch_equals_each_sequence_alone(device: &Device, checkpoint: Checkpoint) {
+    let mut runner = load(device, checkpoint, options(GraphMode::Off));
     let greedy = SamplingParams::greedy();
-    let prompts: Vec<Vec<u32>> = reference().iter().map(tokens_of).collect();
+    let prompts: Vec<Vec<u32>> = reference(checkpoint).iter().map(tokens_of).collect();
     let alone: Vec<Vec<f32>> =
         prompts.iter().map(|tokens| logits_in_steps(&mut runner, tokens, &[tokens.len()])).collect();
     let pool = runner.pages().clone();
@@ -151,9 +199,9 @@ pub fn a_ragged_batch_equals_each_sequence_alone(device: &Device) {
 }
 
 /// The decode kernel, one token at a time, agrees with the prefill kernel.
-pub fn a_decode_equals_a_prefill_of_the_same_tokens(device: &Device) {
-    let mut runner = load(device, options(GraphMode::Off));
-    for (index, case) in reference().iter().enumerate() {
+pub fn a_decode_equals_a_prefill_of_the_same_tokens(device: &Device, checkpoint: Checkpoint) {
+    let mut runner = load(device, checkpoint, options(GraphMode::Off));
+    for (index, case) in reference(checkpoint).iter().enumerate() {
         let tokens = tokens_of(case);
         let whole = logits_in_steps(&mut runner, &tokens, &[tokens.len()]);
         let ends: Vec<usize> = (10..=tokens.len()).collect();
@@ -169,10 +217,10 @@ fn answer(runner: &mut ModelRunner, prompt: &[u32], sampling: SamplingParams) ->
 }
 
 /// Captured ahead or lazily, in debug mode, with poisoned memory, with every replay verified: the tokens are the same.
-pub fn graphs_give_the_tokens_of_eager_runs(device: &Device) {
-    let prompts: Vec<Vec<u32>> = reference().iter().take(3).map(tokens_of).collect();
+pub fn graphs_give_the_tokens_of_eager_runs(device: &Device, checkpoint: Checkpoint) {
+    let prompts: Vec<Vec<u32>> = reference(checkpoint).iter().take(3).map(tokens_of).collect();
     let tokens = |options: RunnerOptions| {
-        let mut runner = load(device, options);
+        let mut runner = load(device, checkpoint, options);
         let answers: Vec<Vec<u32>> =
             prompts.iter().map(|prompt| answer(&mut runner, prompt, SamplingParams::greedy())).collect();
         (answers, runner.stats().clone())
@@ -196,14 +244,19 @@ pub fn graphs_give_the_tokens_of_eager_runs(device: &Device) {
 }
 
 /// Batches of one padded size make the same launches in breaks, so a healed prefill is one launch and patches nothing.
-pub fn healed_prefills_patch_no_node(device: &Device) {
+pub fn healed_prefills_patch_no_node(device: &Device, checkpoint: Checkpoint) {
     let size = 40;
-    let mut runner = load(device, RunnerOptions { graph_sizes: Some(vec![size]), ..options(GraphMode::Ahead) });
-    let (prompt, greedy) = (tokens_of(&reference()[0]).repeat(4), SamplingParams::greedy());
+    let mut runner =
+        load(device, checkpoint, RunnerOptions { graph_sizes: Some(vec![size]), ..options(GraphMode::Ahead) });
+    let (prompt, greedy) = (tokens_of(&reference(checkpoint)[0]).repeat(4), SamplingParams::greedy());
     let pool = runner.pages().clone();
     let leases: Vec<PageLease> = (0..3).map(|_| pool.lease(pool.pages_for(100)).expect("pages")).collect();
     let mut step = |sequences: &[(usize, usize)]| {
         let sequences = sequences.iter().zip(&leases);
+        // What lies before does not matter here.
+        for (&(past, _), lease) in sequences.clone() {
+            lease.state().into_iter().for_each(|state| state.assume(past));
+        }
         let batch: Vec<_> =
             sequences.map(|(&(past, new), lease)| input(&prompt[past..past + new], past, lease, &greedy)).collect();
         runner.step(&batch).expect("a step");
@@ -224,14 +277,14 @@ pub fn healed_prefills_patch_no_node(device: &Device) {
 }
 
 /// A sequence draws the same tokens alone and in a batch, with and without graphs; another seed draws others.
-pub fn sampled_tokens_depend_on_seed_and_step_alone(device: &Device) {
+pub fn sampled_tokens_depend_on_seed_and_step_alone(device: &Device, checkpoint: Checkpoint) {
     let sampling = SamplingParams { temperature: 3.0, top_k: Some(200), top_p: 0.99, min_p: 0.0, seed: 11 };
-    let prompt = tokens_of(&reference()[0]);
-    let mut eager = load(device, options(GraphMode::Off));
+    let prompt = tokens_of(&reference(checkpoint)[0]);
+    let mut eager = load(device, checkpoint, options(GraphMode::Off));
     let expected = answer(&mut eager, &prompt, sampling);
     assert_eq!(answer(&mut eager, &prompt, sampling), expected, "the same seed");
     assert_ne!(answer(&mut eager, &prompt, SamplingParams { seed: 12, ..sampling }), expected, "another seed");
-    let mut graphs = load(device, options(GraphMode::Ahead));
+    let mut graphs = load(device, checkpoint, options(GraphMode::Ahead));
     assert_eq!(answer(&mut graphs, &prompt, sampling), expected, "with graphs");
 
     let pool = eager.pages().clone();
@@ -247,9 +300,9 @@ pub fn sampled_tokens_depend_on_seed_and_step_alone(device: &Device) {
 }
 
 /// The token's log probability and the best alternatives come from the unscaled logits.
-pub fn log_probabilities_are_of_the_logits(device: &Device) {
-    let mut runner = load(device, options(GraphMode::Off));
-    let prompt = tokens_of(&reference()[0]);
+pub fn log_probabilities_are_of_the_logits(device: &Device, checkpoint: Checkpoint) {
+    let mut runner = load(device, checkpoint, options(GraphMode::Off));
+    let prompt = tokens_of(&reference(checkpoint)[0]);
     let pool = runner.pages().clone();
     let lease = pool.lease(pool.pages_for(prompt.len())).expect("pages");
     let sampling = SamplingParams::greedy();
@@ -264,9 +317,9 @@ pub fn log_probabilities_are_of_the_logits(device: &Device) {
 }
 
 /// A step that is refused runs nothing: the next one gives what it would have given.
-pub fn a_batch_that_does_not_fit_is_refused_and_changes_nothing(device: &Device) {
-    let mut runner = load(device, options(GraphMode::Ahead));
-    let prompt = tokens_of(&reference()[0]);
+pub fn a_batch_that_does_not_fit_is_refused_and_changes_nothing(device: &Device, checkpoint: Checkpoint) {
+    let mut runner = load(device, checkpoint, options(GraphMode::Ahead));
+    let prompt = tokens_of(&reference(checkpoint)[0]);
     let expected = logits_in_steps(&mut runner, &prompt, &[prompt.len()]);
     let pool = runner.pages().clone();
     let lease = pool.lease(1).expect("a page");
@@ -292,10 +345,10 @@ pub fn a_batch_that_does_not_fit_is_refused_and_changes_nothing(device: &Device)
 }
 
 /// Random weights need `config.json` only: no tensors, no tokenizer.
-pub fn a_configuration_alone_gives_the_same_finite_logits_each_time(device: &Device) {
-    let dir = std::env::temp_dir().join(format!("bcg-config-alone-{}-{:?}", std::process::id(), device.kind()));
+pub fn a_configuration_alone_gives_the_same_finite_logits_each_time(device: &Device, checkpoint: Checkpoint) {
+    let dir = std::env::temp_dir().join(format!("bcg-{checkpoint}-alone-{}-{:?}", std::process::id(), device.kind()));
     std::fs::create_dir_all(&dir).expect("a writable temporary folder");
-    std::fs::copy(tiny_qwen3().join("config.json"), dir.join("config.json")).expect("a copy");
+    std::fs::copy(folder(checkpoint).join("config.json"), dir.join("config.json")).expect("a copy");
     let options = RunnerOptions {
         load_format: LoadFormat::Dummy,
         skip_tokenizer: true,

@@ -1,0 +1,166 @@
+//! The fields of one configuration file, read by name; an error names file, field, what was expected, and the remedy.
+
+use std::path::PathBuf;
+
+use bcg_runtime::DType;
+use serde_json::Value;
+
+use crate::error::{Error, Result, read_file};
+
+/// The top-level object of one configuration file, with readers that name the file and the field when they fail.
+///
+/// A field may be dotted, for one of a nested object; `null` counts as absent.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Fields {
+    file: PathBuf,
+    root: Value,
+}
+
+impl Fields {
+    #[cfg(test)]
+    pub(crate) fn new(file: &str, root: Value) -> Self {
+        Self { file: PathBuf::from(file), root }
+    }
+
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// [`Error::File`], [`Error::Format`] if it is absent or holds no JSON object.
+    pub(super) fn read(file: PathBuf) -> Result<Self> {
+        let bytes = read_file(&file)?;
+        let root: Value = serde_json::from_slice(&bytes)
+            .map_err(|error| Error::format(&file, format!("expected a JSON object: {error}")))?;
+        if !root.is_object() {
+            return Err(Error::format(&file, "expected a JSON object"));
+        }
+        Ok(Self { file, root })
+    }
+
+    /// The value of a field.
+    pub fn get(&self, field: &str) -> Option<&Value> {
+        field.split('.').try_fold(&self.root, |value, key| value.get(key)).filter(|value| !value.is_null())
+    }
+
+    /// Makes the error about a field.
+    pub fn error(
+        &self,
+        field: &str,
+        expected: impl std::fmt::Display,
+        got: impl std::fmt::Display,
+        remedy: &str,
+    ) -> Error {
+        Error::Config {
+            file: self.file.clone(),
+            field: field.to_owned(),
+            expected: expected.to_string(),
+            got: got.to_string(),
+            remedy: remedy.to_owned(),
+        }
+    }
+
+    /// A positive integer, if the field is there.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for any other value.
+    pub fn optional_count(&self, field: &str) -> Result<Option<usize>> {
+        let Some(value) = self.get(field) else { return Ok(None) };
+        match value.as_u64() {
+            Some(count @ 1..=0xffff_ffff) => Ok(Some(count as usize)),
+            _ => Err(self.error(field, "a positive integer", value, "check the checkpoint's conversion")),
+        }
+    }
+
+    /// A positive integer.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for any other value, and if the field is absent.
+    pub fn count(&self, field: &str) -> Result<usize> {
+        self.optional_count(field)?.ok_or_else(|| {
+            self.error(field, "a positive integer", "nothing", "the file is cut short or of another architecture")
+        })
+    }
+
+    /// A positive number, if the field is there.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for any other value.
+    pub fn number(&self, field: &str) -> Result<Option<f64>> {
+        let Some(value) = self.get(field) else { return Ok(None) };
+        match value.as_f64() {
+            Some(number) if number > 0.0 => Ok(Some(number)),
+            _ => Err(self.error(field, "a positive number", value, "check the checkpoint's conversion")),
+        }
+    }
+
+    /// A boolean; false if the field is absent.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for any other value.
+    pub fn flag(&self, field: &str) -> Result<bool> {
+        let Some(value) = self.get(field) else { return Ok(false) };
+        value.as_bool().ok_or_else(|| self.error(field, "true or false", value, "check the checkpoint's conversion"))
+    }
+
+    /// Refuses a flag that is set.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with `remedy`.
+    pub fn refuse_flag(&self, field: &str, remedy: &str) -> Result<()> {
+        if self.flag(field)? { Err(self.error(field, "false", true, remedy)) } else { Ok(()) }
+    }
+
+    /// Refuses a text that is there and is not `expected`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with `remedy`.
+    pub fn refuse_other(&self, field: &str, expected: &str, remedy: &str) -> Result<()> {
+        match self.get(field) {
+            Some(value) if value.as_str() != Some(expected) => {
+                Err(self.error(field, format!("{expected:?}"), value, remedy))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn architecture(&self) -> Result<String> {
+        let first = self.get("architectures").and_then(|list| list.get(0)).and_then(Value::as_str);
+        first.map(str::to_owned).ok_or_else(|| {
+            self.error(
+                "architectures",
+                "a list with the name of the model class",
+                self.get("architectures").unwrap_or(&Value::Null),
+                "is this a Hugging Face checkpoint folder?",
+            )
+        })
+    }
+
+    /// `dtype` (transformers 5) or `torch_dtype`; bf16 if neither stands there.
+    pub(super) fn dtype(&self) -> Result<DType> {
+        let (field, value) = match (self.get("dtype"), self.get("torch_dtype")) {
+            (Some(value), _) => ("dtype", value),
+            (None, Some(value)) => ("torch_dtype", value),
+            (None, None) => return Ok(DType::Bf16),
+        };
+        match value.as_str() {
+            Some("bfloat16") => Ok(DType::Bf16),
+            Some("float16") => Ok(DType::F16),
+            Some("float32") => Ok(DType::F32),
+            _ => Err(self.error(
+                field,
+                "\"bfloat16\", \"float16\" or \"float32\"",
+                value,
+                "quantised checkpoints are not supported",
+            )),
+        }
+    }
+
+    /// A token id or a list of them; none if the field is absent.
+    pub(super) fn token_ids(&self, field: &str) -> Result<Vec<u32>> {
+        let Some(value) = self.get(field) else { return Ok(Vec::new()) };
+        let list = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
+        list.iter()
+            .map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok()))
+            .collect::<Option<Vec<_>>>()
+            .ok_or_else(|| self.error(field, "a token id or a list of token ids", value, "check the checkpoint"))
+    }
+}
