@@ -49,10 +49,10 @@ impl Source {
 pub const HEADERS: &[(&str, &str)] = &[
     ("attention_decode.cuh", include_str!("../include/attention_decode.cuh")),
     ("bcg.cuh", include_str!("../include/bcg.cuh")),
-    ("latent_attention.cuh", include_str!("../include/latent_attention.cuh")),
     ("few_rows.cuh", include_str!("../include/few_rows.cuh")),
     ("grouped_linear.cuh", include_str!("../include/grouped_linear.cuh")),
     ("hopper.cuh", include_str!("../include/hopper.cuh")),
+    ("latent_attention.cuh", include_str!("../include/latent_attention.cuh")),
     ("logit_search.cuh", include_str!("../include/logit_search.cuh")),
     ("logits.cuh", include_str!("../include/logits.cuh")),
     ("mla_decode.cuh", include_str!("../include/mla_decode.cuh")),
@@ -104,14 +104,14 @@ sources! {
     GATHER_ROWS = "gather_rows.cu",
     /// Products of rows with the matrix of the expert that each belongs to.
     GROUPED_LINEAR = "grouped_linear.cu",
-    /// One matrix product per head.
-    HEAD_LINEAR = "head_linear.cu",
-    /// Key-value write.
-    KV_WRITE = "kv_write.cu",
     /// The same of few rows.
     GROUPED_LINEAR_FEW_ROWS = "grouped_linear_few_rows.cu",
     /// The same of many rows for compute capability 9.0.
     GROUPED_LINEAR_HOPPER = "grouped_linear_hopper.cu",
+    /// One matrix product per head.
+    HEAD_LINEAR = "head_linear.cu",
+    /// Key-value write.
+    KV_WRITE = "kv_write.cu",
     /// Matrix product of few rows with a transposed weight.
     LINEAR_FEW_ROWS = "linear_few_rows.cu",
     /// Latent attention of one query per sequence.
