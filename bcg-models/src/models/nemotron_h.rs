@@ -112,8 +112,8 @@ impl NemotronH {
             .map(|(layer, kind)| Layer::load(config, weights, &format!("backbone.layers.{layer}"), kind))
             .collect::<crate::Result<_>>()?;
         let norm_f = RmsNorm::load(weights, "backbone.norm_f", hidden, config.rms_norm_eps)?;
-        let lm_head = if config.tie_word_embeddings {
-            weights.skip("lm_head.weight"); // some checkpoints repeat the table
+        // transformers ties nothing in this family, whatever the flag says: a head of its own counts.
+        let lm_head = if config.tie_word_embeddings && !weights.has("lm_head.weight") {
             Linear { weight: embeddings.clone() }
         } else {
             Linear::load(weights, "lm_head", vocab, hidden)?
@@ -209,7 +209,7 @@ mod tests {
         }
     }
 
-    /// The parameters of a configuration, tied ones counted once.
+    /// The parameters of a configuration with a head of its own.
     fn num_parameters(config: &ModelConfig) -> usize {
         let (hidden, inner) = (config.hidden_size, Relu2Mlp::read_width(&config.fields).expect("a width"));
         let (heads, mixer) =
@@ -223,8 +223,7 @@ mod tests {
         };
         let layers: usize =
             Kind::read_all(&config.fields).expect("kinds").iter().map(|kind| hidden + of_layer(kind)).sum();
-        let tables = if config.tie_word_embeddings { 1 } else { 2 };
-        layers + hidden + tables * config.vocab_size * hidden
+        layers + hidden + 2 * config.vocab_size * hidden
     }
 
     #[test]
@@ -239,10 +238,7 @@ mod tests {
         let tiny = models.join("tiny-nemotron-h");
         let header = std::fs::read(tiny.join("model.safetensors")).expect("the tiny checkpoint");
         let (_, metadata) = safetensors::SafeTensors::read_metadata(&header).expect("a header");
-        let of = |(name, info): (String, &safetensors::tensor::TensorInfo)| {
-            if name == "lm_head.weight" { 0 } else { info.shape.iter().product::<usize>() }
-        };
-        let stored: usize = metadata.tensors().into_iter().map(of).sum();
+        let stored: usize = metadata.tensors().values().map(|info| info.shape.iter().product::<usize>()).sum();
         assert_eq!(num_parameters(&ModelConfig::load(&tiny).expect("config")), stored);
     }
 }
