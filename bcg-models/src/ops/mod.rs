@@ -53,6 +53,7 @@ mod rms_norm;
 mod sample;
 mod silu_mul;
 mod ssd_scan;
+mod ssd_scan_tiled;
 mod ssm_update;
 
 pub use add_rms_norm::add_rms_norm;

@@ -14,6 +14,7 @@ mod norms;
 mod qk_norm_rope_kv_write;
 mod rows;
 mod sampling;
+mod ssd_scan;
 
 use attention::{
     decode_attends_to_all_keys, decode_rows_do_not_depend_on_padded_rows, prefill_attends_to_prefix_and_itself,
@@ -60,6 +61,9 @@ use rows::{
 use sampling::{
     argmax_takes_the_first_of_the_largest, sample_draws_what_the_formula_draws, sample_follows_the_probabilities,
 };
+use ssd_scan::{
+    ssd_scan_goes_on_where_it_stopped, ssd_scan_in_chunks_matches_the_formula, ssd_scan_shares_heads_among_blocks,
+};
 
 use crate::Rule;
 
@@ -88,6 +92,9 @@ pub const RULES: &[Rule] = crate::rules![
     conv1d_takes_one_token_of_each_sequence,
     ssd_scan_continues_each_sequence,
     ssd_scan_of_long_sequences_matches_the_formula,
+    ssd_scan_in_chunks_matches_the_formula,
+    ssd_scan_shares_heads_among_blocks,
+    ssd_scan_goes_on_where_it_stopped,
     time_steps_stay_within_their_limits,
     ssm_update_takes_one_token_of_each_sequence,
     mla_kv_write_norms_turns_and_writes_each_token_in_its_slot,
