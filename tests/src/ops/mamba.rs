@@ -2,10 +2,11 @@
 
 use bcg_models::batch::StateSlots;
 use bcg_models::ops::{self, CausalConv1d, SsmInputs};
-use bcg_runtime::{DType, Device, Tensor};
+use bcg_models::state::{LayerState, StateCache, StateLayout};
+use bcg_runtime::{BreakableCudaGraph, Context, DType, Device, Eager, Error, Result, Tensor, eager_on_graph};
 use half::{bf16, f16};
 
-use super::fixture::{FLOATS, Fixture, Known, assert_close};
+use super::fixture::{FLOATS, Fixture, Known, assert_close, epsilon};
 
 /// Padded rows behind those of the sequences, and empty sequences behind the last one.
 const PADDING: usize = 3;
@@ -337,9 +338,10 @@ impl Scan {
         let (what, floor) = (format!("{:?} at {lie}", self.sizes), (state_size as f64).sqrt());
         assert_close(&what, &valid(fixture, &out, rows), &outputs, self.dtype, 4.0, floor);
         let after = snapshot(&device, &state.tensor);
-        // Kernels on tensor cores round the inputs of the state to their dtype.
-        let ulps = if self.dtype == DType::F32 || state_dtype == DType::Bf16 { 8.0 } else { 4.0 * 2f64.powi(13) };
-        batch.check_states(&what, &before, &after, &states, ulps, state_dtype);
+        // Kernels on tensor cores round what enters the state to the dtype of the inputs.
+        let is_state_coarser = epsilon(state_dtype) > epsilon(self.dtype);
+        let coarser = if is_state_coarser { state_dtype } else { self.dtype };
+        batch.check_states(&what, &before, &after, &states, 8.0, coarser);
     }
 }
 
@@ -404,5 +406,48 @@ pub(super) fn ssm_update_takes_one_token_of_each_sequence(device: &Device) {
                 scan.check(&mut fixture, &batch, state_dtype, lie, true);
             }
         }
+    }
+}
+
+/// A convolution with a state, in a break.
+#[eager_on_graph]
+fn convolve(
+    cx: &mut Eager<'_, ()>,
+    x: &Tensor,
+    weight: &Tensor,
+    state: &LayerState,
+    slots: &StateSlots,
+) -> Result<Tensor> {
+    let (bias, cu_seqlens_q) = (None, None);
+    ops::causal_conv1d(cx, &CausalConv1d { x, weight, bias, state: &state.conv, slots, cu_seqlens_q })
+}
+
+/// A replay whose states were made anew since the capture is refused, whether a break or a segment has them.
+pub(super) fn replays_on_older_states_are_refused(device: &Device) {
+    let layout = StateLayout { layers: 1, conv: [8, 3], ssm: [2, 4, 4], ssm_dtype: DType::F32 };
+    for is_break in [true, false] {
+        let mut fixture = Fixture::new(device);
+        let mut cache = StateCache::new(device, DType::F32, Some(&layout), 2).expect("states");
+        let (x, weight) = (fixture.random(&[1, 8], DType::F32).tensor, fixture.random(&[8, 4], DType::F32).tensor);
+        let slots = StateSlots { read: fixture.ints(&[0]), write: fixture.ints(&[1]) };
+        let state = cache.layers()[0].clone();
+        let forward = move |cx: &mut Context<'_, ()>| match is_break {
+            true => convolve(cx, &x, &weight, &state, &slots),
+            false => {
+                let (bias, cu_seqlens_q) = (None, None);
+                let (x, weight, state, slots) = (&x, &weight, &state.conv, &slots);
+                ops::causal_conv1d(cx, &CausalConv1d { x, weight, bias, state, slots, cu_seqlens_q })
+            }
+        };
+        let mut graph = BreakableCudaGraph::new("states");
+        graph.capture(&mut fixture.runner, &(), forward).expect("a capture");
+        graph.replay(&mut fixture.runner, &()).expect("a replay");
+        fixture.runner.synchronize().expect("the replay ends");
+        cache.recreate(device).expect("other states");
+        let error = graph.replay(&mut fixture.runner, &()).expect_err("the states are older");
+        assert!(matches!(error.root(), Error::Generation { .. }), "break: {is_break}: {error}");
+        fixture.runner.synchronize().expect("nothing runs");
+        let new = snapshot(device, &cache.layers()[0].conv);
+        assert!(new.bits.iter().all(|bits| *bits == 0), "break: {is_break}");
     }
 }

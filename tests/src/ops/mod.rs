@@ -27,8 +27,9 @@ use linear_few_rows::{
 };
 use mamba::{
     conv1d_continues_each_sequence, conv1d_of_many_rows_matches_the_formula, conv1d_takes_one_token_of_each_sequence,
-    ssd_scan_continues_each_sequence, ssd_scan_of_long_sequences_matches_the_formula,
-    ssm_update_takes_one_token_of_each_sequence, time_steps_stay_within_their_limits,
+    replays_on_older_states_are_refused, ssd_scan_continues_each_sequence,
+    ssd_scan_of_long_sequences_matches_the_formula, ssm_update_takes_one_token_of_each_sequence,
+    time_steps_stay_within_their_limits,
 };
 use norms::{
     add_rms_norm_matches_the_formula, gated_rms_norm_matches_the_formula, relu2_matches_the_formula,
@@ -69,6 +70,7 @@ pub const RULES: &[Rule] = crate::rules![
     ssd_scan_of_long_sequences_matches_the_formula,
     time_steps_stay_within_their_limits,
     ssm_update_takes_one_token_of_each_sequence,
+    replays_on_older_states_are_refused,
     prefill_attends_to_prefix_and_itself,
     prefill_rows_do_not_depend_on_other_sequences,
     prefill_skips_pages_outside_the_cache,
