@@ -292,8 +292,8 @@ impl Scan {
         let (heads, head_dim, state_size, groups) = self.sizes;
         let (least, most) = (f64::from(self.dt_limits.0), f64::from(self.dt_limits.1));
         let mut out = vec![];
-        for head in 0..heads {
-            let raw = dt[head] + self.dt_bias.values[head];
+        for (head, dt) in dt.iter().enumerate() {
+            let raw = dt + self.dt_bias.values[head];
             let step = (raw.max(0.0) + (-raw.abs()).exp().ln_1p()).clamp(least, most);
             let decay = (-step * self.a_log.values[head].exp()).exp();
             let group = head / (heads / groups) * state_size;
