@@ -2,7 +2,8 @@
 
 use bcg_models::batch::StateSlots;
 use bcg_models::ops::{self, CausalConv1d, SsmInputs};
-use bcg_runtime::{DType, Device, Tensor};
+use bcg_models::state::{LayerState, StateCache, StateLayout};
+use bcg_runtime::{BreakableCudaGraph, Context, DType, Device, Eager, Error, Result, Tensor, eager_on_graph};
 use half::{bf16, f16};
 
 use super::fixture::{FLOATS, Fixture, Known, assert_close};
@@ -296,8 +297,8 @@ impl Scan {
         let (heads, head_dim, state_size, groups) = self.sizes;
         let (least, most) = (f64::from(self.dt_limits.0), f64::from(self.dt_limits.1));
         let mut out = vec![];
-        for head in 0..heads {
-            let raw = dt[head] + self.dt_bias.values[head];
+        for (head, dt) in dt.iter().enumerate() {
+            let raw = dt + self.dt_bias.values[head];
             let step = (raw.max(0.0) + (-raw.abs()).exp().ln_1p()).clamp(least, most);
             let decay = (-step * self.a_log.values[head].exp()).exp();
             let group = head / (heads / groups) * state_size;
@@ -415,5 +416,48 @@ pub(super) fn ssm_update_takes_one_token_of_each_sequence(device: &Device) {
                 scan.check(&mut fixture, &batch, state_dtype, lie, true);
             }
         }
+    }
+}
+
+/// A convolution with a state, in a break.
+#[eager_on_graph]
+fn convolve(
+    cx: &mut Eager<'_, ()>,
+    x: &Tensor,
+    weight: &Tensor,
+    state: &LayerState,
+    slots: &StateSlots,
+) -> Result<Tensor> {
+    let (bias, cu_seqlens_q) = (None, None);
+    ops::causal_conv1d(cx, &CausalConv1d { x, weight, bias, state: &state.conv, slots, cu_seqlens_q })
+}
+
+/// A replay whose states were made anew since the capture is refused, whether a break or a segment has them.
+pub(super) fn replays_on_older_states_are_refused(device: &Device) {
+    let layout = StateLayout { layers: 1, conv: [8, 3], ssm: [2, 4, 4], ssm_dtype: DType::F32 };
+    for is_break in [true, false] {
+        let mut fixture = Fixture::new(device);
+        let mut cache = StateCache::new(device, DType::F32, Some(&layout), 2).expect("states");
+        let (x, weight) = (fixture.random(&[1, 8], DType::F32).tensor, fixture.random(&[8, 4], DType::F32).tensor);
+        let slots = StateSlots { read: fixture.ints(&[0]), write: fixture.ints(&[1]) };
+        let state = cache.layers()[0].clone();
+        let forward = move |cx: &mut Context<'_, ()>| match is_break {
+            true => convolve(cx, &x, &weight, &state, &slots),
+            false => {
+                let (bias, cu_seqlens_q) = (None, None);
+                let (x, weight, state, slots) = (&x, &weight, &state.conv, &slots);
+                ops::causal_conv1d(cx, &CausalConv1d { x, weight, bias, state, slots, cu_seqlens_q })
+            }
+        };
+        let mut graph = BreakableCudaGraph::new("states");
+        graph.capture(&mut fixture.runner, &(), forward).expect("a capture");
+        graph.replay(&mut fixture.runner, &()).expect("a replay");
+        fixture.runner.synchronize().expect("the replay ends");
+        cache.recreate(device).expect("other states");
+        let error = graph.replay(&mut fixture.runner, &()).expect_err("the states are older");
+        assert!(matches!(error.root(), Error::Generation { .. }), "break: {is_break}: {error}");
+        fixture.runner.synchronize().expect("nothing runs");
+        let new = snapshot(device, &cache.layers()[0].conv);
+        assert!(new.bits.iter().all(|bits| *bits == 0), "break: {is_break}");
     }
 }
