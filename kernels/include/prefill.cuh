@@ -163,9 +163,15 @@ struct TwoRows {
         for (u32 i = 0; i < N; i++) o[i] *= kept[i / 2 % 2];
     }
 
-    // Writes the weighted means of rows `row` and `row + 8`; zeros where no key was seen.
     template <typename T, u32 N>
     BCG_DEVICE void store(const AttentionPrefillArgs& a, const Work& w, i32 row, const float (&o)[N]) const {
+        store((T*)a.out + w.head * (2 * N), (i64)a.q_heads * (2 * N), row, w.row_end, o);
+    }
+
+    // Writes the weighted means of rows `row` and `row + 8`, as far as they are ahead of `row_end`; zeros where no key was
+    // seen. A head's row 0 is at `head`, the others `stride` elements apart.
+    template <typename T, u32 N>
+    BCG_DEVICE void store(T* head, i64 stride, i32 row, i32 row_end, const float (&o)[N]) const {
 #pragma unroll
         for (u32 r = 0; r < 2; r++) {
             float total = sum[r];
@@ -173,7 +179,7 @@ struct TwoRows {
             total += __shfl_xor_sync(FULL_WARP, total, 2);
             float inverse = total > 0.0f ? 1.0f / total : 0.0f;
             i32 t = row + 8 * (i32)r;
-            T* out = (T*)a.out + ((i64)t * a.q_heads + w.head) * (2 * N) + threadIdx.x % 4 * 8;
+            T* out = head + t * stride + threadIdx.x % 4 * 8;
 #pragma unroll
             for (u32 j = 0; j < N / 16; j++) {
                 u32 x[4];
@@ -183,7 +189,7 @@ struct TwoRows {
                     x[i] = round_pair<T>(o[at] * inverse, o[at + 1] * inverse);
                 }
                 transpose(x);
-                if (t < w.row_end) *(uint4*)(out + j * 32) = make_uint4(x[0], x[1], x[2], x[3]);
+                if (t < row_end) *(uint4*)(out + j * 32) = make_uint4(x[0], x[1], x[2], x[3]);
             }
         }
     }

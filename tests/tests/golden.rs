@@ -31,10 +31,13 @@ macro_rules! tests {
 }
 
 tests! {
-    qwen3 = "tiny-qwen3"
+    qwen3 = "tiny-qwen3",
+    nemotron_h = "tiny-nemotron-h"
 => {
     logits_match_the_reference,
     a_prompt_in_chunks_equals_the_prompt_at_once,
+    chunked_prompts_have_the_answers_of_whole_ones,
+    a_preempted_sequence_goes_on_as_if_it_had_not_been,
     a_ragged_batch_equals_each_sequence_alone,
     a_decode_equals_a_prefill_of_the_same_tokens,
     graphs_give_the_tokens_of_eager_runs,

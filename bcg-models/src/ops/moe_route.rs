@@ -242,7 +242,7 @@ fn choose(a: &MoeRouteArgs, logits: &[f32], bias: Option<&[f32]>) -> (Vec<usize>
     let mass: f32 = logits.iter().map(|logit| (logit - max).exp()).sum();
     let weight = |logit: f32| if bias.is_some() { sigmoid(logit) } else { (logit - max).exp() / mass };
     let mut weights: Vec<f32> = experts.iter().map(|expert| weight(logits[*expert])).collect();
-    if a.is_renormalised {
+    if a.is_renormalised != 0 {
         let sum = weights.iter().sum::<f32>() + if bias.is_some() { 1e-20 } else { 0.0 };
         weights.iter_mut().for_each(|weight| *weight /= sum);
     }

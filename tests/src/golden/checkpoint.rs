@@ -121,6 +121,53 @@ pub fn a_prompt_in_chunks_equals_the_prompt_at_once(device: &Device, checkpoint:
     }
 }
 
+/// Long prompts in chunks of 16 and 64 tokens have the same answers, eagerly and with graphs whose breaks see the prefix.
+pub fn chunked_prompts_have_the_answers_of_whole_ones(device: &Device, checkpoint: Checkpoint) {
+    let prompts: Vec<Vec<u32>> =
+        reference(checkpoint).chunks(4).map(|cases| cases.iter().flat_map(tokens_of).collect()).collect();
+    let tokens = |options: RunnerOptions| {
+        let mut runner = load(device, checkpoint, options);
+        let answers: Vec<Vec<u32>> =
+            prompts.iter().map(|prompt| answer(&mut runner, prompt, SamplingParams::greedy())).collect();
+        (answers, runner.stats().num_replays)
+    };
+    let (whole, _) = tokens(options(GraphMode::Off));
+    for chunk in [16, 64] {
+        let chunked =
+            |graph| RunnerOptions { max_batch_tokens: chunk, graph_sizes: Some(vec![16, 64]), ..options(graph) };
+        assert_eq!(tokens(chunked(GraphMode::Off)).0, whole, "chunks of {chunk}");
+        let verified = RunnerOptions { verify_graph: Some(1), poison: true, ..chunked(GraphMode::Ahead) };
+        for graphs in [chunked(GraphMode::Ahead), verified] {
+            let (got, num_replays) = tokens(graphs);
+            assert_eq!(got, whole, "chunks of {chunk} with graphs");
+            let prefills: usize = prompts.iter().map(|prompt| prompt.len().div_ceil(chunk)).sum();
+            assert!(num_replays as usize >= prefills, "{num_replays} replays");
+        }
+    }
+}
+
+/// A sequence that gave its pages and state back, as a preempted one does, goes on with the same tokens once it is computed
+/// again from its first token.
+pub fn a_preempted_sequence_goes_on_as_if_it_had_not_been(device: &Device, checkpoint: Checkpoint) {
+    let mut runner = load(device, checkpoint, options(GraphMode::Ahead));
+    let prompt = tokens_of(&reference(checkpoint)[0]);
+    let expected = answer(&mut runner, &prompt, SamplingParams::greedy());
+    let (pool, greedy) = (runner.pages().clone(), SamplingParams::greedy());
+    let mut tokens = prompt.clone();
+    for kept in [5, 9, 24] {
+        // Others use what the sequence gave back.
+        answer(&mut runner, &tokens_of(&reference(checkpoint)[kept % 8]), SamplingParams::greedy());
+        let lease = pool.lease(pool.pages_for(prompt.len() + kept)).expect("pages");
+        let mut computed = 0;
+        while tokens.len() < prompt.len() + kept {
+            let output = runner.step(&[input(&tokens[computed..], computed, &lease, &greedy)]).expect("a step");
+            computed = tokens.len();
+            tokens.push(output.tokens[0].id);
+        }
+    }
+    assert_eq!(tokens[prompt.len()..], expected);
+}
+
 /// Sequences of different lengths, some with a prefix, do not see each other.
 pub fn a_ragged_batch_equals_each_sequence_alone(device: &Device, checkpoint: Checkpoint) {
     let mut runner = load(device, checkpoint, options(GraphMode::Off));

@@ -18,7 +18,7 @@ pub use eval::{Style, accuracy};
 pub type Checkpoint = &'static str;
 
 /// The tiny checkpoints, one for each family. Every rule holds for each.
-pub const CHECKPOINTS: &[Checkpoint] = &["tiny-qwen3"];
+pub const CHECKPOINTS: &[Checkpoint] = &["tiny-qwen3", "tiny-nemotron-h"];
 
 /// A rule and its name.
 pub type Rule = (&'static str, fn(&Device, Checkpoint));
@@ -31,6 +31,8 @@ macro_rules! rules {
 pub const RULES: &[Rule] = rules![
     logits_match_the_reference,
     a_prompt_in_chunks_equals_the_prompt_at_once,
+    chunked_prompts_have_the_answers_of_whole_ones,
+    a_preempted_sequence_goes_on_as_if_it_had_not_been,
     a_ragged_batch_equals_each_sequence_alone,
     a_decode_equals_a_prefill_of_the_same_tokens,
     graphs_give_the_tokens_of_eager_runs,
@@ -46,7 +48,8 @@ pub const RULES: &[Rule] = rules![
 pub use checkpoint::{
     a_batch_that_does_not_fit_is_refused_and_changes_nothing,
     a_configuration_alone_gives_the_same_finite_logits_each_time, a_decode_equals_a_prefill_of_the_same_tokens,
-    a_prompt_in_chunks_equals_the_prompt_at_once, a_ragged_batch_equals_each_sequence_alone,
+    a_preempted_sequence_goes_on_as_if_it_had_not_been, a_prompt_in_chunks_equals_the_prompt_at_once,
+    a_ragged_batch_equals_each_sequence_alone, chunked_prompts_have_the_answers_of_whole_ones,
     graphs_give_the_tokens_of_eager_runs, healed_prefills_patch_no_node, log_probabilities_are_of_the_logits,
     logits_match_the_reference, sampled_tokens_depend_on_seed_and_step_alone,
 };
