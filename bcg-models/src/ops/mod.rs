@@ -9,6 +9,10 @@
 //!   rows stays there. Two exceptions, on CUDA: [`attention_decode()`] cuts a
 //!   row's sum where the lengths of other sequences have it, but not padded ones; and above 16 rows [`linear()`] takes
 //!   another algorithm for another number of rows.
+//! - A row of an output depends on the same row of the inputs only, never on how many rows there are. So padding
+//!   changes no valid row, and NaN in padded rows stays there. Exceptions, on CUDA: [`attention_decode()`] cuts a row's sum
+//!   where the lengths of other sequences have it, but not padded ones; above 16 rows [`linear()`] takes another algorithm
+//!   for another number of rows, and [`grouped_linear()`] another one than up to 16.
 //! - No op reads anything back, synchronises or looks at a live value.
 //!
 //! A new op is four files: `kernels/src/x.cu`, `ops/x.rs`, a line here, a test in `tests/src/ops/x.rs`.
