@@ -111,7 +111,8 @@ correctness() {
     # Some layers of real geometries against transformers in float32.
     if python3 -c 'import torch, transformers, safetensors' 2>/dev/null; then
         for geometry in $(pick qwen3-8b qwen3-30b-a3b nemotron-h-8b deepseek-v2-lite deepseek-v3-6-layers); do
-            step "reference $geometry" 120 python3 tests/geometry/reference.py "models/geometries/$geometry" "$work/geometry"
+            step "reference $geometry" 120 python3 tests/geometry/reference.py "models/geometries/$geometry" "$work/geometry" \
+                $(case $geometry in qwen3-8b) ;; *) echo --vocab 8192 ;; esac)
             step "geometry $geometry" 120 bin/gpu --geometry "$work/geometry"
             rm -rf "$work/geometry"
         done

@@ -115,28 +115,6 @@ BCG_DEVICE u32 find_query(const AttentionPrefillArgs& a, const Work& w, i32 row)
     return row < w.row_end ? (u32)((row * a.q_stride + w.head * a.kv.head_dim) / 8) : NOWHERE;
 }
 
-// The pair rounded to T, `low` in the low half.
-template <typename T> BCG_DEVICE u32 round_pair(float low, float high);
-template <> BCG_DEVICE u32 round_pair<bf16>(float low, float high) {
-    u32 packed;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-    return packed;
-}
-template <> BCG_DEVICE u32 round_pair<f16>(float low, float high) {
-    u32 packed;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-    return packed;
-}
-
-// Four lanes share a row, each with 2 of the 8 columns of four blocks; after this each has all 8 columns of one block.
-BCG_DEVICE void transpose(u32 (&x)[4]) {
-    u32 odd = threadIdx.x % 2, high = threadIdx.x / 2 % 2;
-    u32 a = __shfl_xor_sync(FULL_WARP, odd ? x[0] : x[1], 1), b = __shfl_xor_sync(FULL_WARP, odd ? x[2] : x[3], 1);
-    x[0] = odd ? a : x[0], x[1] = odd ? x[1] : a, x[2] = odd ? b : x[2], x[3] = odd ? x[3] : b;
-    a = __shfl_xor_sync(FULL_WARP, high ? x[0] : x[2], 2), b = __shfl_xor_sync(FULL_WARP, high ? x[1] : x[3], 2);
-    x[0] = high ? a : x[0], x[1] = high ? b : x[1], x[2] = high ? x[2] : a, x[3] = high ? x[3] : b;
-}
-
 // What a thread knows of its two query rows, r and r + 8 of the warp's 16: the score that weights are relative to, this
 // lane's part of their sum, and by how much the last tile scaled what was there.
 //
@@ -185,9 +163,15 @@ struct TwoRows {
         for (u32 i = 0; i < N; i++) o[i] *= kept[i / 2 % 2];
     }
 
-    // Writes the weighted means of rows `row` and `row + 8`; zeros where no key was seen.
     template <typename T, u32 N>
     BCG_DEVICE void store(const AttentionPrefillArgs& a, const Work& w, i32 row, const float (&o)[N]) const {
+        store((T*)a.out + w.head * (2 * N), (i64)a.q_heads * (2 * N), row, w.row_end, o);
+    }
+
+    // Writes the weighted means of rows `row` and `row + 8`, as far as they are ahead of `row_end`; zeros where no key was
+    // seen. A head's row 0 is at `head`, the others `stride` elements apart.
+    template <typename T, u32 N>
+    BCG_DEVICE void store(T* head, i64 stride, i32 row, i32 row_end, const float (&o)[N]) const {
 #pragma unroll
         for (u32 r = 0; r < 2; r++) {
             float total = sum[r];
@@ -195,7 +179,7 @@ struct TwoRows {
             total += __shfl_xor_sync(FULL_WARP, total, 2);
             float inverse = total > 0.0f ? 1.0f / total : 0.0f;
             i32 t = row + 8 * (i32)r;
-            T* out = (T*)a.out + ((i64)t * a.q_heads + w.head) * (2 * N) + threadIdx.x % 4 * 8;
+            T* out = head + t * stride + threadIdx.x % 4 * 8;
 #pragma unroll
             for (u32 j = 0; j < N / 16; j++) {
                 u32 x[4];
@@ -205,7 +189,7 @@ struct TwoRows {
                     x[i] = round_pair<T>(o[at] * inverse, o[at + 1] * inverse);
                 }
                 transpose(x);
-                if (t < w.row_end) *(uint4*)(out + j * 32) = make_uint4(x[0], x[1], x[2], x[3]);
+                if (t < row_end) *(uint4*)(out + j * 32) = make_uint4(x[0], x[1], x[2], x[3]);
             }
         }
     }

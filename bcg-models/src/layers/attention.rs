@@ -77,6 +77,11 @@ pub fn rope_theta(fields: &Fields) -> crate::Result<f64> {
     for field in ["rope_parameters.rope_type", "rope_scaling.rope_type", "rope_scaling.type"] {
         fields.refuse_other(field, "default", "scaled rotary embeddings are not implemented")?;
     }
+    rope_base(fields)
+}
+
+/// Reads the base of the rotary frequencies, whatever their scaling.
+pub(super) fn rope_base(fields: &Fields) -> crate::Result<f64> {
     for field in ["rope_parameters.rope_theta", "rope_theta"] {
         if let Some(theta) = fields.number(field)? {
             return Ok(theta);

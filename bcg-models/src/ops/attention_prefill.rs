@@ -248,7 +248,7 @@ fn host<T: Float>(a: &AttentionPrefillArgs, _: &Dims, memory: &HostMemory<'_>) -
     let (head_dim, kv_heads) = (a.kv.head_dim(), a.kv.kv_heads());
     let starts = memory.load::<i32>(a.cu_seqlens_q, sequences + 1)?;
     let kv_lens = memory.load::<i32>(a.kv_lens, sequences)?;
-    check_plan(&memory.load::<i32>(a.plan, 1 + 2 * a.plan_items as usize)?, &starts)?;
+    check_plan(CHECK, &memory.load::<i32>(a.plan, 1 + 2 * a.plan_items as usize)?, &starts)?;
     let mut query = Vec::with_capacity(head_dim);
     for b in 0..sequences {
         let (first, end) = (starts[b].max(0) as usize, (starts[b + 1].max(0) as usize).min(rows));
@@ -273,7 +273,7 @@ fn host<T: Float>(a: &AttentionPrefillArgs, _: &Dims, memory: &HostMemory<'_>) -
 }
 
 /// Refuses a plan whose items are not each row of each sequence once: the CUDA kernels would skip rows or write twice.
-fn check_plan(plan: &[i32], starts: &[i32]) -> Result<()> {
+pub(super) fn check_plan(check: Check, plan: &[i32], starts: &[i32]) -> Result<()> {
     let count = plan[0].max(0) as usize;
     let (items, _) = plan[1..].as_chunks::<2>();
     let mut found: Vec<_> = items[..count.min(items.len())].to_vec();
@@ -285,7 +285,7 @@ fn check_plan(plan: &[i32], starts: &[i32]) -> Result<()> {
     if found == expected {
         return Ok(());
     }
-    Err(CHECK.error("`plan` of this batch, by attention_prefill_plan", format!("{count} items {found:?}")))
+    Err(check.error("`plan` of this batch, by attention_prefill_plan", format!("{count} items {found:?}")))
 }
 
 #[cfg(test)]
@@ -318,9 +318,9 @@ mod tests {
         attention_prefill_plan(&starts, &kv_lens, &mut plan);
         assert_eq!(plan, [5, 2, 300, 0, 256, 0, 128, 0, 0, 3, 301]);
         assert!(plan.len() <= attention_prefill_plan_len(429, 4));
-        check_plan(&plan, &starts).expect("the plan of the batch");
+        check_plan(CHECK, &plan, &starts).expect("the plan of the batch");
         plan[1] = 1;
-        assert!(check_plan(&plan, &starts).is_err());
+        assert!(check_plan(CHECK, &plan, &starts).is_err());
     }
 
     #[test]

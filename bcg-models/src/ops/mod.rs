@@ -16,10 +16,12 @@
 //! Shape letters: T tokens, B sequences, C hidden, I intermediate, Hq/Hkv query/key-value heads, D head dim, V
 //! vocabulary, P pages, S page size; in state-space layers H heads, P channels of a head, N state size, G groups of heads,
 //! K kernel of the convolution.
+//! vocabulary, P pages, S page size, E experts, K chosen experts.
 
 mod check;
 mod decode_plan;
 mod float;
+mod latent_kv;
 mod paged_kv;
 mod random;
 mod state_slots;
@@ -34,16 +36,27 @@ mod fill;
 mod fill_random;
 mod gated_rms_norm;
 mod gather_rows;
+mod grouped_linear;
+mod grouped_linear_few_rows;
+mod grouped_linear_hopper;
+mod head_linear;
 mod kv_write;
 mod linear;
 mod linear_few_rows;
 mod logits;
+mod mla_decode;
+mod mla_kv_write;
+mod mla_prefill;
+mod moe_combine;
+mod moe_permute;
+mod moe_route;
 mod qk_norm_rope_kv_write;
 mod relu2;
 mod rms_norm;
 mod sample;
 mod silu_mul;
 mod ssd_scan;
+mod ssd_scan_tiled;
 mod ssm_update;
 
 pub use add_rms_norm::add_rms_norm;
@@ -57,8 +70,17 @@ pub use fill::fill;
 pub use fill_random::fill_random;
 pub use gated_rms_norm::gated_rms_norm;
 pub use gather_rows::gather_rows;
+pub use grouped_linear::{grouped_gate_up, grouped_linear};
+pub use head_linear::{head_linear, head_linear_transposed};
 pub use kv_write::kv_write;
+pub use latent_kv::LatentKv;
 pub use linear::{linear, linear_to};
+pub use mla_decode::mla_decode;
+pub use mla_kv_write::{MlaKvWrite, mla_kv_write};
+pub use mla_prefill::{MlaPrefill, mla_prefill};
+pub use moe_combine::moe_combine;
+pub use moe_permute::{ExpertPlan, moe_permute};
+pub use moe_route::{Routing, Scores, Scoring, moe_route};
 pub use paged_kv::PagedKv;
 pub use qk_norm_rope_kv_write::{QkNormRopeKvWrite, qk_norm_rope_kv_write, rope_inv_freq};
 pub use relu2::relu2;

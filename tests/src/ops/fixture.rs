@@ -127,7 +127,15 @@ impl Fixture {
         self.random_between(rows, columns, 3, 5, dtype)
     }
 
-    fn random_between(&mut self, rows: usize, columns: usize, left: usize, right: usize, dtype: DType) -> Known {
+    /// Makes a matrix of numbers in -1..1 between so many columns of NaN.
+    pub(super) fn random_between(
+        &mut self,
+        rows: usize,
+        columns: usize,
+        left: usize,
+        right: usize,
+        dtype: DType,
+    ) -> Known {
         let mut wide = vec![];
         for _ in 0..rows {
             wide.extend(vec![f64::NAN; left]);
