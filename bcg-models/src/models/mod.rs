@@ -2,6 +2,8 @@
 
 mod nemotron_h;
 mod qwen3;
+mod qwen3_moe;
 
 pub use nemotron_h::NemotronH;
 pub use qwen3::Qwen3;
+pub use qwen3_moe::Qwen3Moe;
