@@ -28,8 +28,9 @@ use linear_few_rows::{
 use mla::{
     head_linear_multiplies_each_head_with_its_own_weight, mla_decode_attends_to_all_keys,
     mla_decode_rows_do_not_depend_on_padded_rows, mla_kv_write_norms_turns_and_writes_each_token_in_its_slot,
-    mla_prefill_attends_to_prefix_and_itself, mla_prefill_keeps_its_place_between_kernels,
-    mla_prefill_rows_do_not_depend_on_other_sequences, mla_prefill_skips_pages_outside_the_cache,
+    mla_prefill_attends_to_prefix_and_itself, mla_prefill_gives_the_same_bits_in_any_workspace,
+    mla_prefill_keeps_its_place_between_kernels, mla_prefill_rows_do_not_depend_on_other_sequences,
+    mla_prefill_skips_pages_outside_the_cache,
 };
 use norms::{add_rms_norm_matches_the_formula, rms_norm_matches_the_formula, silu_mul_matches_the_formula};
 use qk_norm_rope_kv_write::rope_turns_and_writes_each_token_in_its_slot;
@@ -72,6 +73,7 @@ pub const RULES: &[Rule] = crate::rules![
     mla_prefill_skips_pages_outside_the_cache,
     mla_prefill_rows_do_not_depend_on_other_sequences,
     mla_prefill_keeps_its_place_between_kernels,
+    mla_prefill_gives_the_same_bits_in_any_workspace,
     gather_rows_picks_rows,
     copy_rows_touches_nothing_else,
     fill_reaches_every_dtype,
