@@ -2,8 +2,10 @@
 # Runs the GPU bundle. Needs an NVIDIA driver and NVRTC and cuBLASLt (CUDA 12.4 or newer); CUPTI for profiles, and python3 with torch for
 # what is compared with PyTorch. The log and the figures land in $OUT, or in out/ beside this script.
 #
-#   run.sh         correctness first, then a few figures, a short table last
-#   run.sh bench   every bench at full size, the figures as JSON too, their tables once more last
+#   run.sh                     correctness first, then a few figures, a short table last
+#   run.sh test MODEL…         the same for some models only: tiny checkpoints and geometries, by their folders' names
+#   run.sh bench               every bench at full size, the figures as JSON too, their tables once more last
+#   run.sh bench GEOMETRY…     the same for some geometries only
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cd "$here" || exit 1
@@ -21,6 +23,13 @@ case $mode in test | bench) ;; *)
     exit 1
     ;;
 esac
+chosen=("${@:2}")
+for name in "${chosen[@]}"; do
+    if [ ! -d "models/$name" ] && [ ! -d "models/geometries/$name" ]; then
+        echo "run.sh: no model $name; there are $(cd models && echo tiny-*) $(cd models/geometries && echo *)" >&2
+        exit 1
+    fi
+done
 table=()
 failed=0
 
@@ -38,15 +47,50 @@ step() { # name, seconds at most, command…
     fi
 }
 
-model=(--model models/tiny-qwen3 --device cuda)
 graphs=(--enable-breakable-cuda-graph)
 problems=tests/data/mini_gsm_test.jsonl
 shots=(--few-shot tests/data/mini_gsm_shots.json)
 
-evaluate() { # name, flags…
-    local name=$1
-    shift
-    step "eval $name" 120 bin/bcg eval "$problems" "${model[@]}" --min-accuracy 1 --dump "$work/$name.jsonl" "$@"
+# What transformers solves of the 200 problems, as chat and with five examples.
+accuracy() {
+    case $1-$2 in tiny-nemotron-h-few-shot) echo 0.99 ;; *) echo 1 ;; esac
+}
+
+# All names, or those of them that were chosen.
+pick() { # names…
+    local name
+    for name in "$@"; do
+        if [ ${#chosen[@]} = 0 ] || [[ " ${chosen[*]} " == *" $name "* ]]; then echo "$name"; fi
+    done
+}
+
+evaluate() { # checkpoint, style, name, flags…
+    local checkpoint=$1 style=$2 name=$3
+    shift 3
+    if [ "$style" = few-shot ]; then set -- "${shots[@]}" "$@"; fi
+    step "eval $checkpoint $style $name" 120 bin/bcg eval "$problems" --model "models/$checkpoint" --device cuda \
+        --min-accuracy "$(accuracy "$checkpoint" "$style")" --dump "$work/$checkpoint-$style-$name.jsonl" "$@"
+}
+
+same_tokens() { # checkpoint, style, name, other name
+    step "$1 $2: $3 = $4" 10 cmp "$work/$1-$2-$3.jsonl" "$work/$1-$2-$4.jsonl"
+}
+
+# Eagerly, healed, as a chain; every replay verified; prompts in chunks; and a KV cache so small that sequences are preempted.
+evaluations() { # checkpoint
+    local style
+    for style in chat few-shot; do
+        evaluate "$1" $style eager
+        evaluate "$1" $style healed "${graphs[@]}"
+        same_tokens "$1" $style eager healed
+    done
+    evaluate "$1" chat lazy-verified "${graphs[@]}" --capture lazy --verify-graph 1 --poison-graph-memory
+    same_tokens "$1" chat eager lazy-verified
+    for chunk in 16 64; do
+        evaluate "$1" chat "chunks-of-$chunk" "${graphs[@]}" --chunked-prefill-size $chunk --max-running-requests 8
+    done
+    evaluate "$1" few-shot preempted "${graphs[@]}" --kv-cache-tokens 1024 --context-length 1024
+    step "$1: some were preempted" 10 grep -Eq ' [1-9][0-9]* preemptions' "$log"
 }
 
 {
@@ -55,37 +99,42 @@ evaluate() { # name, flags…
 } 2>&1 | tee -a "$log"
 
 correctness() {
-    step "own kernel" 60 bin/own_kernel
-    step "rules on the GPU" "${GPU_TESTS_SECONDS:-300}" bin/gpu --random "${GPU_RANDOM_PROGRAMS:-1000}"
-    evaluate chat-eager
-    evaluate chat-graphs "${graphs[@]}"
-    evaluate few-shot-eager "${shots[@]}"
-    evaluate few-shot-graphs "${shots[@]}" "${graphs[@]}"
-    evaluate chat-lazy-verified "${graphs[@]}" --capture lazy --verify-graph 1 --poison-graph-memory
-    step "chat: equal tokens" 10 cmp "$work/chat-eager.jsonl" "$work/chat-graphs.jsonl"
-    step "chat, lazy: equal tokens" 10 cmp "$work/chat-eager.jsonl" "$work/chat-lazy-verified.jsonl"
-    step "few-shot: equal tokens" 10 cmp "$work/few-shot-eager.jsonl" "$work/few-shot-graphs.jsonl"
+    local checkpoint geometry
+    if [ ${#chosen[@]} = 0 ]; then
+        step "own kernel" 60 bin/own_kernel
+        step "rules on the GPU" "${GPU_TESTS_SECONDS:-300}" bin/gpu --random "${GPU_RANDOM_PROGRAMS:-1000}"
+    fi
+    for checkpoint in $(pick $(cd models && echo tiny-*)); do
+        evaluations "$checkpoint"
+    done
 
-    # A model of a real geometry against transformers in float32.
+    # Some layers of real geometries against transformers in float32.
     if python3 -c 'import torch, transformers, safetensors' 2>/dev/null; then
-        step "geometry: reference" 240 python3 tests/geometry/reference.py models/geometries/qwen3-8b "$work/geometry"
-        step "geometry: rules" 240 bin/gpu --geometry "$work/geometry"
+        for geometry in $(pick qwen3-8b qwen3-30b-a3b nemotron-h-8b deepseek-v2-lite deepseek-v3-6-layers); do
+            step "reference $geometry" 120 python3 tests/geometry/reference.py "models/geometries/$geometry" "$work/geometry" \
+                $(case $geometry in qwen3-8b) ;; *) echo --vocab 8192 ;; esac)
+            step "geometry $geometry" 120 bin/gpu --geometry "$work/geometry"
+            rm -rf "$work/geometry"
+        done
     else
         table+=("skip  python3 has no torch, transformers and safetensors  geometry against transformers")
     fi
 
     # Fast?
-    step "inspect" 60 bin/bcg inspect "${model[@]}" --size 64 --html "$out/inspect.html" --trace "$out/inspect.json"
-    step "inspect: kernels were traced" 10 grep -q '"cat":"kernel"' "$out/inspect.json"
-    step "generate" 60 bin/bcg generate "${model[@]}" "${graphs[@]}" --chat --prompt "Raj has 10 boxes with 12 books in each. How many books is that?"
-    step "matmul bench" 60 bin/matmul --json "$out/matmul.json"
-    step "replay bench" 180 bin/replay --device cuda --json "$out/replay.json"
+    if [ ${#chosen[@]} = 0 ]; then
+        local model=(--model models/tiny-qwen3 --device cuda)
+        step "inspect" 60 bin/bcg inspect "${model[@]}" --size 64 --html "$out/inspect.html" --trace "$out/inspect.json"
+        step "inspect: kernels were traced" 10 grep -q '"cat":"kernel"' "$out/inspect.json"
+        step "generate" 60 bin/bcg generate "${model[@]}" "${graphs[@]}" --chat --prompt "Raj has 10 boxes with 12 books in each. How many books is that?"
+        step "matmul bench" 60 bin/matmul --json "$out/matmul.json"
+        step "replay bench" 180 bin/replay --device cuda --json "$out/replay.json"
+    fi
 }
 
 # Models of real geometries with random weights.
 benches() {
-    local geometries=(qwen3-8b qwen3-0.6b) models=() geometry peers=()
-    for geometry in "${geometries[@]}"; do
+    local models=() geometry peers=()
+    for geometry in $(pick qwen3-8b qwen3-0.6b qwen3-30b-a3b nemotron-h-8b deepseek-v2-lite); do
         models+=(--model "models/geometries/$geometry")
         local random=(--model "models/geometries/$geometry" --load-format dummy --skip-tokenizer-init --device cuda)
         step "bench prefill $geometry" 200 bin/bcg bench prefill "${random[@]}" --profile --json "$out/prefill-$geometry.json"
@@ -102,7 +151,9 @@ benches() {
         table+=("skip  python3 has no torch  peers")
     fi
     step "bench kernels" 200 bin/bcg bench kernels "${models[@]}" --device cuda "${peers[@]}" --json "$out/kernels.json"
-    step "replay bench" 180 bin/replay --device cuda --json "$out/replay.json"
+    if [ ${#chosen[@]} = 0 ]; then
+        step "replay bench" 180 bin/replay --device cuda --json "$out/replay.json"
+    fi
 }
 
 if [ "$mode" = bench ]; then benches; else correctness; fi

@@ -8,7 +8,7 @@ use bcg_runtime::{CaptureStream, Context, Tensor};
 use crate::batch::{ForwardBatch, TokenInputs};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::models::Qwen3;
+use crate::models::{NemotronH, Qwen3};
 use crate::state::{CacheLayout, Caches};
 use crate::weights::Weights;
 
@@ -37,8 +37,12 @@ type Family = (&'static str, fn(&ModelConfig) -> Result<CacheLayout>, Loader);
 type Loader = fn(&ModelConfig, &mut Weights<'_>) -> Result<Arc<dyn Model>>;
 
 /// The supported architectures.
-const MODELS: &[Family] =
-    &[("Qwen3ForCausalLM", Qwen3::cache_layout, |config, weights| Ok(Arc::new(Qwen3::load(config, weights)?)))];
+const MODELS: &[Family] = &[
+    ("Qwen3ForCausalLM", Qwen3::cache_layout, |config, weights| Ok(Arc::new(Qwen3::load(config, weights)?))),
+    ("NemotronHForCausalLM", NemotronH::cache_layout, |config, weights| {
+        Ok(Arc::new(NemotronH::load(config, weights)?))
+    }),
+];
 
 /// The names of the supported architectures.
 pub fn supported() -> Vec<&'static str> {
@@ -87,6 +91,7 @@ mod tests {
     fn an_unknown_architecture_is_refused_with_the_supported_ones() {
         check("Qwen3ForCausalLM").expect("supported");
         let error = check("GptForCausalLM").expect_err("unsupported").to_string();
-        assert_eq!(error, "architecture `GptForCausalLM` is not supported; supported: Qwen3ForCausalLM");
+        let expected = format!("architecture `GptForCausalLM` is not supported; supported: {}", supported().join(", "));
+        assert_eq!(error, expected);
     }
 }

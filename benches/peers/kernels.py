@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import sys
-import time
 import warnings
 
 import torch
@@ -19,56 +18,20 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-TOUCHED_BYTES = 256 << 20
-LAUNCHES_MAX = 64
-SAMPLE_US = 2000.0
-REPEATS_MAX = 256
-ROUNDS = 20
+import experts
+import latent
+import mamba
+from lab import random, timed
+
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-
-bf16 = dict(dtype=torch.bfloat16, device="cuda")
-
-
-def random(*shape):
-    return torch.randn(shape, **bf16)
-
-
-def timed(nbytes, make, in_graph=True):
-    """Microseconds of one call of the functions that `make()` returns, each with buffers of its own."""
-    calls = [make() for _ in range(max(2, min(LAUNCHES_MAX, -(-TOUCHED_BYTES // max(nbytes, 1)))))]
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls[:2]:
-            call()
-    torch.cuda.synchronize()
-    run = lambda: [call() for call in calls]
-    if in_graph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            kept = run()
-        run = graph.replay
-    seconds(run, 1)
-    repeats = int(max(1, min(REPEATS_MAX, -(-SAMPLE_US // (seconds(run, 1) * 1e6)))))
-    times = sorted(seconds(run, repeats) * 1e6 / (repeats * len(calls)) for _ in range(ROUNDS))
-    return times[(len(times) + 1) // 2 - 1]
-
-
-def seconds(run, repeats):
-    torch.cuda.synchronize()
-    begun = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    torch.cuda.synchronize()
-    return time.perf_counter() - begun
-
 
 class Peers:
     def __init__(self, name, config):
-        self.name, self.us = name, {}
+        self.name, self.us, self.config = name, {}, config
         self.hidden, self.inner, self.vocab = (config[key] for key in ("hidden_size", "intermediate_size", "vocab_size"))
         self.q_heads, self.kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-        self.head_dim = config.get("head_dim", self.hidden // self.q_heads)
-        self.eps, self.theta = config["rms_norm_eps"], config.get("rope_theta", 10000.0)
+        self.head_dim = config.get("head_dim", config.get("attention_head_dim", self.hidden // self.q_heads))
+        self.eps, self.theta = config["rms_norm_eps"], config.get("rope_theta")
 
     def time(self, op, shape, nbytes, *makes):
         """Times every way to compute an op, and keeps the fastest that works."""
@@ -85,9 +48,29 @@ class Peers:
             self.us[f"{op}/{self.name}/{shape}"] = best
             print(f"{op:24} {self.name:12} {shape:20} {best:10.2f} us", flush=True)
 
+    def cases(self, args):
+        """The cases of every model, and those of the layers that this one has."""
+        for T in args.tokens:
+            self.tokens(T)
+        if "kv_lora_rank" in self.config:
+            latent.cases(self, args)
+        else:
+            for T in args.tokens:
+                self.attention_rows(T)
+            for shape in args.prefill:
+                self.prefill(shape)
+            for shape in args.decode:
+                self.decode(shape)
+        if "mamba_num_heads" in self.config:
+            mamba.cases(self, args)
+        elif "num_experts_per_tok" in self.config:
+            experts.cases(self, args)
+        else:
+            for T in args.tokens:
+                self.mlp(T)
+
     def tokens(self, T):
-        C, I, D = self.hidden, self.inner, self.head_dim
-        shape, width = f"T={T}", (self.q_heads + 2 * self.kv_heads) * D
+        C, shape = self.hidden, f"T={T}"
         table = random(self.vocab, C)
 
         def gather_rows():
@@ -107,22 +90,28 @@ class Peers:
 
             return call
 
+        self.time("gather_rows", shape, T * (4 + 4 * C), gather_rows)
+        self.time("rms_norm", shape, (2 * T + 1) * C * 2, rms_norm)
+        self.time("add_rms_norm", shape, (4 * T + 1) * C * 2, add_rms_norm)
+
+    def attention_rows(self, T):
+        width, queries = (self.q_heads + 2 * self.kv_heads) * self.head_dim, self.q_heads * self.head_dim
+        if self.theta is not None:
+            nbytes = T * (4 * width + 8)
+            self.time("qk_norm_rope_kv_write", f"T={T}", nbytes, lambda: self.qk_norm_rope_kv_write(T))
+        self.linear(f"qkv_proj T={T}", T, width, self.hidden, 2)
+        self.linear(f"o_proj T={T}", T, self.hidden, queries, 2)
+
+    def mlp(self, T):
+        C, I = self.hidden, self.inner
+
         def silu_mul():
             x = random(T, 2 * I)
             return lambda: F.silu(x[:, :I]) * x[:, I:]
 
-        self.time("gather_rows", shape, T * (4 + 4 * C), gather_rows)
-        self.time("rms_norm", shape, (2 * T + 1) * C * 2, rms_norm)
-        self.time("add_rms_norm", shape, (4 * T + 1) * C * 2, add_rms_norm)
-        self.time("silu_mul", shape, 3 * T * I * 2, silu_mul)
-        self.time("qk_norm_rope_kv_write", shape, T * (4 * width + 8), lambda: self.qk_norm_rope_kv_write(T))
-        for name, outputs, depth in [
-            ("qkv_proj", width, C),
-            ("o_proj", C, self.q_heads * D),
-            ("gate_up_proj", 2 * I, C),
-            ("down_proj", C, I),
-        ]:
-            self.linear(f"{name} {shape}", T, outputs, depth, 2)
+        self.time("silu_mul", f"T={T}", 3 * T * I * 2, silu_mul)
+        self.linear(f"gate_up_proj T={T}", T, 2 * I, C, 2)
+        self.linear(f"down_proj T={T}", T, C, I, 2)
 
     def qk_norm_rope_kv_write(self, T):
         Hq, Hkv, D = self.q_heads, self.kv_heads, self.head_dim
@@ -256,17 +245,14 @@ def main():
     parser.add_argument("--json", required=True, metavar="FILE")
     args = parser.parse_args()
     torch.manual_seed(1)
+    for module in (experts, mamba, latent):
+        module.check()
     warnings.filterwarnings("ignore")  # SDPA explains each backend that it cannot use
     us = ceilings()
     for folder in args.model:
         with open(os.path.join(folder, "config.json")) as file:
             peers = Peers(os.path.basename(os.path.normpath(folder)), json.load(file))
-        for T in args.tokens:
-            peers.tokens(T)
-        for shape in args.prefill:
-            peers.prefill(shape)
-        for shape in args.decode:
-            peers.decode(shape)
+        peers.cases(args)
         for B in args.logits:
             peers.logits(B)
         us.update(peers.us)

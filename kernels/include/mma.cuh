@@ -49,6 +49,28 @@ template <> BCG_DEVICE void mma<f16>(float (&c)[4], const u32 (&a)[4], const u32
 // Two elements in one register, low first.
 template <typename T> BCG_DEVICE u32 pair(T low, T high) { return (u32)low.bits | (u32)high.bits << 16; }
 
+// The pair rounded to T, `low` in the low half.
+template <typename T> BCG_DEVICE u32 round_pair(float low, float high);
+template <> BCG_DEVICE u32 round_pair<bf16>(float low, float high) {
+    u32 packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+template <> BCG_DEVICE u32 round_pair<f16>(float low, float high) {
+    u32 packed;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+// Four lanes share a row, each with 2 of the 8 columns of four blocks; after this each has all 8 columns of one block.
+BCG_DEVICE void transpose(u32 (&x)[4]) {
+    u32 odd = threadIdx.x % 2, high = threadIdx.x / 2 % 2;
+    u32 a = __shfl_xor_sync(FULL_WARP, odd ? x[0] : x[1], 1), b = __shfl_xor_sync(FULL_WARP, odd ? x[2] : x[3], 1);
+    x[0] = odd ? a : x[0], x[1] = odd ? x[1] : a, x[2] = odd ? b : x[2], x[3] = odd ? x[3] : b;
+    a = __shfl_xor_sync(FULL_WARP, high ? x[0] : x[2], 2), b = __shfl_xor_sync(FULL_WARP, high ? x[1] : x[3], 2);
+    x[0] = high ? a : x[0], x[1] = high ? b : x[1], x[2] = high ? x[2] : a, x[3] = high ? x[3] : b;
+}
+
 // 2^v; one instruction, relative error below 2^-22.
 BCG_DEVICE float exp2_fast(float v) {
     float r;

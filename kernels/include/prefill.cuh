@@ -115,28 +115,6 @@ BCG_DEVICE u32 find_query(const AttentionPrefillArgs& a, const Work& w, i32 row)
     return row < w.row_end ? (u32)((row * a.q_stride + w.head * a.kv.head_dim) / 8) : NOWHERE;
 }
 
-// The pair rounded to T, `low` in the low half.
-template <typename T> BCG_DEVICE u32 round_pair(float low, float high);
-template <> BCG_DEVICE u32 round_pair<bf16>(float low, float high) {
-    u32 packed;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-    return packed;
-}
-template <> BCG_DEVICE u32 round_pair<f16>(float low, float high) {
-    u32 packed;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-    return packed;
-}
-
-// Four lanes share a row, each with 2 of the 8 columns of four blocks; after this each has all 8 columns of one block.
-BCG_DEVICE void transpose(u32 (&x)[4]) {
-    u32 odd = threadIdx.x % 2, high = threadIdx.x / 2 % 2;
-    u32 a = __shfl_xor_sync(FULL_WARP, odd ? x[0] : x[1], 1), b = __shfl_xor_sync(FULL_WARP, odd ? x[2] : x[3], 1);
-    x[0] = odd ? a : x[0], x[1] = odd ? x[1] : a, x[2] = odd ? b : x[2], x[3] = odd ? x[3] : b;
-    a = __shfl_xor_sync(FULL_WARP, high ? x[0] : x[2], 2), b = __shfl_xor_sync(FULL_WARP, high ? x[1] : x[3], 2);
-    x[0] = high ? a : x[0], x[1] = high ? b : x[1], x[2] = high ? x[2] : a, x[3] = high ? x[3] : b;
-}
-
 // What a thread knows of its two query rows, r and r + 8 of the warp's 16: the score that weights are relative to, this
 // lane's part of their sum, and by how much the last tile scaled what was there.
 //

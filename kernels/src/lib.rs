@@ -49,16 +49,22 @@ impl Source {
 pub const HEADERS: &[(&str, &str)] = &[
     ("attention_decode.cuh", include_str!("../include/attention_decode.cuh")),
     ("bcg.cuh", include_str!("../include/bcg.cuh")),
+    ("few_rows.cuh", include_str!("../include/few_rows.cuh")),
+    ("grouped_linear.cuh", include_str!("../include/grouped_linear.cuh")),
+    ("hopper.cuh", include_str!("../include/hopper.cuh")),
     ("latent_attention.cuh", include_str!("../include/latent_attention.cuh")),
     ("logit_search.cuh", include_str!("../include/logit_search.cuh")),
     ("logits.cuh", include_str!("../include/logits.cuh")),
     ("mla_decode.cuh", include_str!("../include/mla_decode.cuh")),
     ("mla_prefill.cuh", include_str!("../include/mla_prefill.cuh")),
     ("mma.cuh", include_str!("../include/mma.cuh")),
+    ("moe_permute.cuh", include_str!("../include/moe_permute.cuh")),
     ("paged_attention.cuh", include_str!("../include/paged_attention.cuh")),
     ("prefill.cuh", include_str!("../include/prefill.cuh")),
     ("random.cuh", include_str!("../include/random.cuh")),
     ("rms_norm.cuh", include_str!("../include/rms_norm.cuh")),
+    ("silu.cuh", include_str!("../include/silu.cuh")),
+    ("ssm.cuh", include_str!("../include/ssm.cuh")),
 ];
 
 /// Declares one static per source file, and [`ALL`].
@@ -84,16 +90,28 @@ sources! {
     ATTENTION_PREFILL = "attention_prefill.cu",
     /// The same for compute capability 9.0.
     ATTENTION_PREFILL_HOPPER = "attention_prefill_hopper.cu",
+    /// Causal convolution of each channel with few weights.
+    CAUSAL_CONV1D = "causal_conv1d.cu",
     /// Strided copy of rows.
     COPY_ROWS = "copy_rows.cu",
     /// One value everywhere.
     FILL = "fill.cu",
     /// Sets elements to seeded, nearly normal random numbers.
     FILL_RANDOM = "fill_random.cu",
+    /// RMS norm of groups of columns behind a gate.
+    GATED_RMS_NORM = "gated_rms_norm.cu",
     /// Rows by index.
     GATHER_ROWS = "gather_rows.cu",
+    /// Products of rows with the matrix of the expert that each belongs to.
+    GROUPED_LINEAR = "grouped_linear.cu",
+    /// The same of few rows.
+    GROUPED_LINEAR_FEW_ROWS = "grouped_linear_few_rows.cu",
+    /// The same of many rows for compute capability 9.0.
+    GROUPED_LINEAR_HOPPER = "grouped_linear_hopper.cu",
     /// One matrix product per head.
     HEAD_LINEAR = "head_linear.cu",
+    /// Key-value write.
+    KV_WRITE = "kv_write.cu",
     /// Matrix product of few rows with a transposed weight.
     LINEAR_FEW_ROWS = "linear_few_rows.cu",
     /// Latent attention of one query per sequence.
@@ -106,8 +124,16 @@ sources! {
     MLA_PREFILL = "mla_prefill.cu",
     /// The same on tensor cores, over decompressed keys and values.
     MLA_PREFILL_TILED = "mla_prefill_tiled.cu",
+    /// Weighted sum of a token's experts.
+    MOE_COMBINE = "moe_combine.cu",
+    /// Choices of experts in the order of the experts.
+    MOE_PERMUTE = "moe_permute.cu",
+    /// Choice of experts.
+    MOE_ROUTE = "moe_route.cu",
     /// Query and key norm, rotary embedding, key-value write.
     QK_NORM_ROPE_KV_WRITE = "qk_norm_rope_kv_write.cu",
+    /// Squared ReLU.
+    RELU2 = "relu2.cu",
     /// RMS norm.
     RMS_NORM = "rms_norm.cu",
     /// Random choice of a token.
@@ -116,6 +142,12 @@ sources! {
     SCRUB_TAIL = "scrub_tail.cu",
     /// Gated activation.
     SILU_MUL = "silu_mul.cu",
+    /// Mamba2's recurrence over the new tokens of each sequence.
+    SSD_SCAN = "ssd_scan.cu",
+    /// The same on tensor cores.
+    SSD_SCAN_TILED = "ssd_scan_tiled.cu",
+    /// One step of Mamba2's recurrence.
+    SSM_UPDATE = "ssm_update.cu",
 }
 
 #[cfg(test)]

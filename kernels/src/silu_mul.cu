@@ -1,5 +1,5 @@
 // Rows in x, pieces of a row in y. Host reference, shapes and geometry: bcg-models/src/ops/silu_mul.rs.
-#include "bcg.cuh"
+#include "silu.cuh"
 
 struct SiluMulArgs {
     const void* gate_up;
@@ -20,10 +20,7 @@ template <typename T, bool WIDE> BCG_DEVICE void silu_mul(const SiluMulArgs& a) 
         Pack<T> gate = load_pack<WIDE>(gates, c, a.columns), up = load_pack<WIDE>(gates + a.columns, c, a.columns);
         float product[LEN];
 #pragma unroll
-        for (u32 e = 0; e < LEN; e++) {
-            float g = get(gate, e);
-            product[e] = round_to<T>(__fdividef(g, 1.0f + expf(-g))) * get(up, e);
-        }
+        for (u32 e = 0; e < LEN; e++) product[e] = silu_mul<T>(get(gate, e), get(up, e));
         store_pack<WIDE>(out, c, a.columns, pack<T>(product));
     }
 }

@@ -1,8 +1,9 @@
 //! A model of a real geometry with random weights, against logits that transformers computed for it in float32.
 //!
 //! `tests/geometry/reference.py` writes the folder that [`Session::load`] reads. A row of logits is right if its relative
-//! error `|out - ref| / |ref|` is within [`RELATIVE`], and if its best token is one of the reference's best, as far as that
-//! tolerance can tell them apart. With graphs, every replay is also compared bit for bit with an eager run at its size.
+//! error `|out - ref| / |ref|` is within [`RELATIVE`], or not much larger than that of transformers in bf16, and if its best
+//! token is one of the reference's best, as far as that tolerance can tell them apart. Rows whose experts are nearly tied in
+//! the reference are left out and counted. With graphs, every replay is also compared bit for bit with an eager run at its size.
 
 use std::path::Path;
 
@@ -13,6 +14,9 @@ use serde_json::Value;
 
 /// The largest relative error of a row in bf16.
 pub const RELATIVE: f64 = 1e-2;
+
+/// How much larger than the error of transformers in bf16 that of a row may be, where this is more than [`RELATIVE`].
+const TO_TRANSFORMERS: f64 = 1.5;
 
 /// Errors of single logits are nearly normal; no token of a vocabulary is further out than this many of them.
 const LARGEST_TO_MEAN_ERROR: f64 = 5.0;
@@ -27,6 +31,18 @@ struct Sequence {
     /// Position of the first row that the reference holds.
     first_row: usize,
     rows: Vec<Vec<f32>>,
+    /// Positions at which rounding may choose other experts.
+    near_ties: Vec<usize>,
+    /// The largest relative error of a row.
+    tolerance: f64,
+}
+
+impl Sequence {
+    /// The row to compare with at a position, if the reference holds it and its experts are far from a tie.
+    fn row(&self, position: usize) -> Option<&[f32]> {
+        let row = position.checked_sub(self.first_row)?;
+        (!self.near_ties.contains(&position)).then(|| self.rows[row].as_slice())
+    }
 }
 
 /// A loaded model and what it must compute.
@@ -72,6 +88,9 @@ impl Session {
         let mut runner = ModelRunner::load(device, dir, options, &mut |_| ()).expect("the checkpoint loads");
         runner.capture(&mut |_| ()).expect("every size is captured");
         let sequences = read(dir, runner.config().vocab_size);
+        let left_out: usize = sequences.iter().map(|sequence| sequence.near_ties.len()).sum();
+        let tolerance = sequences.iter().map(|sequence| sequence.tolerance).fold(RELATIVE, f64::max);
+        println!("  tolerance {tolerance:.2e}; {left_out} positions near a tie of experts are left out");
         Self { runner, sequences }
     }
 
@@ -95,9 +114,10 @@ impl Session {
             for (&(index, end), token) in step.iter().zip(&output.tokens) {
                 computed[index] = end;
                 let sequence = &self.sequences[index];
-                let Some(row) = (end - 1).checked_sub(sequence.first_row) else { continue };
+                let Some(row) = sequence.row(end - 1) else { continue };
                 let what = format!("sequence {index}, position {}", end - 1);
-                worst = compare(token.logits.as_deref().expect("logits"), &sequence.rows[row], &what).max(worst);
+                let out = token.logits.as_deref().expect("logits");
+                worst = compare(out, row, sequence.tolerance, &what).max(worst);
                 num_compared += 1;
             }
         }
@@ -130,16 +150,17 @@ fn read(dir: &Path, vocab_size: usize) -> Vec<Sequence> {
         let (row, _) = row.as_chunks::<4>();
         row.iter().map(|number| f32::from_le_bytes(*number)).collect::<Vec<f32>>()
     });
+    let numbers = |list: &Value| -> Vec<usize> {
+        let list = list.as_array().expect("a list").iter();
+        list.map(|number| number.as_u64().expect("a token id or a position") as usize).collect()
+    };
     let sequences = reference["sequences"].as_array().expect("a list").iter().map(|sequence| {
-        let tokens: Vec<u32> = sequence["tokens"]
-            .as_array()
-            .expect("tokens")
-            .iter()
-            .map(|token| token.as_u64().expect("a token id") as u32)
-            .collect();
+        let tokens: Vec<u32> = numbers(&sequence["tokens"]).into_iter().map(|token| token as u32).collect();
         let first_row = sequence["first_row"].as_u64().expect("a position") as usize;
         let rows = rows.by_ref().take(tokens.len() - first_row).collect();
-        Sequence { tokens, first_row, rows }
+        let bf16_error = sequence["bf16_error"].as_f64().expect("an error");
+        let tolerance = RELATIVE.max(TO_TRANSFORMERS * bf16_error);
+        Sequence { tokens, first_row, rows, near_ties: numbers(&sequence["near_ties"]), tolerance }
     });
     let sequences: Vec<Sequence> = sequences.collect();
     assert!(rows.next().is_none() && !sequences.is_empty(), "logits.f32 holds the rows that reference.json names");
@@ -148,15 +169,15 @@ fn read(dir: &Path, vocab_size: usize) -> Vec<Sequence> {
 
 /// Returns the relative error of a row that matches.
 #[track_caller]
-fn compare(out: &[f32], reference: &[f32], what: &str) -> f64 {
+fn compare(out: &[f32], reference: &[f32], relative: f64, what: &str) -> f64 {
     assert_eq!(out.len(), reference.len(), "{what}");
     let square = |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>();
     let norm = square(&mut reference.iter().map(|r| f64::from(*r))).sqrt();
     let error = square(&mut out.iter().zip(reference).map(|(o, r)| f64::from(*o) - f64::from(*r))).sqrt() / norm;
-    assert!(error <= RELATIVE, "{what}: relative error {error:.2e} is above {RELATIVE:.0e}");
+    assert!(error <= relative, "{what}: relative error {error:.2e} is above {relative:.1e}");
     let best = |row: &[f32]| (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b])).expect("logits");
     let (chosen, right) = (best(out), best(reference));
-    let tolerance = 2.0 * LARGEST_TO_MEAN_ERROR * RELATIVE * norm / (reference.len() as f64).sqrt();
+    let tolerance = 2.0 * LARGEST_TO_MEAN_ERROR * relative * norm / (reference.len() as f64).sqrt();
     let behind = f64::from(reference[right]) - f64::from(reference[chosen]);
     assert!(behind <= tolerance, "{what}: token {chosen} is {behind} behind {right}, allowed {tolerance}");
     error
@@ -170,8 +191,10 @@ fn every_position_of_a_prompt_matches(session: &mut Session) {
     for (index, sequence) in session.sequences.iter().enumerate().filter(|(_, sequence)| sequence.tokens.len() <= 64) {
         let lease = pool.lease(pool.pages_for(sequence.tokens.len())).expect("free pages");
         let rows = session.runner.score(&input(&sequence.tokens, 0, &lease, &greedy)).expect("logits");
-        for (position, reference) in (sequence.first_row..).zip(&sequence.rows) {
-            compare(&rows[position], reference, &format!("sequence {index}, position {position}"));
+        for (position, row) in rows.iter().enumerate() {
+            let Some(reference) = sequence.row(position) else { continue };
+            let what = format!("sequence {index}, position {position}");
+            compare(row, reference, sequence.tolerance, &what);
             num_compared += 1;
         }
     }

@@ -1,6 +1,6 @@
 //! Everything that a machine with a GPU must run, built on a machine without one.
 //!
-//! `target/gpu-bundle` holds stripped executables, the tiny checkpoint, the data sets and `run.sh`; it needs no Rust.
+//! `target/gpu-bundle` holds stripped executables, the tiny checkpoints, the data sets and `run.sh`; it needs no Rust.
 
 use std::fs;
 use std::path::Path;
@@ -27,7 +27,7 @@ const EXECUTABLES: [(&str, &str); 5] = [
 const EXAMPLE: &str = "own_kernel";
 
 /// Folders of the project that travel along.
-const FOLDERS: [&str; 5] = ["models/tiny-qwen3", "models/geometries", "tests/data", "tests/geometry", "benches/peers"];
+const FOLDERS: [&str; 4] = ["models", "tests/data", "tests/geometry", "benches/peers"];
 
 /// Runs `cargo xtask gpu-bundle`.
 pub(crate) fn run() -> Result<()> {

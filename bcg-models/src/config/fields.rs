@@ -28,8 +28,11 @@ impl Fields {
     /// [`Error::File`], [`Error::Format`] if it is absent or holds no JSON object.
     pub(super) fn read(file: PathBuf) -> Result<Self> {
         let bytes = read_file(&file)?;
-        let root: Value = serde_json::from_slice(&bytes)
-            .map_err(|error| Error::format(&file, format!("expected a JSON object: {error}")))?;
+        let parsed = match std::str::from_utf8(&bytes) {
+            Ok(text) => serde_json::from_str(&as_json(text)).map_err(|error| error.to_string()),
+            Err(error) => Err(error.to_string()),
+        };
+        let root: Value = parsed.map_err(|error| Error::format(&file, format!("expected a JSON object: {error}")))?;
         if !root.is_object() {
             return Err(Error::format(&file, "expected a JSON object"));
         }
@@ -162,5 +165,40 @@ impl Fields {
             .map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok()))
             .collect::<Option<Vec<_>>>()
             .ok_or_else(|| self.error(field, "a token id or a list of token ids", value, "check the checkpoint"))
+    }
+}
+
+/// Spells the numbers that Python writes but JSON lacks as transformers 5 does: `{"__float__": "Infinity"}`.
+fn as_json(text: &str) -> String {
+    let mut json = String::with_capacity(text.len());
+    let (mut rest, mut is_text) = (text, false);
+    while let Some(first) = rest.chars().next() {
+        let number = ["Infinity", "-Infinity", "NaN"].into_iter().find(|name| !is_text && rest.starts_with(name));
+        let len = match (number, first) {
+            (Some(number), _) => number.len(),
+            (None, '\\') => 1 + rest[1..].chars().next().map_or(0, char::len_utf8), // what is escaped ends no text
+            (None, _) => first.len_utf8(),
+        };
+        match number {
+            Some(number) => json.extend([r#"{"__float__": ""#, number, r#""}"#]),
+            None => json.push_str(&rest[..len]),
+        }
+        is_text ^= first == '"';
+        rest = &rest[len..];
+    }
+    json
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_that_json_lacks_are_read_outside_of_texts() {
+        let text = r#"{"limits": [0.0, Infinity, -Infinity, NaN], "say \"NaN": "Infinity \\", "é": "\"NaN"}"#;
+        let root: Value = serde_json::from_str(&as_json(text)).expect("JSON");
+        let limits: Vec<_> = root["limits"].as_array().expect("a list").iter().map(|v| &v["__float__"]).collect();
+        assert_eq!(limits, [&Value::Null, &"Infinity".into(), &"-Infinity".into(), &"NaN".into()]);
+        assert_eq!((&root["say \"NaN"], &root["é"]), (&"Infinity \\".into(), &"\"NaN".into()));
     }
 }

@@ -1,11 +1,12 @@
-//! Self-attention with grouped queries, normalised queries and keys, rotary positions and a paged KV cache.
+//! Self-attention with grouped queries and a paged KV cache; queries and keys are normalised and rotated, or left as they
+//! are.
 //!
 //! Projections, norms, rotation and the KV write are captured: they read positions and slots from static buffers. In a
 //! prefill [`attend`] is a break, because sequences and page table depend on the live batch; its launch has the same
 //! arguments and geometry for every batch of a padded size. In a decode attention is captured too: what it reads lies in
 //! static buffers.
 
-use bcg_runtime::{Context, Device, Eager, Result, Tensor, eager_on_graph};
+use bcg_runtime::{CaptureStream, Context, Device, Eager, Result, Tensor, eager_on_graph};
 use serde_json::Value;
 
 use super::{Linear, RmsNorm};
@@ -30,8 +31,8 @@ pub struct Heads {
 }
 
 impl Heads {
-    /// Reads `num_attention_heads`, `num_key_value_heads` and `head_dim`, and refuses attention that [`Attention`] does not
-    /// compute.
+    /// Reads `num_attention_heads`, `num_key_value_heads` and `head_dim` (or `attention_head_dim`), and refuses attention
+    /// that [`Attention`] does not compute.
     ///
     /// # Errors
     /// [`Error::Config`](crate::Error::Config) names the field.
@@ -39,7 +40,8 @@ impl Heads {
         let fields = &config.fields;
         let q = fields.count("num_attention_heads")?;
         let kv = fields.optional_count("num_key_value_heads")?.unwrap_or(q);
-        let dim = fields.optional_count("head_dim")?.unwrap_or(config.hidden_size / q);
+        let dim = fields.optional_count("head_dim")?.or(fields.optional_count("attention_head_dim")?);
+        let dim = dim.unwrap_or(config.hidden_size / q);
         if !q.is_multiple_of(kv) {
             let expected = format!("a divisor of num_attention_heads = {q}");
             return Err(fields.error("num_key_value_heads", expected, kv, "check the checkpoint's conversion"));
@@ -112,11 +114,18 @@ impl Rotary {
 pub struct Attention {
     qkv_proj: Linear,
     o_proj: Linear,
+    norm_rope: Option<NormRope>,
+    heads: Heads,
+    scale: f32,
+}
+
+/// What is done to queries and keys before they meet.
+#[derive(Debug)]
+struct NormRope {
     q_norm: RmsNorm,
     k_norm: RmsNorm,
     rotary: Rotary,
     eps: f32,
-    scale: f32,
 }
 
 impl Attention {
@@ -125,9 +134,25 @@ impl Attention {
     /// # Errors
     /// Those of [`Heads::read`] and of [`Weights::take`].
     pub fn load(weights: &mut Weights<'_>, name: &str, config: &ModelConfig, rotary: &Rotary) -> crate::Result<Self> {
-        let Heads { q, kv, dim: head_dim } = Heads::read(config)?;
-        let (hidden, eps) = (config.hidden_size, config.rms_norm_eps);
-        let (q_width, kv_width) = (q * head_dim, kv * head_dim);
+        let plain = Self::load_plain(weights, name, config)?;
+        let (head_dim, eps) = (plain.heads.dim, config.rms_norm_eps);
+        let norm_rope = NormRope {
+            q_norm: RmsNorm::load(weights, &format!("{name}.q_norm"), head_dim, eps)?,
+            k_norm: RmsNorm::load(weights, &format!("{name}.k_norm"), head_dim, eps)?,
+            rotary: rotary.clone(),
+            eps,
+        };
+        Ok(Self { norm_rope: Some(norm_rope), ..plain })
+    }
+
+    /// Takes `q_proj`, `k_proj` and `v_proj`, as one matrix, and `o_proj` under `name`, for attention that knows no
+    /// positions.
+    ///
+    /// # Errors
+    /// Those of [`Heads::read`] and of [`Weights::take`].
+    pub fn load_plain(weights: &mut Weights<'_>, name: &str, config: &ModelConfig) -> crate::Result<Self> {
+        let heads = Heads::read(config)?;
+        let (hidden, q_width, kv_width) = (config.hidden_size, heads.q * heads.dim, heads.kv * heads.dim);
         let qkv = [
             (format!("{name}.q_proj"), q_width),
             (format!("{name}.k_proj"), kv_width),
@@ -136,11 +161,9 @@ impl Attention {
         Ok(Self {
             qkv_proj: Linear::load_fused(weights, &qkv, hidden)?,
             o_proj: Linear::load(weights, &format!("{name}.o_proj"), hidden, q_width)?,
-            q_norm: RmsNorm::load(weights, &format!("{name}.q_norm"), head_dim, eps)?,
-            k_norm: RmsNorm::load(weights, &format!("{name}.k_norm"), head_dim, eps)?,
-            rotary: rotary.clone(),
-            eps,
-            scale: (head_dim as f32).sqrt().recip(),
+            norm_rope: None,
+            heads,
+            scale: (heads.dim as f32).sqrt().recip(),
         })
     }
 
@@ -156,18 +179,15 @@ impl Attention {
         kv: &LayerKv,
     ) -> Result<Tensor> {
         let qkv = self.qkv_proj.forward(cx, x)?; // [T, (Hq + 2 Hkv) D]
-        let rotated = QkNormRopeKvWrite {
-            qkv: &qkv,
-            q_weight: &self.q_norm.weight,
-            k_weight: &self.k_norm.weight,
-            inv_freq: &self.rotary.inv_freq,
-            positions: &inputs.positions,
-            slots: &inputs.slot_mapping,
-            k_cache: &kv.k,
-            v_cache: &kv.v,
-            eps: self.eps,
-        };
-        let q = ops::qk_norm_rope_kv_write(cx, &rotated)?; // [T, Hq D]
+        let q = match &self.norm_rope {
+            Some(norm_rope) => norm_rope.forward(cx, &qkv, inputs, kv)?,
+            None => {
+                let (q, k) = (self.heads.q * self.heads.dim, (self.heads.q + self.heads.kv) * self.heads.dim);
+                let (keys, values) = (qkv.columns(q..k)?, qkv.columns(k..qkv.dim(1))?);
+                ops::kv_write(cx, &keys, &values, &inputs.slot_mapping, &kv.k, &kv.v)?;
+                qkv.columns(0..q)?
+            }
+        }; // [T, Hq D]
         drop(qkv);
         let attended = match &inputs.decode {
             None => attend(cx, &q, kv, self.scale)?,
@@ -177,6 +197,24 @@ impl Attention {
             }
         }; // [T, Hq D]
         self.o_proj.forward(cx, &attended)
+    }
+}
+
+impl NormRope {
+    /// Normalises and rotates queries and keys of `qkv`, `[T, (Hq + 2 Hkv) D]`, writes keys and values; returns the queries.
+    fn forward(&self, cx: &mut CaptureStream, qkv: &Tensor, inputs: &TokenInputs, kv: &LayerKv) -> Result<Tensor> {
+        let input = QkNormRopeKvWrite {
+            qkv,
+            q_weight: &self.q_norm.weight,
+            k_weight: &self.k_norm.weight,
+            inv_freq: &self.rotary.inv_freq,
+            positions: &inputs.positions,
+            slots: &inputs.slot_mapping,
+            k_cache: &kv.k,
+            v_cache: &kv.v,
+            eps: self.eps,
+        };
+        ops::qk_norm_rope_kv_write(cx, &input)
     }
 }
 

@@ -1,4 +1,4 @@
-//! The gated MLP.
+//! The MLPs: gated, and with a squared ReLU.
 
 use bcg_runtime::{CaptureStream, Result, Tensor};
 
@@ -44,5 +44,46 @@ impl Mlp {
         let gate_up = self.gate_up_proj.forward(cx, x)?; // [T, 2 I]
         let gated = ops::silu_mul(cx, &gate_up)?; // [T, I]
         self.down_proj.forward(cx, &gated)
+    }
+}
+
+/// `down(relu(up(x))²)`.
+#[derive(Debug)]
+pub struct Relu2Mlp {
+    up_proj: Linear,
+    down_proj: Linear,
+}
+
+impl Relu2Mlp {
+    /// Reads the width of the MLP, `intermediate_size`, and refuses biases and another activation than the squared ReLU.
+    ///
+    /// # Errors
+    /// [`Error::Config`](crate::Error::Config) names the field.
+    pub fn read_width(fields: &Fields) -> crate::Result<usize> {
+        fields.refuse_other("mlp_hidden_act", "relu2", "no other activation is implemented")?;
+        fields.refuse_flag("mlp_bias", "biased projections are not implemented")?;
+        fields.count("intermediate_size")
+    }
+
+    /// Takes `up_proj` of `inner` rows and `down_proj` under `name`.
+    ///
+    /// # Errors
+    /// Those of [`Weights::take`].
+    pub fn load(weights: &mut Weights<'_>, name: &str, hidden: usize, inner: usize) -> crate::Result<Self> {
+        Ok(Self {
+            up_proj: Linear::load(weights, &format!("{name}.up_proj"), inner, hidden)?,
+            down_proj: Linear::load(weights, &format!("{name}.down_proj"), hidden, inner)?,
+        })
+    }
+
+    /// `[T, C]` to `[T, C]`.
+    ///
+    /// # Errors
+    /// Those of the ops.
+    pub fn forward(&self, cx: &mut CaptureStream, x: &Tensor) -> Result<Tensor> {
+        let up = self.up_proj.forward(cx, x)?; // [T, I]
+        let squared = ops::relu2(cx, &up)?; // [T, I]
+        drop(up);
+        self.down_proj.forward(cx, &squared)
     }
 }

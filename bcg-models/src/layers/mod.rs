@@ -2,6 +2,7 @@
 
 mod attention;
 mod linear;
+mod mamba2;
 mod mla;
 mod mlp;
 mod norm;
@@ -9,7 +10,8 @@ mod yarn;
 
 pub use attention::{Attention, Heads, Rotary, rope_theta};
 pub use linear::Linear;
+pub use mamba2::{Mamba2, Mamba2Config};
 pub use mla::{Mla, MlaDims, MlaShared};
-pub use mlp::Mlp;
+pub use mlp::{Mlp, Relu2Mlp};
 pub use norm::RmsNorm;
 pub use yarn::RotaryScaling;

@@ -13,7 +13,7 @@
 //! A new op is four files: `kernels/src/x.cu`, `ops/x.rs`, a line here, a test in `tests/src/ops/x.rs`.
 //!
 //! Shape letters: T tokens, B sequences, C hidden, I intermediate, Hq/Hkv query/key-value heads, D head dim, V
-//! vocabulary, P pages, S page size.
+//! vocabulary, P pages, S page size, E experts, K chosen experts.
 
 mod check;
 mod decode_plan;
@@ -21,44 +21,67 @@ mod float;
 mod latent_kv;
 mod paged_kv;
 mod random;
+mod state_slots;
 
 mod add_rms_norm;
 mod argmax;
 mod attention_decode;
 mod attention_prefill;
+mod causal_conv1d;
 mod copy_rows;
 mod fill;
 mod fill_random;
+mod gated_rms_norm;
 mod gather_rows;
+mod grouped_linear;
+mod grouped_linear_few_rows;
+mod grouped_linear_hopper;
 mod head_linear;
+mod kv_write;
 mod linear;
 mod linear_few_rows;
 mod logits;
 mod mla_decode;
 mod mla_kv_write;
 mod mla_prefill;
+mod moe_combine;
+mod moe_permute;
+mod moe_route;
 mod qk_norm_rope_kv_write;
+mod relu2;
 mod rms_norm;
 mod sample;
 mod silu_mul;
+mod ssd_scan;
+mod ssm_update;
 
 pub use add_rms_norm::add_rms_norm;
 pub use argmax::argmax;
 pub use attention_decode::attention_decode;
 pub use attention_prefill::{attention_prefill, attention_prefill_plan, attention_prefill_plan_len};
+pub use causal_conv1d::{CausalConv1d, causal_conv1d};
 pub use copy_rows::copy_rows;
 pub use decode_plan::DecodePlan;
 pub use fill::fill;
 pub use fill_random::fill_random;
+pub use gated_rms_norm::gated_rms_norm;
 pub use gather_rows::gather_rows;
+pub use grouped_linear::{grouped_gate_up, grouped_linear};
 pub use head_linear::{head_linear, head_linear_transposed};
+pub use kv_write::kv_write;
 pub use latent_kv::LatentKv;
 pub use linear::{linear, linear_to};
 pub use mla_decode::mla_decode;
 pub use mla_kv_write::{MlaKvWrite, mla_kv_write};
 pub use mla_prefill::{MlaPrefill, mla_prefill};
+pub use moe_combine::moe_combine;
+pub use moe_permute::{ExpertPlan, moe_permute};
+pub use moe_route::{Routing, Scores, Scoring, moe_route};
 pub use paged_kv::PagedKv;
 pub use qk_norm_rope_kv_write::{QkNormRopeKvWrite, qk_norm_rope_kv_write, rope_inv_freq};
+pub use relu2::relu2;
 pub use rms_norm::rms_norm;
 pub use sample::{SampleInputs, sample};
 pub use silu_mul::silu_mul;
+pub use ssd_scan::{SsmInputs, ssd_scan};
+pub use ssm_update::ssm_update;

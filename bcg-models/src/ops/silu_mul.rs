@@ -76,12 +76,15 @@ fn host<T: Float>(a: &SiluMulArgs, dims: &Dims, memory: &HostMemory<'_>) -> Resu
         let (gate, up) = row::<T>(memory, a.gate_up, a.stride, t, 2 * columns)?.split_at(columns);
         let out = row::<T>(memory, a.out, i64::from(a.columns), t, columns)?;
         for ((out, gate), up) in out.iter().zip(gate).zip(up) {
-            let g = gate.get().to_f32();
-            let silu = T::round(g / (1.0 + (-g).exp()));
-            out.set(T::from_f32(silu * up.get().to_f32()));
+            out.set(gated(gate.get().to_f32(), up.get().to_f32()));
         }
     }
     Ok(())
+}
+
+/// SiLU of `gate`, rounded, times `up`.
+pub(super) fn gated<T: Float>(gate: f32, up: f32) -> T {
+    T::from_f32(T::round(gate / (1.0 + (-gate).exp())) * up)
 }
 
 #[cfg(test)]

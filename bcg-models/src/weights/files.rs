@@ -111,6 +111,11 @@ impl WeightFiles {
         }
     }
 
+    /// Tells whether a tensor is there that was not taken.
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
     pub(super) fn skip(&mut self, name: &str) {
         self.tensors.remove(name);
     }

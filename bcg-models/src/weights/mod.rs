@@ -104,6 +104,14 @@ impl<'a> Weights<'a> {
         Ok(tensor)
     }
 
+    /// Tells whether the tensor `name` can be taken.
+    pub fn has(&self, name: &str) -> bool {
+        match &self.origin {
+            Origin::Files { files, .. } => files.has(name),
+            Origin::Random(_) => true,
+        }
+    }
+
     /// Leaves the tensor `name` out, if it is there: for tensors that a checkpoint repeats.
     pub fn skip(&mut self, name: &str) {
         if let Origin::Files { files, .. } = &mut self.origin {

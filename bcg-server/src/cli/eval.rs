@@ -103,13 +103,14 @@ pub fn run(args: &EvalArgs) -> anyhow::Result<()> {
     let accuracy = correct as f64 / answers.len() as f64;
     let metrics = engine.metrics();
     println!(
-        "accuracy {accuracy:.4} ({correct}/{}) {}, {tokens} tokens in {seconds:.1} s ({:.1} tok/s), {} replays, {} captures, {} eager forwards",
+        "accuracy {accuracy:.4} ({correct}/{}) {}, {tokens} tokens in {seconds:.1} s ({:.1} tok/s), {} replays, {} captures, {} eager forwards, {} preemptions",
         answers.len(),
         if shots.is_some() { "few-shot" } else { "chat" },
         tokens as f64 / seconds.max(1e-9),
         metrics.graph_replays.get(),
         metrics.graph_captures.get(),
         metrics.num_eager(),
+        metrics.preemptions.get(),
     );
     if let Some(least) = args.min_accuracy
         && accuracy < least

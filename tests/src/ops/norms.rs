@@ -1,4 +1,4 @@
-//! `rms_norm`, `add_rms_norm`, `silu_mul`.
+//! `rms_norm`, `add_rms_norm`, `silu_mul`, `gated_rms_norm`, `relu2`.
 
 use bcg_models::ops;
 use bcg_runtime::Device;
@@ -64,5 +64,46 @@ pub(super) fn silu_mul_matches_the_formula(device: &Device) {
         let extreme = fixture.floats(&[1, 4], dtype, &[-1000.0, 1000.0, 3.0, 0.5]);
         let out = fixture.run(|cx| ops::silu_mul(cx, &extreme.tensor));
         assert_eq!(fixture.read(&out), [0.0, 500.0], "{dtype}");
+    }
+}
+
+/// `gated_rms_norm` is the RMS norm of each group of columns of `y * silu(gate)`, however the rows lie.
+pub(super) fn gated_rms_norm_matches_the_formula(device: &Device) {
+    let mut fixture = Fixture::new(device);
+    for dtype in FLOATS {
+        for (rows, columns, group) in
+            [(1, 4, 4), (3, 96, 32), (5, 100, 25), (300, 64, 16), (2, 8192, 1024), (2, 9216, 4608)]
+        {
+            let weight = fixture.random(&[columns], dtype);
+            let ys = fixture.random_rows(rows, columns, dtype);
+            let gates = fixture.random_rows(rows, columns, dtype);
+            for (y, gate) in ys.iter().zip(&gates) {
+                let out =
+                    fixture.run(|cx| ops::gated_rms_norm(cx, &y.tensor, &gate.tensor, &weight.tensor, group, 1e-5));
+                let gated: Vec<f64> =
+                    y.values.iter().zip(&gate.values).map(|(y, g)| y * g / (1.0 + (-g).exp())).collect();
+                let weights = weight.values.chunks(group).cycle();
+                let expected: Vec<f64> = gated
+                    .chunks(group)
+                    .zip(weights)
+                    .flat_map(|(group, weight)| rms_norm(group, weight, 1e-5))
+                    .collect();
+                assert_close("gated_rms_norm", &fixture.read(&out), &expected, dtype, 4.0, 1e-3);
+            }
+        }
+    }
+}
+
+/// `relu2` squares what is above zero.
+pub(super) fn relu2_matches_the_formula(device: &Device) {
+    let mut fixture = Fixture::new(device);
+    for dtype in FLOATS {
+        for (rows, columns) in SHAPES {
+            for x in fixture.random_rows(rows, columns, dtype) {
+                let out = fixture.run(|cx| ops::relu2(cx, &x.tensor));
+                let expected: Vec<f64> = x.values.iter().map(|x| x.max(0.0).powi(2)).collect();
+                assert_close("relu2", &fixture.read(&out), &expected, dtype, 1.0, 1e-3);
+            }
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! `qk_norm_rope_kv_write`.
+//! `qk_norm_rope_kv_write`, `kv_write`.
 
 use bcg_models::ops::{self, QkNormRopeKvWrite};
 use bcg_runtime::{DType, Device};
@@ -80,4 +80,37 @@ fn check(device: &Device, dtype: DType, (q_heads, kv_heads, head_dim): (usize, u
     assert_close(&format!("q, {what}"), &fixture.read(&q), &expected_q, dtype, 4.0, 1.0);
     assert_close(&format!("k, {what}"), &fixture.read(&k_cache.tensor), &expected_k, dtype, 4.0, 1.0);
     assert_eq!(fixture.read(&v_cache.tensor), expected_v, "v, {what}");
+}
+
+/// Keys and values are copied, each token to its slot, and a padded row (slot -1) writes nothing.
+pub(super) fn kv_write_copies_each_token_to_its_slot(device: &Device) {
+    let mut fixture = Fixture::new(device);
+    let (pages, page_size, slots) = (3, 4, [5, 0, -1, 11, 3, 12]);
+    for dtype in FLOATS {
+        for ([k_heads, k_dim], [v_heads, v_dim]) in [([2, 64], [2, 64]), ([1, 3], [2, 5]), ([8, 128], [1, 64])] {
+            let (k_width, v_width) = (k_heads * k_dim, v_heads * v_dim);
+            for (k, v) in fixture.random_rows(slots.len(), k_width, dtype).into_iter().zip(fixture.random_rows(
+                slots.len(),
+                v_width,
+                dtype,
+            )) {
+                let cache = |heads: usize, dim: usize| {
+                    let sentinel = vec![9.0; pages * page_size * heads * dim];
+                    fixture.floats(&[pages, page_size, heads, dim], dtype, &sentinel)
+                };
+                let (mut k_cache, mut v_cache) = (cache(k_heads, k_dim), cache(v_heads, v_dim));
+                let slot = fixture.ints(&slots);
+                let (k_pages, v_pages) = (&k_cache.tensor, &v_cache.tensor);
+                fixture.run(|cx| ops::kv_write(cx, &k.tensor, &v.tensor, &slot, k_pages, v_pages));
+                for (known, cache, width) in [(&k, &mut k_cache, k_width), (&v, &mut v_cache, v_width)] {
+                    for (row, slot) in known.values.chunks(width).zip(slots) {
+                        if (0..12).contains(&slot) {
+                            cache.values[slot as usize * width..][..width].copy_from_slice(row);
+                        }
+                    }
+                    assert_eq!(fixture.read(&cache.tensor), cache.values, "{dtype}, {width}");
+                }
+            }
+        }
+    }
 }

@@ -16,14 +16,14 @@ use super::lab::Lab;
 pub struct PrefillShape {
     sequences: usize,
     tokens: usize,
-    prefix: usize,
+    pub(super) prefix: usize,
 }
 
 /// A batch of decode attention: `BxL`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DecodeShape {
-    sequences: usize,
-    tokens: usize,
+    pub(super) sequences: usize,
+    pub(super) tokens: usize,
 }
 
 fn positive(text: &str) -> Option<usize> {
@@ -69,7 +69,7 @@ impl fmt::Display for DecodeShape {
 
 impl PrefillShape {
     /// New tokens of each sequence: `tokens` in the mean; several sequences range from a sixteenth of it to about twice.
-    fn lens(&self) -> Vec<usize> {
+    pub(super) fn lens(&self) -> Vec<usize> {
         let Self { sequences, tokens, .. } = *self;
         let step = tokens / sequences;
         (0..sequences).map(|index| tokens + 2 * index * step - (sequences - 1) * step).collect()
@@ -77,14 +77,14 @@ impl PrefillShape {
 }
 
 /// Pages in a shuffled order, as after many requests, for sequences of these lengths.
-struct Pages {
-    table: Vec<i32>,
-    width: usize,
-    count: usize,
+pub(super) struct Pages {
+    pub(super) table: Vec<i32>,
+    pub(super) width: usize,
+    pub(super) count: usize,
 }
 
 impl Pages {
-    fn new(lens: &[usize]) -> Self {
+    pub(super) fn new(lens: &[usize]) -> Self {
         let width = lens.iter().map(|len| len.div_ceil(PAGE)).max().unwrap_or(1);
         let count: usize = lens.iter().map(|len| len.div_ceil(PAGE)).sum();
         let mut order: Vec<i32> = (0..count as i32).collect();
@@ -128,29 +128,28 @@ impl Cache {
     }
 }
 
-fn as_i32(numbers: &[usize]) -> Vec<i32> {
+pub(super) fn as_i32(numbers: &[usize]) -> Vec<i32> {
     numbers.iter().map(|&number| number as i32).collect()
 }
 
 /// Bytes of queries and outputs, and of the keys and values that are read, each once.
-fn bytes(model: &Shapes, queries: usize, keys: usize) -> usize {
-    let Heads { q: q_heads, kv: kv_heads, dim } = model.heads;
-    2 * (queries * q_heads + keys * kv_heads) * dim * model.size()
+fn bytes(model: &Shapes, heads: Heads, queries: usize, keys: usize) -> usize {
+    2 * (queries * heads.q + keys * heads.kv) * heads.dim * model.size()
 }
 
 /// Operations of the two products, for so many pairs of a query and a key that it sees.
-fn flops(model: &Shapes, pairs: usize) -> usize {
-    4 * pairs * model.heads.q * model.heads.dim
+fn flops(heads: Heads, pairs: usize) -> usize {
+    4 * pairs * heads.q * heads.dim
 }
 
 /// Causal attention of new tokens.
-pub(super) fn prefill(model: &Shapes, shape: PrefillShape) -> Case {
+pub(super) fn prefill(model: &Shapes, heads: Heads, shape: PrefillShape) -> Case {
     let new = shape.lens();
     let lens: Vec<usize> = new.iter().map(|new| new + shape.prefix).collect();
     let queries: usize = new.iter().sum();
     let pairs: usize = new.iter().map(|new| new * shape.prefix + new * (new + 1) / 2).sum();
-    let bytes = bytes(model, queries, lens.iter().sum());
-    let (dtype, heads) = (model.config.dtype, model.heads);
+    let bytes = bytes(model, heads, queries, lens.iter().sum());
+    let dtype = model.config.dtype;
     let starts: Vec<usize> = (0..=new.len()).map(|end| new[..end].iter().sum()).collect();
     let scale = (heads.dim as f32).sqrt().recip();
     let prepare = each(move |lab| {
@@ -161,13 +160,13 @@ pub(super) fn prefill(model: &Shapes, shape: PrefillShape) -> Case {
         let (starts, lens, plan) = (lab.tensor(&starts)?, lab.tensor(&lens)?, lab.tensor(&plan)?);
         Ok(Box::new(move |cx| Ok(vec![ops::attention_prefill(cx, &q, &cache.view(), &starts, &lens, &plan, scale)?])))
     });
-    model.case("attention_prefill", shape.to_string(), bytes, flops(model, pairs), prepare)
+    model.case("attention_prefill", shape.to_string(), bytes, flops(heads, pairs), prepare)
 }
 
 /// Attention of one new token for each sequence.
-pub(super) fn decode(model: &Shapes, shape: DecodeShape) -> Case {
+pub(super) fn decode(model: &Shapes, heads: Heads, shape: DecodeShape) -> Case {
     let DecodeShape { sequences, tokens } = shape;
-    let (dtype, heads) = (model.config.dtype, model.heads);
+    let dtype = model.config.dtype;
     let scale = (heads.dim as f32).sqrt().recip();
     let prepare = each(move |lab| {
         let q = lab.random(&[sequences, heads.q * heads.dim], dtype)?;
@@ -180,8 +179,8 @@ pub(super) fn decode(model: &Shapes, shape: DecodeShape) -> Case {
         let (lens, plan) = (lab.tensor(&lens)?, lab.tensor(&plan)?.reshape(&decode_plan.shape())?);
         Ok(Box::new(move |cx| Ok(vec![ops::attention_decode(cx, &q, &cache.view(), &lens, &plan, scale)?])))
     });
-    let bytes = bytes(model, sequences, sequences * tokens);
-    model.case("attention_decode", shape.to_string(), bytes, flops(model, sequences * tokens), prepare)
+    let bytes = bytes(model, heads, sequences, sequences * tokens);
+    model.case("attention_decode", shape.to_string(), bytes, flops(heads, sequences * tokens), prepare)
 }
 
 #[cfg(test)]

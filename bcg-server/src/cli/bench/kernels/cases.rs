@@ -2,13 +2,13 @@
 
 use anyhow::Result;
 use bcg_models::ModelConfig;
-use bcg_models::layers::{Heads, Mlp, rope_theta};
+use bcg_models::layers::{Heads, rope_theta};
 use bcg_models::ops::{self, QkNormRopeKvWrite, SampleInputs};
 use bcg_runtime::{DType, DeviceKind, Tensor};
 
 use super::KernelsArgs;
-use super::attention;
 use super::lab::{Lab, Launch};
+use super::{attention, latent, mamba, moe};
 
 /// Makes so many launches of an op, each with buffers of its own.
 pub(super) type Prepare = Box<dyn Fn(&mut Lab, usize) -> Result<Vec<Launch>>>;
@@ -88,33 +88,31 @@ pub(super) fn large_product() -> Case {
     }
 }
 
-/// The cases of one model.
+/// The cases of one model: those of every model, and those of the layers that it has.
 ///
 /// # Errors
-/// [`bcg_models::Error::Config`] for a geometry without such layers.
+/// [`bcg_models::Error::Config`] for a field of those layers that is absent.
 pub(super) fn of_model(name: &str, config: &ModelConfig, args: &KernelsArgs) -> Result<Vec<Case>> {
-    let model = Shapes {
-        name: name.to_owned(),
-        config: config.clone(),
-        heads: Heads::read(config)?,
-        rope_theta: rope_theta(&config.fields)?,
-        inner: Mlp::read_width(&config.fields)?,
-    };
+    let model = Shapes { name: name.to_owned(), config: config.clone() };
+    let has = |field| config.fields.get(field).is_some();
     let mut cases = Vec::new();
     for &tokens in &args.tokens {
-        cases.push(model.gather_rows(tokens));
-        cases.push(model.rms_norm(tokens));
-        cases.push(model.add_rms_norm(tokens));
-        cases.push(model.silu_mul(tokens));
-        cases.push(model.qk_norm_rope_kv_write(tokens));
-        cases.extend(model.projections(tokens));
+        cases.extend([model.gather_rows(tokens), model.rms_norm(tokens), model.add_rms_norm(tokens)]);
     }
-    cases.extend(args.prefill.iter().map(|shape| attention::prefill(&model, *shape)));
-    cases.extend(args.decode.iter().map(|shape| attention::decode(&model, *shape)));
+    if has("kv_lora_rank") {
+        cases.extend(latent::cases(&model, args)?);
+    } else {
+        cases.extend(model.attention(args)?);
+    }
+    if has("mamba_num_heads") {
+        cases.extend(mamba::cases(&model, args)?);
+    } else if has("num_experts_per_tok") {
+        cases.extend(moe::cases(&model, args)?);
+    } else {
+        cases.extend(model.mlp(args)?);
+    }
     for &rows in &args.logits {
-        cases.push(model.lm_head(rows));
-        cases.push(model.argmax(rows));
-        cases.push(model.sample(rows));
+        cases.extend([model.lm_head(rows), model.argmax(rows), model.sample(rows)]);
     }
     Ok(cases)
 }
@@ -124,15 +122,51 @@ pub(super) fn of_model(name: &str, config: &ModelConfig, args: &KernelsArgs) -> 
 pub(super) struct Shapes {
     pub(super) name: String,
     pub(super) config: ModelConfig,
-    pub(super) heads: Heads,
-    rope_theta: f64,
-    /// Width of the MLP.
-    inner: usize,
 }
 
 impl Shapes {
     pub(super) fn case(&self, op: &'static str, shape: String, bytes: usize, flops: usize, prepare: Prepare) -> Case {
         Case { op, model: self.name.clone(), shape, bytes, flops, in_graph: true, tuned_rows: None, prepare }
+    }
+
+    /// A count in `config.json`.
+    pub(super) fn count(&self, field: &str) -> Result<usize> {
+        Ok(self.config.fields.count(field)?)
+    }
+
+    /// Grouped-query attention with its projections.
+    fn attention(&self, args: &KernelsArgs) -> Result<Vec<Case>> {
+        let (hidden, heads) = (self.config.hidden_size, Heads::read(&self.config)?);
+        let (q_width, kv_width) = (heads.q * heads.dim, heads.kv * heads.dim);
+        let mut cases = Vec::new();
+        for &tokens in &args.tokens {
+            if let Ok(theta) = rope_theta(&self.config.fields) {
+                cases.push(self.qk_norm_rope_kv_write(tokens, heads, theta));
+            }
+            cases.push(self.projection("qkv_proj", [tokens, q_width + 2 * kv_width, hidden]));
+            cases.push(self.projection("o_proj", [tokens, hidden, q_width]));
+        }
+        cases.extend(args.prefill.iter().map(|shape| attention::prefill(self, heads, *shape)));
+        cases.extend(args.decode.iter().map(|shape| attention::decode(self, heads, *shape)));
+        Ok(cases)
+    }
+
+    /// The gated MLP.
+    fn mlp(&self, args: &KernelsArgs) -> Result<Vec<Case>> {
+        let (hidden, inner) = (self.config.hidden_size, self.count("intermediate_size")?);
+        let of_rows = |&tokens: &usize| {
+            [
+                self.silu_mul(tokens, inner),
+                self.projection("gate_up_proj", [tokens, 2 * inner, hidden]),
+                self.projection("down_proj", [tokens, hidden, inner]),
+            ]
+        };
+        Ok(args.tokens.iter().flat_map(of_rows).collect())
+    }
+
+    /// A projection of a layer: rows, outputs and depth.
+    pub(super) fn projection(&self, name: &str, sides: [usize; 3]) -> Case {
+        self.product(format!("{name} T={}", sides[0]), sides, self.config.dtype)
     }
 
     /// Bytes of an element.
@@ -180,8 +214,8 @@ impl Shapes {
         self.case("add_rms_norm", format!("T={tokens}"), bytes, 0, prepare)
     }
 
-    fn silu_mul(&self, tokens: usize) -> Case {
-        let (inner, dtype) = (self.inner, self.config.dtype);
+    fn silu_mul(&self, tokens: usize, inner: usize) -> Case {
+        let dtype = self.config.dtype;
         let bytes = 3 * tokens * inner * self.size();
         let prepare = each(move |lab| {
             let gate_up = lab.random(&[tokens, 2 * inner], dtype)?;
@@ -190,10 +224,9 @@ impl Shapes {
         self.case("silu_mul", format!("T={tokens}"), bytes, 0, prepare)
     }
 
-    fn qk_norm_rope_kv_write(&self, tokens: usize) -> Case {
-        let Heads { q: q_heads, kv: kv_heads, dim: head_dim } = self.heads;
+    fn qk_norm_rope_kv_write(&self, tokens: usize, heads: Heads, theta: f64) -> Case {
+        let Heads { q: q_heads, kv: kv_heads, dim: head_dim } = heads;
         let ModelConfig { rms_norm_eps: eps, dtype, .. } = self.config;
-        let theta = self.rope_theta;
         let width = (q_heads + 2 * kv_heads) * head_dim;
         // Everything that is read is written, as queries or into the cache.
         let bytes = tokens * (2 * width * self.size() + 8) + 2 * head_dim * self.size() + 2 * head_dim;
@@ -221,22 +254,6 @@ impl Shapes {
             }))
         });
         self.case("qk_norm_rope_kv_write", format!("T={tokens}"), bytes, 0, prepare)
-    }
-
-    fn projections(&self, tokens: usize) -> Vec<Case> {
-        let (hidden, inner, heads) = (self.config.hidden_size, self.inner, self.heads);
-        let (q_width, kv_width) = (heads.q * heads.dim, heads.kv * heads.dim);
-        let shapes = [
-            ("qkv_proj", q_width + 2 * kv_width, hidden),
-            ("o_proj", hidden, q_width),
-            ("gate_up_proj", 2 * inner, hidden),
-            ("down_proj", hidden, inner),
-        ];
-        let case = |(name, outputs, depth)| {
-            let dtype = self.config.dtype;
-            self.product(format!("{name} T={tokens}"), [tokens, outputs, depth], dtype)
-        };
-        shapes.into_iter().map(case).collect()
     }
 
     fn lm_head(&self, rows: usize) -> Case {

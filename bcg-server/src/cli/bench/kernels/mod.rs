@@ -1,6 +1,6 @@
 //! `bcg bench kernels`: every op at the shapes of real models, beside the ceilings of the machine and, if asked, a peer.
 //!
-//! In the order of the flow: `cases` and `attention` say what is timed and what it must move and compute; `lab`
+//! In the order of the flow: `cases`, and `attention`, `latent`, `mamba` and `moe` for what only some models have, say what is timed and what it must move and compute; `lab`
 //! times it on the device; this file makes the table.
 
 use std::collections::BTreeMap;
@@ -25,6 +25,9 @@ use lab::Lab;
 mod attention;
 mod cases;
 mod lab;
+mod latent;
+mod mamba;
+mod moe;
 
 /// Flags of `bcg bench kernels`.
 #[derive(Debug, Args)]

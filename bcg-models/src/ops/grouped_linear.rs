@@ -1,0 +1,266 @@
+//! Products of rows with the matrix of the expert that each belongs to; portable CUDA source:
+//! `kernels/src/grouped_linear.cu`; for bf16, [`grouped_linear_few_rows`] and [`grouped_linear_hopper`] serve instead where
+//! they can.
+//!
+//! The grid follows the shapes alone; blocks find their work in the plan's `offsets`, on the device.
+
+use bcg_runtime::{CaptureStream, DType, DevicePtr, Dims, HostMemory, Result, Tensor};
+use bytemuck::{AnyBitPattern, NoUninit};
+
+use super::check::Check;
+use super::float::{Float, PerFloat, dot, extend_f32, per_float, row};
+use super::moe_permute::ExpertPlan;
+use super::silu_mul::gated;
+use super::{grouped_linear_few_rows, grouped_linear_hopper};
+
+/// The arguments of every kernel of this product.
+#[repr(C)]
+#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+pub(super) struct GroupedArgs {
+    pub(super) x: DevicePtr,
+    pub(super) weight: DevicePtr,
+    pub(super) out: DevicePtr,
+    pub(super) offsets: DevicePtr,
+    pub(super) rows: DevicePtr,
+    pub(super) x_stride: i64,
+    pub(super) experts: u32,
+    /// Columns of `out`; a gated product has twice as many rows in a matrix.
+    pub(super) outputs: u32,
+    pub(super) depth: u32,
+    /// K: the row of `x` of a gated product is `rows[place] / chosen`.
+    pub(super) chosen: u32,
+    /// The length of `rows`, of which `offsets[experts]` are in use.
+    pub(super) places: u32,
+    /// Whether a kernel before may have written the weight; if not, it can be read ahead of `wait_for_inputs()`.
+    pub(super) weight_is_input: u32,
+}
+
+static GATE_UP: PerFloat<GroupedArgs> =
+    per_float!("grouped_gate_up", bcg_kernels::GROUPED_LINEAR, host_gate_up).programmatic();
+static LINEAR: PerFloat<GroupedArgs> =
+    per_float!("grouped_linear", bcg_kernels::GROUPED_LINEAR, host_linear).programmatic();
+
+/// Threads of a block of the portable kernels.
+const THREADS: u32 = 256;
+/// Blocks of the portable kernels on each multiprocessor.
+const BLOCKS_PER_MULTIPROCESSOR: u32 = 2;
+
+/// Multiplies the row of each place with its expert's gate and up matrices, and applies the gated activation.
+///
+/// For each place p in use, of expert e: `out[p, i] = round(silu(g)) * u` with `g = round(x[t] . weight[e, i])`,
+/// `u = round(x[t] . weight[e, I + i])` and `t = plan.rows[p] / K`; summed in f32, rounded as
+/// [`silu_mul()`](super::silu_mul()) of a product rounds. Rows behind the last place in use stay as they are.
+///
+/// # Shapes
+/// - `x`: `[T, C]`, bf16, f16 or f32; may be row-sliced.   - `weight`: `[E, 2 I, C]`, same dtype, contiguous.
+/// - `plan`: of `[T, K]` choices among E experts.   - `out`: `[T K, I]`.
+///
+/// # Capture
+/// Records one kernel. Frozen: shapes and addresses. Read again at each replay: all contents, the plan's too.
+///
+/// # Determinism
+/// Among equal shapes, a row's bits depend on that row and on the expert's matrix alone. On CUDA a weight with memory of
+/// its own may be read before earlier work has run, so no kernel may write it.
+///
+/// # Errors
+/// [`bcg_runtime::Error::Shape`] if a shape or dtype differs; those of enqueuing.
+///
+/// # Example
+/// ```
+/// use bcg_models::ops::{self, ExpertPlan};
+/// use bcg_runtime::{Device, Runner, RunnerOptions};
+///
+/// let device = Device::host();
+/// let mut runner = Runner::new(&device, RunnerOptions::default())?;
+/// // Token 0 goes to expert 1, token 1 to expert 0.
+/// let plan = ExpertPlan {
+///     offsets: device.tensor(&[3], &[0, 1, 2])?,
+///     rows: device.tensor(&[2], &[1, 0])?,
+///     places: device.tensor(&[2, 1], &[1, 0])?,
+/// };
+/// let x = device.tensor(&[2, 1], &[100.0f32, 200.0])?;
+/// let weight = device.tensor(&[2, 2, 1], &[1.0f32, 3.0, 1.0, 5.0])?;
+/// let out = runner.eager(&(), |cx| ops::grouped_gate_up(cx, &x, &weight, &plan))?;
+/// assert_eq!(runner.read::<f32>(&out)?, [200.0 * 600.0, 100.0 * 500.0]);
+/// # Ok::<(), bcg_runtime::Error>(())
+/// ```
+pub fn grouped_gate_up(cx: &mut CaptureStream, x: &Tensor, weight: &Tensor, plan: &ExpertPlan) -> Result<Tensor> {
+    const CHECK: Check = Check::new("grouped_gate_up");
+    CHECK.rank("x", x, &["T", "C"])?;
+    CHECK.rank("weight", weight, &["E", "2 I", "C"])?;
+    if !weight.dim(1).is_multiple_of(2) {
+        return Err(CHECK.error("`weight` [E, 2 I, C]", format!("{:?}", weight.shape())));
+    }
+    plan.check(CHECK, weight.dim(0))?;
+    CHECK.shape("x", x, &[plan.places.dim(0), weight.dim(2)])?;
+    let out = cx.empty(&[plan.rows.dim(0), weight.dim(1) / 2], x.dtype())?;
+    let args = grouped_args(cx, CHECK, x, weight, plan, &out)?;
+    launch(cx, CHECK, x.dtype(), true, args)?;
+    Ok(out)
+}
+
+/// Multiplies each row with the matrix of the expert that the row's place belongs to.
+///
+/// For each place p in use, of expert e: `out[p, n] = x[p] . weight[e, n]`, summed in f32 and rounded once. Rows behind
+/// the last place in use are not read, and stay as they are.
+///
+/// # Shapes
+/// - `x`: `[T K, I]`, bf16, f16 or f32; may be row-sliced.   - `weight`: `[E, N, I]`, same dtype, contiguous.
+/// - `plan`: of `[T, K]` choices among E experts.   - `out`: `[T K, N]`.
+///
+/// # Capture
+/// As [`grouped_gate_up()`].
+///
+/// # Determinism
+/// As [`grouped_gate_up()`].
+///
+/// # Errors
+/// [`bcg_runtime::Error::Shape`] if a shape or dtype differs; those of enqueuing.
+///
+/// # Example
+/// ```
+/// use bcg_models::ops::{self, ExpertPlan};
+/// use bcg_runtime::{Device, Runner, RunnerOptions};
+///
+/// let device = Device::host();
+/// let mut runner = Runner::new(&device, RunnerOptions::default())?;
+/// let plan = ExpertPlan {
+///     offsets: device.tensor(&[3], &[0, 1, 2])?, // a row for each of two experts
+///     rows: device.tensor(&[2], &[1, 0])?,
+///     places: device.tensor(&[2, 1], &[1, 0])?,
+/// };
+/// let x = device.tensor(&[2, 1], &[10.0f32, 20.0])?;
+/// let weight = device.tensor(&[2, 1, 1], &[1.0f32, 3.0])?;
+/// let out = runner.eager(&(), |cx| ops::grouped_linear(cx, &x, &weight, &plan))?;
+/// assert_eq!(runner.read::<f32>(&out)?, [10.0, 60.0]);
+/// # Ok::<(), bcg_runtime::Error>(())
+/// ```
+pub fn grouped_linear(cx: &mut CaptureStream, x: &Tensor, weight: &Tensor, plan: &ExpertPlan) -> Result<Tensor> {
+    const CHECK: Check = Check::new("grouped_linear");
+    CHECK.rank("x", x, &["T K", "I"])?;
+    CHECK.rank("weight", weight, &["E", "N", "I"])?;
+    plan.check(CHECK, weight.dim(0))?;
+    CHECK.shape("x", x, &[plan.rows.dim(0), weight.dim(2)])?;
+    let out = cx.empty(&[plan.rows.dim(0), weight.dim(1)], x.dtype())?;
+    let args = grouped_args(cx, CHECK, x, weight, plan, &out)?;
+    launch(cx, CHECK, x.dtype(), false, args)?;
+    Ok(out)
+}
+
+fn grouped_args(
+    cx: &mut CaptureStream,
+    check: Check,
+    x: &Tensor,
+    weight: &Tensor,
+    plan: &ExpertPlan,
+    out: &Tensor,
+) -> Result<GroupedArgs> {
+    check.dense("weight", weight, weight.shape(), x.dtype())?;
+    Ok(GroupedArgs {
+        x: cx.addr(x)?,
+        weight: cx.addr(weight)?,
+        out: cx.addr(out)?,
+        offsets: cx.addr(&plan.offsets)?,
+        rows: cx.addr(&plan.rows)?,
+        x_stride: x.row_stride() as i64,
+        experts: check.u32("E", weight.dim(0))?,
+        outputs: check.u32("columns", out.dim(1))?,
+        depth: check.u32("depth", x.dim(1))?,
+        chosen: check.u32("K", plan.places.dim(1))?,
+        places: check.u32("T K", plan.rows.dim(0))?,
+        weight_is_input: (!weight.is_persistent()).into(),
+    })
+}
+
+/// Enqueues the kernel that serves the product best. All have a persistent grid, the same for every plan.
+fn launch(cx: &mut CaptureStream, check: Check, dtype: DType, is_gated: bool, args: GroupedArgs) -> Result<()> {
+    if dtype == DType::Bf16 && grouped_linear_few_rows::applies(cx.device(), &args) {
+        return grouped_linear_few_rows::launch(cx, is_gated, args);
+    }
+    if dtype == DType::Bf16 && grouped_linear_hopper::applies(cx.device(), is_gated, &args) {
+        return grouped_linear_hopper::launch(cx, is_gated, args);
+    }
+    let kernel = if is_gated { &GATE_UP } else { &LINEAR }.get(check, "x", dtype)?;
+    let dims = Dims::linear(BLOCKS_PER_MULTIPROCESSOR * cx.device().num_multiprocessors(), THREADS);
+    cx.launch(kernel, dims, args)
+}
+
+impl GroupedArgs {
+    /// Tells whether the kernels on tensor cores can address everything: in 16-byte words of bf16, of which they count up
+    /// to 2³² in `x`.
+    pub(super) fn is_in_words(&self) -> bool {
+        let words = i64::from(self.places) * self.x_stride / 8;
+        [self.x, self.weight, self.out].iter().all(|tensor| tensor.as_u64().is_multiple_of(16))
+            && self.x_stride % 8 == 0
+            && self.depth.is_multiple_of(8)
+            && words < i64::from(u32::MAX)
+    }
+}
+
+pub(super) fn host_gate_up<T: Float>(a: &GroupedArgs, _: &Dims, memory: &HostMemory<'_>) -> Result<()> {
+    host::<T, true>(a, memory)
+}
+
+pub(super) fn host_linear<T: Float>(a: &GroupedArgs, _: &Dims, memory: &HostMemory<'_>) -> Result<()> {
+    host::<T, false>(a, memory)
+}
+
+fn host<T: Float, const GATED: bool>(a: &GroupedArgs, memory: &HostMemory<'_>) -> Result<()> {
+    let (experts, outputs, depth) = (a.experts as usize, a.outputs as usize, a.depth as usize);
+    let halves = if GATED { 2 } else { 1 };
+    let offsets = memory.load::<i32>(a.offsets, experts + 1)?;
+    let rows = memory.load::<i32>(a.rows, a.places as usize)?;
+    let read = |matrix, stride, index| -> Result<Vec<f32>> {
+        let mut values = Vec::with_capacity(depth);
+        extend_f32(&mut values, row::<T>(memory, matrix, stride, index, depth)?);
+        Ok(values)
+    };
+    for e in 0..experts {
+        let places = offsets[e] as usize..offsets[e + 1] as usize;
+        let source = |place: usize| if GATED { rows[place] as usize / a.chosen as usize } else { place };
+        let xs = places.clone().map(|place| read(a.x, a.x_stride, source(place))).collect::<Result<Vec<_>>>()?;
+        for n in 0..outputs {
+            if xs.is_empty() {
+                break;
+            }
+            let weight_row = |half| read(a.weight, i64::from(a.depth), (e * halves + half) * outputs + n);
+            let columns = (0..halves).map(weight_row).collect::<Result<Vec<_>>>()?;
+            for (place, x) in places.clone().zip(&xs) {
+                let sum = |half: usize| dot(x, &columns[half]);
+                let value = if GATED { gated(T::round(sum(0)), T::round(sum(1))) } else { T::from_f32(sum(0)) };
+                row::<T>(memory, a.out, i64::from(a.outputs), place, outputs)?[n].set(value);
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::check::testing::refusal;
+    use bcg_runtime::Device;
+
+    #[test]
+    fn wrong_tensors_are_refused_by_name() -> Result<()> {
+        let device = Device::host();
+        let zeros = |shape: &[usize], dtype| device.zeros(shape, dtype);
+        let plan = ExpertPlan {
+            offsets: zeros(&[5], DType::I32)?,
+            rows: zeros(&[6], DType::I32)?,
+            places: zeros(&[3, 2], DType::I32)?,
+        };
+        let (x, weight) = (zeros(&[3, 8], DType::F32)?, zeros(&[4, 10, 8], DType::F32)?);
+        let (odd, few) = (zeros(&[4, 9, 8], DType::F32)?, zeros(&[3, 10, 8], DType::F32)?);
+        let (half, permuted) = (zeros(&[4, 10, 8], DType::F16)?, zeros(&[6, 8], DType::F32)?);
+        let gate_up = |x: &Tensor, weight: &Tensor| refusal(&device, |cx| grouped_gate_up(cx, x, weight, &plan));
+        let linear = |x: &Tensor, weight: &Tensor| refusal(&device, |cx| grouped_linear(cx, x, weight, &plan));
+        assert!(gate_up(&x, &odd).contains("`weight` [E, 2 I, C], got [4, 9, 8]"));
+        assert!(gate_up(&x, &few).contains("`offsets` [4], got [5]"));
+        assert!(gate_up(&x, &half).contains("`weight` f32, got f16"));
+        assert!(gate_up(&permuted, &weight).contains("`x` [3, 8], got [6, 8]"));
+        assert!(linear(&x, &weight).contains("`x` [6, 8], got [3, 8]"));
+        assert!(linear(&permuted, &x).contains("`weight` [E, N, I], got [3, 8]"));
+        Ok(())
+    }
+}
