@@ -2,7 +2,7 @@
 // Host reference, shapes and geometry: bcg-models/src/ops/ssm_update.rs.
 #include "ssm.cuh"
 
-constexpr u32 ROWS = 8;  // rows of the state that a group of lanes has on its way at once
+constexpr u32 ROWS = 4;  // rows of the state that a group of lanes has on its way at once
 
 // Elements first … of a row of B or C in f32, as many as a lane has of a row of the state; zeros beyond the row.
 template <typename T, u32 LEN> BCG_DEVICE void load_columns(float (&to)[LEN], const T* row, u32 first, u32 columns) {
@@ -28,38 +28,38 @@ template <typename T, typename S, bool WIDE> BCG_DEVICE void ssm_update(const Ss
     float dt = time_step(a, params, to_f32(((const T*)a.dt)[(i64)t * a.dt_stride + head]));
     float decay = expf(dt * params.a);
     // All lanes of a warp take part in each turn, since they sum by shuffles.
-    for (u32 base = 0; base < a.head_dim; base += ROWS * step) {
-        float sums[ROWS] = {};
+    for (u32 base = first_row; base < a.head_dim + first_row; base += ROWS * step) {
+        float xs[ROWS], sums[ROWS] = {};
+#pragma unroll
+        for (u32 r = 0; r < ROWS; r++) xs[r] = base + r * step < a.head_dim ? to_f32(x[base + r * step]) : 0.0f;
         for (u32 n = lane * LEN; n < packs * LEN; n += lanes * LEN) {
-            Pack<S> h[ROWS];
+            Pack<S> h[ROWS] = {};
 #pragma unroll
             for (u32 r = 0; r < ROWS; r++) {
-                u32 p = base + first_row + r * step;
-                h[r] = {};
-                if (before && p < a.head_dim) h[r] = load_pack<WIDE>(before + (i64)p * a.state_size, n, a.state_size);
+                u32 p = base + r * step;
+                if (before && p < a.head_dim) h[r] = load_pack<WIDE>(before + p * a.state_size, n, a.state_size);
             }
             float bs[LEN], cs[LEN];
             load_columns(bs, b, n, a.state_size);
             load_columns(cs, c, n, a.state_size);
 #pragma unroll
             for (u32 r = 0; r < ROWS; r++) {
-                u32 p = base + first_row + r * step;
-                float scaled = p < a.head_dim ? dt * to_f32(x[p]) : 0.0f, next[LEN];
+                u32 p = base + r * step;
+                float next[LEN];
 #pragma unroll
                 for (u32 e = 0; e < LEN; e++) {
-                    next[e] = decay * get(h[r], e) + scaled * bs[e];
+                    next[e] = decay * get(h[r], e) + dt * xs[r] * bs[e];
                     sums[r] += cs[e] * next[e];
                 }
-                if (after && p < a.head_dim)
-                    store_pack<WIDE>(after + (i64)p * a.state_size, n, a.state_size, pack<S>(next));
+                if (after && p < a.head_dim) store_pack<WIDE>(after + p * a.state_size, n, a.state_size, pack<S>(next));
             }
         }
 #pragma unroll
         for (u32 r = 0; r < ROWS; r++) {
             for (u32 offset = lanes / 2; offset > 0; offset /= 2)
                 sums[r] += __shfl_xor_sync(FULL_WARP, sums[r], offset);
-            u32 p = base + first_row + r * step;
-            if (lane == r % lanes && p < a.head_dim) out[p] = from_f32<T>(sums[r] + params.d * to_f32(x[p]));
+            u32 p = base + r * step;
+            if (lane == r % lanes && p < a.head_dim) out[p] = from_f32<T>(sums[r] + params.d * xs[r]);
         }
     }
 }
@@ -70,12 +70,14 @@ template <typename T, typename S> BCG_DEVICE void ssm_update(const SsmArgs& a) {
     else ssm_update<T, S, false>(a);
 }
 
-constexpr u32 THREADS = 256;
+// The dtype of the state, then that of all else. So many blocks a multiprocessor that some load while others store, and no
+// more than registers are there for.
+#define SSM_UPDATE(name, T, S, blocks) \
+    extern "C" __global__ void __launch_bounds__(256, blocks) name(SsmArgs a) { ssm_update<T, S>(a); }
 
-// The dtype of the state, then that of all else.
-extern "C" __global__ __launch_bounds__(THREADS) void ssm_update_state_f32_bf16(SsmArgs a) { ssm_update<bf16, float>(a); }
-extern "C" __global__ __launch_bounds__(THREADS) void ssm_update_state_f32_f16(SsmArgs a) { ssm_update<f16, float>(a); }
-extern "C" __global__ __launch_bounds__(THREADS) void ssm_update_state_f32_f32(SsmArgs a) { ssm_update<float, float>(a); }
-extern "C" __global__ __launch_bounds__(THREADS) void ssm_update_state_bf16_bf16(SsmArgs a) { ssm_update<bf16, bf16>(a); }
-extern "C" __global__ __launch_bounds__(THREADS) void ssm_update_state_bf16_f16(SsmArgs a) { ssm_update<f16, bf16>(a); }
-extern "C" __global__ __launch_bounds__(THREADS) void ssm_update_state_bf16_f32(SsmArgs a) { ssm_update<float, bf16>(a); }
+SSM_UPDATE(ssm_update_state_f32_bf16, bf16, float, 4)
+SSM_UPDATE(ssm_update_state_f32_f16, f16, float, 4)
+SSM_UPDATE(ssm_update_state_f32_f32, float, float, 4)
+SSM_UPDATE(ssm_update_state_bf16_bf16, bf16, bf16, 3)
+SSM_UPDATE(ssm_update_state_bf16_f16, f16, bf16, 3)
+SSM_UPDATE(ssm_update_state_bf16_f32, float, bf16, 3)

@@ -42,6 +42,7 @@ tests! {
     a_decode_equals_a_prefill_of_the_same_tokens,
     graphs_give_the_tokens_of_eager_runs,
     healed_prefills_patch_no_node,
+    a_step_writes_the_states_of_its_sequences_only,
     sampled_tokens_depend_on_seed_and_step_alone,
     log_probabilities_are_of_the_logits,
     a_batch_that_does_not_fit_is_refused_and_changes_nothing,

@@ -29,7 +29,7 @@ struct Layer {
 #[derive(Debug)]
 enum Mixer {
     Mamba2(Mamba2),
-    Attention(Attention),
+    Attention(Box<Attention>),
     Mlp(Relu2Mlp),
 }
 
@@ -129,7 +129,7 @@ impl Layer {
             norm: RmsNorm::load(weights, &format!("{name}.norm"), hidden, config.rms_norm_eps)?,
             mixer: match kind {
                 Kind::Mamba2 => Mixer::Mamba2(Mamba2::load(weights, &mixer, config)?),
-                Kind::Attention => Mixer::Attention(Attention::load_plain(weights, &mixer, config)?),
+                Kind::Attention => Mixer::Attention(Box::new(Attention::load_plain(weights, &mixer, config)?)),
                 Kind::Mlp => {
                     let inner = Relu2Mlp::read_width(&config.fields)?;
                     Mixer::Mlp(Relu2Mlp::load(weights, &mixer, hidden, inner)?)

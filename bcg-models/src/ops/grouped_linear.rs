@@ -59,8 +59,8 @@ const BLOCKS_PER_MULTIPROCESSOR: u32 = 2;
 /// Records one kernel. Frozen: shapes and addresses. Read again at each replay: all contents, the plan's too.
 ///
 /// # Determinism
-/// Among equal shapes, a row's bits depend on that row and on the expert's matrix alone. On CUDA a weight with memory of
-/// its own may be read before earlier work has run, so no kernel may write it.
+/// A row's bits depend on that row and on the expert's matrix alone; on CUDA in bf16, also on whether there are more than
+/// 16 tokens. A weight with memory of its own may be read there before earlier work has run, so no kernel may write it.
 ///
 /// # Errors
 /// [`bcg_runtime::Error::Shape`] if a shape or dtype differs; those of enqueuing.

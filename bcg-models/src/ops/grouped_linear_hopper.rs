@@ -26,6 +26,7 @@ const RING_BYTES: u32 = 4 * 384 * 128;
 const SMALL_BYTES: u32 = 128 + 64;
 /// Shared memory for each expert.
 const EXPERT_BYTES: u32 = 24;
+const _: () = assert!(RING_BYTES + SMALL_BYTES + EXPERT_BYTES * EXPERTS_MAX <= 227 << 10);
 /// From so many rows of an expert on, on average, the large items serve better: they read less from the cache for each
 /// product, but there are fewer of them to share among the blocks.
 const ROWS_OF_LARGE_ITEMS: u32 = 32;
@@ -82,14 +83,4 @@ fn gate_up(a: &GroupedHopperArgs, dims: &Dims, memory: &HostMemory<'_>) -> Resul
 
 fn linear(a: &GroupedHopperArgs, dims: &Dims, memory: &HostMemory<'_>) -> Result<()> {
     host_linear::<bf16>(&a.grouped, dims, memory)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn shared_memory_has_room_for_the_most_experts() {
-        assert!(RING_BYTES + SMALL_BYTES + EXPERT_BYTES * EXPERTS_MAX <= 227 << 10);
-    }
 }

@@ -1,4 +1,5 @@
-//! The state-space recurrence of Mamba2 over the new tokens of each sequence; CUDA source: `kernels/src/ssd_scan.cu`.
+//! The state-space recurrence of Mamba2 over the new tokens of each sequence; CUDA sources:
+//! `kernels/src/ssd_scan.cu` and, for bf16 of published sizes, `kernels/src/ssd_scan_tiled.cu`.
 
 use std::cell::Cell;
 
@@ -8,6 +9,7 @@ use half::bf16;
 
 use super::check::Check;
 use super::float::{Float, PerFloat, dot, extend_f32, per_float, row};
+use super::ssd_scan_tiled;
 use super::state_slots::{StateSlotsArgs, check_slots};
 use crate::batch::StateSlots;
 
@@ -237,12 +239,15 @@ pub fn ssd_scan(cx: &mut CaptureStream, input: &SsmInputs<'_>, cu_seqlens_q: &Te
     CHECK.dense("cu_seqlens_q", cu_seqlens_q, &[sequences + 1], DType::I32)?;
     let out = cx.empty(input.x.shape(), input.x.dtype())?;
     let args = input.args(CHECK, cx, sequences, Some(cu_seqlens_q), &out)?;
-    let (kernel, dims) = choose(cx.device(), input, &args)?;
+    let (kernel, dims) = match ssd_scan_tiled::choose(cx.device(), input, &args) {
+        Some(chosen) => chosen,
+        None => choose(cx.device(), input, &args)?,
+    };
     cx.launch(kernel, dims, args)?;
     Ok(out)
 }
 
-/// Chooses the kernel for a device, dtypes and sizes, with its geometry.
+/// Chooses the kernel of any sizes, with its geometry.
 fn choose(device: &Device, input: &SsmInputs<'_>, args: &SsmArgs) -> Result<(&'static Kernel<SsmArgs>, Dims)> {
     let kernel = SSD_SCAN.get(CHECK, input.x.dtype(), input.state.dtype())?;
     if args.state_size as usize > STATE_SIZE_MAX {

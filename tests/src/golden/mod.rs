@@ -6,6 +6,7 @@
 
 mod checkpoint;
 mod eval;
+mod states;
 
 use std::path::{Path, PathBuf};
 
@@ -37,6 +38,7 @@ pub const RULES: &[Rule] = rules![
     a_decode_equals_a_prefill_of_the_same_tokens,
     graphs_give_the_tokens_of_eager_runs,
     healed_prefills_patch_no_node,
+    a_step_writes_the_states_of_its_sequences_only,
     sampled_tokens_depend_on_seed_and_step_alone,
     log_probabilities_are_of_the_logits,
     a_batch_that_does_not_fit_is_refused_and_changes_nothing,
@@ -54,6 +56,7 @@ pub use checkpoint::{
     logits_match_the_reference, sampled_tokens_depend_on_seed_and_step_alone,
 };
 pub use eval::{chat_answers_are_right, few_shot_answers_are_right};
+pub use states::a_step_writes_the_states_of_its_sequences_only;
 
 /// The repository's root: `BCG_ROOT` if the tests run elsewhere than they were built.
 pub fn root() -> PathBuf {

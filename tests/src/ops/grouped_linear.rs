@@ -78,7 +78,7 @@ fn dot(x: &[f64], weight: &[f64]) -> (f64, f64) {
 }
 
 /// The row of a matrix of an expert.
-fn weight_row<'a>(weight: &'a Known, expert: usize, row: usize) -> &'a [f64] {
+fn weight_row(weight: &Known, expert: usize, row: usize) -> &[f64] {
     let shape = weight.tensor.shape();
     let (rows, columns) = (shape[1], shape[2]);
     &weight.values[(expert * rows + row) * columns..][..columns]
@@ -159,8 +159,8 @@ pub(super) fn products_of_experts_match_the_formula(device: &Device) {
     let cases: [([usize; 3], usize, &[usize]); 6] = [
         ([8, 128, 128], 2, &[1, 2, 7, 16, 17, 40, 64, 200, 300]),
         ([20, 136, 72], 3, &[1, 5, 9, 16, 17, 300]),
-        ([128, 64, 24], 8, &[1, 2, 3, 16, 17, 64, 200]),
-        ([2, 2048, 72], 1, &[2, 15, 33, 90]),
+        ([128, 64, 24], 8, &[1, 3, 16, 17, 100]),
+        ([2, 2048, 40], 1, &[2, 15, 33, 90]),
         ([3, 72, 768], 2, &[8, 11, 40, 70]),
         ([3, 72, 1408], 2, &[2, 14, 29]),
     ];
@@ -201,7 +201,7 @@ pub(super) fn products_of_experts_have_the_same_bits_in_any_batch(device: &Devic
     let mut fixture = Fixture::new(device);
     let sizes = Sizes { experts: 6, hidden: 328, intermediate: 200 };
     let weights = Weights::new(&mut fixture, sizes);
-    let (chosen, most) = (2, 400);
+    let (chosen, most) = (2, 300);
     let choices: Vec<usize> = (0..most).flat_map(|t| [t % 5, (t % 5 + 1 + t / 5 % 4) % 5]).collect();
     let x = fixture.random(&[most, sizes.hidden], DType::Bf16);
     for batches in [[1, 2, 7, 16], [17, 40, 90, most]] {

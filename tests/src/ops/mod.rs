@@ -14,6 +14,7 @@ mod norms;
 mod qk_norm_rope_kv_write;
 mod rows;
 mod sampling;
+mod ssd_scan;
 
 use attention::{
     decode_attends_to_all_keys, decode_rows_do_not_depend_on_padded_rows, prefill_attends_to_prefix_and_itself,
@@ -34,8 +35,9 @@ use linear_few_rows::{
 };
 use mamba::{
     conv1d_continues_each_sequence, conv1d_of_many_rows_matches_the_formula, conv1d_takes_one_token_of_each_sequence,
-    ssd_scan_continues_each_sequence, ssd_scan_of_long_sequences_matches_the_formula,
-    ssm_update_takes_one_token_of_each_sequence, time_steps_stay_within_their_limits,
+    replays_on_older_states_are_refused, ssd_scan_continues_each_sequence,
+    ssd_scan_of_long_sequences_matches_the_formula, ssm_update_takes_one_token_of_each_sequence,
+    time_steps_stay_within_their_limits,
 };
 use mla::{
     head_linear_multiplies_each_head_with_its_own_weight, mla_decode_attends_to_all_keys,
@@ -60,6 +62,9 @@ use rows::{
 };
 use sampling::{
     argmax_takes_the_first_of_the_largest, sample_draws_what_the_formula_draws, sample_follows_the_probabilities,
+};
+use ssd_scan::{
+    ssd_scan_goes_on_where_it_stopped, ssd_scan_in_chunks_matches_the_formula, ssd_scan_shares_heads_among_blocks,
 };
 
 use crate::Rule;
@@ -91,6 +96,7 @@ pub const RULES: &[Rule] = crate::rules![
     ssd_scan_of_long_sequences_matches_the_formula,
     time_steps_stay_within_their_limits,
     ssm_update_takes_one_token_of_each_sequence,
+    replays_on_older_states_are_refused,
     mla_kv_write_norms_turns_and_writes_each_token_in_its_slot,
     head_linear_multiplies_each_head_with_its_own_weight,
     mla_decode_attends_to_all_keys,
@@ -123,4 +129,7 @@ pub const RULES: &[Rule] = crate::rules![
     argmax_takes_the_first_of_the_largest,
     sample_draws_what_the_formula_draws,
     sample_follows_the_probabilities,
+    ssd_scan_in_chunks_matches_the_formula,
+    ssd_scan_shares_heads_among_blocks,
+    ssd_scan_goes_on_where_it_stopped,
 ];
