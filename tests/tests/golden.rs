@@ -32,7 +32,8 @@ macro_rules! tests {
 
 tests! {
     qwen3 = "tiny-qwen3",
-    nemotron_h = "tiny-nemotron-h"
+    nemotron_h = "tiny-nemotron-h",
+    deepseek_v3 = "tiny-deepseek-v3"
 => {
     logits_match_the_reference,
     a_prompt_in_chunks_equals_the_prompt_at_once,

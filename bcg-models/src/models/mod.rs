@@ -1,7 +1,9 @@
 //! The models: one file of wiring each, over the shared layers.
 
+mod deepseek;
 mod nemotron_h;
 mod qwen3;
 
+pub use deepseek::Deepseek;
 pub use nemotron_h::NemotronH;
 pub use qwen3::Qwen3;
