@@ -8,7 +8,7 @@ use bcg_runtime::{CaptureStream, Context, Tensor};
 use crate::batch::{ForwardBatch, TokenInputs};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::models::{Deepseek, NemotronH, Qwen3};
+use crate::models::{Deepseek, NemotronH, Qwen3, Qwen3Moe};
 use crate::state::{CacheLayout, Caches};
 use crate::weights::Weights;
 
@@ -38,12 +38,13 @@ type Loader = fn(&ModelConfig, &mut Weights<'_>) -> Result<Arc<dyn Model>>;
 
 /// The supported architectures.
 const MODELS: &[Family] = &[
-    ("DeepseekV2ForCausalLM", Deepseek::cache_layout, |config, weights| Ok(Arc::new(Deepseek::load(config, weights)?))),
-    ("DeepseekV3ForCausalLM", Deepseek::cache_layout, |config, weights| Ok(Arc::new(Deepseek::load(config, weights)?))),
     ("Qwen3ForCausalLM", Qwen3::cache_layout, |config, weights| Ok(Arc::new(Qwen3::load(config, weights)?))),
+    ("Qwen3MoeForCausalLM", Qwen3Moe::cache_layout, |config, weights| Ok(Arc::new(Qwen3Moe::load(config, weights)?))),
     ("NemotronHForCausalLM", NemotronH::cache_layout, |config, weights| {
         Ok(Arc::new(NemotronH::load(config, weights)?))
     }),
+    ("DeepseekV3ForCausalLM", Deepseek::cache_layout, |config, weights| Ok(Arc::new(Deepseek::load(config, weights)?))),
+    ("DeepseekV2ForCausalLM", Deepseek::cache_layout, |config, weights| Ok(Arc::new(Deepseek::load(config, weights)?))),
 ];
 
 /// The names of the supported architectures.

@@ -32,6 +32,7 @@ macro_rules! tests {
 
 tests! {
     qwen3 = "tiny-qwen3",
+    qwen3_moe = "tiny-qwen3-moe",
     nemotron_h = "tiny-nemotron-h",
     deepseek_v3 = "tiny-deepseek-v3"
 => {

@@ -95,7 +95,7 @@ impl ModelConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layers::{Heads, rope_theta};
+    use crate::layers::{Heads, MoeConfig, rope_theta};
     use serde_json::{Value, json};
 
     fn fields(root: Value) -> Fields {
@@ -170,12 +170,19 @@ mod tests {
         }
     }
 
-    /// The parameters of a dense Qwen3, tied ones counted once.
+    /// The parameters of a Qwen3, dense or of experts, tied ones counted once.
     fn num_parameters(config: &ModelConfig) -> usize {
         let (hidden, heads) = (config.hidden_size, Heads::read(config).expect("heads"));
         let count = |field| config.fields.count(field).expect("a count");
         let attention = hidden * (heads.q + 2 * heads.kv) * heads.dim + heads.q * heads.dim * hidden + 2 * heads.dim;
-        let layer = attention + 3 * hidden * count("intermediate_size") + 2 * hidden;
+        let mlp = match config.architecture.as_str() {
+            "Qwen3MoeForCausalLM" => {
+                let moe = MoeConfig::read(config).expect("experts");
+                moe.num_experts * (hidden + 3 * hidden * moe.inner)
+            }
+            _ => 3 * hidden * count("intermediate_size"),
+        };
+        let layer = attention + mlp + 2 * hidden;
         let tables = if config.tie_word_embeddings { 1 } else { 2 };
         count("num_hidden_layers") * layer + hidden + tables * config.vocab_size * hidden
     }
@@ -188,6 +195,7 @@ mod tests {
             ("qwen3-1.7b", "1.7", 1_720_574_976),
             ("qwen3-8b", "8.2", 8_190_735_360),
             ("qwen3-32b", "32.8", 32_762_123_264),
+            ("qwen3-30b-a3b", "30.5", 30_532_122_624),
         ] {
             let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/geometries").join(name);
             let config = ModelConfig::load(&dir).expect(name);
@@ -196,11 +204,13 @@ mod tests {
             assert_eq!(rope_theta(&config.fields).expect("a base"), 1e6, "{name}");
             assert_eq!((config.vocab_size, config.eos_token_ids), (151_936, vec![151_645]));
         }
-        let tiny = crate::testing::tiny_qwen3();
-        let header = std::fs::read(tiny.join("model.safetensors")).expect("the tiny checkpoint");
-        let (_, metadata) = safetensors::SafeTensors::read_metadata(&header).expect("a header");
-        let stored: usize = metadata.tensors().values().map(|info| info.shape.iter().product::<usize>()).sum();
-        assert_eq!(num_parameters(&ModelConfig::load(&tiny).expect("config")), stored);
+        let qwen3 = crate::testing::tiny_qwen3();
+        for tiny in [qwen3.with_file_name("tiny-qwen3-moe"), qwen3] {
+            let header = std::fs::read(tiny.join("model.safetensors")).expect("the tiny checkpoint");
+            let (_, metadata) = safetensors::SafeTensors::read_metadata(&header).expect("a header");
+            let stored: usize = metadata.tensors().values().map(|info| info.shape.iter().product::<usize>()).sum();
+            assert_eq!(num_parameters(&ModelConfig::load(&tiny).expect("config")), stored);
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@ mod linear;
 mod mamba2;
 mod mla;
 mod mlp;
+mod moe;
 mod norm;
 mod yarn;
 
@@ -13,5 +14,6 @@ pub use linear::Linear;
 pub use mamba2::{Mamba2, Mamba2Config};
 pub use mla::{Mla, MlaDims, MlaShared};
 pub use mlp::{Mlp, Relu2Mlp};
+pub use moe::{FeedForward, Moe, MoeConfig};
 pub use norm::RmsNorm;
 pub use yarn::RotaryScaling;

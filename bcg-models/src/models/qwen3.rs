@@ -4,7 +4,7 @@ use bcg_runtime::{CaptureStream, Context, Result, Tensor};
 
 use crate::batch::{ForwardBatch, TokenInputs};
 use crate::config::ModelConfig;
-use crate::layers::{Attention, Heads, Linear, Mlp, RmsNorm, Rotary, rope_theta};
+use crate::layers::{Attention, FeedForward, Heads, Linear, Mlp, RmsNorm, Rotary, rope_theta};
 use crate::ops;
 use crate::registry::Model;
 use crate::state::{CacheLayout, Caches, LayerKv};
@@ -24,7 +24,7 @@ struct DecoderLayer {
     input_layernorm: RmsNorm,
     self_attn: Attention,
     post_attention_layernorm: RmsNorm,
-    mlp: Mlp,
+    mlp: FeedForward,
 }
 
 impl Qwen3 {
@@ -43,11 +43,27 @@ impl Qwen3 {
     /// # Errors
     /// Those of [`Weights::take`].
     pub fn load(config: &ModelConfig, weights: &mut Weights<'_>) -> crate::Result<Self> {
+        let width = Mlp::read_width(&config.fields)?;
+        Self::load_with(config, weights, |weights, _, name| {
+            Ok(FeedForward::Mlp(Mlp::load(weights, name, config.hidden_size, width)?))
+        })
+    }
+
+    /// Takes the weights of a model that differs in its MLPs: `load_mlp` takes that of a layer, under a name.
+    pub(super) fn load_with(
+        config: &ModelConfig,
+        weights: &mut Weights<'_>,
+        load_mlp: impl Fn(&mut Weights<'_>, usize, &str) -> crate::Result<FeedForward>,
+    ) -> crate::Result<Self> {
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
         let rotary = Rotary::new(weights.device(), config, Heads::read(config)?.dim)?;
         let embed_tokens = weights.take("model.embed_tokens.weight", &[vocab, hidden])?;
         let layers = (0..config.fields.count("num_hidden_layers")?)
-            .map(|layer| DecoderLayer::load(config, weights, &format!("model.layers.{layer}"), &rotary))
+            .map(|layer| {
+                let name = format!("model.layers.{layer}");
+                let mlp = load_mlp(weights, layer, &format!("{name}.mlp"))?;
+                DecoderLayer::load(config, weights, &name, &rotary, mlp)
+            })
             .collect::<crate::Result<_>>()?;
         let norm = RmsNorm::load(weights, "model.norm", hidden, config.rms_norm_eps)?;
         let lm_head = if config.tie_word_embeddings {
@@ -80,13 +96,19 @@ impl Model for Qwen3 {
 }
 
 impl DecoderLayer {
-    fn load(config: &ModelConfig, weights: &mut Weights<'_>, name: &str, rotary: &Rotary) -> crate::Result<Self> {
+    fn load(
+        config: &ModelConfig,
+        weights: &mut Weights<'_>,
+        name: &str,
+        rotary: &Rotary,
+        mlp: FeedForward,
+    ) -> crate::Result<Self> {
         let (hidden, eps) = (config.hidden_size, config.rms_norm_eps);
         Ok(Self {
             input_layernorm: RmsNorm::load(weights, &format!("{name}.input_layernorm"), hidden, eps)?,
             self_attn: Attention::load(weights, &format!("{name}.self_attn"), config, rotary)?,
             post_attention_layernorm: RmsNorm::load(weights, &format!("{name}.post_attention_layernorm"), hidden, eps)?,
-            mlp: Mlp::load(weights, &format!("{name}.mlp"), hidden, Mlp::read_width(&config.fields)?)?,
+            mlp,
         })
     }
 
@@ -107,6 +129,6 @@ impl DecoderLayer {
         drop(x);
         let (x, residual) = self.post_attention_layernorm.forward_add(cx, &attended, &residual)?;
         drop(attended);
-        Ok((self.mlp.forward(cx, &x)?, residual))
+        Ok((self.mlp.forward(cx, &x, &inputs.num_valid)?, residual))
     }
 }

@@ -88,16 +88,28 @@ impl<'a> Weights<'a> {
     /// # Panics
     /// If the shapes differ after the first dimension.
     pub fn take_rows(&mut self, parts: &[(&str, &[usize])]) -> Result<Tensor> {
+        self.take_rows_as(parts, self.dtype)
+    }
+
+    /// Takes the tensor `name` as f32, whatever the dtype of the others: one that rounding would spoil.
+    ///
+    /// # Errors
+    /// As [`take`](Self::take).
+    pub fn take_f32(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        self.take_rows_as(&[(name, shape)], DType::F32)
+    }
+
+    fn take_rows_as(&mut self, parts: &[(&str, &[usize])], dtype: DType) -> Result<Tensor> {
         let mut shape = parts[0].1.to_vec();
         shape[0] = parts.iter().map(|(_, part)| part[0]).sum();
-        let tensor = self.device.empty(&shape, self.dtype)?;
+        let tensor = self.device.empty(&shape, dtype)?;
         let mut row = 0;
         for (name, part) in parts {
             assert_eq!(part[1..], shape[1..], "parts of one matrix have equal rows");
             let rows = tensor.rows(row..row + part[0])?;
             row += part[0];
             match &mut self.origin {
-                Origin::Files { files, uploader } => uploader.add(&rows, files.take(name, part, self.dtype)?)?,
+                Origin::Files { files, uploader } => uploader.add(&rows, files.take(name, part, dtype)?)?,
                 Origin::Random(random) => random.fill(&rows)?,
             }
         }

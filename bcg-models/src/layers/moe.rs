@@ -1,0 +1,310 @@
+//! A mixture of experts in place of an MLP.
+//!
+//! Everything is captured: a router's choice stays on the device, and launches depend on the number of padded rows alone.
+//! Padded rows choose no expert.
+
+use bcg_runtime::{CaptureStream, Result, Tensor};
+
+use super::{Linear, Mlp};
+use crate::config::{Fields, ModelConfig};
+use crate::ops::{self, Scores, Scoring};
+use crate::weights::Weights;
+
+/// What the kernels can choose among, and the most experts of a token.
+const EXPERTS_MAX: usize = 512;
+const CHOSEN_MAX: usize = 32;
+
+/// A mixture of experts, as a configuration describes it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MoeConfig {
+    /// E.
+    pub num_experts: usize,
+    /// K: experts of a token.
+    pub chosen: usize,
+    /// I: the width of an expert.
+    pub inner: usize,
+    /// The width of the experts that every token has, as one MLP; `None` without such.
+    pub shared_inner: Option<usize>,
+    /// Groups of experts, and how many of them a token's experts are chosen from.
+    pub groups: [usize; 2],
+    /// Whether scores are sigmoids with a correction bias (`noaux_tc`), or else a softmax.
+    pub is_sigmoid: bool,
+    /// Whether weights are divided by their sum.
+    pub is_renormalised: bool,
+    /// Multiplies the weights.
+    pub scale: f32,
+}
+
+impl MoeConfig {
+    /// Reads the fields of Qwen3-MoE's or of DeepSeek's configuration, and refuses what the layer cannot honour.
+    ///
+    /// # Errors
+    /// [`Error::Config`](crate::Error::Config) names the field.
+    pub fn read(config: &ModelConfig) -> crate::Result<Self> {
+        let fields = &config.fields;
+        fields.refuse_other("hidden_act", "silu", "no other activation is implemented")?;
+        let inner = fields.count("moe_intermediate_size")?;
+        let is_sigmoid = is_sigmoid(config)?;
+        let scale = match fields.number("routed_scaling_factor")? {
+            None if is_sigmoid => {
+                let remedy = "the file is cut short";
+                return Err(fields.error("routed_scaling_factor", "a positive number", "nothing", remedy));
+            }
+            scale => scale.unwrap_or(1.0) as f32,
+        };
+        let read = Self {
+            num_experts: num_experts(fields)?,
+            chosen: fields.count("num_experts_per_tok")?,
+            inner,
+            shared_inner: fields.optional_count("n_shared_experts")?.map(|experts| experts * inner),
+            groups: groups(fields, is_sigmoid)?,
+            is_sigmoid,
+            is_renormalised: fields.flag("norm_topk_prob")?,
+            scale,
+        };
+        read.check(fields)?;
+        Ok(read)
+    }
+
+    /// Refuses numbers that do not fit together.
+    fn check(&self, fields: &Fields) -> crate::Result<()> {
+        const REMEDY: &str = "check the checkpoint's conversion";
+        let [groups, kept] = self.groups;
+        let least = if self.is_sigmoid && groups > 1 { 2 } else { 1 };
+        if !self.num_experts.is_multiple_of(groups) || self.num_experts / groups < least {
+            let expected = format!("groups of equal size, of at least {least} of {} experts", self.num_experts);
+            return Err(fields.error("n_group", expected, groups, REMEDY));
+        }
+        if kept > groups {
+            return Err(fields.error("topk_group", format!("at most n_group = {groups}"), kept, REMEDY));
+        }
+        let most = CHOSEN_MAX.min(self.num_experts / groups * kept);
+        if self.chosen > most {
+            return Err(fields.error("num_experts_per_tok", format!("at most {most}"), self.chosen, REMEDY));
+        }
+        Ok(())
+    }
+}
+
+/// E, under the name that the family has for it.
+fn num_experts(fields: &Fields) -> crate::Result<usize> {
+    const NAMES: [&str; 3] = ["num_experts", "num_local_experts", "n_routed_experts"];
+    let name = NAMES.into_iter().find(|name| fields.get(name).is_some()).unwrap_or(NAMES[0]);
+    let count = fields.count(name)?;
+    if count > EXPERTS_MAX {
+        let remedy = "the routing kernel chooses among no more";
+        return Err(fields.error(name, format!("at most {EXPERTS_MAX}"), count, remedy));
+    }
+    Ok(count)
+}
+
+/// Whether the router's scores are biased sigmoids. DeepSeek-V3 is known by its name: transformers writes neither its
+/// `topk_method` nor its `scoring_func`.
+fn is_sigmoid(config: &ModelConfig) -> crate::Result<bool> {
+    let fields = &config.fields;
+    let is_v3 = config.architecture == "DeepseekV3ForCausalLM";
+    let is_sigmoid = match fields.get("topk_method").map(|method| (method, method.as_str())) {
+        None => is_v3,
+        Some((_, Some("noaux_tc"))) => true,
+        Some((_, Some("greedy" | "group_limited_greedy"))) if !is_v3 => false,
+        Some((method, _)) => {
+            let expected = if is_v3 { "\"noaux_tc\"" } else { "\"greedy\", \"group_limited_greedy\" or \"noaux_tc\"" };
+            return Err(fields.error("topk_method", expected, method, "no other choice is implemented"));
+        }
+    };
+    let function = if is_sigmoid { "sigmoid" } else { "softmax" };
+    fields.refuse_other("scoring_func", function, "no other scores go with this `topk_method`")?;
+    if config.architecture == "DeepseekV2ForCausalLM" {
+        fields.refuse_flag("norm_topk_prob", "implementations of this family disagree about it")?;
+    }
+    Ok(is_sigmoid)
+}
+
+/// `n_group` and `topk_group`, where the router has groups.
+fn groups(fields: &Fields, is_sigmoid: bool) -> crate::Result<[usize; 2]> {
+    let has_groups = fields.get("topk_method").and_then(|method| method.as_str()) == Some("group_limited_greedy");
+    if !is_sigmoid && !has_groups {
+        return Ok([1, 1]);
+    }
+    let groups = fields.count("n_group")?;
+    if groups > 32 {
+        return Err(fields.error("n_group", "at most 32", groups, "the routing kernel knows no more groups"));
+    }
+    Ok([groups, fields.count("topk_group")?])
+}
+
+/// One layer's router and experts.
+#[derive(Debug)]
+pub struct Moe {
+    gate: Linear,
+    scoring: Scoring,
+    /// `[E, 2 I, C]`: of each expert `gate_proj`, then `up_proj`.
+    gate_up_proj: Tensor,
+    /// `[E, C, I]`.
+    down_proj: Tensor,
+    shared_experts: Option<Mlp>,
+}
+
+impl Moe {
+    /// Takes `gate`, the `experts` and, where the configuration has them, `shared_experts` under `name`.
+    ///
+    /// # Errors
+    /// Those of [`MoeConfig::read`] and of [`Weights::take`].
+    pub fn load(weights: &mut Weights<'_>, name: &str, config: &ModelConfig) -> crate::Result<Self> {
+        let moe = MoeConfig::read(config)?;
+        let (num_experts, hidden, inner) = (moe.num_experts, config.hidden_size, moe.inner);
+        let gate = Linear::load(weights, &format!("{name}.gate"), num_experts, hidden)?;
+        let scores = if moe.is_sigmoid {
+            Scores::Sigmoid { bias: weights.take_f32(&format!("{name}.gate.e_score_correction_bias"), &[num_experts])? }
+        } else {
+            Scores::Softmax
+        };
+        let [groups, kept_groups] = moe.groups;
+        let (is_renormalised, scale) = (moe.is_renormalised, moe.scale);
+        let shared = moe.shared_inner.map(|inner| Mlp::load(weights, &format!("{name}.shared_experts"), hidden, inner));
+        Ok(Self {
+            gate,
+            scoring: Scoring { scores, chosen: moe.chosen, groups, kept_groups, is_renormalised, scale },
+            gate_up_proj: take_experts(weights, name, num_experts, &["gate_proj", "up_proj"], [inner, hidden])?,
+            down_proj: take_experts(weights, name, num_experts, &["down_proj"], [hidden, inner])?,
+            shared_experts: shared.transpose()?,
+        })
+    }
+
+    /// `[T, C]` to `[T, C]`; rows from `num_valid`, `[1]` i32, on become zeros.
+    ///
+    /// # Errors
+    /// Those of the ops.
+    pub fn forward(&self, cx: &mut CaptureStream, x: &Tensor, num_valid: &Tensor) -> Result<Tensor> {
+        let logits = self.gate.forward_f32(cx, x)?; // [T, E]
+        let routing = ops::moe_route(cx, &logits, &self.scoring, num_valid)?;
+        drop(logits);
+        let gated = ops::grouped_gate_up(cx, x, &self.gate_up_proj, &routing.plan)?; // [T K, I]
+        let y = ops::grouped_linear(cx, &gated, &self.down_proj, &routing.plan)?; // [T K, C]
+        drop(gated);
+        let shared = self.shared_experts.as_ref().map(|mlp| mlp.forward(cx, x)).transpose()?; // [T, C]
+        ops::moe_combine(cx, &y, &routing, shared.as_ref())
+    }
+}
+
+/// Takes matrices of all experts, those of one expert on top of each other, as `[E, rows, columns]`.
+fn take_experts(
+    weights: &mut Weights<'_>,
+    name: &str,
+    num_experts: usize,
+    matrices: &[&str],
+    shape: [usize; 2],
+) -> crate::Result<Tensor> {
+    let names: Vec<String> = (0..num_experts)
+        .flat_map(|expert| matrices.iter().map(move |matrix| format!("{name}.experts.{expert}.{matrix}.weight")))
+        .collect();
+    let parts: Vec<_> = names.iter().map(|name| (name.as_str(), &shape[..])).collect();
+    Ok(weights.take_rows(&parts)?.reshape(&[num_experts, matrices.len() * shape[0], shape[1]])?)
+}
+
+/// An MLP, or a mixture of experts in its place: models have either in some layers.
+#[derive(Debug)]
+pub enum FeedForward {
+    /// Every token has the same MLP.
+    Mlp(Mlp),
+    /// Each token has experts of its own.
+    Moe(Box<Moe>),
+}
+
+impl FeedForward {
+    /// `[T, C]` to `[T, C]`; a mixture reads from `num_valid`, `[1]` i32, where padded rows begin.
+    ///
+    /// # Errors
+    /// Those of the ops.
+    pub fn forward(&self, cx: &mut CaptureStream, x: &Tensor, num_valid: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Mlp(mlp) => mlp.forward(cx, x),
+            Self::Moe(moe) => moe.forward(cx, x, num_valid),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bcg_runtime::DType;
+    use serde_json::{Value, json};
+
+    fn read(architecture: &str, changes: &Value) -> crate::Result<MoeConfig> {
+        let mut root = json!({"moe_intermediate_size": 96, "num_experts_per_tok": 2, "norm_topk_prob": true});
+        for (key, value) in changes.as_object().expect("an object") {
+            root[key] = value.clone();
+        }
+        MoeConfig::read(&ModelConfig {
+            architecture: architecture.to_owned(),
+            dtype: DType::Bf16,
+            hidden_size: 64,
+            vocab_size: 8,
+            max_position_embeddings: 8,
+            rms_norm_eps: 1e-6,
+            tie_word_embeddings: false,
+            eos_token_ids: vec![],
+            fields: Fields::new("config.json", root),
+        })
+    }
+
+    const QWEN3: &str = "Qwen3MoeForCausalLM";
+    const V2: &str = "DeepseekV2ForCausalLM";
+    const V3: &str = "DeepseekV3ForCausalLM";
+
+    #[test]
+    fn each_family_has_its_router() {
+        let softmax = MoeConfig {
+            num_experts: 8,
+            chosen: 2,
+            inner: 96,
+            shared_inner: None,
+            groups: [1, 1],
+            is_sigmoid: false,
+            is_renormalised: true,
+            scale: 1.0,
+        };
+        for name in ["num_experts", "num_local_experts"] {
+            assert_eq!(read(QWEN3, &json!({name: 8})).expect(name), softmax);
+        }
+        let v2 = json!({"n_routed_experts": 8, "topk_method": "greedy", "scoring_func": "softmax", "n_group": 4,
+            "topk_group": 2, "n_shared_experts": 2, "norm_topk_prob": false, "routed_scaling_factor": 16.0});
+        let greedy = MoeConfig { shared_inner: Some(192), is_renormalised: false, scale: 16.0, ..softmax.clone() };
+        assert_eq!(read(V2, &v2).expect("greedy"), greedy);
+        let mut grouped = v2;
+        grouped["topk_method"] = json!("group_limited_greedy");
+        assert_eq!(read(V2, &grouped).expect("grouped"), MoeConfig { groups: [4, 2], ..greedy });
+        let v3 = json!({"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "n_shared_experts": 1,
+            "routed_scaling_factor": 2.5});
+        let sigmoid =
+            MoeConfig { shared_inner: Some(96), groups: [4, 2], is_sigmoid: true, scale: 2.5, ..softmax.clone() };
+        assert_eq!(read(V3, &v3).expect("sigmoid"), sigmoid);
+    }
+
+    #[test]
+    fn what_cannot_be_honoured_is_refused() {
+        let v3 = |field: &str, value: Value| {
+            let mut root = json!({"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.0});
+            root[field] = value;
+            (V3, field.to_owned(), root)
+        };
+        for (architecture, field, root) in [
+            (QWEN3, "num_experts".to_owned(), json!({})),
+            (QWEN3, "num_experts".to_owned(), json!({"num_experts": 513})),
+            (QWEN3, "num_experts_per_tok".to_owned(), json!({"num_experts": 1})),
+            (QWEN3, "hidden_act".to_owned(), json!({"num_experts": 8, "hidden_act": "gelu"})),
+            (QWEN3, "scoring_func".to_owned(), json!({"num_experts": 8, "scoring_func": "sigmoid"})),
+            (V2, "norm_topk_prob".to_owned(), json!({"num_experts": 8})),
+            (V2, "topk_method".to_owned(), json!({"num_experts": 8, "topk_method": "random"})),
+            v3("topk_method", json!("greedy")),
+            v3("n_group", json!(3)),
+            v3("n_group", json!(8)),
+            v3("topk_group", json!(5)),
+            v3("topk_group", Value::Null),
+            v3("routed_scaling_factor", Value::Null),
+        ] {
+            let error = read(architecture, &root).expect_err(&field).to_string();
+            assert!(error.contains(&format!("field `{field}`")), "{error}");
+        }
+    }
+}

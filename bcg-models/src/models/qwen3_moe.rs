@@ -1,0 +1,97 @@
+//! Qwen3-MoE: Qwen3 with mixtures of experts in place of MLPs.
+
+use bcg_runtime::{CaptureStream, Context, Result, Tensor};
+use serde_json::Value;
+
+use super::Qwen3;
+use crate::batch::{ForwardBatch, TokenInputs};
+use crate::config::{Fields, ModelConfig};
+use crate::layers::{FeedForward, Mlp, Moe, MoeConfig};
+use crate::registry::Model;
+use crate::state::{CacheLayout, Caches};
+use crate::weights::Weights;
+
+/// `Qwen3MoeForCausalLM`.
+#[derive(Debug)]
+pub struct Qwen3Moe(Qwen3);
+
+impl Qwen3Moe {
+    /// Keys and values of every layer.
+    ///
+    /// # Errors
+    /// [`Error::Config`](crate::Error::Config) for what the layers cannot honour.
+    pub fn cache_layout(config: &ModelConfig) -> crate::Result<CacheLayout> {
+        MoeConfig::read(config)?;
+        DenseLayers::read(&config.fields)?;
+        Qwen3::cache_layout(config)
+    }
+
+    /// Takes the model's weights.
+    ///
+    /// # Errors
+    /// Those of [`Weights::take`].
+    pub fn load(config: &ModelConfig, weights: &mut Weights<'_>) -> crate::Result<Self> {
+        let dense = DenseLayers::read(&config.fields)?;
+        let load_mlp = |weights: &mut Weights<'_>, layer: usize, name: &str| {
+            if dense.has(layer) {
+                let width = Mlp::read_width(&config.fields)?;
+                return Ok(FeedForward::Mlp(Mlp::load(weights, name, config.hidden_size, width)?));
+            }
+            Ok(FeedForward::Moe(Box::new(Moe::load(weights, name, config)?)))
+        };
+        Ok(Self(Qwen3::load_with(config, weights, load_mlp)?))
+    }
+}
+
+impl Model for Qwen3Moe {
+    fn forward(&self, cx: &mut Context<'_, ForwardBatch>, inputs: &TokenInputs, caches: &Caches) -> Result<Tensor> {
+        self.0.forward(cx, inputs, caches)
+    }
+
+    fn logits(&self, cx: &mut CaptureStream, hidden: &Tensor) -> Result<Tensor> {
+        self.0.logits(cx, hidden)
+    }
+}
+
+/// The layers that have an MLP.
+struct DenseLayers {
+    named: Vec<usize>,
+    /// Of the others, every so many have experts.
+    sparse_step: usize,
+}
+
+impl DenseLayers {
+    /// Reads `mlp_only_layers` and `decoder_sparse_step`.
+    fn read(fields: &Fields) -> crate::Result<Self> {
+        let sparse_step = fields.optional_count("decoder_sparse_step")?.unwrap_or(1);
+        let Some(value) = fields.get("mlp_only_layers") else { return Ok(Self { named: vec![], sparse_step }) };
+        let number = |layer: &Value| layer.as_u64().map(|layer| layer as usize);
+        let named = value.as_array().and_then(|layers| layers.iter().map(number).collect());
+        let remedy = "check the checkpoint's conversion";
+        let named = named.ok_or_else(|| fields.error("mlp_only_layers", "a list of layers", value, remedy))?;
+        Ok(Self { named, sparse_step })
+    }
+
+    fn has(&self, layer: usize) -> bool {
+        self.named.contains(&layer) || !(layer + 1).is_multiple_of(self.sparse_step)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn dense_layers_are_named_or_between_sparse_ones() {
+        let dense = |root| -> Vec<usize> {
+            let dense = DenseLayers::read(&Fields::new("config.json", root)).expect("layers");
+            (0..6).filter(|layer| dense.has(*layer)).collect()
+        };
+        assert_eq!(dense(json!({})), [0; 0]);
+        assert_eq!(dense(json!({"mlp_only_layers": [0, 4], "decoder_sparse_step": 1})), [0, 4]);
+        assert_eq!(dense(json!({"mlp_only_layers": [1], "decoder_sparse_step": 2})), [0, 1, 2, 4]);
+        let error = DenseLayers::read(&Fields::new("config.json", json!({"mlp_only_layers": "all"})));
+        assert!(error.is_err_and(|error| error.to_string().contains("field `mlp_only_layers`")));
+    }
+}
