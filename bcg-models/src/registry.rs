@@ -8,7 +8,7 @@ use bcg_runtime::{CaptureStream, Context, Tensor};
 use crate::batch::{ForwardBatch, TokenInputs};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::models::{NemotronH, Qwen3, Qwen3Moe};
+use crate::models::{Deepseek, NemotronH, Qwen3, Qwen3Moe};
 use crate::state::{CacheLayout, Caches};
 use crate::weights::Weights;
 
@@ -43,6 +43,8 @@ const MODELS: &[Family] = &[
     ("NemotronHForCausalLM", NemotronH::cache_layout, |config, weights| {
         Ok(Arc::new(NemotronH::load(config, weights)?))
     }),
+    ("DeepseekV3ForCausalLM", Deepseek::cache_layout, |config, weights| Ok(Arc::new(Deepseek::load(config, weights)?))),
+    ("DeepseekV2ForCausalLM", Deepseek::cache_layout, |config, weights| Ok(Arc::new(Deepseek::load(config, weights)?))),
 ];
 
 /// The names of the supported architectures.

@@ -33,7 +33,8 @@ macro_rules! tests {
 tests! {
     qwen3 = "tiny-qwen3",
     qwen3_moe = "tiny-qwen3-moe",
-    nemotron_h = "tiny-nemotron-h"
+    nemotron_h = "tiny-nemotron-h",
+    deepseek_v3 = "tiny-deepseek-v3"
 => {
     logits_match_the_reference,
     a_prompt_in_chunks_equals_the_prompt_at_once,

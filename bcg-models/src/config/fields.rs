@@ -83,6 +83,17 @@ impl Fields {
         })
     }
 
+    /// A count that may be 0, as it is if the field is absent.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for any other value.
+    pub fn optional_size(&self, field: &str) -> Result<usize> {
+        match self.get(field) {
+            Some(value) if value.as_u64() == Some(0) => Ok(0),
+            _ => Ok(self.optional_count(field)?.unwrap_or(0)),
+        }
+    }
+
     /// A positive number, if the field is there.
     ///
     /// # Errors

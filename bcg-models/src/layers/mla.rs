@@ -16,6 +16,8 @@ use crate::weights::Weights;
 
 /// What the norms of queries and latents add to the mean square, whatever the configuration says of other norms.
 const EPS: f32 = 1e-6;
+/// Bytes of the arena for decompressed keys and values: 262,144 tokens times heads of the published widths.
+const WORKSPACE_BYTES: usize = 128 << 20;
 
 /// The widths of latent attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -260,6 +262,7 @@ fn attend(
         kv_lens: &batch.kv_lens,
         plan: &batch.prefill_plan,
         scale,
+        workspace_bytes: WORKSPACE_BYTES,
     };
     ops::mla_prefill(cx, &input)
 }

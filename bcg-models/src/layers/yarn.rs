@@ -3,6 +3,7 @@
 use std::f64::consts::TAU;
 
 use bcg_runtime::{Device, Tensor};
+use serde_json::Value;
 
 use super::attention::rope_base;
 use crate::config::Fields;
@@ -71,7 +72,7 @@ impl Yarn<'_> {
         let factor = self.number("factor")?.unwrap_or(longest / original);
         let (fast, slow) = (self.number("beta_fast")?.unwrap_or(32.0), self.number("beta_slow")?.unwrap_or(1.0));
         let pair_of = |turns: f64| dim as f64 * (original / (turns * TAU)).ln() / (2.0 * theta.ln());
-        let is_whole = self.fields.get(&format!("{}.truncate", self.object)).and_then(|v| v.as_bool()).unwrap_or(true);
+        let is_whole = self.fields.get(&format!("{}.truncate", self.object)).and_then(Value::as_bool).unwrap_or(true);
         let (first, last) = (pair_of(fast), pair_of(slow));
         let (first, last) = if is_whole { (first.floor(), last.ceil()) } else { (first, last) };
         let (first, last) = (first.max(0.0), last.min(dim as f64 - 1.0));
@@ -98,9 +99,9 @@ impl Yarn<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::{Value, json};
+    use serde_json::json;
 
-    fn read(changes: Value) -> crate::Result<RotaryScaling> {
+    fn read(changes: &Value) -> crate::Result<RotaryScaling> {
         let mut root = json!({"rope_theta": 10_000, "max_position_embeddings": 163_840});
         for (key, value) in changes.as_object().expect("an object") {
             root[key] = value.clone();
@@ -111,9 +112,9 @@ mod tests {
     #[test]
     fn without_scaling_the_frequencies_are_plain() {
         let plain = RotaryScaling { inv_freq: ops::rope_inv_freq(1e4, 64), rope_scale: 1.0, score_scale: 1.0 };
-        assert_eq!(read(json!({})).expect("no scaling"), plain);
+        assert_eq!(read(&json!({})).expect("no scaling"), plain);
         let five = json!({"rope_theta": null, "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}});
-        assert_eq!(read(five).expect("no scaling"), plain);
+        assert_eq!(read(&five).expect("no scaling"), plain);
     }
 
     /// The numbers that transformers computes for the published configuration of DeepSeek-V3.
@@ -123,7 +124,7 @@ mod tests {
             "type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
             "original_max_position_embeddings": 4096,
         });
-        let v3 = read(json!({"rope_scaling": yarn})).expect("YaRN");
+        let v3 = read(&json!({"rope_scaling": yarn})).expect("YaRN");
         let plain = ops::rope_inv_freq(1e4, 64);
         assert_eq!(v3.inv_freq[..11], plain[..11]);
         for (i, expected) in YARN {
@@ -137,7 +138,7 @@ mod tests {
 
     #[test]
     fn another_scaling_is_refused_by_name() {
-        let error = read(json!({"rope_scaling": {"rope_type": "llama3"}})).expect_err("refused").to_string();
+        let error = read(&json!({"rope_scaling": {"rope_type": "llama3"}})).expect_err("refused").to_string();
         assert!(error.contains("rope_scaling.rope_type") && error.contains("\"yarn\""), "{error}");
     }
 }

@@ -21,8 +21,6 @@ use super::latent_kv::{LatentKv, LatentKvArgs, Parts, attend};
 
 const CHECK: Check = Check::new("mla_prefill");
 
-/// Bytes of the workspace that decompressed keys and values get at most, unless one sequence needs more for one head.
-const WORKSPACE_BYTES: usize = 128 << 20;
 /// Sequences begin at multiples of so many rows of the workspace.
 const WORKSPACE_TILE: usize = 128;
 /// Query rows of a block of the tiled kernel, and keys of a tile.
@@ -85,6 +83,9 @@ pub struct MlaPrefill<'a> {
     pub plan: &'a Tensor,
     /// The factor of the scores, above 0.
     pub scale: f32,
+    /// Bytes of the arena that decompressed keys and values get at most; more if the longest possible sequence needs it for
+    /// one head. It changes no bit.
+    pub workspace_bytes: usize,
 }
 
 /// Attends with the new tokens of each sequence to its prefix and, causally, to themselves.
@@ -133,6 +134,7 @@ pub struct MlaPrefill<'a> {
 ///     kv_lens: &device.tensor(&[1], &[2])?,
 ///     plan: &device.tensor(&[plan.len()], &plan)?,
 ///     scale: 1.0,
+///     workspace_bytes: 1 << 20,
 /// };
 /// let out = runner.eager(&(), |cx| ops::mla_prefill(cx, &input))?;
 /// assert_eq!(runner.read::<f32>(&out)?, [32.0, 64.0]); // the first token sees itself, the second both
@@ -182,7 +184,7 @@ pub fn mla_prefill(cx: &mut CaptureStream, input: &MlaPrefill<'_>) -> Result<Ten
         cx.launch(MLA_PREFILL.get(CHECK, "q", dtype)?, dims, args)?;
         return Ok(out);
     };
-    let workspace_rows = workspace_rows(&input.kv, heads, sequences, nope_dim + value_dim);
+    let workspace_rows = workspace_rows(input, nope_dim + value_dim);
     let workspace = cx.empty(&[workspace_rows, nope_dim + value_dim], dtype)?;
     let arrivals = cx.empty(&[1], DType::I32)?;
     cx.fill_zero(&arrivals)?;
@@ -211,11 +213,12 @@ fn check_batch(input: &MlaPrefill<'_>) -> Result<usize> {
 
 /// Rows of the workspace: what all heads need of a full cache, within the budget; but no less than the longest sequence
 /// needs for one head.
-fn workspace_rows(kv: &LatentKv<'_>, heads: usize, sequences: usize, width: usize) -> usize {
-    let page_size = kv.latents.dim(1);
-    let longest = (kv.page_table.dim(1) * page_size).next_multiple_of(WORKSPACE_TILE);
-    let all = heads * (kv.latents.dim(0) * page_size + sequences * WORKSPACE_TILE);
-    all.min(WORKSPACE_BYTES / (width * size_of::<bf16>())).max(longest)
+fn workspace_rows(input: &MlaPrefill<'_>, width: usize) -> usize {
+    let LatentKv { latents, page_table, .. } = input.kv;
+    let page_size = latents.dim(1);
+    let longest = (page_table.dim(1) * page_size).next_multiple_of(WORKSPACE_TILE);
+    let all = input.kv_b_proj.dim(0) * (latents.dim(0) * page_size + page_table.dim(0) * WORKSPACE_TILE);
+    all.min(input.workspace_bytes / (width * size_of::<bf16>())).max(longest)
 }
 
 impl MlaPrefillArgs {
@@ -317,6 +320,7 @@ mod tests {
             kv_lens: &one,
             plan: &one,
             scale: 1.0,
+            workspace_bytes: 0,
         };
         let says = |input: MlaPrefill<'_>| refusal(&device, |cx| mla_prefill(cx, &input));
         assert!(says(MlaPrefill { cu_seqlens_q: &one, ..good }).contains("`cu_seqlens_q` [2], got [1]"));
@@ -329,14 +333,22 @@ mod tests {
     #[test]
     fn the_workspace_holds_the_longest_sequence_and_keeps_to_its_budget() -> Result<()> {
         let device = Device::host();
-        let pages = |count: usize, dim: usize| device.zeros(&[count, 16, 1, dim], DType::Bf16);
-        let (latents, rope_keys) = (pages(600, 64)?, pages(600, 32)?);
-        let table = device.zeros(&[2, 9], DType::I32)?;
-        let kv = LatentKv { latents: &latents, rope_keys: &rope_keys, page_table: &table };
-        assert_eq!(workspace_rows(&kv, 4, 2, 64), 4 * (9600 + 256));
-        assert_eq!(workspace_rows(&kv, 128, 2, 256), 262_144);
-        let wide = device.zeros(&[2, 20_000], DType::I32)?;
-        assert_eq!(workspace_rows(&LatentKv { page_table: &wide, ..kv }, 128, 2, 256), 320_000);
+        let (latents, table) = (device.zeros(&[600, 16, 1, 64], DType::Bf16)?, device.zeros(&[2, 9], DType::I32)?);
+        let (weight, any) = (device.zeros(&[4, 64, 64], DType::Bf16)?, &table);
+        let input = MlaPrefill {
+            q: any,
+            q_pe: any,
+            kv_b_proj: &weight,
+            kv: LatentKv { latents: &latents, rope_keys: any, page_table: &table },
+            cu_seqlens_q: any,
+            kv_lens: any,
+            plan: any,
+            scale: 1.0,
+            workspace_bytes: 128 << 20,
+        };
+        assert_eq!(workspace_rows(&input, 64), 4 * (9600 + 256));
+        assert_eq!(workspace_rows(&MlaPrefill { workspace_bytes: 1 << 20, ..input }, 256), 2048);
+        assert_eq!(workspace_rows(&MlaPrefill { workspace_bytes: 0, ..input }, 256), 256);
         Ok(())
     }
 }

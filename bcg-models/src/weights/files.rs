@@ -120,6 +120,10 @@ impl WeightFiles {
         self.tensors.remove(name);
     }
 
+    pub(super) fn skip_all(&mut self, prefix: &str) {
+        self.tensors.retain(|name, _| !name.starts_with(prefix));
+    }
+
     /// Refuses tensors that were not taken.
     pub(super) fn finish(self) -> Result<()> {
         if self.tensors.is_empty() {

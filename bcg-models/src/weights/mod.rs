@@ -131,6 +131,13 @@ impl<'a> Weights<'a> {
         }
     }
 
+    /// Leaves all tensors out whose names begin with `prefix`: for parts of a checkpoint that its model does not need.
+    pub fn skip_all(&mut self, prefix: &str) {
+        if let Origin::Files { files, .. } = &mut self.origin {
+            files.skip_all(prefix);
+        }
+    }
+
     /// Writes all tensors that were taken, and waits until they are on the device.
     ///
     /// # Errors

@@ -19,7 +19,7 @@ pub use eval::{Style, accuracy};
 pub type Checkpoint = &'static str;
 
 /// The tiny checkpoints, one for each family. Every rule holds for each.
-pub const CHECKPOINTS: &[Checkpoint] = &["tiny-qwen3", "tiny-qwen3-moe", "tiny-nemotron-h"];
+pub const CHECKPOINTS: &[Checkpoint] = &["tiny-qwen3", "tiny-qwen3-moe", "tiny-nemotron-h", "tiny-deepseek-v3"];
 
 /// A rule and its name.
 pub type Rule = (&'static str, fn(&Device, Checkpoint));

@@ -300,6 +300,7 @@ struct Prefill {
     starts: Vec<i32>,
     prefix: Vec<usize>,
     dtype: DType,
+    workspace_bytes: usize,
 }
 
 impl Prefill {
@@ -319,7 +320,8 @@ impl Prefill {
         let mut weight = fixture.numbers(dims.heads * (dims.nope + dims.value) * dims.latent);
         weight.iter_mut().for_each(|w| *w *= 3.0 / (dims.latent as f64).sqrt());
         let kv_b_proj = fixture.floats(&[dims.heads, dims.nope + dims.value, dims.latent], dtype, &weight);
-        Self { cache, q, q_pe, kv_b_proj, starts, prefix: sequences.iter().map(|(_, prefix)| *prefix).collect(), dtype }
+        let prefix = sequences.iter().map(|(_, prefix)| *prefix).collect();
+        Self { cache, q, q_pe, kv_b_proj, starts, prefix, dtype, workspace_bytes: 1 << 20 }
     }
 
     fn scale(&self) -> f32 {
@@ -347,6 +349,7 @@ impl Prefill {
             kv_lens: &fixture.ints(kv_lens),
             plan: &fixture.ints(&plan),
             scale: self.scale(),
+            workspace_bytes: self.workspace_bytes,
         };
         let out = fixture.run(|cx| ops::mla_prefill(cx, &input));
         let valid = self.starts[sequences] as usize;
@@ -386,9 +389,12 @@ impl Prefill {
     }
 }
 
+/// Widths, page size, and the new tokens and prefix of each sequence.
+type Case<'a> = (Dims, usize, &'a [(usize, usize)]);
+
 /// Each row attends to its sequence's prefix and to the new rows up to itself.
 pub(super) fn mla_prefill_attends_to_prefix_and_itself(device: &Device) {
-    let cases: [(Dims, usize, &[(usize, usize)]); 6] = [
+    let cases: [Case<'_>; 6] = [
         (SMALL, 16, &[(1, 0), (130, 0), (3, 200), (64, 64)]),
         (SMALL, 1, &[(20, 300)]),
         (Dims { heads: 5, ..SMALL }, 5, &[(128, 1), (1, 127)]),
@@ -449,6 +455,7 @@ pub(super) fn mla_prefill_rows_do_not_depend_on_other_sequences(device: &Device)
             kv_lens: &fixture.ints(&[200]),
             plan: &fixture.ints(&plan),
             scale: prefill.scale(),
+            workspace_bytes: prefill.workspace_bytes,
         };
         let second = fixture.run(|cx| ops::mla_prefill(cx, &input));
         assert_eq!(fixture.read(&second), alone[30 * prefill.width()..], "{dims:?}, {dtype}");
@@ -476,6 +483,7 @@ pub(super) fn mla_prefill_keeps_its_place_between_kernels(device: &Device) {
             kv_lens: &fixture.ints(&prefill.cache.kv_lens),
             plan: &fixture.ints(&plan),
             scale: prefill.scale(),
+            workspace_bytes: prefill.workspace_bytes,
         };
         let outs = fixture.run(|cx| {
             let mut outs = vec![];
@@ -488,6 +496,23 @@ pub(super) fn mla_prefill_keeps_its_place_between_kernels(device: &Device) {
         });
         for out in &outs {
             assert_eq!(fixture.read(out)[..alone.len()], alone, "{dims:?}");
+        }
+    }
+}
+
+/// Keys and values that do not fit into the workspace together take turns, which changes no bit.
+pub(super) fn mla_prefill_gives_the_same_bits_in_any_workspace(device: &Device) {
+    for dims in [Dims { heads: 7, ..SMALL }, Dims { heads: 3, ..LARGE }] {
+        let mut fixture = Fixture::new(device);
+        let sequences = [(30, 0), (1, 250), (140, 60), (2, 0)];
+        let mut prefill = Prefill::new(&mut fixture, DType::Bf16, &sequences, dims, 16);
+        let once = prefill.run(&mut fixture);
+        prefill.assert_close("prefill", &once, &prefill.expected(0));
+        // The longest sequence and one head; two heads of it; several sequences, or all heads of some.
+        let row_bytes = 2 * (dims.nope + dims.value);
+        for rows in [0, 700, 900, 1800] {
+            prefill.workspace_bytes = rows * row_bytes;
+            assert_eq!(prefill.run(&mut fixture), once, "{dims:?}, {rows} rows");
         }
     }
 }

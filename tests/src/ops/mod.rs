@@ -42,8 +42,9 @@ use mamba::{
 use mla::{
     head_linear_multiplies_each_head_with_its_own_weight, mla_decode_attends_to_all_keys,
     mla_decode_rows_do_not_depend_on_padded_rows, mla_kv_write_norms_turns_and_writes_each_token_in_its_slot,
-    mla_prefill_attends_to_prefix_and_itself, mla_prefill_keeps_its_place_between_kernels,
-    mla_prefill_rows_do_not_depend_on_other_sequences, mla_prefill_skips_pages_outside_the_cache,
+    mla_prefill_attends_to_prefix_and_itself, mla_prefill_gives_the_same_bits_in_any_workspace,
+    mla_prefill_keeps_its_place_between_kernels, mla_prefill_rows_do_not_depend_on_other_sequences,
+    mla_prefill_skips_pages_outside_the_cache,
 };
 use moe::{
     a_mixture_of_experts_ignores_padded_rows, grouped_gate_up_matches_the_formula, grouped_linear_matches_the_formula,
@@ -104,6 +105,7 @@ pub const RULES: &[Rule] = crate::rules![
     mla_prefill_skips_pages_outside_the_cache,
     mla_prefill_rows_do_not_depend_on_other_sequences,
     mla_prefill_keeps_its_place_between_kernels,
+    mla_prefill_gives_the_same_bits_in_any_workspace,
     moe_route_chooses_what_the_formula_chooses,
     moe_route_takes_the_first_of_equals,
     moe_permute_keeps_the_order_within_an_expert,

@@ -138,6 +138,7 @@ fn prefill(model: &Shapes, widths: Widths, shape: PrefillShape) -> Case {
                 kv_lens: &lens,
                 plan: &plan,
                 scale,
+                workspace_bytes: 128 << 20,
             };
             Ok(vec![ops::mla_prefill(cx, &input)?])
         }))
