@@ -1,6 +1,6 @@
 // A thread for some neighbouring channels and rows: it slides down its rows with the K - 1 inputs before in registers.
 // Host reference, shapes and geometry: bcg-models/src/ops/causal_conv1d.rs.
-#include "bcg.cuh"
+#include "silu.cuh"
 
 struct CausalConv1dArgs {
     const void* x;
@@ -134,7 +134,7 @@ template <typename T, u32 K, bool WIDE> BCG_DEVICE void causal_conv1d(const Caus
 #pragma unroll
             for (u32 k = 0; k < PAST; k++) sum += of_state<K>(weight, k, e) * get(past[k], e);
             sum += of_state<K>(weight, PAST, e) * get(now, e);
-            values[e] = __fdividef(sum, 1.0f + expf(-sum));
+            values[e] = silu(sum);
         }
         store_pack<WIDE>((T*)a.out + (i64)t * a.channels, channel, a.channels, pack<T>(values));
 #pragma unroll

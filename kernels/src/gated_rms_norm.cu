@@ -1,6 +1,6 @@
 // One block per row and group, which its threads keep in registers if it fits. Host reference, shapes and geometry:
 // bcg-models/src/ops/gated_rms_norm.rs.
-#include "bcg.cuh"
+#include "silu.cuh"
 
 struct GatedRmsNormArgs {
     const void* y;
@@ -18,10 +18,7 @@ struct GatedRmsNormArgs {
 // The gated elements of a pack, in f32.
 template <typename T> BCG_DEVICE void apply_gate(float (&to)[Pack<T>::LEN], const Pack<T>& y, const Pack<T>& gate) {
 #pragma unroll
-    for (u32 e = 0; e < Pack<T>::LEN; e++) {
-        float g = get(gate, e);
-        to[e] = get(y, e) * __fdividef(g, 1.0f + expf(-g));
-    }
+    for (u32 e = 0; e < Pack<T>::LEN; e++) to[e] = get(y, e) * silu(get(gate, e));
 }
 
 template <typename T, bool WIDE> BCG_DEVICE void gated_rms_norm(const GatedRmsNormArgs& a) {

@@ -1,6 +1,6 @@
 // The state-space scan on tensor cores, for bf16 with 64 channels to a head and a state of 64 or 128. A block owns a head
 // of a sequence and walks over it in chunks of 64 rows; the state stays in registers, so that nothing goes through device
-// memory between chunks. With decays d and row i of a chunk behind the state S, everything is a matrix product:
+// memory between chunks. For the rows of a chunk and the state S ahead of it, everything is a matrix product:
 //
 //   y[i] = exp(cum[i]) S C[i] + sum over j <= i of G[i, j] x[j] + D x[i],   G[i, j] = C[i]·B[j] exp(cum[i] - cum[j]) dt[j]
 //   S    = exp(cum[last]) S + sum over j of exp(cum[last] - cum[j]) dt[j] x[j] B[j]ᵀ,                cum = cumulated dt A
@@ -34,7 +34,7 @@ struct Decays {
 };
 
 template <u32 N> struct Memory {
-    bf16 c[2][CHUNK * N], b[2][CHUNK * N], x[2][CHUNK * P];  // 16-byte words of a row are swizzled: word w is at w ^ row % 8
+    bf16 c[2][CHUNK * N], b[2][CHUNK * N], x[2][CHUNK * P];  // 16-byte word w of a row stands at w ^ row % 8
     u32 g[2][TILES * (TILES + 1) / 2][4][32];  // G, high and low parts: tiles up to the diagonal, of 8x8 matrices
     float4 sums[8][4][32];                     // what a warp leaves to another
     Decays decays[2];
@@ -61,17 +61,16 @@ struct RawDecays {
 };
 
 BCG_DEVICE float2 load_pair(const float* p) { return *(const float2*)p; }
-BCG_DEVICE float2 load_pair(const bf16* p) {
-    u32 both = *(const u32*)p;
-    return make_float2(__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u));
-}
+BCG_DEVICE float2 unpack(u32 both) { return make_float2(__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u)); }
+BCG_DEVICE float2 load_pair(const bf16* p) { return unpack(*(const u32*)p); }
 BCG_DEVICE void store_pair(float* p, float x, float y) { *(float2*)p = make_float2(x, y); }
 BCG_DEVICE void store_pair(bf16* p, float x, float y) { *(u32*)p = round_pair<bf16>(x, y); }
 
 // Two values as the sum of two pairs of bf16.
 BCG_DEVICE void split(float x, float y, u32& high, u32& low) {
     high = round_pair<bf16>(x, y);
-    low = round_pair<bf16>(x - __uint_as_float(high << 16), y - __uint_as_float(high & 0xffff0000u));
+    float2 v = unpack(high);
+    low = round_pair<bf16>(x - v.x, y - v.y);
 }
 
 // c += (high + low) b.
@@ -178,7 +177,8 @@ template <typename S, u32 N> struct Scan {
         return (channels * 16 + lane / 4) * N + half * HALF + matrix * 8 + lane % 4 * 2;
     }
 
-    template <u32 COLUMNS> BCG_DEVICE void copy_rows(bf16* tile, const void* from, i64 stride, u32 column, const Place& p) const {
+    template <u32 COLUMNS>
+    BCG_DEVICE void copy_rows(bf16* tile, const void* from, i64 stride, u32 column, const Place& p) const {
         constexpr u32 WORDS = COLUMNS / 8;
         const bf16* first = (const bf16*)from + p.row * stride + column;
         u32 rows = (u32)(p.end - p.row), words = p.tiles() * 16 * WORDS;
@@ -186,7 +186,8 @@ template <typename S, u32 N> struct Scan {
         for (u32 i = threadIdx.x; i < CHUNK * WORDS; i += THREADS) {
             u32 row = i / WORDS, word = i % WORDS;
             bool is_row = row < rows;
-            if (i < words) copy_async_16(word_at<COLUMNS>(tile, row, word), first + (is_row ? row * stride : 0) + word * 8, is_row);
+            const bf16* src = first + (is_row ? row * stride : 0) + word * 8;
+            if (i < words) copy_async_16(word_at<COLUMNS>(tile, row, word), src, is_row);
         }
     }
 
@@ -282,7 +283,10 @@ template <typename S, u32 N> struct Scan {
         for (u32 k = 0; k < HALF / 8; k += 2) {
             u32 high[4], low[4];
 #pragma unroll
-            for (u32 i = 0; i < 4; i++) split(state[k + i / 2][i % 2 * 2], state[k + i / 2][i % 2 * 2 + 1], high[i], low[i]);
+            for (u32 i = 0; i < 4; i++) {
+                const float* from = &state[k + i / 2][i % 2 * 2];
+                split(from[0], from[1], high[i], low[i]);
+            }
 #pragma unroll
             for (u32 t = 0; t < TILES; t++) {
                 if (t >= tiles) break;
@@ -317,7 +321,8 @@ template <typename S, u32 N> struct Scan {
 #pragma unroll
             for (u32 i = 0; i < 4; i++) {
                 float2 weight = load_pair(&d.weight[t * 16 + i / 2 * 8 + lane % 4 * 2]);
-                split(__uint_as_float(x[t][i] << 16) * weight.x, __uint_as_float(x[t][i] & 0xffff0000u) * weight.y, high[i], low[i]);
+                float2 v = unpack(x[t][i]);
+                split(v.x * weight.x, v.y * weight.y, high[i], low[i]);
             }
 #pragma unroll
             for (u32 m = 0; m < HALF / 8; m += 2) {
@@ -330,7 +335,8 @@ template <typename S, u32 N> struct Scan {
     }
 
     // y[p, i] += sum over j of G[i, j] x[j, p] + D x[i, p] for 16 rows of the chunk; writes them.
-    BCG_DEVICE void finish_rows(float (&y)[2][4], const u32 (&x)[TILES][4], u32 tile, const u32 (&own)[4], float skip, const Place& p) const {
+    BCG_DEVICE void finish_rows(float (&y)[2][4], const u32 (&x)[TILES][4], u32 tile, const u32 (&own)[4], float skip,
+                                const Place& p) const {
 #pragma unroll
         for (u32 t = 0; t < TILES; t++) {
             if (t > tile) break;
@@ -348,8 +354,8 @@ template <typename S, u32 N> struct Scan {
 #pragma unroll
         for (u32 i = 0; i < 4; i++) {
             float* to = &y[i / 2][i % 2 * 2];
-            float low = __uint_as_float(own[i] << 16), high = __uint_as_float(own[i] & 0xffff0000u);
-            words[i] = transpose_matrix(round_pair<bf16>(to[0] + skip * low, to[1] + skip * high));
+            float2 v = unpack(own[i]);
+            words[i] = transpose_matrix(round_pair<bf16>(to[0] + skip * v.x, to[1] + skip * v.y));
         }
         transpose(words);
         i32 row = p.row + (i32)(tile * 16 + lane % 4 / 2 * 8 + lane / 4);
@@ -385,7 +391,8 @@ template <typename S, u32 N> struct Scan {
 #pragma unroll
         for (u32 t = 0; t < TILES; t++) {
             u32 word = channels * 2 + lane / 8 % 2;
-            if (t < tiles) load_matrices_transposed(x[t], word_at<P>(memory.x[stage], t * 16 + lane % 8 + lane / 16 * 8, word));
+            u32 row = t * 16 + lane % 8 + lane / 16 * 8;
+            if (t < tiles) load_matrices_transposed(x[t], word_at<P>(memory.x[stage], row, word));
         }
 #pragma unroll
         for (u32 e = 0; e < 2; e++) {

@@ -8,7 +8,7 @@ use super::fixture::{Fixture, assert_close};
 use super::mamba::{Batch, Scan, Sizes};
 
 /// Heads, dimensions of a head, state size, groups.
-const SIZES: [Sizes; 3] = [(4, 64, 128, 2), (3, 64, 64, 1), (2, 64, 128, 2)];
+const SIZES: [Sizes; 3] = [(2, 64, 128, 1), (4, 64, 64, 2), (2, 64, 128, 2)];
 
 /// Sequences that end within a chunk, with it and behind it, dense and between columns of NaN.
 pub(super) fn ssd_scan_in_chunks_matches_the_formula(device: &Device) {
@@ -27,7 +27,7 @@ pub(super) fn ssd_scan_shares_heads_among_blocks(device: &Device) {
     let mut fixture = Fixture::new(device);
     let scan = Scan::new(&mut fixture, (32, 64, 64, 4), DType::Bf16);
     let mut lens: Vec<usize> = (0..40).map(|b| b * 7 % 4).collect();
-    (lens[0], lens[30]) = (70, 130);
+    (lens[0], lens[30]) = (66, 70);
     for lens in [&lens[..], &lens[30..31]] {
         let batch = Batch::new(&mut fixture, lens, true);
         scan.check(&mut fixture, &batch, DType::F32, 0, false);
