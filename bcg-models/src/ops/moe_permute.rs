@@ -13,7 +13,7 @@ const PAIRS_MAX: usize = 1 << 16;
 pub(super) const EXPERTS_MAX: usize = 512;
 /// Threads of the block.
 const THREADS: u32 = 1024;
-/// Shared memory in which rows are gathered ahead of writing them; every device has it.
+/// Shared memory of the block where rows are gathered ahead of writing them: a block of sm_80, sm_90 and sm_100 can have it.
 const STAGED_BYTES_MAX: usize = 160 << 10;
 
 /// Where the rows of each expert lie once the chosen `(token, k)` pairs are ordered by expert.
