@@ -172,7 +172,7 @@ mod tests {
         for (name, parameters, layout, score_scale) in [
             // The model card says 15.7 billion; DeepSeek-V3 is cut to six layers.
             ("geometries/deepseek-v2-lite", 15_706_484_224, (27, 16), 1.2608f32.powi(2)),
-            ("geometries/deepseek-v3-6l", 38_125_674_240, (6, 128), 1.368_89f32.powi(2)),
+            ("geometries/deepseek-v3-6-layers", 38_125_674_240, (6, 128), 1.368_89f32.powi(2)),
         ] {
             let config = ModelConfig::load(&geometry(name)).expect(name);
             assert_eq!(num_parameters(&config), parameters, "{name}");

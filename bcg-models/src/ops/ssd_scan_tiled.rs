@@ -7,7 +7,7 @@
 //!
 //! Chosen by `ops::ssd_scan`, which checks the shapes. Never picked on the host device.
 
-use bcg_runtime::{DType, Device, Dims, Kernel};
+use bcg_runtime::{DType, Device, DevicePtr, Dims, Kernel};
 use half::bf16;
 
 use super::ssd_scan::{SsmArgs, SsmInputs, host_bf16, host_f32};
@@ -70,11 +70,13 @@ pub(super) fn choose(
 
 /// Tells whether all rows and states lie at multiples of 16 bytes.
 fn is_in_words(input: &SsmInputs<'_>, args: &SsmArgs) -> bool {
-    let low = |address: u64, stride: i64, dtype: DType| (address | stride as u64 * dtype.size_bytes() as u64) % 16;
-    low(args.x.as_u64(), args.x_stride, DType::Bf16) == 0
-        && low(args.b.as_u64(), args.b_stride, DType::Bf16) == 0
-        && low(args.c.as_u64(), args.c_stride, DType::Bf16) == 0
-        && low(args.state.as_u64(), args.slot_stride, input.state.dtype()) == 0
+    let is_in_words = |address: DevicePtr, stride: i64, dtype: DType| {
+        address.as_u64().is_multiple_of(16) && (stride as usize * dtype.size_bytes()).is_multiple_of(16)
+    };
+    is_in_words(args.x, args.x_stride, DType::Bf16)
+        && is_in_words(args.b, args.b_stride, DType::Bf16)
+        && is_in_words(args.c, args.c_stride, DType::Bf16)
+        && is_in_words(args.state, args.slot_stride, input.state.dtype())
         && args.out.as_u64().is_multiple_of(16)
 }
 

@@ -31,8 +31,14 @@ impl Sequences {
         for _ in 0..runner.pages().pages_for(past_len + longest) {
             leases.iter_mut().try_for_each(|lease| lease.grow(1))?;
         }
-        leases.iter().filter_map(PageLease::state).for_each(|state| state.assume(past_len));
-        Ok(Self { tokens, new_lens, past_len, leases, sampling: SamplingParams::greedy() })
+        let sequences = Self { tokens, new_lens, past_len, leases, sampling: SamplingParams::greedy() };
+        sequences.rewind();
+        Ok(sequences)
+    }
+
+    /// Lets the states, whatever they hold, stand for the past again: a step moved them on.
+    pub(super) fn rewind(&self) {
+        self.leases.iter().filter_map(PageLease::state).for_each(|state| state.assume(self.past_len));
     }
 
     /// Returns the new tokens of all sequences.

@@ -75,6 +75,7 @@ fn time(runner: &mut ModelRunner, sequences: &Sequences, rounds: Rounds) -> Resu
         let graph = time_once(runner, |runner| Ok(runner.forward_only(&batch, ForwardPath::Graph)?))?;
         let eager = time_once(runner, |runner| Ok(runner.forward_only(&batch, ForwardPath::Eager)?))?;
         let step = time_once(runner, |runner| Ok(runner.step(&batch).map(drop)?))?;
+        sequences.rewind();
         Ok([graph.0, graph.1, eager.0, eager.1, step.1])
     })?;
     let column = |index: usize| Samples::new(times.iter().map(|round| round[index]).collect());
