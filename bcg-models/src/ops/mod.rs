@@ -6,20 +6,16 @@
 //! - A host reference rounds exactly where the CUDA kernel does, and sums in f32.
 //! - A row of an output depends on the same row of the inputs only, never on how many rows there are; in attention,
 //!   convolution and scan, also on the rows of its sequence before it. So padding changes no valid row, and NaN in padded
-//!   rows stays there. Exceptions, on CUDA: [`attention_decode()`] cuts a row's sum where the lengths of other sequences
-//!   have it, but not padded ones; above 16 rows [`linear()`] takes another algorithm for another number of rows, and
-//!   [`grouped_linear()`] another one than up to 16. [`moe_route()`] orders valid rows among each other, and places no
-//!   padded one.
 //!   rows stays there. Exceptions, on CUDA: [`attention_decode()`] and [`mla_decode()`] cut a row's sum where the lengths of
 //!   other sequences have it, but not padded ones; above 16 rows [`linear()`] takes another algorithm for another number of
-//!   rows, and [`grouped_linear()`] another one than up to 16.
+//!   rows, and [`grouped_linear()`] another one than up to 16. [`moe_route()`] orders valid rows among each other, and
+//!   places no padded one.
 //! - No op reads anything back, synchronises or looks at a live value.
 //!
 //! A new op is four files: `kernels/src/x.cu`, `ops/x.rs`, a line here, a test in `tests/src/ops/x.rs`.
 //!
 //! Shape letters: T tokens, B sequences, C hidden, I intermediate, Hq/Hkv query/key-value heads, D head dim, V
 //! vocabulary, P pages, S page size, E experts, K chosen experts; in state-space layers H heads, P channels of a head, N
-//! state size, G groups of heads, K kernel of the convolution.
 //! state size, G groups of heads, K kernel of the convolution; in latent attention H heads, L latent, R rotated part, Dn
 //! the other part of queries and keys, Dv values.
 
