@@ -113,7 +113,8 @@ pub(super) fn head_linear_multiplies_each_head_with_its_own_weight(device: &Devi
                 .collect();
             let what = format!("{heads} heads, {depth} to {outputs}, transposed {is_transposed}");
             let actual = multiply(&mut fixture, 41);
-            assert_close(&what, &actual, &expected, dtype, 2.0, (depth as f64).sqrt());
+            // An f32 sum of so many products is some roundings of the largest partial sum off.
+            assert_close(&what, &actual, &expected, dtype, 2.0, 2.0 * (depth as f64).sqrt());
             for tokens in [1, 17, 32] {
                 assert_eq!(multiply(&mut fixture, tokens), actual[..tokens * heads * outputs], "{what}, {dtype}");
             }

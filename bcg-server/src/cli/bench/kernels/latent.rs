@@ -96,7 +96,7 @@ fn decode(model: &Shapes, widths: Widths, shape: DecodeShape) -> Case {
     let flops = 2 * sequences * tokens * heads * (2 * latent + rope);
     let scale = ((nope + rope) as f32).sqrt().recip();
     let prepare = each(move |lab| {
-        let q = lab.random(&[sequences, heads * latent], dtype)?;
+        let q = lab.random(&[sequences * heads, latent], dtype)?;
         let q_pe = lab.random(&[sequences, heads * rope], dtype)?;
         let lens = vec![tokens; sequences];
         let cache = Cache::new(lab, widths, &lens)?;

@@ -1,9 +1,11 @@
 //! Mixture of experts: the products of the experts, each with the rows that chose it.
 
 use anyhow::Result;
-use bcg_models::ops::{self, ExpertPlan};
+use bcg_models::ops::{self, ExpertPlan, Routing, Scores, Scoring};
+use bcg_runtime::DType;
 
 use super::KernelsArgs;
+use super::attention::as_i32;
 use super::cases::{Case, Shapes, each};
 use super::lab::Lab;
 
@@ -61,9 +63,40 @@ pub(super) fn cases(model: &Shapes, args: &KernelsArgs) -> Result<Vec<Case>> {
     let inner = model.count("moe_intermediate_size")?;
     let of_rows = |&tokens: &usize| {
         let choice = Choice::new(tokens, chosen, num_experts);
-        [gate_up(model, &choice, inner), down(model, &choice, inner)]
+        [route(model, &choice), gate_up(model, &choice, inner), down(model, &choice, inner), combine(model, &choice)]
     };
     Ok(args.tokens.iter().flat_map(of_rows).collect())
+}
+
+/// The choice of experts and their order, as one op.
+fn route(model: &Shapes, choice: &Choice) -> Case {
+    let &Choice { tokens, chosen, num_experts, .. } = choice;
+    let bytes = (tokens * (num_experts + 4 * chosen) + num_experts) * size_of::<f32>();
+    let prepare = each(move |lab| {
+        let (logits, num_valid) = (lab.random(&[tokens, num_experts], DType::F32)?, lab.tensor(&[tokens as i32])?);
+        let (groups, kept_groups) = (1, 1);
+        let (scores, is_renormalised, scale) = (Scores::Softmax, true, 1.0);
+        let scoring = Scoring { scores, chosen, groups, kept_groups, is_renormalised, scale };
+        Ok(Box::new(move |cx| {
+            let Routing { experts, weights, plan } = ops::moe_route(cx, &logits, &scoring, &num_valid)?;
+            Ok(vec![experts, weights, plan.offsets, plan.rows, plan.places])
+        }))
+    });
+    model.case("moe_route", format!("T={tokens}"), bytes, 0, prepare)
+}
+
+fn combine(model: &Shapes, choice: &Choice) -> Case {
+    let (choice, dtype, hidden) = (choice.clone(), model.config.dtype, model.config.hidden_size);
+    let (tokens, rows) = (choice.tokens, choice.experts.len());
+    let bytes = (tokens + rows) * hidden * model.size() + 2 * rows * size_of::<f32>();
+    let prepare = each(move |lab| {
+        let y = lab.random(&[rows, hidden], dtype)?;
+        let experts = lab.tensor(&as_i32(&choice.experts))?.reshape(&[tokens, choice.chosen])?;
+        let weights = lab.random(&[tokens, choice.chosen], DType::F32)?;
+        let routing = Routing { experts, weights, plan: choice.plan(lab)? };
+        Ok(Box::new(move |cx| Ok(vec![ops::moe_combine(cx, &y, &routing, None)?])))
+    });
+    model.case("moe_combine", format!("T={tokens}"), bytes, 0, prepare)
 }
 
 fn gate_up(model: &Shapes, choice: &Choice, inner: usize) -> Case {
