@@ -71,7 +71,9 @@ pub(super) fn launch(cx: &mut CaptureStream, is_gated: bool, grouped: GroupedArg
     let maps = cx.empty(&[blocks as usize, MAP_BYTES / size_of::<i32>()], DType::I32)?;
     let is_large = grouped.places > ROWS_OF_LARGE_ITEMS * grouped.experts;
     let kernels = if is_gated { &GATE_UP } else { &LINEAR };
-    let shared_bytes = RING_BYTES + SMALL_BYTES + EXPERT_BYTES * CHECK.u32("E", grouped.experts as usize)?;
+    // In eights, because the kernel may read its list of experts in wide words, beyond the last one.
+    let listed = CHECK.u32("E", grouped.experts as usize)?.next_multiple_of(8);
+    let shared_bytes = RING_BYTES + SMALL_BYTES + EXPERT_BYTES * listed;
     let dims = Dims { shared_bytes, ..Dims::linear(blocks, 3 * 128) };
     let args = GroupedHopperArgs { grouped, maps: cx.addr(&maps)? };
     cx.launch(&kernels[usize::from(is_large)], dims, args)
