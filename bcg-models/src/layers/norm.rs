@@ -30,6 +30,23 @@ impl RmsNorm {
         ops::rms_norm(cx, x, &self.weight, self.eps)
     }
 
+    /// Adds the branch of the layer before, if there is one, to the residual stream; returns the normalised stream, and the
+    /// stream.
+    ///
+    /// # Errors
+    /// As [`forward_add`](Self::forward_add).
+    pub fn forward_branch(
+        &self,
+        cx: &mut CaptureStream,
+        branch: Option<Tensor>,
+        residual: Tensor,
+    ) -> Result<(Tensor, Tensor)> {
+        match branch {
+            Some(branch) => self.forward_add(cx, &branch, &residual),
+            None => Ok((self.forward(cx, &residual)?, residual)),
+        }
+    }
+
     /// Adds `x` to `residual` and normalises the sum; returns the normalised sum, and the sum.
     ///
     /// # Errors

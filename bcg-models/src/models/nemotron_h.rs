@@ -145,10 +145,7 @@ impl Model for NemotronH {
         let mut residual = ops::gather_rows(cx, &self.embeddings, &inputs.token_ids)?; // [T, C]
         let mut branch: Option<Tensor> = None;
         for layer in &self.layers {
-            let (x, sum) = match branch.take() {
-                Some(branch) => layer.norm.forward_add(cx, &branch, &residual)?,
-                None => (layer.norm.forward(cx, &residual)?, residual),
-            };
+            let (x, sum) = layer.norm.forward_branch(cx, branch.take(), residual)?;
             residual = sum;
             branch = Some(match &layer.mixer {
                 Mixer::Mamba2(mixer) => {
@@ -160,10 +157,7 @@ impl Model for NemotronH {
                 Mixer::Mlp(mlp) => mlp.forward(cx, &x)?,
             });
         }
-        match branch {
-            Some(branch) => Ok(self.norm_f.forward_add(cx, &branch, &residual)?.0),
-            None => self.norm_f.forward(cx, &residual),
-        }
+        Ok(self.norm_f.forward_branch(cx, branch, residual)?.0)
     }
 
     fn logits(&self, cx: &mut CaptureStream, hidden: &Tensor) -> Result<Tensor> {

@@ -84,10 +84,7 @@ impl Model for Qwen3 {
             let out = layer.forward(cx, branch, residual, inputs, kv)?;
             (branch, residual) = (Some(out.0), out.1);
         }
-        match branch {
-            Some(branch) => Ok(self.norm.forward_add(cx, &branch, &residual)?.0),
-            None => self.norm.forward(cx, &residual),
-        }
+        Ok(self.norm.forward_branch(cx, branch, residual)?.0)
     }
 
     fn logits(&self, cx: &mut CaptureStream, hidden: &Tensor) -> Result<Tensor> {
@@ -121,10 +118,7 @@ impl DecoderLayer {
         inputs: &TokenInputs,
         kv: &LayerKv,
     ) -> Result<(Tensor, Tensor)> {
-        let (x, residual) = match branch {
-            Some(branch) => self.input_layernorm.forward_add(cx, &branch, &residual)?,
-            None => (self.input_layernorm.forward(cx, &residual)?, residual),
-        };
+        let (x, residual) = self.input_layernorm.forward_branch(cx, branch, residual)?;
         let attended = self.self_attn.forward(cx, &x, inputs, kv)?;
         drop(x);
         let (x, residual) = self.post_attention_layernorm.forward_add(cx, &attended, &residual)?;
