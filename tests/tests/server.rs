@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use bcg_server::api::{ApiOptions, serve};
 use bcg_server::args::ServerArgs;
 use bcg_server::engine::{
-    Delta, Engine, Event, EventStream, FinishReason, GenerationRequest, Health, ModelInfo, SubmitError, TokenLogprob,
-    TokenText, Usage, load,
+    Delta, Engine, Event, EventStream, FinishReason, GenerationRequest, Health, ModelInfo, Prompt, SubmitError,
+    TokenLogprob, TokenText, Usage, load,
 };
 use bcg_server::metrics::Metrics;
 use clap::Parser;
@@ -105,6 +105,28 @@ impl Engine for Scripted {
         Ok(EventStream::new(receiver))
     }
 
+    fn encode(&self, text: &str, _add_special_tokens: bool) -> Result<Vec<u32>, SubmitError> {
+        Ok(text.bytes().map(u32::from).collect())
+    }
+
+    fn decode(&self, tokens: &[u32], _skip_special_tokens: bool) -> Result<String, SubmitError> {
+        Ok(tokens.iter().filter_map(|&token| char::from_u32(token)).collect())
+    }
+
+    fn prompt_tokens(&self, prompt: Prompt) -> Result<Vec<u32>, SubmitError> {
+        match prompt {
+            Prompt::Text(text) => self.encode(&text, true),
+            Prompt::Tokens(tokens) => Ok(tokens),
+            Prompt::Chat { messages, .. } => Ok(vec![1; messages.len()]),
+        }
+    }
+
+    fn flush_cache(&self) {}
+
+    fn server_info(&self) -> Value {
+        json!({"engine": "scripted"})
+    }
+
     fn health(&self) -> Health {
         if self.draining.load(Ordering::SeqCst) { Health::Draining } else { Health::Ready }
     }
@@ -124,7 +146,7 @@ fn text(text: &str) -> Event {
 
 fn answer(pieces: &[&str]) -> Vec<Event> {
     let mut events: Vec<Event> = pieces.iter().map(|piece| text(piece)).collect();
-    let usage = Usage { prompt_tokens: 3, completion_tokens: pieces.len() };
+    let usage = Usage { prompt_tokens: 3, cached_tokens: 0, completion_tokens: pieces.len() };
     events.push(Event::Finished { reason: FinishReason::Stop, usage });
     events
 }

@@ -41,7 +41,7 @@ fn read(fields: &Fields) -> Result<GenerationRequest, ApiError> {
     let newer = token_count(fields, "max_completion_tokens")?;
     let max_tokens = newer.or(token_count(fields, "max_tokens")?);
     let template_args = fields.get("chat_template_kwargs")?.unwrap_or_default();
-    generation(fields, Prompt::Chat { messages, template_args }, max_tokens, top_logprobs(fields)?)
+    generation(fields, Prompt::Chat { messages, tools: Value::Null, template_args }, max_tokens, top_logprobs(fields)?)
 }
 
 fn top_logprobs(fields: &Fields) -> Result<Option<usize>, ApiError> {

@@ -91,6 +91,11 @@ pub(super) fn generation(
         max_tokens,
         stop: stop_strings(fields)?,
         top_logprobs,
+        stop_token_ids: Vec::new(),
+        logit_bias: Vec::new(),
+        presence_penalty: 0.0,
+        frequency_penalty: 0.0,
+        grammar: None,
         ignore_eos: fields.get("ignore_eos")?.unwrap_or(false),
     })
 }

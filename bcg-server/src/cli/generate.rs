@@ -70,15 +70,9 @@ pub fn run(args: GenerateArgs) -> anyhow::Result<()> {
     let plan = engine.plan()?;
     plan.require_tokenizer("bcg generate")?;
     let engine = load::start(&plan, None)?;
-    let request = GenerationRequest {
-        prompt,
-        sampling,
-        seed,
-        max_tokens: Some(max_tokens),
-        stop,
-        top_logprobs: None,
-        ignore_eos,
-    };
+    let max_tokens = Some(max_tokens);
+    let request =
+        GenerationRequest { sampling, seed, max_tokens, stop, ignore_eos, ..GenerationRequest::greedy(prompt) };
     let began = Instant::now();
     let mut first = None;
     let mut events = engine.submit(request)?;

@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use bcg_models::{ChatTemplate, SamplingParams, Tokenizer};
+use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 
 use super::output::{Output, OutputOptions};
@@ -108,21 +109,17 @@ impl LocalEngine {
         let refused = |error: bcg_models::Error| SubmitError::Prompt(error.to_string());
         let tokens = match prompt {
             Prompt::Text(text) => self.text()?.encode_with(&text, true).map_err(refused)?,
-            Prompt::Chat { messages, template_args } => {
+            Prompt::Chat { messages, tools, template_args } => {
                 let tokenizer = self.text()?;
                 let Some(chat) = &self.options.chat else {
                     return Err(SubmitError::Prompt("This model has no chat template; use /v1/completions.".into()));
                 };
-                let text = chat.render(&messages, None, true, &template_args).map_err(refused)?;
+                let text = chat.render(&messages, Some(&tools), true, &template_args).map_err(refused)?;
                 tokenizer.encode(&text).map_err(refused)?
             }
             Prompt::Tokens(tokens) => {
                 let vocab_size = self.options.info.vocab_size;
-                if let Some(unknown) = tokens.iter().find(|&&token| token as usize >= vocab_size) {
-                    return Err(SubmitError::Prompt(format!(
-                        "Token id {unknown} is not in the vocabulary of {vocab_size} tokens."
-                    )));
-                }
+                refuse_unknown(&tokens, vocab_size)?;
                 tokens
             }
         };
@@ -139,6 +136,15 @@ impl LocalEngine {
             return Err(SubmitError::ContextLength { prompt, max_tokens, context });
         }
         Ok(max_tokens)
+    }
+}
+
+fn refuse_unknown(tokens: &[u32], vocab_size: usize) -> Result<(), SubmitError> {
+    match tokens.iter().find(|&&token| token as usize >= vocab_size) {
+        None => Ok(()),
+        Some(unknown) => {
+            Err(SubmitError::Prompt(format!("Token id {unknown} is not in the vocabulary of {vocab_size} tokens.")))
+        }
     }
 }
 
@@ -182,6 +188,35 @@ impl Engine for LocalEngine {
         let stopped = || SubmitError::Stopped("The engine has stopped; see the server's log.".into());
         self.jobs.as_ref().ok_or_else(stopped)?.try_send(job).map_err(|_| stopped())?;
         Ok(EventStream::new(receiver))
+    }
+
+    fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, SubmitError> {
+        let encoded = self.text()?.encode_with(text, add_special_tokens);
+        encoded.map_err(|error| SubmitError::Prompt(error.to_string()))
+    }
+
+    fn decode(&self, tokens: &[u32], skip_special_tokens: bool) -> Result<String, SubmitError> {
+        let tokenizer = self.text()?;
+        refuse_unknown(tokens, self.options.info.vocab_size)?;
+        tokenizer.decode(tokens, skip_special_tokens).map_err(|error| SubmitError::Prompt(error.to_string()))
+    }
+
+    fn prompt_tokens(&self, prompt: Prompt) -> Result<Vec<u32>, SubmitError> {
+        self.tokens(prompt)
+    }
+
+    fn flush_cache(&self) {
+        self.shared.flush_cache.store(true, Ordering::Relaxed);
+    }
+
+    fn server_info(&self) -> Value {
+        let info = &self.options.info;
+        json!({
+            "model": info.name,
+            "context_length": info.context_length,
+            "vocab_size": info.vocab_size,
+            "max_queued_requests": self.options.max_queued,
+        })
     }
 
     fn health(&self) -> Health {

@@ -49,6 +49,8 @@ pub enum Prompt {
     Chat {
         /// What was said.
         messages: Vec<ChatMessage>,
+        /// The functions that the model may call, as the template reads them: an array, or null for none.
+        tools: Value,
         /// Further values that the template may read, such as `enable_thinking`.
         template_args: Map<String, Value>,
     },
@@ -67,16 +69,39 @@ pub struct GenerationRequest {
     pub max_tokens: Option<usize>,
     /// Strings that end the answer; no part of one is returned.
     pub stop: Vec<String>,
+    /// Tokens that end the answer, beside the model's end-of-text tokens.
+    pub stop_token_ids: Vec<u32>,
+    /// What is added to the logits of these tokens at each step; a token appears once.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Subtracted from the logits of tokens that the answer holds already.
+    pub presence_penalty: f32,
+    /// Subtracted from the logits of tokens once for each time that the answer holds them.
+    pub frequency_penalty: f32,
+    /// What the answer must look like; `None` leaves it free.
+    pub grammar: Option<Grammar>,
     /// Log probabilities: `None` for none, else how many alternatives per token.
     pub top_logprobs: Option<usize>,
     /// Go on past the model's end-of-text tokens.
     pub ignore_eos: bool,
 }
 
+/// What a constrained answer must look like.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Grammar {
+    /// Any JSON object.
+    JsonObject,
+    /// JSON that a schema allows.
+    JsonSchema(Value),
+    /// Text that a regular expression matches.
+    Regex(String),
+    /// A context-free grammar in Lark's notation.
+    Lark(String),
+}
+
 impl Prompt {
-    /// A conversation without further template values.
+    /// A conversation without functions to call and further template values.
     pub fn chat(messages: Vec<ChatMessage>) -> Self {
-        Self::Chat { messages, template_args: Map::new() }
+        Self::Chat { messages, tools: Value::Null, template_args: Map::new() }
     }
 }
 
@@ -89,6 +114,11 @@ impl GenerationRequest {
             seed: None,
             max_tokens: None,
             stop: Vec::new(),
+            stop_token_ids: Vec::new(),
+            logit_bias: Vec::new(),
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            grammar: None,
             top_logprobs: None,
             ignore_eos: false,
         }
@@ -150,6 +180,8 @@ impl FinishReason {
 pub struct Usage {
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
+    /// Those of them that the prefix cache held.
+    pub cached_tokens: usize,
     /// Tokens generated, the end-of-text token included.
     pub completion_tokens: usize,
 }
@@ -265,6 +297,30 @@ pub trait Engine: Send + Sync + 'static {
     /// # Errors
     /// [`SubmitError`]; a refused request has used nothing.
     fn submit(&self, request: GenerationRequest) -> Result<EventStream, SubmitError>;
+
+    /// Turns text into tokens, with the special tokens that the tokenizer puts around a text if `add_special_tokens`.
+    ///
+    /// # Errors
+    /// [`SubmitError::Prompt`] without a tokenizer, or for text that it refuses.
+    fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, SubmitError>;
+
+    /// Turns tokens into text, without special tokens if `skip_special_tokens`.
+    ///
+    /// # Errors
+    /// [`SubmitError::Prompt`] without a tokenizer, or for a token that it does not know.
+    fn decode(&self, tokens: &[u32], skip_special_tokens: bool) -> Result<String, SubmitError>;
+
+    /// Turns a prompt into tokens, as [`submit`](Self::submit) does.
+    ///
+    /// # Errors
+    /// [`SubmitError::Prompt`].
+    fn prompt_tokens(&self, prompt: Prompt) -> Result<Vec<u32>, SubmitError>;
+
+    /// Drops what the prefix cache holds and no running request uses, before the next step.
+    fn flush_cache(&self);
+
+    /// Describes how the engine is set up and what it holds, for operators: a JSON object.
+    fn server_info(&self) -> Value;
 
     /// Says whether the engine can serve.
     fn health(&self) -> Health;

@@ -107,7 +107,11 @@ impl Output {
         let logprobs = self.release_logprobs(all);
         self.send(Event::Delta(Delta { text, tokens: vec![sampled.id], logprobs }));
         if let Some(reason) = reason {
-            let usage = Usage { prompt_tokens: self.options.prompt_tokens, completion_tokens: self.generated };
+            let usage = Usage {
+                prompt_tokens: self.options.prompt_tokens,
+                cached_tokens: 0,
+                completion_tokens: self.generated,
+            };
             self.send(Event::Finished { reason, usage });
         }
         Ok(reason)

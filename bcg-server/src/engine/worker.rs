@@ -51,6 +51,8 @@ pub struct Shared {
     pub metrics: Metrics,
     /// Ends the worker at once; what runs fails.
     pub stop: AtomicBool,
+    /// Asks the worker to empty the prefix cache.
+    pub flush_cache: AtomicBool,
     failed_steps: AtomicU32,
     last_error: Mutex<Option<String>>,
 }
