@@ -1,6 +1,6 @@
 //! The end of a step: from logits to tokens, and what was asked for about them.
 
-use bcg_runtime::{Eager, Tensor};
+use bcg_runtime::{Eager, Readback, Runner, Tensor};
 
 use super::SampledToken;
 use crate::batch::{ForwardBatch, SamplingBuffers, SequenceInput};
@@ -18,30 +18,58 @@ pub(super) fn choose(
     }
 }
 
-/// Reads back the chosen tokens, and what else was asked for.
-pub(super) fn read(
-    cx: &mut Eager<'_, ForwardBatch>,
-    logits: &Tensor,
-    chosen: &Tensor,
-    batch: &[SequenceInput<'_>],
-) -> bcg_runtime::Result<Vec<SampledToken>> {
-    let ids = cx.read::<i32>(chosen)?;
-    let mut tokens = Vec::with_capacity(batch.len());
-    for (row, (id, sequence)) in ids.into_iter().zip(batch).enumerate() {
-        let mut token = SampledToken { id: id.cast_unsigned(), logprob: None, top: Vec::new(), logits: None };
-        if sequence.logits || sequence.top_logprobs.is_some() {
-            let logits = cx.read::<f32>(&logits.rows(row..row + 1)?)?;
-            if let Some(count) = sequence.top_logprobs {
-                let log_softmax = LogSoftmax::new(&logits);
-                let with_logprob = |id: u32| (id, log_softmax.of(logits[id as usize]));
-                token.logprob = Some(with_logprob(token.id).1);
-                token.top = most_likely(&logits, count).into_iter().map(with_logprob).collect();
-            }
-            token.logits = sequence.logits.then_some(logits);
-        }
-        tokens.push(token);
+/// Bytes that come back from a step of `sequences`.
+pub(super) fn readback_bytes(sequences: usize) -> usize {
+    sequences * size_of::<i32>()
+}
+
+/// A step that was launched and whose tokens the host has not read.
+#[derive(Debug)]
+pub struct PendingStep {
+    readback: Readback,
+    /// `[B, V]`; of the forward's arena, so they go with the next launch.
+    logits: Tensor,
+    rows: Vec<Wanted>,
+}
+
+/// What was asked for of a row, beside its token.
+#[derive(Debug, Clone, Copy)]
+struct Wanted {
+    top_logprobs: Option<usize>,
+    logits: bool,
+}
+
+impl PendingStep {
+    pub(super) fn new(readback: Readback, logits: Tensor, batch: &[SequenceInput<'_>]) -> Self {
+        let wanted =
+            |sequence: &SequenceInput<'_>| Wanted { top_logprobs: sequence.top_logprobs, logits: sequence.logits };
+        Self { readback, logits, rows: batch.iter().map(wanted).collect() }
     }
-    Ok(tokens)
+
+    /// Waits for the tokens and reads them, and what else was asked for.
+    pub(super) fn read(&self, runner: &mut Runner) -> bcg_runtime::Result<Vec<SampledToken>> {
+        let ids = self.readback.read::<i32>(0)?;
+        let mut tokens = Vec::with_capacity(ids.len());
+        for (row, (id, wanted)) in ids.into_iter().zip(&self.rows).enumerate() {
+            let mut token = SampledToken { id: id.cast_unsigned(), logprob: None, top: Vec::new(), logits: None };
+            if wanted.logits || wanted.top_logprobs.is_some() {
+                let logits = runner.read::<f32>(&self.logits.rows(row..row + 1)?)?;
+                if let Some(count) = wanted.top_logprobs {
+                    let log_softmax = LogSoftmax::new(&logits);
+                    let with_logprob = |id: u32| (id, log_softmax.of(logits[id as usize]));
+                    token.logprob = Some(with_logprob(token.id).1);
+                    token.top = most_likely(&logits, count).into_iter().map(with_logprob).collect();
+                }
+                token.logits = wanted.logits.then_some(logits);
+            }
+            tokens.push(token);
+        }
+        Ok(tokens)
+    }
+
+    pub(super) fn into_readback(self) -> Readback {
+        self.readback
+    }
 }
 
 pub(super) fn sample(
