@@ -34,7 +34,7 @@ use crate::state::{Caches, KvCache, PagePool, StateCache};
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
 
-pub use choose::PendingStep;
+pub use choose::{PendingStep, TOP_LOGPROBS_MAX};
 pub use generate::{FinishReason, GenerateOptions, Generated};
 pub use measure::ForwardPath;
 pub use options::{CaptureSummary, GraphMode, LoadFormat, Progress, RunnerOptions, SampledToken, Stage, StepOutput};
@@ -240,19 +240,24 @@ impl ModelRunner {
         let sampling = if is_greedy { None } else { Some(self.inputs.fill_sampling(&mut self.runner, batch)?) };
         let model = Arc::clone(&self.model);
         let chosen = self.inputs.chosen().rows(0..batch.len())?;
-        let logits = self.runner.tail(live, |cx| {
+        let (logits, logprobs) = self.runner.tail(live, |cx| {
             let last = ops::gather_rows(cx, hidden, &live.last_rows)?; // [B, C]
             let logits = model.logits(cx, &last)?;
+            choose::adjust(cx, &logits, batch)?;
             let tokens = choose::choose(cx, &logits, sampling.as_ref())?;
             cx.copy(&chosen, &tokens)?;
-            Ok(logits)
+            let logprobs = choose::logprobs(cx, &logits, &chosen, batch)?;
+            Ok((logits, logprobs))
         })?;
         self.num_chosen = batch.len();
         let mut readback = match self.readbacks.pop() {
             Some(readback) => readback,
             None => Readback::new(self.runner.device(), choose::readback_bytes(self.options.limits()?.sequences))?,
         };
-        self.runner.read_back(&[&chosen], &mut readback)?;
+        match &logprobs {
+            None => self.runner.read_back(&[&chosen], &mut readback)?,
+            Some((ids, values)) => self.runner.read_back(&[&chosen, ids, values], &mut readback)?,
+        }
         Ok(PendingStep::new(readback, logits, batch))
     }
 
@@ -418,6 +423,7 @@ impl ModelRunner {
                 let expected = format!("at most {} tokens", options.context_length);
                 return Err(Error::batch("length of a sequence", expected, sequence.kv_len()));
             }
+            self.check_choice(sequence)?;
             self.check_state(sequence)?;
             let wanted = self.pages.pages_for(sequence.kv_len());
             if sequence.pages.len() < wanted {
@@ -431,6 +437,22 @@ impl ModelRunner {
             }
         }
         Ok(())
+    }
+
+    /// Refuses what cannot be asked of the next token.
+    fn check_choice(&self, sequence: &SequenceInput<'_>) -> Result<()> {
+        let vocab = self.config.vocab_size;
+        if let Some(&count) = sequence.top_logprobs.as_ref().filter(|&&count| count > TOP_LOGPROBS_MAX) {
+            return Err(Error::batch("top_logprobs of a sequence", format!("at most {TOP_LOGPROBS_MAX}"), count));
+        }
+        if let Some((token, _)) = sequence.logit_bias.iter().find(|(token, _)| *token as usize >= vocab) {
+            return Err(Error::batch("token of a logit bias", format!("below {vocab}"), token));
+        }
+        let words = vocab.div_ceil(32);
+        match sequence.token_mask.filter(|mask| mask.len() != words) {
+            Some(mask) => Err(Error::batch("words of a token mask", words.to_string(), mask.len())),
+            None => Ok(()),
+        }
     }
 
     /// Refuses a step that a model with states cannot do: they stand for all tokens up to where the last step ended.
