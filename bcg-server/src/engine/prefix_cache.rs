@@ -45,6 +45,11 @@ impl SequencePages {
         &self.pages
     }
 
+    /// Tokens of the pages that came from the tree or went there.
+    pub fn num_shared_tokens(&self, cache: &PrefixCache) -> usize {
+        self.path.len() * cache.pool.page_size()
+    }
+
     /// The sequence's state, for a model that has one.
     pub fn state(&self) -> Option<&StateLease> {
         self.own.state()
@@ -156,7 +161,9 @@ impl PrefixCache {
     /// Takes a sequence's pages back.
     pub fn release(&mut self, pages: SequencePages) {
         self.clock += 1;
-        for &id in pages.path.iter().rev() {
+        // Its own pages are free when they drop.
+        let SequencePages { path, .. } = pages;
+        for id in path.into_iter().rev() {
             let Some(node) = self.nodes.get_mut(&id) else { continue };
             node.users -= 1;
             node.last_used = self.clock;
