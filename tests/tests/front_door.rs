@@ -1,9 +1,9 @@
 //! What stands before the routes, over real sockets: key, CORS, TLS, limits, request ids and spans. The engine is the tiny
 //! checkpoint on the host device.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -343,15 +343,39 @@ fn a_request_that_drips_in_is_ended() {
     assert_eq!(server.get("/health", "").status, 200);
 }
 
+/// Log lines of this process.
+static LOG: Mutex<Vec<u8>> = Mutex::new(Vec::new());
+
+struct Log;
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        LOG.lock().expect("lock").write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 #[test]
-fn every_answer_names_its_request() {
-    let server = Server::start(&[]);
+fn every_answer_and_its_log_line_name_the_request() {
+    tracing_subscriber::fmt().json().with_writer(|| Log).init();
+    let mut server = Server::start(&[]);
     for path in ["/health", "/v1/models", "/v1/nothing", "/v1/completions"] {
         let (given, made) = (server.get(path, "X-Request-Id: mine-7\r\n"), server.get(path, ""));
         assert_eq!(given.header("x-request-id"), Some("mine-7"), "{path}");
         assert_eq!(made.header("x-request-id").map(str::len), Some(32), "{path}");
         assert!(made.header("server").is_some_and(|server| server.starts_with("bcg/")), "{path}");
     }
+    server.begin_shutdown();
+    server.join();
+    let log = String::from_utf8(LOG.lock().expect("lock").clone()).expect("text");
+    let lines = log.lines().map(|line| serde_json::from_str::<Value>(line).expect("JSON"));
+    let named: Vec<Value> = lines.filter(|line| line["span"]["id"] == "mine-7").collect();
+    let paths: Vec<&Value> = named.iter().map(|line| &line["span"]["path"]).collect();
+    assert_eq!(paths, ["/v1/models", "/v1/nothing", "/v1/completions"], "{log}");
+    assert_eq!((&named[1]["fields"]["status"], &named[1]["fields"]["message"]), (&json!(404), &json!("answered")));
 }
 
 /// Answers everything with 200 and passes on the bodies that come to `/v1/traces`.

@@ -1,7 +1,8 @@
 //! HTTP: routes, limits and errors in OpenAI's shape. One route per file.
 //!
-//! Life of a request: [`listen`] (a connection) → [`front_door`] (key, body, limits, log) → [`fields`] checks each field → [`Engine::submit`] (429, 400) → the event stream
-//! becomes one JSON answer or [`sse`] chunks. Dropping the connection drops the event stream, which cancels.
+//! Life of a request: `listen` (a connection) → `front_door` (key, body, limits, log) → [`fields`] checks each field →
+//! [`Engine::submit`] (429, 400) → the event stream becomes one JSON answer or [`sse`] chunks. Dropping the connection
+//! drops the event stream, which cancels.
 
 use std::future::Future;
 use std::sync::Arc;

@@ -28,7 +28,7 @@ pub struct HttpArgs {
     #[arg(long, value_name = "KEY", env = "BCG_API_KEY", hide_env_values = true)]
     pub api_key: Option<ApiKey>,
 
-    /// Origin whose web pages may use the server, such as https://chat.example.com, or * for any; repeatable
+    /// Origin whose web pages may use the server, as SCHEME://HOST with a port if it has one, or * for any; repeatable
     #[arg(long, value_name = "ORIGIN")]
     pub cors_allow_origin: Vec<String>,
 

@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::future::Future;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -94,10 +95,12 @@ impl Tracer {
             _ => endpoint.to_owned(),
         };
         let runtime = Handle::try_current().with_context(named)?;
-        let exporter =
-            SpanExporter::builder().with_http().with_http_client(Sender { client, runtime }).with_endpoint(url);
+        let exporter = SpanExporter::builder()
+            .with_http()
+            .with_http_client(Sender { client, runtime, failing: AtomicBool::new(false) })
+            .with_endpoint(url);
         let exporter = exporter.build().with_context(named)?;
-        // OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win.
+        // The builder reads OTEL_RESOURCE_ATTRIBUTES itself; the name has a default of its own.
         let name = std::env::var("OTEL_SERVICE_NAME").unwrap_or_else(|_| "bcg-server".to_owned());
         let resource = Resource::builder().with_service_name(name).build();
         let provider = SdkTracerProvider::builder().with_batch_exporter(exporter).with_resource(resource).build();
@@ -207,6 +210,8 @@ impl RequestSpan {
 struct Sender {
     client: HttpClient,
     runtime: Handle,
+    /// Whether the latest try failed.
+    failing: AtomicBool,
 }
 
 #[async_trait]
@@ -222,15 +227,17 @@ impl opentelemetry_http::HttpClient for Sender {
             timeout(EXPORT_TIMEOUT, exchange).await?
         });
         let answer = sent.await.map_err(HttpError::from).flatten();
-        match &answer {
-            Err(error) => {
-                let error = one_line(error.as_ref());
-                tracing::warn!(error, "spans were not sent to --otlp-endpoint");
-            }
-            Ok(answer) if !answer.status().is_success() => {
-                tracing::warn!(status = answer.status().as_u16(), "--otlp-endpoint refused spans");
-            }
-            Ok(_) => {}
+        let failure = match &answer {
+            Ok(answer) if answer.status().is_success() => None,
+            Ok(answer) => Some(format!("HTTP {}", answer.status().as_u16())),
+            Err(error) => Some(one_line(error.as_ref())),
+        };
+        // Said once, not at each try.
+        let was_failing = self.failing.swap(failure.is_some(), Ordering::Relaxed);
+        match failure {
+            Some(error) if !was_failing => tracing::warn!(error, "spans cannot be sent to --otlp-endpoint"),
+            None if was_failing => tracing::info!("spans are sent to --otlp-endpoint again"),
+            _ => {}
         }
         answer
     }
