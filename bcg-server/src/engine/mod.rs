@@ -14,6 +14,7 @@ pub use bcg_models::{ChatMessage, SamplingParams};
 
 use crate::metrics::Metrics;
 
+pub mod guide;
 pub mod load;
 pub mod local;
 pub mod output;

@@ -200,15 +200,12 @@ impl<R: StepRunner> Worker<R> {
                 return Err(format!("sequence {} is planned but not known", entry.id));
             };
             let past_len = sequence.computed();
+            let tokens = &sequence.tokens()[past_len..past_len + entry.num_tokens];
             inputs.push(SequenceInput {
-                tokens: &sequence.tokens()[past_len..past_len + entry.num_tokens],
-                past_len,
-                pages: sequence.pages(),
                 state: sequence.state(),
-                sampling: &active.sampling,
                 step: sequence.num_generated() as u64,
                 top_logprobs: active.top_logprobs,
-                logits: false,
+                ..SequenceInput::new(tokens, past_len, sequence.pages(), &active.sampling)
             });
         }
         let runner = &mut self.runner;
