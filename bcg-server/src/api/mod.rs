@@ -15,17 +15,21 @@ use axum::response::Response;
 use axum::routing::{get, post};
 use tokio::net::TcpListener;
 
-use crate::engine::{Engine, EventStream, GenerationRequest};
+use self::answers::Answers;
+use crate::engine::{Engine, GenerationRequest, Prompt, SubmitError};
 use crate::error::ApiError;
 
+pub mod answers;
 mod chat;
 mod completions;
 pub mod fields;
+mod format;
 mod health;
 mod metrics;
 mod models;
 mod request;
 pub mod sse;
+mod tools;
 
 /// Limits of the HTTP layer.
 #[derive(Debug, Clone)]
@@ -50,11 +54,33 @@ pub(crate) struct App {
 }
 
 impl App {
-    /// Submits off the async threads, because tokenizing a long prompt takes a while.
-    async fn submit(&self, request: GenerationRequest) -> Result<EventStream, ApiError> {
+    /// Submits `n` requests for each of these, with seeds of their own; one that is refused takes back all of them.
+    async fn submit(&self, requests: Vec<GenerationRequest>, n: usize) -> Result<Answers, ApiError> {
+        self.with_engine(move |engine| {
+            let mut streams = Vec::with_capacity(requests.len() * n);
+            for mut request in requests {
+                if n > 1 {
+                    request.prompt = Prompt::Tokens(engine.prompt_tokens(request.prompt)?);
+                }
+                for index in 0..n as u64 {
+                    let seed = request.seed.map(|seed| seed.wrapping_add(index));
+                    streams.push(engine.submit(GenerationRequest { seed, ..request.clone() })?);
+                }
+            }
+            Ok(Answers::new(streams))
+        })
+        .await
+    }
+
+    /// Asks the engine off the async threads, because tokenizing a long text or compiling a grammar takes a while.
+    async fn with_engine<T, F>(&self, ask: F) -> Result<T, ApiError>
+    where
+        T: Send + 'static,
+        F: FnOnce(&dyn Engine) -> Result<T, SubmitError> + Send + 'static,
+    {
         let engine = self.engine.clone();
-        let submitted = tokio::task::spawn_blocking(move || engine.submit(request)).await;
-        submitted.map_err(|error| ApiError::Engine(format!("submitting failed: {error}")))?.map_err(ApiError::from)
+        let asked = tokio::task::spawn_blocking(move || ask(engine.as_ref())).await;
+        asked.map_err(|error| ApiError::Engine(format!("asking the engine failed: {error}")))?.map_err(ApiError::from)
     }
 }
 
