@@ -15,15 +15,18 @@ use std::ops::Range;
 
 use bcg_runtime::{DType, Device, Freeze, LiveBatch, Result, Rows, Runner, Tensor};
 
-use crate::ops::{DecodePlan, attention_prefill_plan, attention_prefill_plan_len};
+use crate::ops::{DecodePlan, attention_prefill_plan, attention_prefill_plan_len, take_chosen};
 use crate::sampling::SamplingParams;
 use crate::state::StateLease;
 
 /// One sequence's part of a step.
 #[derive(Debug, Clone, Copy)]
 pub struct SequenceInput<'a> {
-    /// The new tokens, at least one.
+    /// The new tokens that the host knows; at least one, unless there is a `chosen_row`.
     pub tokens: &'a [u32],
+    /// One more new token, which the host need not know yet: the one that the step launched last chose for this sequence of
+    /// its batch.
+    pub chosen_row: Option<usize>,
     /// Tokens of the sequence that the KV cache holds already.
     pub past_len: usize,
     /// The sequence's pages, with room for `past_len + tokens.len()` tokens.
@@ -35,16 +38,42 @@ pub struct SequenceInput<'a> {
     pub sampling: &'a SamplingParams,
     /// How many tokens the sequence has drawn before; with the seed it fixes the random choice.
     pub step: u64,
+    /// Tokens and what is added to their logits; each token once.
+    pub logit_bias: &'a [(u32, f32)],
+    /// The tokens that may be chosen, those whose bit `token % 32` of word `token / 32` is set; `None` allows all.
+    pub token_mask: Option<&'a [u32]>,
     /// `Some(n)` returns the token's log probability and those of the `n` most likely tokens.
     pub top_logprobs: Option<usize>,
     /// Returns the logits of the last row.
     pub logits: bool,
 }
 
-impl SequenceInput<'_> {
+impl<'a> SequenceInput<'a> {
+    /// New tokens behind `past_len` tokens, without a state and with nothing asked for but the next token.
+    pub fn new(tokens: &'a [u32], past_len: usize, pages: &'a [u32], sampling: &'a SamplingParams) -> Self {
+        Self {
+            tokens,
+            chosen_row: None,
+            past_len,
+            pages,
+            state: None,
+            sampling,
+            step: 0,
+            logit_bias: &[],
+            token_mask: None,
+            top_logprobs: None,
+            logits: false,
+        }
+    }
+
+    /// New tokens, the one that the host need not know included.
+    pub fn num_new(&self) -> usize {
+        self.tokens.len() + usize::from(self.chosen_row.is_some())
+    }
+
     /// Tokens that the KV cache holds after the step.
     pub fn kv_len(&self) -> usize {
-        self.past_len + self.tokens.len()
+        self.past_len + self.num_new()
     }
 }
 
@@ -71,7 +100,7 @@ impl Phase {
 
     /// The phase of a batch.
     pub fn of(batch: &[SequenceInput<'_>]) -> Self {
-        if batch.iter().all(|sequence| sequence.tokens.len() == 1) { Self::Decode } else { Self::Prefill }
+        if batch.iter().all(|sequence| sequence.num_new() == 1) { Self::Decode } else { Self::Prefill }
     }
 }
 
@@ -176,6 +205,8 @@ pub struct InputBuffers {
     page_table: Tensor,
     decode_plan: DecodePlan,
     sampling: SamplingBuffers,
+    /// `[B]` i32: what the step launched last chose.
+    chosen: Tensor,
     staging: Vec<i32>,
     staged_plan: Vec<i32>,
     page_size: usize,
@@ -295,6 +326,7 @@ impl InputBuffers {
             },
             decode_plan,
             staging: Vec::with_capacity(len + sequences * pages_per_sequence),
+            chosen: device.zeros(&[limits.sequences], DType::I32)?,
             staged_plan: Vec::with_capacity(plan),
             page_size,
         })
@@ -324,7 +356,7 @@ impl InputBuffers {
         padded: usize,
         write_kv: bool,
     ) -> Result<ForwardBatch> {
-        let valid: usize = batch.iter().map(|sequence| sequence.tokens.len()).sum();
+        let valid: usize = batch.iter().map(SequenceInput::num_new).sum();
         assert!(valid <= padded, "{valid} tokens do not fit into {padded} rows");
         assert!(phase == Phase::Prefill || Phase::of(batch) == phase, "a decode has one new token a sequence");
         let live = self.views(phase, batch.len(), Rows { valid, padded })?;
@@ -335,6 +367,10 @@ impl InputBuffers {
         let width = self.stage_page_tables(batch);
         let used = live.page_table.rows(0..batch.len())?.columns(0..width)?;
         runner.upload(&used, &self.staging[staged..])?;
+        if batch.iter().any(|sequence| sequence.chosen_row.is_some()) {
+            let tokens = self.sections.rows(0..valid)?;
+            runner.tail(&live, |cx| take_chosen(cx, &tokens, &self.chosen))?;
+        }
         Ok(live)
     }
 
@@ -368,7 +404,11 @@ impl InputBuffers {
         let (staging, page_size) = (&mut self.staging, self.page_size);
         staging.clear();
         push_section(staging, padded, 0, |staging| {
-            batch.iter().for_each(|s| staging.extend(s.tokens.iter().map(|token| token.cast_signed())));
+            for s in batch {
+                staging.extend(s.tokens.iter().map(|token| token.cast_signed()));
+                // As `take_chosen` reads it.
+                staging.extend(s.chosen_row.map(|row| -1 - row as i32));
+            }
         });
         push_section(staging, padded, 0, |staging| {
             batch.iter().for_each(|s| staging.extend(s.past_len as i32..s.kv_len() as i32));
@@ -377,7 +417,7 @@ impl InputBuffers {
         push_section(staging, padded, -1, |staging| {
             written.iter().for_each(|s| push_slots(staging, s.pages, page_size, s.past_len..s.kv_len()));
         });
-        let valid: usize = batch.iter().map(|sequence| sequence.tokens.len()).sum();
+        let valid: usize = batch.iter().map(SequenceInput::num_new).sum();
         push_section(staging, 1, 0, |staging| staging.push(valid as i32));
     }
 
@@ -402,7 +442,7 @@ impl InputBuffers {
             push_section(staging, plan.len(), 0, |staging| staging.extend_from_slice(plan));
         }
         let ends = batch.iter().scan(0, |end, sequence| {
-            *end += sequence.tokens.len() as i32;
+            *end += sequence.num_new() as i32;
             Some(*end)
         });
         let starts = push_section(staging, capacity + 1, live.rows.valid as i32, |staging| {
@@ -425,6 +465,11 @@ impl InputBuffers {
             self.staging.resize(begin + (i + 1) * width, 0);
         }
         width
+    }
+
+    /// `[B]` i32: where each step leaves the tokens that it chose, for the next one.
+    pub fn chosen(&self) -> &Tensor {
+        &self.chosen
     }
 
     /// Uploads the sampling parameters of a batch.
@@ -472,8 +517,7 @@ mod tests {
         pages: &'a [u32],
         sampling: &'a SamplingParams,
     ) -> SequenceInput<'a> {
-        let (state, step) = (None, 0);
-        SequenceInput { tokens, past_len, pages, state, sampling, step, top_logprobs: None, logits: false }
+        SequenceInput::new(tokens, past_len, pages, sampling)
     }
 
     #[test]

@@ -132,9 +132,13 @@ pub struct EngineArgs {
     #[arg(long, value_name = "TOKENS", default_value_t = 16)]
     pub page_size: usize,
 
-    /// Tokens in one prefill step at most; a longer prompt is prefilled in chunks
+    /// Tokens in one step at most, the newest ones of answers first; a longer prompt is prefilled in chunks
     #[arg(long, value_name = "TOKENS", default_value_t = 2048)]
     pub chunked_prefill_size: usize,
+
+    /// Compute every prompt from its first token, even if another one began alike
+    #[arg(long)]
+    pub disable_radix_cache: bool,
 }
 
 /// Flags of `bcg-server`.
@@ -231,6 +235,8 @@ pub struct EnginePlan {
     pub page_size: usize,
     /// Tokens in one prefill step at most.
     pub max_batch_tokens: usize,
+    /// No prompt shares the pages of another one.
+    pub disable_radix_cache: bool,
 }
 
 /// A flag, or a combination of flags, that cannot work.
@@ -295,6 +301,7 @@ impl EngineArgs {
             mem_fraction_static: self.mem_fraction_static,
             page_size: self.page_size,
             max_batch_tokens: self.chunked_prefill_size,
+            disable_radix_cache: self.disable_radix_cache,
         })
     }
 

@@ -35,9 +35,6 @@ struct Shared {
     Found found;
 };
 
-// The likelihood of a token relative to the likeliest.
-BCG_DEVICE float weight(float z, float top) { return z == top ? 1.0f : expf(z - top); }
-
 // A weight as a whole number, so that sums have no order.
 BCG_DEVICE u64 fixed(float weight) { return __float2ull_rn(weight * 17592186044416.0f); }
 

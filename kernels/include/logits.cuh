@@ -57,6 +57,15 @@ BCG_DEVICE float unorder(u32 key) { return __uint_as_float(key >> 31 ? key & 0x7
 
 BCG_DEVICE float not_a_number() { return __int_as_float(0x7fc00000); }
 
+// Orders logits of a row: the larger value is ahead, then the lower index. 0 for NaN, below everything.
+BCG_DEVICE u64 logit_key(float v, u32 i) { return v != v ? 0 : (u64)order(v) << 32 | (u32)~i; }
+
+// The index in the largest logit_key() of a row, 0 if there is none.
+BCG_DEVICE i32 best_index(u64 key) { return key == 0 ? 0 : (i32)~(u32)key; }
+
+// The likelihood of a token relative to the likeliest.
+BCG_DEVICE float weight(float z, float top) { return z == top ? 1.0f : expf(z - top); }
+
 // The best that a thread has met: the larger value wins, then the lower index; NaN never does.
 struct Best {
     float value;
@@ -73,11 +82,8 @@ struct Best {
     }
 
     // Orders the best of several threads; 0 for none.
-    BCG_DEVICE u64 key() const { return value != value ? 0 : (u64)order(value) << 32 | (u32)~index; }
+    BCG_DEVICE u64 key() const { return logit_key(value, index); }
 };
-
-// The index in the largest Best::key() of a row, 0 if there is none.
-BCG_DEVICE i32 best_index(u64 key) { return key == 0 ? 0 : (i32)~(u32)key; }
 
 // Four neighbouring logits.
 struct Quad {
@@ -91,8 +97,8 @@ struct LogitsRow {
     u32 rank;   // of the block in its cluster
     bool wide;  // a quad is one access
 
-    BCG_DEVICE LogitsRow(const float* all, i64 stride, u32 columns)
-        : logits(all + blockIdx.x / CLUSTER * stride), columns(columns), rank(blockIdx.x % CLUSTER),
+    BCG_DEVICE LogitsRow(const float* all, i64 stride, u32 columns, u32 row = blockIdx.x / CLUSTER)
+        : logits(all + row * stride), columns(columns), rank(blockIdx.x % CLUSTER),
           wide(((u64)all | (u64)stride * 4 | (u64)columns * 4) % 16 == 0) {}
 
     // Four logits; NaN beyond the row.

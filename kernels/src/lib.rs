@@ -114,6 +114,8 @@ sources! {
     KV_WRITE = "kv_write.cu",
     /// Matrix product of few rows with a transposed weight.
     LINEAR_FEW_ROWS = "linear_few_rows.cu",
+    /// Bias of single logits.
+    LOGIT_BIAS = "logit_bias.cu",
     /// Latent attention of one query per sequence.
     MLA_DECODE = "mla_decode.cu",
     /// The same on tensor cores, split over a persistent grid by a plan.
@@ -148,6 +150,12 @@ sources! {
     SSD_SCAN_TILED = "ssd_scan_tiled.cu",
     /// One step of Mamba2's recurrence.
     SSM_UPDATE = "ssm_update.cu",
+    /// Tokens that the step before chose.
+    TAKE_CHOSEN = "take_chosen.cu",
+    /// Exclusion of tokens by bit masks.
+    TOKEN_MASK = "token_mask.cu",
+    /// Log probabilities of the chosen and the likeliest tokens.
+    TOP_LOGPROBS = "top_logprobs.cu",
 }
 
 #[cfg(test)]

@@ -11,9 +11,9 @@ pub(super) const THREADS: usize = 512;
 /// Logits of a pack, which a thread reads at once.
 const PACK_LEN: usize = 4;
 
-/// A cluster of blocks for each row of `logits`.
-pub(super) fn dims(check: Check, logits: &Tensor) -> Result<Dims> {
-    Ok(Dims::linear(check.u32("blocks", logits.dim(0) * CLUSTER)?, THREADS as u32))
+/// A cluster of blocks for each row of `tensor`.
+pub(super) fn dims(check: Check, tensor: &Tensor) -> Result<Dims> {
+    Ok(Dims::linear(check.u32("blocks", tensor.dim(0) * CLUSTER)?, THREADS as u32))
 }
 
 /// The number of rows that a launch is for.

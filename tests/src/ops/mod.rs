@@ -7,6 +7,7 @@ mod fixture;
 mod grouped_linear;
 mod linear;
 mod linear_few_rows;
+mod logits;
 mod mamba;
 mod mla;
 mod moe;
@@ -32,6 +33,10 @@ use linear::{
 use linear_few_rows::{
     linear_of_few_rows_has_the_same_bits_for_any_number_of_rows, linear_of_few_rows_matches_the_formula,
     linear_of_few_rows_waits_for_a_computed_weight,
+};
+use logits::{
+    logit_bias_adds_each_value_once, token_mask_excludes_the_tokens_without_a_bit,
+    top_logprobs_lists_what_sorting_lists,
 };
 use mamba::{
     conv1d_continues_each_sequence, conv1d_of_many_rows_matches_the_formula, conv1d_takes_one_token_of_each_sequence,
@@ -89,6 +94,9 @@ pub const RULES: &[Rule] = crate::rules![
     linear_of_few_rows_matches_the_formula,
     linear_of_few_rows_has_the_same_bits_for_any_number_of_rows,
     linear_of_few_rows_waits_for_a_computed_weight,
+    logit_bias_adds_each_value_once,
+    token_mask_excludes_the_tokens_without_a_bit,
+    top_logprobs_lists_what_sorting_lists,
     conv1d_continues_each_sequence,
     conv1d_of_many_rows_matches_the_formula,
     conv1d_takes_one_token_of_each_sequence,
