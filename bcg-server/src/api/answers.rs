@@ -34,7 +34,7 @@ impl Answers {
     }
 }
 
-/// One choice, complete.
+/// One choice, so far or complete.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Answer {
     pub(super) text: String,
@@ -44,25 +44,38 @@ pub(super) struct Answer {
     pub(super) usage: Usage,
 }
 
+impl Default for Answer {
+    /// Nothing yet.
+    fn default() -> Self {
+        let (reason, usage) = (FinishReason::Length, Usage::default());
+        Self { text: String::new(), tokens: Vec::new(), logprobs: Vec::new(), reason, usage }
+    }
+}
+
+impl Answer {
+    /// Takes the next event; [`Event::Failed`] changes nothing.
+    pub(super) fn take(&mut self, event: Event) {
+        match event {
+            Event::Delta(delta) => {
+                self.text += &delta.text;
+                self.tokens.extend(delta.tokens);
+                self.logprobs.extend(delta.logprobs);
+            }
+            Event::Finished { reason, usage } => (self.reason, self.usage) = (reason, usage),
+            Event::Failed(_) => {}
+        }
+    }
+}
+
 /// Waits for all choices.
 pub(super) async fn collect(mut answers: Answers) -> Result<Vec<Answer>, ApiError> {
     let mut choices: Vec<Answer> = Vec::new();
     while let Some((index, event)) = answers.next().await {
-        if index >= choices.len() {
-            let (reason, usage) = (FinishReason::Length, Usage::default());
-            let empty = Answer { text: String::new(), tokens: Vec::new(), logprobs: Vec::new(), reason, usage };
-            choices.resize(index + 1, empty);
+        if let Event::Failed(message) = event {
+            return Err(ApiError::Engine(message));
         }
-        let choice = &mut choices[index];
-        match event {
-            Event::Delta(delta) => {
-                choice.text += &delta.text;
-                choice.tokens.extend(delta.tokens);
-                choice.logprobs.extend(delta.logprobs);
-            }
-            Event::Finished { reason, usage } => (choice.reason, choice.usage) = (reason, usage),
-            Event::Failed(message) => return Err(ApiError::Engine(message)),
-        }
+        choices.resize(choices.len().max(index + 1), Answer::default());
+        choices[index].take(event);
     }
     Ok(choices)
 }

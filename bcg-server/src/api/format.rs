@@ -8,7 +8,8 @@ use crate::error::ApiError;
 
 /// Reads `response_format`, `regex` and vLLM's name for the latter; at most one of them.
 pub(super) fn grammar(fields: &Fields) -> Result<Option<Grammar>, ApiError> {
-    let regex = |name| Ok::<_, ApiError>(fields.get::<String>(name)?.map(Grammar::Regex));
+    let regex =
+        |name| Ok::<_, ApiError>(fields.get::<String>(name)?.filter(|pattern| !pattern.is_empty()).map(Grammar::Regex));
     let given = [response_format(fields)?, regex("regex")?, regex("guided_regex")?];
     let mut given = given.into_iter().flatten();
     let grammar = given.next();

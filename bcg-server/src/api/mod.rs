@@ -22,13 +22,18 @@ use crate::error::ApiError;
 pub mod answers;
 mod chat;
 mod completions;
+mod embeddings;
 pub mod fields;
+mod flush_cache;
 mod format;
+mod generate;
 mod health;
+mod info;
 mod metrics;
 mod models;
 mod request;
 pub mod sse;
+mod tokenize;
 mod tools;
 
 /// Limits of the HTTP layer.
@@ -92,7 +97,17 @@ pub fn router(engine: Arc<dyn Engine>, options: &ApiOptions) -> Router {
         .route("/v1/completions", post(completions::create))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{name}", get(models::retrieve))
+        .route("/v1/embeddings", post(embeddings::refuse))
+        .route("/tokenize", post(tokenize::encode))
+        .route("/detokenize", post(tokenize::decode))
+        .route("/generate", post(generate::create).put(generate::create))
         .route("/health", get(health::health))
+        .route("/health_generate", get(health::generate))
+        .route("/server_info", get(info::server))
+        .route("/get_server_info", get(info::server))
+        .route("/model_info", get(info::model))
+        .route("/get_model_info", get(info::model))
+        .route("/flush_cache", post(flush_cache::flush).get(flush_cache::flush))
         .route("/metrics", get(metrics::metrics))
         .fallback(unknown_route)
         .method_not_allowed_fallback(method_not_allowed)

@@ -43,12 +43,7 @@ impl AnswerShape {
     /// Reads the shape and checks the model's name and the fields that no route supports.
     pub(super) fn read(fields: &Fields, app: &App, prefix: &str) -> Result<Self, ApiError> {
         let info = app.engine.info();
-        let served = &info.name;
-        if let Some(model) = fields.get::<String>("model")?
-            && model != *served
-        {
-            return Err(ApiError::ModelNotFound(model, served.clone()));
-        }
+        check_model(fields, info)?;
         let n = num_answers(fields)?;
         let stream = fields.get::<bool>("stream")?.unwrap_or(false);
         let options = fields.get::<Map<String, Value>>("stream_options")?;
@@ -64,7 +59,7 @@ impl AnswerShape {
         };
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let token_ids = !info.has_tokenizer;
-        Ok(Self { id: next_id(prefix), created, model: served.clone(), n, stream, include_usage, token_ids })
+        Ok(Self { id: next_id(prefix), created, model: info.name.clone(), n, stream, include_usage, token_ids })
     }
 
     /// Starts a JSON object with the fields that every answer and chunk has.
@@ -101,6 +96,14 @@ impl AnswerShape {
         answer.insert("choices".into(), choices.into());
         answer.insert("usage".into(), usage_json(usage));
         answer.into()
+    }
+}
+
+/// Refuses a model that is not served; a request that names none means the one that is.
+pub(super) fn check_model(fields: &Fields, info: &ModelInfo) -> Result<(), ApiError> {
+    match fields.get::<String>("model")? {
+        Some(model) if model != info.name => Err(ApiError::ModelNotFound(model, info.name.clone())),
+        _ => Ok(()),
     }
 }
 
