@@ -4,9 +4,10 @@
 //! or says which flag is wrong and what to do about it; nothing after it looks at raw flags again.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use clap::{Args, Parser, ValueEnum};
+
+use crate::api::HttpArgs;
 
 /// Where the model runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -165,20 +166,9 @@ pub struct ServerArgs {
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
 
-    /// Largest request body in bytes (HTTP 413 above it)
-    #[arg(long, value_name = "BYTES", default_value_t = 8 << 20)]
-    pub max_body_bytes: usize,
-
-    /// Seconds that running requests get to finish after SIGTERM or ctrl-c
-    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
-    pub shutdown_deadline: u64,
-}
-
-impl ServerArgs {
-    /// Returns how long running requests may take once a shutdown began.
-    pub fn shutdown_deadline(&self) -> Duration {
-        Duration::from_secs(self.shutdown_deadline)
-    }
+    /// Flags of the HTTP layer.
+    #[command(flatten)]
+    pub http: HttpArgs,
 }
 
 /// How graphs are used, after the flags were checked against each other.
