@@ -16,10 +16,13 @@ pub(super) async fn server(State(app): State<App>) -> Json<Value> {
 /// What the served model is.
 pub(super) async fn model(State(app): State<App>) -> Json<Value> {
     let info = app.engine.info();
-    let tokenizer = info.has_tokenizer.then_some(&info.name);
+    // SGLang's clients load a tokenizer from these paths.
+    let path = app.engine.server_info().pointer("/settings/model_path").cloned();
+    let tokenizer_path = path.clone().filter(|_| info.has_tokenizer);
     Json(json!({
-        "model_path": info.name,
-        "tokenizer_path": tokenizer,
+        "model_path": path,
+        "tokenizer_path": tokenizer_path,
+        "served_model_name": info.name,
         "is_generation": true,
         "max_model_len": info.context_length,
         "vocab_size": info.vocab_size,

@@ -123,7 +123,7 @@ impl Engine for Scripted {
     }
 
     fn server_info(&self) -> Value {
-        json!({"engine": "scripted"})
+        json!({"engine": "scripted", "settings": {"model_path": "somewhere"}})
     }
 
     fn health(&self) -> Health {
