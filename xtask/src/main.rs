@@ -25,7 +25,7 @@ cargo xtask <command>
   tidy            check names, lengths, leftovers, links, and that every rule names its test
   licenses        check the licence of every dependency
   kernels         compile every kernel for sm_80, sm_90a and sm_100a with NVRTC from its Python wheel; needs no GPU
-  test-clients    run the official openai client against the server
+  test-clients    run the official openai client against the server [--sglang runs SGLang's benchmark client, 350 MB]
   test-page       open the page of `bcg inspect --html` in a headless browser and use it
   package         package every crate that can be published [--verify builds them too] [--allow-dirty]
   plots DIR       draw what `bcg bench … --json` wrote into DIR: docs/plots/*.svg
@@ -46,7 +46,7 @@ fn run() -> Result<()> {
     let mut args = std::env::args().skip(1);
     let command = args.next();
     let flags: Vec<String> = args.collect();
-    if !matches!(command.as_deref(), Some("package" | "plots"))
+    if !matches!(command.as_deref(), Some("package" | "plots" | "test-clients"))
         && let Some(flag) = flags.first()
     {
         bail!("unexpected argument `{flag}`\n\n{USAGE}");
@@ -55,7 +55,7 @@ fn run() -> Result<()> {
         Some("tidy") => tidy::run(),
         Some("licenses") => licenses::run(),
         Some("kernels") => kernels::run(),
-        Some("test-clients") => clients::run(),
+        Some("test-clients") => clients::run(&flags),
         Some("test-page") => page::run(),
         Some("package") => package::run(&flags),
         Some("plots") => plots::run(&flags),
