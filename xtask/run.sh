@@ -6,6 +6,7 @@
 #   run.sh test MODEL…         the same for some models only: tiny checkpoints and geometries, by their folders' names
 #   run.sh bench               every bench at full size, the figures as JSON too, their tables once more last
 #   run.sh bench GEOMETRY…     the same for some geometries only
+#   run.sh serve [GEOMETRY…]   the server under load, over HTTP: throughput, time to first token, rates up to saturation
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cd "$here" || exit 1
@@ -18,8 +19,8 @@ log=$out/run.log
 
 export BCG_ROOT=$here BCG_CACHE_DIR=${BCG_CACHE_DIR:-$work/cache} RUST_BACKTRACE=1 RUST_LOG=info,bcg_runtime=warn
 mode=${1:-test}
-case $mode in test | bench) ;; *)
-    echo "run.sh: no mode $mode; there are test (without argument) and bench" >&2
+case $mode in test | bench | serve) ;; *)
+    echo "run.sh: no mode $mode; there are test (without argument), bench and serve" >&2
     exit 1
     ;;
 esac
@@ -157,10 +158,43 @@ benches() {
     fi
 }
 
-if [ "$mode" = bench ]; then benches; else correctness; fi
+# Random weights and random token ids, so that no two runs share a prompt.
+load() { # geometry, name, flags…
+    local geometry=$1 name=$2
+    shift 2
+    step "serve $geometry $name" 120 bin/bcg bench serve --base-url "http://127.0.0.1:$port" --vocab-size 100000 \
+        --seed "$((seed += 1))" --json "$out/serve-$geometry-$name.json" "$@"
+}
+
+serving() {
+    local geometry server port=30017 seed=0 rate
+    for geometry in $(pick qwen3-8b qwen3-0.6b); do
+        bin/bcg-server --model "models/geometries/$geometry" --load-format dummy --skip-tokenizer-init --device cuda \
+            --port "$port" "${graphs[@]}" --context-length 2048 --max-running-requests 512 --max-queued-requests 1024 \
+            --chunked-prefill-size "${CHUNK:-8192}" >>"$out/server-$geometry.log" 2>&1 &
+        server=$!
+        step "start $geometry" 120 bash -c 'until curl -sf "http://127.0.0.1:$0/health" >/dev/null; do kill -0 "$1" || exit 1; sleep 0.2; done' \
+            "$port" "$server"
+        for tokens in 16 256 1024; do
+            load "$geometry" "first-token-$tokens" --num-prompts 40 --max-concurrency 1 --input-len "$tokens" --output-len 8
+        done
+        load "$geometry" burst --num-prompts 512 --input-len 1024 --output-len 128
+        load "$geometry" burst-again --num-prompts 512 --input-len 1024 --output-len 128
+        case $geometry in qwen3-8b) rates=(4 8 16 24) ;; *) rates=(20 40 80 120) ;; esac
+        for rate in "${rates[@]}"; do
+            load "$geometry" "rate-$rate" --num-prompts "$((rate * 12))" --request-rate "$rate" --input-len 1024 --output-len 128
+        done
+        load "$geometry" shared-prefix --num-prompts 512 --input-len 64 --shared-prefix-len 960 --num-prefixes 8 --output-len 128
+        curl -s "http://127.0.0.1:$port/metrics" >"$out/metrics-$geometry.txt"
+        kill "$server"
+        step "stop $geometry" 40 tail --pid="$server" -f /dev/null
+    done
+}
+
+case $mode in bench) benches ;; serve) serving ;; test) correctness ;; esac
 
 echo
-awk '/^(ceilings|kernels|prefill|replay|lazy|decode|profile|capture)$/ { shown = 1 } /^$/ { shown = 0 } shown' "$log"
+awk '/^(ceilings|kernels|prefill|replay|lazy|decode|profile|capture|serve)$/ { shown = 1 } /^$/ { shown = 0 } shown' "$log"
 grep -hE '^(accuracy|FAILED|[0-9]+ passed)|captured prefill' "$log" | uniq
 printf '%s\n' "${table[@]}" | tee -a "$log"
 exit "$failed"

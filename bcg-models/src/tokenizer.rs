@@ -83,6 +83,14 @@ impl Tokenizer {
             .is_some_and(|token| self.inner.get_added_vocabulary().is_special_token(&token))
     }
 
+    /// The tokenizer as `tokenizer.json` describes it, for libraries that read that format.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if a part of it cannot be written as JSON.
+    pub fn to_json(&self) -> Result<serde_json::Value> {
+        serde_json::to_value(&*self.inner).map_err(|error| Error::Tokenizer(error.to_string()))
+    }
+
     /// Starts decoding a sequence token by token.
     pub fn stream(&self, skip_special: bool) -> TokenStream {
         TokenStream { tokenizer: self.clone(), skip_special, ids: Vec::new(), context: 0, shown: 0 }

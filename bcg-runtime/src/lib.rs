@@ -62,6 +62,7 @@ mod ladder;
 mod launch;
 mod matmul;
 mod op;
+mod readback;
 mod replay;
 mod runner;
 mod scrub;
@@ -89,6 +90,7 @@ pub use graph::{BreakDescription, BreakableCudaGraph, Description, GraphOptions,
 pub use ladder::{Decision, EagerReason, Ladder};
 pub use launch::{ARG_BYTES_MAX, AnyKernel, ArgBytes, DevicePtr, Dims, HostFn, Kernel, KernelArgs, Launch};
 pub use matmul::{MatmulTuning, TunedMatmul};
+pub use readback::Readback;
 pub use replay::{ChainReason, ReplayMode, ReplayPath};
 pub use runner::{Runner, RunnerOptions, RunnerStats};
 pub use stream::{CaptureStream, SideStream};

@@ -266,6 +266,18 @@ impl CaptureStream {
         self.submit(&Op::CopyFromPinned { dst: ptr, src: src.ptr(), bytes })
     }
 
+    /// Enqueues a copy of a contiguous tensor into page-locked memory, from an offset in bytes on.
+    pub(crate) fn copy_to_pinned(&mut self, src: &Tensor, dst: &PinnedBuffer, offset: usize) -> Result<()> {
+        let (ptr, bytes) = (self.addr(src)?, src.size_bytes());
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.counts.copies += 1;
+        self.enqueue("a copy to the host", |device, stream| {
+            device.backend().copy_to_pinned(stream, dst.ptr().offset_bytes(offset), ptr, bytes)
+        })
+    }
+
     /// Enqueues a fill of all bytes of a tensor.
     ///
     /// # Errors

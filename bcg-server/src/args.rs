@@ -4,9 +4,10 @@
 //! or says which flag is wrong and what to do about it; nothing after it looks at raw flags again.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use clap::{Args, Parser, ValueEnum};
+
+use crate::api::HttpArgs;
 
 /// Where the model runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -132,9 +133,13 @@ pub struct EngineArgs {
     #[arg(long, value_name = "TOKENS", default_value_t = 16)]
     pub page_size: usize,
 
-    /// Tokens in one prefill step at most; a longer prompt is prefilled in chunks
+    /// Tokens in one step at most, the newest ones of answers first; a longer prompt is prefilled in chunks
     #[arg(long, value_name = "TOKENS", default_value_t = 2048)]
     pub chunked_prefill_size: usize,
+
+    /// Compute every prompt from its first token, even if another one began alike
+    #[arg(long)]
+    pub disable_radix_cache: bool,
 }
 
 /// Flags of `bcg-server`.
@@ -161,20 +166,9 @@ pub struct ServerArgs {
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
 
-    /// Largest request body in bytes (HTTP 413 above it)
-    #[arg(long, value_name = "BYTES", default_value_t = 8 << 20)]
-    pub max_body_bytes: usize,
-
-    /// Seconds that running requests get to finish after SIGTERM or ctrl-c
-    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
-    pub shutdown_deadline: u64,
-}
-
-impl ServerArgs {
-    /// Returns how long running requests may take once a shutdown began.
-    pub fn shutdown_deadline(&self) -> Duration {
-        Duration::from_secs(self.shutdown_deadline)
-    }
+    /// Flags of the HTTP layer.
+    #[command(flatten)]
+    pub http: HttpArgs,
 }
 
 /// How graphs are used, after the flags were checked against each other.
@@ -231,6 +225,8 @@ pub struct EnginePlan {
     pub page_size: usize,
     /// Tokens in one prefill step at most.
     pub max_batch_tokens: usize,
+    /// No prompt shares the pages of another one.
+    pub disable_radix_cache: bool,
 }
 
 /// A flag, or a combination of flags, that cannot work.
@@ -295,6 +291,7 @@ impl EngineArgs {
             mem_fraction_static: self.mem_fraction_static,
             page_size: self.page_size,
             max_batch_tokens: self.chunked_prefill_size,
+            disable_radix_cache: self.disable_radix_cache,
         })
     }
 

@@ -38,6 +38,21 @@ pub enum ApiError {
     /// The route exists for another method.
     #[error("Not allowed to {0} on {1}.")]
     MethodNotAllowed(Method, String),
+    /// The request does not show the key of the server.
+    #[error("{0}")]
+    Unauthorized(&'static str),
+    /// The body did not arrive in time.
+    #[error("The request did not arrive whole within {seconds} seconds.")]
+    RequestTimeout {
+        /// The limit in seconds.
+        seconds: u64,
+    },
+    /// There are as many connections as there may be.
+    #[error("The server has its {max_connections} connections; try again later.")]
+    TooManyConnections {
+        /// Connections at once.
+        max_connections: usize,
+    },
     /// The body is above the limit.
     #[error("The request body is larger than {limit} bytes.")]
     BodyTooLarge {
@@ -77,6 +92,9 @@ impl ApiError {
             Self::InvalidRequest { .. } | Self::ContextLength { .. } => StatusCode::BAD_REQUEST,
             Self::ModelNotFound(..) | Self::UnknownRoute(..) => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed(..) => StatusCode::METHOD_NOT_ALLOWED,
+            Self::Unauthorized(_) => StatusCode::UNAUTHORIZED,
+            Self::RequestTimeout { .. } => StatusCode::REQUEST_TIMEOUT,
+            Self::TooManyConnections { .. } => StatusCode::SERVICE_UNAVAILABLE,
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::QueueFull { .. } => StatusCode::TOO_MANY_REQUESTS,
             Self::ShuttingDown => StatusCode::SERVICE_UNAVAILABLE,
@@ -92,6 +110,9 @@ impl ApiError {
             Self::ModelNotFound(..) => ("invalid_request_error", Some("model"), Some("model_not_found")),
             Self::UnknownRoute(..) => ("invalid_request_error", None, Some("unknown_url")),
             Self::MethodNotAllowed(..) => ("invalid_request_error", None, Some("method_not_allowed")),
+            Self::Unauthorized(_) => ("invalid_request_error", None, Some("invalid_api_key")),
+            Self::RequestTimeout { .. } => ("invalid_request_error", None, Some("request_timeout")),
+            Self::TooManyConnections { .. } => ("server_error", None, Some("too_many_connections")),
             Self::BodyTooLarge { .. } => ("invalid_request_error", None, Some("request_too_large")),
             Self::QueueFull { .. } => ("rate_limit_error", None, Some("queue_full")),
             Self::ShuttingDown => ("server_error", None, Some("shutting_down")),
@@ -118,10 +139,15 @@ impl From<SubmitError> for ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status(), Json(self.body())).into_response();
-        if let Self::QueueFull { retry_after, .. } = self {
-            let seconds = retry_after.as_secs().max(1);
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
-        }
+        let (name, value) = match self {
+            Self::QueueFull { retry_after, .. } => {
+                (header::RETRY_AFTER, HeaderValue::from(retry_after.as_secs().max(1)))
+            }
+            Self::TooManyConnections { .. } => (header::RETRY_AFTER, HeaderValue::from(1)),
+            Self::Unauthorized(_) => (header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer")),
+            _ => return response,
+        };
+        response.headers_mut().insert(name, value);
         response
     }
 }

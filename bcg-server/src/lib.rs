@@ -11,6 +11,7 @@ pub mod args;
 pub mod cli;
 pub mod engine;
 pub mod error;
+mod http_client;
 pub mod logging;
 pub mod metrics;
 pub mod progress;

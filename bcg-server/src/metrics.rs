@@ -34,10 +34,10 @@ pub struct ReasonLabel {
     pub reason: &'static str,
 }
 
-/// Prefill or decode.
+/// What kind of step it is.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct PhaseLabel {
-    /// `prefill` or `decode`.
+    /// `prefill`, `mixed` or `decode`.
     pub phase: &'static str,
 }
 
@@ -52,10 +52,14 @@ pub struct Metrics {
     pub running: Gauge,
     /// KV pages in use.
     pub kv_pages_used: Gauge,
+    /// KV pages that the prefix cache holds, used by sequences or not.
+    pub kv_pages_cached: Gauge,
     /// KV pages there are.
     pub kv_pages: Gauge,
     /// Prompt tokens of accepted requests.
     pub prompt_tokens: Counter,
+    /// Those of them that the prefix cache held.
+    pub cached_prompt_tokens: Counter,
     /// Tokens generated.
     pub generated_tokens: Counter,
     /// Requests by how they ended.
@@ -70,7 +74,7 @@ pub struct Metrics {
     pub inter_token_latency: Histogram,
     /// From arrival to the last token.
     pub request_latency: Histogram,
-    /// Wall time of a step.
+    /// Time that a step took, from the end of the one before it if it waited for that.
     pub step_time: Family<PhaseLabel, Histogram, fn() -> Histogram>,
     /// Forwards that replayed a graph.
     pub graph_replays: Counter,
@@ -98,8 +102,10 @@ impl Default for Metrics {
             queue_depth: Gauge::default(),
             running: Gauge::default(),
             kv_pages_used: Gauge::default(),
+            kv_pages_cached: Gauge::default(),
             kv_pages: Gauge::default(),
             prompt_tokens: Counter::default(),
+            cached_prompt_tokens: Counter::default(),
             generated_tokens: Counter::default(),
             finished: Family::default(),
             preemptions: Counter::default(),
@@ -127,8 +133,11 @@ impl Metrics {
         registry.register("queue_depth", "Requests that wait", self.queue_depth.clone());
         registry.register("running_requests", "Sequences that run", self.running.clone());
         registry.register("kv_pages_used", "KV cache pages in use", self.kv_pages_used.clone());
+        registry.register("kv_pages_cached", "KV cache pages in the prefix cache", self.kv_pages_cached.clone());
         registry.register("kv_pages", "KV cache pages there are", self.kv_pages.clone());
         registry.register("prompt_tokens", "Prompt tokens of accepted requests", self.prompt_tokens.clone());
+        let help = "Prompt tokens that the prefix cache held";
+        registry.register("cached_prompt_tokens", help, self.cached_prompt_tokens.clone());
         registry.register("generated_tokens", "Tokens generated", self.generated_tokens.clone());
         registry.register("requests_finished", "Requests by how they ended", self.finished.clone());
         registry.register("preemptions", "Sequences that gave their pages back", self.preemptions.clone());
@@ -150,7 +159,7 @@ impl Metrics {
         for (name, help, histogram) in seconds {
             registry.register_with_unit(name, help, Unit::Seconds, histogram);
         }
-        registry.register_with_unit("step_time", "Wall time of a step", Unit::Seconds, self.step_time.clone());
+        registry.register_with_unit("step_time", "Time that a step took", Unit::Seconds, self.step_time.clone());
     }
 
     /// Counts an HTTP response.

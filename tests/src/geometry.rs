@@ -139,7 +139,7 @@ fn input<'a>(
     sampling: &'a SamplingParams,
 ) -> SequenceInput<'a> {
     let (pages, state, tokens) = (lease.pages(), lease.state(), &tokens[past_len..]);
-    SequenceInput { tokens, past_len, pages, state, sampling, step: 0, top_logprobs: None, logits: true }
+    SequenceInput { state, logits: true, ..SequenceInput::new(tokens, past_len, pages, sampling) }
 }
 
 fn read(dir: &Path, vocab_size: usize) -> Vec<Sequence> {

@@ -43,6 +43,8 @@ tests! {
     a_ragged_batch_equals_each_sequence_alone,
     a_decode_equals_a_prefill_of_the_same_tokens,
     graphs_give_the_tokens_of_eager_runs,
+    a_step_launched_ahead_takes_the_tokens_that_nobody_has_read,
+    bias_and_mask_decide_what_is_chosen,
     healed_prefills_patch_no_node,
     a_step_writes_the_states_of_its_sequences_only,
     sampled_tokens_depend_on_seed_and_step_alone,

@@ -170,7 +170,7 @@ impl Server {
                 let shutdown = async {
                     let _ = stopped.await;
                 };
-                serve(listener, engine, options, shutdown).await.expect("serves");
+                serve(listener, engine, options, shutdown).await;
             });
         });
         let address = address.recv().expect("the server starts");

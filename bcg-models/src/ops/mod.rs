@@ -26,6 +26,7 @@ mod latent_kv;
 mod paged_kv;
 mod random;
 mod state_slots;
+mod take_chosen;
 
 mod add_rms_norm;
 mod argmax;
@@ -94,5 +95,6 @@ pub use sample::{SampleInputs, sample};
 pub use silu_mul::silu_mul;
 pub use ssd_scan::{SsmInputs, ssd_scan};
 pub use ssm_update::ssm_update;
+pub use take_chosen::take_chosen;
 pub use token_mask::token_mask;
 pub use top_logprobs::top_logprobs;

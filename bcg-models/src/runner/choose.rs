@@ -1,54 +1,60 @@
 //! The end of a step: from logits to tokens, and what was asked for about them.
 
-use bcg_runtime::{Eager, Tensor};
+use bcg_runtime::{DType, Eager, Element, Readback, Result, Runner, Tensor};
 
 use super::SampledToken;
 use crate::batch::{ForwardBatch, SamplingBuffers, SequenceInput};
 use crate::ops::{self, SampleInputs};
+
+/// The most alternatives of a token whose log probabilities a step returns.
+pub const TOP_LOGPROBS_MAX: usize = 20;
+
+/// Applies what sequences ask of their logits: a bias, then a mask.
+pub(super) fn adjust(cx: &mut Eager<'_, ForwardBatch>, logits: &Tensor, batch: &[SequenceInput<'_>]) -> Result<()> {
+    let biases = batch.iter().enumerate().flat_map(|(row, sequence)| {
+        sequence.logit_bias.iter().map(move |&(token, value)| (row as i32, token.cast_signed(), value))
+    });
+    let (mut rows, mut tokens, mut values) = (Vec::new(), Vec::new(), Vec::new());
+    for (row, token, value) in biases {
+        rows.push(row);
+        tokens.push(token);
+        values.push(value);
+    }
+    if !rows.is_empty() {
+        let (rows, tokens) = (uploaded(cx, &[rows.len()], &rows)?, uploaded(cx, &[rows.len()], &tokens)?);
+        let values = uploaded(cx, &[values.len()], &values)?;
+        ops::logit_bias(cx, logits, &rows, &tokens, &values)?;
+    }
+    let masks = batch.iter().zip(0..).filter_map(|(sequence, row)| Some((row, sequence.token_mask?)));
+    let (rows, masks): (Vec<i32>, Vec<&[u32]>) = masks.unzip();
+    if !rows.is_empty() {
+        let words = logits.dim(1).div_ceil(32);
+        let mask: Vec<i32> = masks.concat().into_iter().map(u32::cast_signed).collect();
+        let (mask, rows) = (uploaded(cx, &[rows.len(), words], &mask)?, uploaded(cx, &[rows.len()], &rows)?);
+        ops::token_mask(cx, logits, &rows, &mask)?;
+    }
+    Ok(())
+}
+
+fn uploaded<T: Element>(cx: &mut Eager<'_, ForwardBatch>, shape: &[usize], values: &[T]) -> Result<Tensor> {
+    let tensor = cx.empty(shape, T::DTYPE)?;
+    cx.upload(&tensor, values)?;
+    Ok(tensor)
+}
 
 /// Chooses the token of each row, the most likely one without parameters.
 pub(super) fn choose(
     cx: &mut Eager<'_, ForwardBatch>,
     logits: &Tensor,
     sampling: Option<&SamplingBuffers>,
-) -> bcg_runtime::Result<Tensor> {
+) -> Result<Tensor> {
     match sampling {
         None => ops::argmax(cx, logits),
         Some(sampling) => sample(cx, logits, sampling),
     }
 }
 
-/// Reads back the chosen tokens, and what else was asked for.
-pub(super) fn read(
-    cx: &mut Eager<'_, ForwardBatch>,
-    logits: &Tensor,
-    chosen: &Tensor,
-    batch: &[SequenceInput<'_>],
-) -> bcg_runtime::Result<Vec<SampledToken>> {
-    let ids = cx.read::<i32>(chosen)?;
-    let mut tokens = Vec::with_capacity(batch.len());
-    for (row, (id, sequence)) in ids.into_iter().zip(batch).enumerate() {
-        let mut token = SampledToken { id: id.cast_unsigned(), logprob: None, top: Vec::new(), logits: None };
-        if sequence.logits || sequence.top_logprobs.is_some() {
-            let logits = cx.read::<f32>(&logits.rows(row..row + 1)?)?;
-            if let Some(count) = sequence.top_logprobs {
-                let log_softmax = LogSoftmax::new(&logits);
-                let with_logprob = |id: u32| (id, log_softmax.of(logits[id as usize]));
-                token.logprob = Some(with_logprob(token.id).1);
-                token.top = most_likely(&logits, count).into_iter().map(with_logprob).collect();
-            }
-            token.logits = sequence.logits.then_some(logits);
-        }
-        tokens.push(token);
-    }
-    Ok(tokens)
-}
-
-pub(super) fn sample(
-    cx: &mut Eager<'_, ForwardBatch>,
-    logits: &Tensor,
-    sampling: &SamplingBuffers,
-) -> bcg_runtime::Result<Tensor> {
+pub(super) fn sample(cx: &mut Eager<'_, ForwardBatch>, logits: &Tensor, sampling: &SamplingBuffers) -> Result<Tensor> {
     let inputs = SampleInputs {
         temperature: &sampling.temperature,
         top_k: &sampling.top_k,
@@ -60,54 +66,85 @@ pub(super) fn sample(
     ops::sample(cx, logits, &inputs)
 }
 
-/// What turns logits into log probabilities. Two terms, because their sum would round small differences away.
-struct LogSoftmax {
-    max: f32,
-    log_sum: f32,
+/// Log probabilities of the sequences that ask for them: ids and values, `[R, 1 + n]`, the chosen token first.
+pub(super) fn logprobs(
+    cx: &mut Eager<'_, ForwardBatch>,
+    logits: &Tensor,
+    chosen: &Tensor,
+    batch: &[SequenceInput<'_>],
+) -> Result<Option<(Tensor, Tensor)>> {
+    let asking = batch.iter().zip(0..).filter_map(|(sequence, row)| Some((row, sequence.top_logprobs?)));
+    let (rows, counts): (Vec<i32>, Vec<usize>) = asking.unzip();
+    let Some(&most) = counts.iter().max() else { return Ok(None) };
+    let rows = uploaded(cx, &[rows.len()], &rows)?;
+    ops::top_logprobs(cx, logits, &rows, chosen, most).map(Some)
 }
 
-impl LogSoftmax {
-    fn new(logits: &[f32]) -> Self {
-        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let log_sum = logits.iter().map(|&logit| f64::from(logit - max).exp()).sum::<f64>().ln() as f32;
-        Self { max, log_sum }
-    }
-
-    fn of(&self, logit: f32) -> f32 {
-        logit - self.max - self.log_sum
-    }
+/// Bytes that come back from a step of `sequences` at most.
+pub(super) fn readback_bytes(sequences: usize) -> usize {
+    let pairs = sequences * (1 + TOP_LOGPROBS_MAX);
+    // Each of the three tensors is rounded up.
+    sequences * DType::I32.size_bytes() + pairs * (DType::I32.size_bytes() + DType::F32.size_bytes()) + 64
 }
 
-/// The `count` largest logits' indices, best first; of equals the lowest index.
-fn most_likely(logits: &[f32], count: usize) -> Vec<u32> {
-    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
-    let count = count.min(order.len());
-    let by_logit = |&a: &u32, &b: &u32| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b));
-    if count > 0 && count < order.len() {
-        order.select_nth_unstable_by(count - 1, by_logit);
-    }
-    order.truncate(count);
-    order.sort_unstable_by(by_logit);
-    order
+/// A step that was launched and whose tokens the host has not read.
+#[derive(Debug)]
+pub struct PendingStep {
+    readback: Readback,
+    /// `[B, V]`, if any sequence asks for them; of the forward's arena, so they go with the next launch.
+    logits: Option<Tensor>,
+    rows: Vec<Wanted>,
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// What was asked for of a row, beside its token.
+#[derive(Debug, Clone, Copy)]
+struct Wanted {
+    top_logprobs: Option<usize>,
+    logits: bool,
+}
 
-    #[test]
-    fn the_most_likely_come_best_first() {
-        let logits = [0.0, 3.0, 1.0, 3.0, -1.0];
-        assert_eq!(most_likely(&logits, 3), [1, 3, 2]);
-        assert_eq!(most_likely(&logits, 0), [0_u32; 0]);
-        assert_eq!(most_likely(&logits, 9), [1, 3, 2, 0, 4]);
+impl PendingStep {
+    pub(super) fn new(readback: Readback, logits: Tensor, batch: &[SequenceInput<'_>]) -> Self {
+        let wanted =
+            |sequence: &SequenceInput<'_>| Wanted { top_logprobs: sequence.top_logprobs, logits: sequence.logits };
+        let rows: Vec<Wanted> = batch.iter().map(wanted).collect();
+        let logits = rows.iter().any(|row| row.logits).then_some(logits);
+        Self { readback, logits, rows }
     }
 
-    #[test]
-    fn log_probabilities_sum_to_one() {
-        let logits = [1000.0, 999.0, 0.0];
-        let log_softmax = LogSoftmax::new(&logits);
-        let sum: f32 = logits.iter().map(|&logit| log_softmax.of(logit).exp()).sum();
-        assert!((sum - 1.0).abs() < 1e-6, "{sum}");
+    /// Waits for the tokens and reads them, and what else was asked for.
+    pub(super) fn read(&self, runner: &mut Runner) -> Result<Vec<SampledToken>> {
+        let ids = self.readback.read::<i32>(0)?;
+        let asking = self.rows.iter().filter(|row| row.top_logprobs.is_some()).count();
+        let (top_ids, top_values) = match asking {
+            0 => (Vec::new(), Vec::new()),
+            _ => (self.readback.read::<i32>(1)?, self.readback.read::<f32>(2)?),
+        };
+        let width = top_ids.len() / asking.max(1);
+        let mut tops = top_ids.chunks(width.max(1)).zip(top_values.chunks(width.max(1)));
+        let mut tokens = Vec::with_capacity(ids.len());
+        for (row, (id, wanted)) in ids.into_iter().zip(&self.rows).enumerate() {
+            let mut token = SampledToken { id: id.cast_unsigned(), logprob: None, top: Vec::new(), logits: None };
+            if let Some(count) = wanted.top_logprobs
+                && let Some((ids, values)) = tops.next()
+            {
+                token.logprob = values.first().copied();
+                let pairs = ids.iter().zip(values).skip(1).take(count);
+                // A vocabulary, or what a mask leaves of it, may be smaller than the count.
+                let pairs = pairs.filter(|&(&id, &value)| id >= 0 && value > f32::NEG_INFINITY);
+                token.top = pairs.map(|(&id, &value)| (id.cast_unsigned(), value)).collect();
+            }
+            if wanted.logits
+                && let Some(logits) = &self.logits
+            {
+                token.logits = Some(runner.read::<f32>(&logits.rows(row..row + 1)?)?);
+            }
+            tokens.push(token);
+        }
+        Ok(tokens)
+    }
+
+    pub(super) fn into_readback(self) -> Readback {
+        self.readback
     }
 }

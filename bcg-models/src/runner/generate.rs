@@ -117,8 +117,8 @@ impl ModelRunner {
         sampling: &SamplingParams,
         step: u64,
     ) -> Result<SampledToken> {
-        let (pages, state) = (lease.pages(), lease.state());
-        let input = SequenceInput { tokens, past_len, pages, state, sampling, step, top_logprobs: None, logits: false };
+        let state = lease.state();
+        let input = SequenceInput { state, step, ..SequenceInput::new(tokens, past_len, lease.pages(), sampling) };
         let mut output = self.step(&[input])?;
         Ok(output.tokens.remove(0))
     }

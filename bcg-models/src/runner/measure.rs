@@ -35,7 +35,7 @@ impl ModelRunner {
                 ran?
             }
             ForwardPath::Eager => {
-                let rows = batch.iter().map(|sequence| sequence.tokens.len()).sum();
+                let rows = batch.iter().map(SequenceInput::num_new).sum();
                 self.run_eagerly(batch, Phase::of(batch), rows)?
             }
         };
@@ -59,7 +59,7 @@ impl ModelRunner {
     /// As [`step`](Self::step).
     pub fn upload_only(&mut self, batch: &[SequenceInput<'_>]) -> Result<(Phase, usize)> {
         self.check(batch)?;
-        let (phase, rows) = (Phase::of(batch), batch.iter().map(|sequence| sequence.tokens.len()).sum());
+        let (phase, rows) = (Phase::of(batch), batch.iter().map(SequenceInput::num_new).sum());
         let size = match self.graphs_and_runner(phase).0.decide(rows) {
             Decision::Replay { size } | Decision::Capture { size } => size,
             Decision::Eager(_) => rows,
@@ -89,11 +89,11 @@ impl ModelRunner {
         let begun = Instant::now();
         self.check(batch)?;
         let (live, hidden) = self.run(batch)?;
-        let (_, chosen) = self.choose_tokens(&live, &hidden, None)?;
+        let pending = self.choose_tokens(&live, &hidden, batch)?;
         let enqueued = begun.elapsed();
         self.synchronize()?;
         let begun = Instant::now();
-        self.runner.read::<i32>(&chosen)?;
+        self.collect(pending)?;
         Ok(enqueued + begun.elapsed())
     }
 

@@ -1,7 +1,9 @@
 //! A model on a device, and one step of a batch through it.
 //!
 //! A step: check the batch → decide (replay, capture or eager) → upload its inputs → forward → gather the last rows, LM
-//! head, choose tokens, read them back. The forward is what a graph holds; the rest runs behind it, eagerly.
+//! head, choose tokens, copy them to the host. The forward is what a graph holds; the rest runs behind it, eagerly. All of
+//! it is enqueued by [`ModelRunner::launch`]; [`ModelRunner::collect`] waits for the tokens, and another step may be
+//! launched in between.
 //!
 //! Invariants:
 //! - captured code reads only what [`InputBuffers`] hold, at addresses that never change;
@@ -20,9 +22,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use bcg_runtime::{Context, Decision, Description, Device, GraphCache, GraphCacheStats, Runner, Tensor};
+use bcg_runtime::{Context, Decision, Description, Device, GraphCache, GraphCacheStats, Readback, Runner, Tensor};
 
-use crate::batch::{ForwardBatch, InputBuffers, Phase, SamplingBuffers, SequenceInput};
+use crate::batch::{ForwardBatch, InputBuffers, Phase, SequenceInput};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::ops;
@@ -32,6 +34,7 @@ use crate::state::{Caches, KvCache, PagePool, StateCache};
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
 
+pub use choose::{PendingStep, TOP_LOGPROBS_MAX};
 pub use generate::{FinishReason, GenerateOptions, Generated};
 pub use measure::ForwardPath;
 pub use options::{CaptureSummary, GraphMode, LoadFormat, Progress, RunnerOptions, SampledToken, Stage, StepOutput};
@@ -53,16 +56,9 @@ const DUMMY_SEQUENCE_TOKENS: usize = 128;
 /// let mut runner = ModelRunner::load(&Device::host(), dir, RunnerOptions::default(), &mut |_| ())?;
 /// let prompt = runner.tokenizer()?.encode("Question: ")?;
 /// let lease = runner.pages().lease(runner.pages().pages_for(prompt.len()))?;
-/// let output = runner.step(&[SequenceInput {
-///     tokens: &prompt,
-///     past_len: 0,
-///     pages: lease.pages(),
-///     state: lease.state(),
-///     sampling: &SamplingParams::greedy(),
-///     step: 0,
-///     top_logprobs: None,
-///     logits: false,
-/// }])?;
+/// let sampling = SamplingParams::greedy();
+/// let new = SequenceInput::new(&prompt, 0, lease.pages(), &sampling);
+/// let output = runner.step(&[SequenceInput { state: lease.state(), ..new }])?;
 /// println!("{:?}", runner.tokenizer()?.decode(&[output.tokens[0].id], true)?);
 /// # Ok::<(), bcg_models::Error>(())
 /// ```
@@ -79,6 +75,10 @@ pub struct ModelRunner {
     tokenizer: Option<Tokenizer>,
     config: ModelConfig,
     options: RunnerOptions,
+    /// Those that no step uses.
+    readbacks: Vec<Readback>,
+    /// Sequences of the step launched last.
+    num_chosen: usize,
 }
 
 impl ModelRunner {
@@ -129,6 +129,8 @@ impl ModelRunner {
             tokenizer,
             config,
             options,
+            readbacks: Vec::new(),
+            num_chosen: 0,
         };
         progress(Progress { stage: Stage::WarmUp, done: 0, total: 1 });
         runner.warm_up().map_err(|error| runner.options.without_room(error))?;
@@ -196,32 +198,67 @@ impl ModelRunner {
     /// Runs the new tokens of a batch and chooses the next token of each sequence.
     ///
     /// # Errors
-    /// [`Error::Batch`] or [`Error::Sampling`] for a batch that cannot be run, before anything is; the runtime's.
+    /// Those of [`launch`](Self::launch) and [`collect`](Self::collect).
     pub fn step(&mut self, batch: &[SequenceInput<'_>]) -> Result<StepOutput> {
+        let step = self.launch(batch)?;
+        self.collect(step)
+    }
+
+    /// Enqueues a step and does not wait for it: the host can prepare the next one, which may take the tokens that this one
+    /// chooses ([`SequenceInput::chosen_row`]), while the device works.
+    ///
+    /// # Errors
+    /// [`Error::Batch`] or [`Error::Sampling`] for a batch that cannot be run, before anything is; the runtime's.
+    pub fn launch(&mut self, batch: &[SequenceInput<'_>]) -> Result<PendingStep> {
         self.check(batch)?;
         let (live, hidden) = self.run(batch)?;
-        let is_greedy = batch.iter().all(|sequence| sequence.sampling.is_greedy());
-        let sampling = if is_greedy { None } else { Some(self.inputs.fill_sampling(&mut self.runner, batch)?) };
-        let (logits, chosen) = self.choose_tokens(&live, &hidden, sampling.as_ref())?;
-        let tokens = self.runner.tail(&live, |cx| choose::read(cx, &logits, &chosen, batch))?;
+        let pending = self.choose_tokens(&live, &hidden, batch)?;
         commit_states(batch);
+        Ok(pending)
+    }
+
+    /// Waits for a step and returns its tokens. Logits, where they were asked for, are read only if no other step was
+    /// launched since.
+    ///
+    /// # Errors
+    /// The first error of the step's work on the device; [`bcg_runtime::Error::Stale`] for logits after another launch.
+    pub fn collect(&mut self, step: PendingStep) -> Result<StepOutput> {
+        let tokens = step.read(&mut self.runner)?;
+        self.readbacks.push(step.into_readback());
         Ok(StepOutput { tokens })
     }
 
-    /// Enqueues the end of a step: the logits of each sequence's last row, `[B, V]`, and its next token, `[B]`.
+    /// Enqueues the end of a step: the logits of each sequence's last row, `[B, V]`, its next token, `[B]`, and the copy of
+    /// that to the host.
     fn choose_tokens(
         &mut self,
         live: &ForwardBatch,
         hidden: &Tensor,
-        sampling: Option<&SamplingBuffers>,
-    ) -> Result<(Tensor, Tensor)> {
+        batch: &[SequenceInput<'_>],
+    ) -> Result<PendingStep> {
+        let is_greedy = batch.iter().all(|sequence| sequence.sampling.is_greedy());
+        let sampling = if is_greedy { None } else { Some(self.inputs.fill_sampling(&mut self.runner, batch)?) };
         let model = Arc::clone(&self.model);
-        Ok(self.runner.tail(live, |cx| {
+        let chosen = self.inputs.chosen().rows(0..batch.len())?;
+        let (logits, logprobs) = self.runner.tail(live, |cx| {
             let last = ops::gather_rows(cx, hidden, &live.last_rows)?; // [B, C]
             let logits = model.logits(cx, &last)?;
-            let chosen = choose::choose(cx, &logits, sampling)?;
-            Ok((logits, chosen))
-        })?)
+            choose::adjust(cx, &logits, batch)?;
+            let tokens = choose::choose(cx, &logits, sampling.as_ref())?;
+            cx.copy(&chosen, &tokens)?;
+            let logprobs = choose::logprobs(cx, &logits, &chosen, batch)?;
+            Ok((logits, logprobs))
+        })?;
+        self.num_chosen = batch.len();
+        let mut readback = match self.readbacks.pop() {
+            Some(readback) => readback,
+            None => Readback::new(self.runner.device(), choose::readback_bytes(self.options.limits()?.sequences))?,
+        };
+        match &logprobs {
+            None => self.runner.read_back(&[&chosen], &mut readback)?,
+            Some((ids, values)) => self.runner.read_back(&[&chosen, ids, values], &mut readback)?,
+        }
+        Ok(PendingStep::new(readback, logits, batch))
     }
 
     /// Runs one sequence and returns the logits of every new token, not only of the last one.
@@ -249,7 +286,7 @@ impl ModelRunner {
 
     /// The forward of a batch: its live state and the hidden states of its rows.
     fn run(&mut self, batch: &[SequenceInput<'_>]) -> Result<(ForwardBatch, Tensor)> {
-        let (phase, rows) = (Phase::of(batch), batch.iter().map(|sequence| sequence.tokens.len()).sum());
+        let (phase, rows) = (Phase::of(batch), batch.iter().map(SequenceInput::num_new).sum());
         match self.graphs_and_runner(phase).0.decide(rows) {
             Decision::Replay { size } => {
                 let live = self.inputs.fill(&mut self.runner, batch, phase, size, true)?;
@@ -335,7 +372,8 @@ impl ModelRunner {
                     let last = ops::gather_rows(cx, &hidden, &live.last_rows)?;
                     let logits = model.logits(cx, &last)?;
                     ops::argmax(cx, &logits)?;
-                    choose::sample(cx, &logits, &sampling)
+                    let tokens = choose::sample(cx, &logits, &sampling)?;
+                    ops::take_chosen(cx, &tokens, &tokens)
                 })
             })?;
         }
@@ -357,16 +395,7 @@ impl ModelRunner {
         let sampling = SamplingParams::default();
         let batch: Vec<_> = (0..rows)
             .step_by(longest)
-            .map(|first| SequenceInput {
-                tokens: &tokens[..longest.min(rows - first)],
-                past_len: 0,
-                pages: &pages,
-                state: None,
-                sampling: &sampling,
-                step: 0,
-                top_logprobs: None,
-                logits: false,
-            })
+            .map(|first| SequenceInput::new(&tokens[..longest.min(rows - first)], 0, &pages, &sampling))
             .collect();
         Ok(f(self, &batch)?)
     }
@@ -377,19 +406,24 @@ impl ModelRunner {
         if !(1..=options.max_running_requests).contains(&batch.len()) {
             return Err(Error::batch("sequences", format!("1 to {}", options.max_running_requests), batch.len()));
         }
-        let rows: usize = batch.iter().map(|sequence| sequence.tokens.len()).sum();
+        let rows: usize = batch.iter().map(SequenceInput::num_new).sum();
         if rows > options.max_batch_tokens {
             return Err(Error::batch("new tokens", format!("at most {}", options.max_batch_tokens), rows));
         }
         for sequence in batch {
             sequence.sampling.validate()?;
-            if sequence.tokens.is_empty() {
+            if sequence.num_new() == 0 {
                 return Err(Error::batch("new tokens of a sequence", "at least 1", 0));
+            }
+            if let Some(row) = sequence.chosen_row.filter(|&row| row >= self.num_chosen) {
+                let expected = format!("one of the {} rows of the step launched last", self.num_chosen);
+                return Err(Error::batch("chosen row of a sequence", expected, row));
             }
             if sequence.kv_len() > options.context_length {
                 let expected = format!("at most {} tokens", options.context_length);
                 return Err(Error::batch("length of a sequence", expected, sequence.kv_len()));
             }
+            self.check_choice(sequence)?;
             self.check_state(sequence)?;
             let wanted = self.pages.pages_for(sequence.kv_len());
             if sequence.pages.len() < wanted {
@@ -403,6 +437,22 @@ impl ModelRunner {
             }
         }
         Ok(())
+    }
+
+    /// Refuses what cannot be asked of the next token.
+    fn check_choice(&self, sequence: &SequenceInput<'_>) -> Result<()> {
+        let vocab = self.config.vocab_size;
+        if let Some(&count) = sequence.top_logprobs.as_ref().filter(|&&count| count > TOP_LOGPROBS_MAX) {
+            return Err(Error::batch("top_logprobs of a sequence", format!("at most {TOP_LOGPROBS_MAX}"), count));
+        }
+        if let Some((token, _)) = sequence.logit_bias.iter().find(|(token, _)| *token as usize >= vocab) {
+            return Err(Error::batch("token of a logit bias", format!("below {vocab}"), token));
+        }
+        let words = vocab.div_ceil(32);
+        match sequence.token_mask.filter(|mask| mask.len() != words) {
+            Some(mask) => Err(Error::batch("words of a token mask", words.to_string(), mask.len())),
+            None => Ok(()),
+        }
     }
 
     /// Refuses a step that a model with states cannot do: they stand for all tokens up to where the last step ended.

@@ -158,6 +158,14 @@ impl PageLease {
         Ok(())
     }
 
+    /// Moves the page at the front to a lease of its own, which has no state; `None` if there is no page.
+    pub fn split_first(&mut self) -> Option<Self> {
+        if self.pages.is_empty() {
+            return None;
+        }
+        Some(Self { shared: Arc::clone(&self.shared), pages: vec![self.pages.remove(0)], state: None })
+    }
+
     /// Takes as many pages as are missing until `tokens` tokens fit.
     ///
     /// # Errors
@@ -200,6 +208,20 @@ mod tests {
         pool.lease(5).expect_err("too many pages");
         pool.check(&[]);
         assert!(PagePool::new(4, 16).lease(1).expect("a page").state().is_none());
+    }
+
+    #[test]
+    fn a_page_that_is_split_off_is_given_back_on_its_own() {
+        let pool = PagePool::with_states(3, 16, 1);
+        let mut lease = pool.lease(2).expect("two of three");
+        let first = lease.split_first().expect("a page");
+        assert_eq!((first.pages(), lease.pages(), first.state().is_none()), (&[0][..], &[1][..], true));
+        pool.check([&first, &lease]);
+        drop(lease);
+        assert_eq!(pool.num_free(), 2);
+        drop(first);
+        pool.check(&[]);
+        assert!(pool.lease(0).expect("no page").split_first().is_none());
     }
 
     #[test]

@@ -155,6 +155,12 @@ impl PinnedBuffer {
         self.device.backend().write_pinned(self.ptr.offset_bytes(offset), bytes)
     }
 
+    /// Fills `into` with what lies from an offset in bytes on. No work that writes the buffer may be under way.
+    pub(crate) fn read_bytes_at(&self, offset: usize, into: &mut [u8]) -> Result<()> {
+        assert!(offset + into.len() <= self.bytes, "the bytes lie in the pinned buffer");
+        self.device.backend().read_pinned(self.ptr.offset_bytes(offset), into)
+    }
+
     /// Returns the size in bytes.
     pub fn len_bytes(&self) -> usize {
         self.bytes

@@ -73,6 +73,8 @@ pub(crate) trait MemoryBackend {
     fn free_pinned(&self, ptr: DevicePtr);
     /// Writes `data` into pinned memory at once, from the host.
     fn write_pinned(&self, ptr: DevicePtr, data: &[u8]) -> Result<()>;
+    /// Reads pinned memory at once, on the host; no work that writes it is under way.
+    fn read_pinned(&self, ptr: DevicePtr, into: &mut [u8]) -> Result<()>;
     /// Reserves a range of addresses with no memory behind it; `bytes` is a multiple of the granularity.
     fn reserve(&self, bytes: usize) -> Result<DevicePtr>;
     /// Puts memory behind `[base + offset, base + offset + bytes)`, which has none. Multiples of the granularity.
@@ -113,6 +115,8 @@ pub(crate) trait StreamBackend {
     fn copy_to_host(&self, stream: StreamHandle, dst: &mut [u8], src: DevicePtr) -> Result<()>;
     /// Copies from pinned memory, read when the work runs; legal during a capture.
     fn copy_from_pinned(&self, stream: StreamHandle, dst: DevicePtr, src: DevicePtr, bytes: usize) -> Result<()>;
+    /// Copies to pinned memory, written when the work runs. Refused during a capture.
+    fn copy_to_pinned(&self, stream: StreamHandle, dst: DevicePtr, src: DevicePtr, bytes: usize) -> Result<()>;
 }
 
 /// A copy of rows within a device, in bytes.

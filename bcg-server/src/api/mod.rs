@@ -1,17 +1,14 @@
 //! HTTP: routes, limits and errors in OpenAI's shape. One route per file.
 //!
-//! Life of a request: body limit → [`fields`] checks each field → [`Engine::submit`] (429, 400) → the event stream
-//! becomes one JSON answer or [`sse`] chunks. Dropping the connection drops the event stream, which cancels.
+//! Life of a request: `listen` (a connection) → `front_door` (key, body, limits, log) → [`fields`] checks each field →
+//! [`Engine::submit`] (429, 400) → the event stream becomes one JSON answer or [`sse`] chunks. Dropping the connection
+//! drops the event stream, which cancels.
 
 use std::future::Future;
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::Router;
-use axum::extract::{DefaultBodyLimit, MatchedPath, Request, State};
 use axum::http::{Method, Uri};
-use axum::middleware::{self, Next};
-use axum::response::Response;
 use axum::routing::{get, post};
 use tokio::net::TcpListener;
 
@@ -21,26 +18,19 @@ use crate::error::ApiError;
 mod chat;
 mod completions;
 pub mod fields;
+mod front_door;
 mod health;
+mod listen;
 mod metrics;
 mod models;
+mod options;
 mod request;
 pub mod sse;
+mod tls;
+mod trace;
 
-/// Limits of the HTTP layer.
-#[derive(Debug, Clone)]
-pub struct ApiOptions {
-    /// Largest request body in bytes.
-    pub max_body_bytes: usize,
-    /// How long running requests may take once a shutdown began.
-    pub shutdown_deadline: Duration,
-}
-
-impl Default for ApiOptions {
-    fn default() -> Self {
-        Self { max_body_bytes: 8 << 20, shutdown_deadline: Duration::from_secs(30) }
-    }
-}
+pub use options::{ApiKey, ApiOptions, HttpArgs};
+pub use trace::Tracer;
 
 /// What every route sees.
 #[derive(Clone)]
@@ -54,14 +44,15 @@ impl App {
     async fn submit(&self, request: GenerationRequest) -> Result<EventStream, ApiError> {
         let engine = self.engine.clone();
         let submitted = tokio::task::spawn_blocking(move || engine.submit(request)).await;
-        submitted.map_err(|error| ApiError::Engine(format!("submitting failed: {error}")))?.map_err(ApiError::from)
+        let submitted = submitted.map_err(|error| ApiError::Engine(format!("submitting failed: {error}")))?;
+        Ok(trace::watched(submitted?))
     }
 }
 
 /// Returns the router with every route of the server.
 pub fn router(engine: Arc<dyn Engine>, options: &ApiOptions) -> Router {
     let app = App { engine, max_body_bytes: options.max_body_bytes };
-    Router::new()
+    let routes = Router::new()
         .route("/v1/chat/completions", post(chat::create))
         .route("/v1/completions", post(completions::create))
         .route("/v1/models", get(models::list))
@@ -69,27 +60,23 @@ pub fn router(engine: Arc<dyn Engine>, options: &ApiOptions) -> Router {
         .route("/health", get(health::health))
         .route("/metrics", get(metrics::metrics))
         .fallback(unknown_route)
-        .method_not_allowed_fallback(method_not_allowed)
-        .layer(DefaultBodyLimit::max(options.max_body_bytes))
-        .layer(middleware::from_fn_with_state(app.clone(), count))
-        .with_state(app)
+        .method_not_allowed_fallback(method_not_allowed);
+    front_door::guard(routes, &app, options).with_state(app)
 }
 
 /// Serves until `shutdown` resolves, then finishes what runs, or gives up on it at the deadline.
-///
-/// # Errors
-/// The listener's I/O error.
 pub async fn serve(
     listener: TcpListener,
     engine: Arc<dyn Engine>,
     options: ApiOptions,
     shutdown: impl Future<Output = ()> + Send + 'static,
-) -> std::io::Result<()> {
+) {
     let app = router(engine.clone(), &options);
     let (began, mut begins) = tokio::sync::watch::channel(false);
+    let draining = engine.clone();
     let signal = async move {
         shutdown.await;
-        engine.drain();
+        draining.drain();
         tracing::info!("shutting down: no new requests, running ones finish");
         let _ = began.send(true);
     };
@@ -101,11 +88,11 @@ pub async fn serve(
         tokio::time::sleep(options.shutdown_deadline).await;
     };
     tokio::select! {
-        served = axum::serve(listener, app).with_graceful_shutdown(signal) => served,
-        () = deadline => {
-            tracing::warn!("shutdown deadline passed: running requests are cut off");
-            Ok(())
-        }
+        () = listen::run(listener, app, engine.clone(), &options, signal) => {}
+        () = deadline => tracing::warn!("shutdown deadline passed: running requests are cut off"),
+    }
+    if let Some(tracer) = options.tracer {
+        tracer.shutdown().await;
     }
 }
 
@@ -115,11 +102,4 @@ async fn unknown_route(method: Method, uri: Uri) -> ApiError {
 
 async fn method_not_allowed(method: Method, uri: Uri) -> ApiError {
     ApiError::MethodNotAllowed(method, uri.path().to_owned())
-}
-
-async fn count(State(app): State<App>, request: Request, next: Next) -> Response {
-    let route = request.extensions().get::<MatchedPath>().map_or("other", MatchedPath::as_str).to_owned();
-    let response = next.run(request).await;
-    app.engine.metrics().count_http(&route, response.status().as_u16());
-    response
 }

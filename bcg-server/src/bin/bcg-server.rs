@@ -8,9 +8,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context;
-use bcg_server::api::{self, ApiOptions};
+use bcg_server::api;
 use bcg_server::args::ServerArgs;
-use bcg_server::engine::{Engine, load};
+use bcg_server::engine::{Engine, Health, load};
 use bcg_server::error::one_line;
 use bcg_server::{logging, shutdown};
 use clap::Parser;
@@ -36,16 +36,30 @@ fn run(args: &ServerArgs, began: Instant) -> anyhow::Result<()> {
     let listener = TcpListener::bind(address)
         .with_context(|| format!("--host {} --port {}: cannot listen", args.host, args.port))?;
     listener.set_nonblocking(true)?;
-    let engine: Arc<dyn Engine> = Arc::new(load::start(&plan, args.served_model_name.clone())?);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let options = runtime.block_on(async { args.http.options() })?;
+    let engine = Arc::new(load::start(&plan, args.served_model_name.clone())?);
     runtime.block_on(async {
         let listener = tokio::net::TcpListener::from_std(listener)?;
         let (address, model) = (listener.local_addr()?, &engine.info().name);
         let ready_ms = format!("{:.0}", began.elapsed().as_secs_f64() * 1e3);
-        tracing::info!(%model, ready_ms, "serving on http://{address}");
-        let options = ApiOptions { max_body_bytes: args.max_body_bytes, shutdown_deadline: args.shutdown_deadline() };
-        api::serve(listener, engine, options, shutdown::signal()).await
+        let scheme = if options.tls.is_some() { "https" } else { "http" };
+        tracing::info!(%model, ready_ms, "serving on {scheme}://{address}");
+        let ends = engine.clone();
+        let shutdown = async move {
+            tokio::select! {
+                () = shutdown::signal() => {}
+                () = ends.given_up() => {}
+            }
+        };
+        api::serve(listener, engine.clone(), options, shutdown).await;
+        anyhow::Ok(())
     })?;
-    tracing::info!("stopped");
-    Ok(())
+    match engine.health() {
+        Health::Failed(error) => anyhow::bail!("the engine gave up: {error}"),
+        Health::Ready | Health::Draining => {
+            tracing::info!("stopped");
+            Ok(())
+        }
+    }
 }

@@ -51,14 +51,8 @@ impl Sequences {
         let leases = self.leases.iter().zip(&self.new_lens);
         leases
             .map(|(lease, &new_len)| SequenceInput {
-                tokens: &self.tokens[..new_len],
-                past_len: self.past_len,
-                pages: lease.pages(),
                 state: lease.state(),
-                sampling: &self.sampling,
-                step: 0,
-                top_logprobs: None,
-                logits: false,
+                ..SequenceInput::new(&self.tokens[..new_len], self.past_len, lease.pages(), &self.sampling)
             })
             .collect()
     }

@@ -4,11 +4,13 @@ use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
-use bcg_models::{ChatTemplate, GraphMode, LoadFormat, ModelConfig, ModelRunner, RunnerOptions};
+use bcg_models::{ChatTemplate, GraphMode, LoadFormat, ModelConfig, ModelRunner, Phase, RunnerOptions};
 use bcg_runtime::{Device, DeviceKind};
+use serde_json::{Value, json};
 
 use super::ModelInfo;
 use super::local::{LocalEngine, LocalOptions};
+use super::prefix_cache::PrefixCache;
 use super::scheduler::{Limits, Scheduler};
 use crate::args::{DeviceArg, EnginePlan, GraphPlan, LoadFormatArg};
 use crate::progress::LoadProgress;
@@ -28,6 +30,8 @@ const HOST_KV_BYTES: usize = 128 << 20;
 /// What is wrong with the checkpoint, the flags or the device.
 pub fn start(plan: &EnginePlan, name: Option<String>) -> anyhow::Result<LocalEngine> {
     let plan = plan.clone();
+    let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let name = name.unwrap_or_else(|| folder_name(&plan.model));
     LocalEngine::start(move || {
         let runner = load_runner(&plan)?;
         let chat = if plan.skip_tokenizer { None } else { ChatTemplate::load(&plan.model)? };
@@ -37,9 +41,15 @@ pub fn start(plan: &EnginePlan, name: Option<String>) -> anyhow::Result<LocalEng
             max_batch_tokens: options.max_batch_tokens,
             context_length: options.context_length,
         };
+        // A state stands for all tokens before it and cannot be turned back to where a prefix ends.
+        let has_states = !runner.states().layers().is_empty();
+        let has_prefix_cache = !plan.disable_radix_cache && !has_states;
+        if has_states && !plan.disable_radix_cache {
+            tracing::info!("no prefix cache: the model has state-space layers");
+        }
         let info = ModelInfo {
-            name: name.unwrap_or_else(|| folder_name(&plan.model)),
-            created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+            name: name.clone(),
+            created,
             context_length: limits.context_length,
             vocab_size: runner.config().vocab_size,
             has_tokenizer: !plan.skip_tokenizer,
@@ -50,9 +60,29 @@ pub fn start(plan: &EnginePlan, name: Option<String>) -> anyhow::Result<LocalEng
             chat,
             eos: runner.config().eos_token_ids.clone(),
             max_queued: plan.max_queued,
+            settings: settings(&plan, &runner, has_prefix_cache),
         };
-        let scheduler = Scheduler::new(limits, runner.pages().clone());
+        let scheduler = Scheduler::new(limits, PrefixCache::new(runner.pages().clone(), has_prefix_cache));
         Ok((runner, scheduler, local))
+    })
+}
+
+/// What an operator may want to know of a running engine.
+fn settings(plan: &EnginePlan, runner: &ModelRunner, has_prefix_cache: bool) -> Value {
+    let options = runner.options();
+    json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "device": runner.device().name(),
+        "architecture": runner.config().architecture,
+        "model_path": plan.model.display().to_string(),
+        "page_size": options.page_size,
+        "kv_cache_pages": runner.pages().num_pages(),
+        "max_running_requests": options.max_running_requests,
+        "chunked_prefill_size": options.max_batch_tokens,
+        "radix_cache": has_prefix_cache,
+        "graph_mode": format!("{:?}", options.graph).to_lowercase(),
+        "prefill_graph_sizes": runner.graph_sizes(Phase::Prefill),
+        "decode_graph_sizes": runner.graph_sizes(Phase::Decode),
     })
 }
 

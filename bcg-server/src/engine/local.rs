@@ -10,10 +10,12 @@ use bcg_models::{ChatTemplate, SamplingParams, Tokenizer};
 use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 
+use super::choice::Choice;
+use super::guide::GuideFactory;
 use super::output::{Output, OutputOptions};
 use super::runner::StepRunner;
 use super::scheduler::Scheduler;
-use super::worker::{Job, Shared, Worker};
+use super::worker::{Exit, Job, Requests, Shared, Worker};
 use super::{Engine, EventStream, GenerationRequest, Health, ModelInfo, Prompt, SubmitError};
 use crate::metrics::Metrics;
 
@@ -30,6 +32,8 @@ pub struct LocalOptions {
     pub eos: Vec<u32>,
     /// Requests that may wait.
     pub max_queued: usize,
+    /// How the engine is set up, for [`Engine::server_info`].
+    pub settings: Value,
 }
 
 /// An engine whose worker thread lives in this process. Dropping it stops the worker and waits for it.
@@ -39,6 +43,8 @@ pub struct LocalEngine {
     eos: Arc<[u32]>,
     jobs: Option<SyncSender<Job>>,
     slots: Arc<Semaphore>,
+    /// `None` without a tokenizer.
+    guides: Option<GuideFactory>,
     shared: Arc<Shared>,
     draining: AtomicBool,
     next_seed: AtomicU64,
@@ -46,30 +52,21 @@ pub struct LocalEngine {
 }
 
 impl LocalEngine {
-    /// Starts the worker's thread, makes the runner on it with `load`, and waits until it is ready.
+    /// Starts the worker's thread, makes the runner on it with `load`, and waits until it is ready. `load` is called again if
+    /// the device is lost.
     ///
     /// # Errors
     /// What `load` returned, or that the thread could not be started.
     pub fn start<R, F>(load: F) -> anyhow::Result<Self>
     where
         R: StepRunner,
-        F: FnOnce() -> anyhow::Result<(R, Scheduler, LocalOptions)> + Send + 'static,
+        F: FnMut() -> anyhow::Result<(R, Scheduler, LocalOptions)> + Send + 'static,
     {
         let shared = Arc::new(Shared::default());
         let (ready, loaded) = sync_channel(1);
         let worker_shared = shared.clone();
-        let thread = std::thread::Builder::new().name("bcg-engine".into()).spawn(move || match load() {
-            Err(error) => drop(ready.send(Err(error))),
-            Ok((runner, scheduler, options)) => {
-                // No more jobs than queue slots are ever on their way, so sending never waits.
-                let (jobs, receiver) = sync_channel(options.max_queued);
-                let worker = Worker::new(runner, scheduler, receiver, worker_shared);
-                if ready.send(Ok((jobs, options))).is_ok() {
-                    drop(ready);
-                    worker.run();
-                }
-            }
-        })?;
+        let thread = std::thread::Builder::new().name("bcg-engine".into());
+        let thread = thread.spawn(move || work(load, &ready, &worker_shared))?;
         let (jobs, options) = match loaded.recv() {
             Ok(loaded) => loaded?,
             Err(_) => {
@@ -77,9 +74,14 @@ impl LocalEngine {
                 anyhow::bail!("the engine's thread panicked while the model was loaded");
             }
         };
+        let info = &options.info;
+        let tokenizer = options.tokenizer.as_ref();
+        let guides =
+            tokenizer.map(|tokenizer| GuideFactory::new(tokenizer, &options.eos, info.vocab_size)).transpose()?;
         Ok(Self {
             eos: Arc::from(options.eos.as_slice()),
             slots: Arc::new(Semaphore::new(options.max_queued)),
+            guides,
             options,
             jobs: Some(jobs),
             shared,
@@ -87,6 +89,12 @@ impl LocalEngine {
             next_seed: AtomicU64::new(0),
             thread: Mutex::new(Some(thread)),
         })
+    }
+
+    /// Resolves when the engine will never serve again, though nobody stopped it; [`Engine::health`] says why. For one
+    /// waiter.
+    pub async fn given_up(&self) {
+        self.shared.given_up().await;
     }
 
     /// Returns the model's tokenizer, if there is one.
@@ -105,28 +113,50 @@ impl LocalEngine {
         })
     }
 
-    fn tokens(&self, prompt: Prompt) -> Result<Vec<u32>, SubmitError> {
+    fn tokens(&self, prompt: &Prompt) -> Result<Vec<u32>, SubmitError> {
         let refused = |error: bcg_models::Error| SubmitError::Prompt(error.to_string());
         let tokens = match prompt {
-            Prompt::Text(text) => self.text()?.encode_with(&text, true).map_err(refused)?,
+            Prompt::Text(text) => self.text()?.encode_with(text, true).map_err(refused)?,
             Prompt::Chat { messages, tools, template_args } => {
                 let tokenizer = self.text()?;
                 let Some(chat) = &self.options.chat else {
                     return Err(SubmitError::Prompt("This model has no chat template; use /v1/completions.".into()));
                 };
-                let text = chat.render(&messages, Some(&tools), true, &template_args).map_err(refused)?;
+                let text = chat.render(messages, Some(tools), true, template_args).map_err(refused)?;
                 tokenizer.encode(&text).map_err(refused)?
             }
             Prompt::Tokens(tokens) => {
-                let vocab_size = self.options.info.vocab_size;
-                refuse_unknown(&tokens, vocab_size)?;
-                tokens
+                refuse_unknown(tokens, self.options.info.vocab_size)?;
+                tokens.clone()
             }
         };
         if tokens.is_empty() {
             return Err(SubmitError::Prompt("The prompt is empty; it needs at least one token.".into()));
         }
         Ok(tokens)
+    }
+
+    /// What is asked of the logits.
+    fn choice(&self, request: &GenerationRequest) -> Result<Choice, SubmitError> {
+        let biased: Vec<u32> = request.logit_bias.iter().map(|(token, _)| *token).collect();
+        refuse_unknown(&biased, self.options.info.vocab_size)?;
+        let guide = match (&request.grammar, &self.guides) {
+            (Some(grammar), Some(guides)) => Some(guides.guide(grammar).map_err(SubmitError::Prompt)?),
+            (Some(_), None) => return self.text().map(|_| Choice::default()),
+            (None, _) => None,
+        };
+        let (presence, frequency) = (request.presence_penalty, request.frequency_penalty);
+        Choice::new(&request.logit_bias, presence, frequency, guide).map_err(SubmitError::Prompt)
+    }
+
+    /// The tokens that end an answer.
+    fn ends(&self, stop_token_ids: &[u32], ignore_eos: bool) -> Result<Arc<[u32]>, SubmitError> {
+        refuse_unknown(stop_token_ids, self.options.info.vocab_size)?;
+        Ok(match (stop_token_ids, ignore_eos) {
+            ([], false) => self.eos.clone(),
+            (stops, true) => Arc::from(stops),
+            (stops, false) => Arc::from([&self.eos, stops].concat()),
+        })
     }
 
     fn max_tokens(&self, prompt: usize, asked: Option<usize>) -> Result<usize, SubmitError> {
@@ -146,6 +176,41 @@ fn refuse_unknown(tokens: &[u32], vocab_size: usize) -> Result<(), SubmitError> 
             Err(SubmitError::Prompt(format!("Token id {unknown} is not in the vocabulary of {vocab_size} tokens.")))
         }
     }
+}
+
+/// The worker's thread: makes a runner and works with it, and once more if its device is lost.
+fn work<R, F>(mut load: F, ready: &SyncSender<anyhow::Result<(SyncSender<Job>, LocalOptions)>>, shared: &Arc<Shared>)
+where
+    R: StepRunner,
+    F: FnMut() -> anyhow::Result<(R, Scheduler, LocalOptions)>,
+{
+    let (runner, scheduler, options) = match load() {
+        Ok(loaded) => loaded,
+        Err(error) => return drop(ready.send(Err(error))),
+    };
+    // No more jobs than queue slots are ever on their way, so sending never waits.
+    let (jobs, receiver) = sync_channel(options.max_queued);
+    if ready.send(Ok((jobs, options))).is_err() {
+        return;
+    }
+    let mut requests = Requests::new(receiver);
+    let Exit::DeviceLost(error) = Worker::new(runner, scheduler, &mut requests, shared.clone()).run() else { return };
+    tracing::error!(error, "the device is lost: loading the model again");
+    shared.set_failure(Some(format!("the device is lost ({error}); the model is being loaded again")));
+    let error = match load() {
+        Ok((runner, scheduler, _)) => {
+            tracing::info!("the model is loaded again");
+            shared.set_failure(None);
+            match Worker::new(runner, scheduler, &mut requests, shared.clone()).run() {
+                Exit::Stopped => return,
+                Exit::DeviceLost(error) => format!("the device is lost a second time: {error}"),
+            }
+        }
+        Err(error) => format!("the device is lost ({error}), and the model cannot be loaded again: {error:#}"),
+    };
+    tracing::error!(error, "the engine gives up");
+    shared.give_up(error.clone());
+    requests.fail_all(&shared.metrics, &error);
 }
 
 /// Returns a seed for a request that names none; each call gives another one.
@@ -169,22 +234,24 @@ impl Engine for LocalEngine {
         let Ok(slot) = self.slots.clone().try_acquire_owned() else {
             return Err(SubmitError::QueueFull { max_queued });
         };
-        let prompt = self.tokens(request.prompt)?;
+        let prompt = self.tokens(&request.prompt)?;
         let max_tokens = self.max_tokens(prompt.len(), request.max_tokens)?;
         if !request.stop.is_empty() || request.top_logprobs.is_some() {
             self.text()?;
         }
+        let choice = self.choice(&request)?;
         let options = OutputOptions {
             prompt_tokens: prompt.len(),
             max_tokens,
             stop: request.stop,
-            eos: if request.ignore_eos { Arc::from([]) } else { self.eos.clone() },
+            ends: self.ends(&request.stop_token_ids, request.ignore_eos)?,
             logprobs: request.top_logprobs.is_some(),
         };
         let (output, receiver) = Output::new(self.tokenizer(), options);
         let seed = request.seed.unwrap_or_else(|| fresh_seed(&self.next_seed));
         let sampling = SamplingParams { seed, ..request.sampling };
-        let job = Job { prompt, sampling, top_logprobs: request.top_logprobs, output, slot, arrived: Instant::now() };
+        let (top_logprobs, arrived) = (request.top_logprobs, Instant::now());
+        let job = Job { prompt, sampling, choice, top_logprobs, output, slot, arrived };
         let stopped = || SubmitError::Stopped("The engine has stopped; see the server's log.".into());
         self.jobs.as_ref().ok_or_else(stopped)?.try_send(job).map_err(|_| stopped())?;
         Ok(EventStream::new(receiver))
@@ -202,7 +269,7 @@ impl Engine for LocalEngine {
     }
 
     fn prompt_tokens(&self, prompt: Prompt) -> Result<Vec<u32>, SubmitError> {
-        self.tokens(prompt)
+        self.tokens(&prompt)
     }
 
     fn flush_cache(&self) {
@@ -216,16 +283,17 @@ impl Engine for LocalEngine {
             "context_length": info.context_length,
             "vocab_size": info.vocab_size,
             "max_queued_requests": self.options.max_queued,
+            "settings": self.options.settings,
         })
     }
 
     fn health(&self) -> Health {
         let ended =
             self.thread.lock().unwrap_or_else(PoisonError::into_inner).as_ref().is_none_or(JoinHandle::is_finished);
-        if ended {
-            Health::Failed("the engine's thread has ended".into())
-        } else if let Some(error) = self.shared.failure() {
+        if let Some(error) = self.shared.failure() {
             Health::Failed(error)
+        } else if ended {
+            Health::Failed("the engine's thread has ended".into())
         } else if self.draining.load(Ordering::Relaxed) {
             Health::Draining
         } else {
@@ -265,31 +333,43 @@ mod tests {
     use bcg_models::state::PagePool;
     use bcg_models::{SampledToken, SequenceInput};
 
-    use super::super::runner::RunnerStats;
+    use super::super::prefix_cache::PrefixCache;
+    use super::super::runner::{RunnerStats, StepError};
     use super::super::scheduler::{Limits, Scheduler};
     use super::super::{Event, FinishReason};
     use super::*;
 
-    /// Counts upwards from the last token; token 100 makes a step fail, 200 makes it panic.
+    /// Counts upwards from the last token; token 100 makes a step fail, 200 makes it panic, 400 loses the device.
     struct Counting {
-        gate: Option<Receiver<()>>,
+        gate: Option<Arc<Mutex<Receiver<()>>>>,
+        chosen: Vec<u32>,
     }
 
     impl StepRunner for Counting {
-        fn step(&mut self, batch: &[SequenceInput<'_>]) -> Result<Vec<SampledToken>, String> {
+        type Pending = Vec<u32>;
+
+        fn launch(&mut self, batch: &[SequenceInput<'_>]) -> Result<Vec<u32>, StepError> {
+            let last = |sequence: &SequenceInput<'_>| match sequence.chosen_row {
+                Some(row) => self.chosen[row],
+                None => sequence.tokens[sequence.tokens.len() - 1],
+            };
+            self.chosen = batch.iter().map(|sequence| last(sequence) + 1).collect();
+            Ok(self.chosen.clone())
+        }
+
+        fn collect(&mut self, step: Vec<u32>) -> Result<Vec<SampledToken>, StepError> {
             if let Some(gate) = &self.gate {
-                let _ = gate.recv();
+                let _ = gate.lock().expect("lock").recv();
             }
-            let mut sampled = Vec::new();
-            for sequence in batch {
-                let id = sequence.tokens[sequence.tokens.len() - 1] + 1;
-                if id == 101 {
-                    return Err("device lost".to_owned());
+            let failed = |message: &str, is_device_lost| StepError { message: message.to_owned(), is_device_lost };
+            for &id in &step {
+                match id {
+                    101 => return Err(failed("out of luck", false)),
+                    401 => return Err(failed("device lost", true)),
+                    _ => assert_ne!(id, 201, "a bug"),
                 }
-                assert_ne!(id, 201, "a bug");
-                sampled.push(SampledToken { id, logprob: None, top: Vec::new(), logits: None });
             }
-            Ok(sampled)
+            Ok(step.into_iter().map(|id| SampledToken { id, logprob: None, top: Vec::new(), logits: None }).collect())
         }
 
         fn stats(&self) -> RunnerStats {
@@ -303,6 +383,7 @@ mod tests {
 
     fn engine_with(max_queued: usize, gated: bool, has_tokenizer: bool) -> (LocalEngine, Option<Sender<()>>) {
         let (open, gate) = channel();
+        let gate = gated.then(|| Arc::new(Mutex::new(gate)));
         let engine = LocalEngine::start(move || {
             let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tiny-qwen3");
             let name = "counting".to_owned();
@@ -313,10 +394,11 @@ mod tests {
                 chat: ChatTemplate::load(&dir)?,
                 eos: vec![2],
                 max_queued,
+                settings: Value::Null,
             };
             let limits = Limits { max_running: 2, max_batch_tokens: 64, context_length: 64 };
-            let scheduler = Scheduler::new(limits, PagePool::new(8, 16));
-            Ok((Counting { gate: gated.then_some(gate) }, scheduler, options))
+            let scheduler = Scheduler::new(limits, PrefixCache::new(PagePool::new(8, 16), true));
+            Ok((Counting { gate: gate.clone(), chosen: Vec::new() }, scheduler, options))
         });
         (engine.expect("starts"), gated.then_some(open))
     }
@@ -391,7 +473,7 @@ mod tests {
     #[test]
     fn a_failed_step_fails_its_requests_and_the_engine_goes_on() {
         let (engine, _) = engine(4, false);
-        for (bad, message) in [(98, "device lost"), (198, "a bug")] {
+        for (bad, message) in [(98, "out of luck"), (198, "a bug")] {
             let error = tokens(engine.submit(request(bad, 10)).expect("accepted")).expect_err("fails");
             assert!(error.contains(message), "{error}");
             assert!(tokens(engine.submit(request(300, 3)).expect("accepted")).is_ok());
@@ -400,12 +482,41 @@ mod tests {
     }
 
     #[test]
-    fn an_engine_that_always_fails_is_unhealthy() {
-        let (engine, _) = engine(4, false);
-        for _ in 0..3 {
-            tokens(engine.submit(request(100, 10)).expect("accepted")).expect_err("fails");
+    fn a_lost_device_fails_what_runs_and_keeps_what_waits() {
+        let (engine, open) = engine(4, true);
+        let running: Vec<_> = [398, 300].map(|first| engine.submit(request(first, 10)).expect("accepted")).into();
+        let open = open.expect("gated");
+        open.send(()).expect("the worker lives");
+        eventually("two run", || engine.slots.available_permits() == 4);
+        let waiting = engine.submit(request(310, 2)).expect("waits");
+        drop(open);
+        for stream in running {
+            let error = tokens(stream).expect_err("was under way");
+            assert!(error.contains("device lost"), "{error}");
         }
-        eventually("it says so", || matches!(engine.health(), Health::Failed(_)));
+        assert_eq!(tokens(waiting), Ok((vec![311, 312], FinishReason::Length)));
+        assert_eq!(engine.health(), Health::Ready);
+    }
+
+    #[test]
+    fn a_device_that_is_lost_twice_ends_the_engine() {
+        let (engine, _) = engine(4, false);
+        for message in ["device lost", "device lost"] {
+            let error = tokens(engine.submit(request(399, 10)).expect("accepted")).expect_err("fails");
+            assert!(error.contains(message), "{error}");
+        }
+        let given_up = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+        given_up.block_on(engine.given_up());
+        assert!(matches!(engine.health(), Health::Failed(error) if error.contains("a second time")));
+        eventually("it takes nothing any more", || engine.submit(request(300, 1)).is_err());
+    }
+
+    #[test]
+    fn steps_that_always_fail_count_as_a_lost_device() {
+        let (engine, _) = engine(4, false);
+        let failed = (0..6).map(|_| tokens(engine.submit(request(100, 10)).expect("accepted")).is_err());
+        assert_eq!(failed.filter(|failed| *failed).count(), 6);
+        eventually("it gives up", || matches!(engine.health(), Health::Failed(_)));
     }
 
     #[test]

@@ -4,8 +4,8 @@
 //! batches or graphs, and nothing below it knows of HTTP. [`local`] is the engine that runs a model in this process;
 //! tests put a scripted engine in its place.
 //!
-//! Reading order: [`scheduler`] decides what runs next, [`sequence`] is what it moves around, [`output`] turns tokens
-//! into text, [`worker`] is the thread that ties them to a [`runner::StepRunner`].
+//! Reading order: [`scheduler`] decides what runs next, [`sequence`] is what it moves around, [`prefix_cache`] holds its
+//! pages, [`output`] turns tokens into text, [`worker`] is the thread that ties them to a [`runner::StepRunner`].
 
 use serde_json::{Map, Value};
 use tokio::sync::mpsc;
@@ -14,9 +14,12 @@ pub use bcg_models::{ChatMessage, SamplingParams};
 
 use crate::metrics::Metrics;
 
+pub mod choice;
+pub mod guide;
 pub mod load;
 pub mod local;
 pub mod output;
+pub mod prefix_cache;
 pub mod runner;
 pub mod scheduler;
 pub mod sequence;

@@ -19,7 +19,7 @@ pub struct OutputOptions {
     /// Strings that end the answer.
     pub stop: Vec<String>,
     /// Tokens that end the answer; empty to go on past them.
-    pub eos: Arc<[u32]>,
+    pub ends: Arc<[u32]>,
     /// Whether log probabilities are reported.
     pub logprobs: bool,
 }
@@ -36,6 +36,7 @@ pub struct Output {
     watch: StopWatch,
     events: mpsc::Sender<Event>,
     generated: usize,
+    cached_tokens: usize,
     /// Characters of text decoded so far, shown or held back.
     decoded_chars: usize,
     shown_chars: usize,
@@ -52,12 +53,23 @@ impl Output {
             watch: StopWatch::new(&options.stop),
             events,
             generated: 0,
+            cached_tokens: 0,
             decoded_chars: 0,
             shown_chars: 0,
             held_logprobs: VecDeque::new(),
             options,
         };
         (output, receiver)
+    }
+
+    /// Returns the tokens that the answer has at most.
+    pub fn max_tokens(&self) -> usize {
+        self.options.max_tokens
+    }
+
+    /// Says how many tokens of the prompt the prefix cache held, for the usage.
+    pub fn set_cached_tokens(&mut self, cached_tokens: usize) {
+        self.cached_tokens = cached_tokens;
     }
 
     /// Whether nobody listens any more.
@@ -76,7 +88,7 @@ impl Output {
     /// One line, if the token cannot be decoded; the caller fails the request.
     pub fn push(&mut self, sampled: &SampledToken) -> Result<Option<FinishReason>, String> {
         self.generated += 1;
-        let ends = self.options.eos.contains(&sampled.id);
+        let ends = self.options.ends.contains(&sampled.id);
         let mut text = String::new();
         if !ends {
             self.hold_logprob(sampled)?;
@@ -166,7 +178,7 @@ mod tests {
     }
 
     fn options(max_tokens: usize) -> OutputOptions {
-        OutputOptions { prompt_tokens: 3, max_tokens, stop: Vec::new(), eos: Arc::from([2]), logprobs: true }
+        OutputOptions { prompt_tokens: 3, max_tokens, stop: Vec::new(), ends: Arc::from([2]), logprobs: true }
     }
 
     struct Run {

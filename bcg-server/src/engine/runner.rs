@@ -3,7 +3,7 @@
 //! [`StepRunner`] is implemented for [`ModelRunner`] here, and by fakes in tests, so that batching, cancelling and
 //! failing are tested without a model.
 
-use bcg_models::{ModelRunner, SampledToken, SequenceInput};
+use bcg_models::{ModelRunner, PendingStep, SampledToken, SequenceInput};
 
 use crate::error::one_line;
 
@@ -24,21 +24,45 @@ pub struct RunnerStats {
     pub eager: Vec<(&'static str, u64)>,
 }
 
+/// Why a step failed. Its sequences are lost.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StepError {
+    /// One line.
+    pub message: String,
+    /// Whether the device is to blame: then no later step can be trusted, and the runner must be made anew.
+    pub is_device_lost: bool,
+}
+
 /// Runs steps of a model. Lives on the worker's thread.
 pub trait StepRunner {
-    /// Runs one step and returns one token for each sequence, in order.
+    /// A step that was launched and not collected.
+    type Pending;
+
+    /// Enqueues one step. It may be launched before the step before it is collected.
     ///
     /// # Errors
-    /// One line that says what failed. The step's sequences are lost; the runner must be usable afterwards.
-    fn step(&mut self, batch: &[SequenceInput<'_>]) -> Result<Vec<SampledToken>, String>;
+    /// [`StepError`]; unless the device is lost, the runner must be usable afterwards.
+    fn launch(&mut self, batch: &[SequenceInput<'_>]) -> Result<Self::Pending, StepError>;
+
+    /// Waits for a step and returns one token for each sequence, in order.
+    ///
+    /// # Errors
+    /// As [`launch`](Self::launch).
+    fn collect(&mut self, step: Self::Pending) -> Result<Vec<SampledToken>, StepError>;
 
     /// Returns the counters.
     fn stats(&self) -> RunnerStats;
 }
 
 impl StepRunner for ModelRunner {
-    fn step(&mut self, batch: &[SequenceInput<'_>]) -> Result<Vec<SampledToken>, String> {
-        Self::step(self, batch).map(|output| output.tokens).map_err(|error| one_line(&error))
+    type Pending = PendingStep;
+
+    fn launch(&mut self, batch: &[SequenceInput<'_>]) -> Result<PendingStep, StepError> {
+        Self::launch(self, batch).map_err(|error| step_error(&error))
+    }
+
+    fn collect(&mut self, step: PendingStep) -> Result<Vec<SampledToken>, StepError> {
+        Self::collect(self, step).map(|output| output.tokens).map_err(|error| step_error(&error))
     }
 
     fn stats(&self) -> RunnerStats {
@@ -52,4 +76,15 @@ impl StepRunner for ModelRunner {
             eager: stats.eager.iter().map(|(reason, &count)| (reason.name(), count)).collect(),
         }
     }
+}
+
+/// An error of the driver, or of memory that a kernel must not touch, is the device's.
+fn step_error(error: &bcg_models::Error) -> StepError {
+    let is_device_lost = match error {
+        bcg_models::Error::Runtime(error) => {
+            matches!(error.root(), bcg_runtime::Error::Driver { .. } | bcg_runtime::Error::Memory { .. })
+        }
+        _ => false,
+    };
+    StepError { message: one_line(error), is_device_lost }
 }

@@ -1,8 +1,10 @@
-//! A sequence: tokens, and how many of them the KV cache holds.
+//! A sequence: tokens, and how far the KV cache holds them.
 
 use std::fmt;
 
-use bcg_models::state::{PageLease, StateLease};
+use bcg_models::state::StateLease;
+
+use super::prefix_cache::SequencePages;
 
 /// Identity of a sequence; a later sequence has a greater one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -16,61 +18,107 @@ impl fmt::Display for SequenceId {
 
 /// Prompt and answer of one request, as the scheduler sees them.
 ///
-/// Invariants: `computed < tokens.len()`; its pages hold at least `computed` tokens; a waiting sequence has no pages.
+/// The host is one step behind the device: a step may run tokens that the step before it chose and nobody has read yet.
+///
+/// Invariants: `launched <= len()`; its pages hold at least `launched` tokens; a waiting sequence has no pages.
 #[derive(Debug)]
 pub struct Sequence {
     /// Its identity.
     pub id: SequenceId,
+    /// Tokens that the host knows.
     pub(super) tokens: Vec<u32>,
     pub(super) num_prompt: usize,
-    pub(super) computed: usize,
+    /// Prompt and answer together have no more tokens.
+    pub(super) max_len: usize,
+    /// Whether the host must know a token before the next step can be prepared: for a grammar, or penalties.
+    pub(super) waits_for_tokens: bool,
+    /// Tokens that the KV cache holds behind the steps that were launched.
+    pub(super) launched: usize,
+    /// Tokens behind `tokens` that launched steps choose.
+    pub(super) unread: usize,
+    /// Its row in the step launched last, if that one chooses its newest token.
+    pub(super) row: Option<usize>,
+    /// Tokens of the prompt that the prefix cache held when it first ran.
+    pub(super) num_cached: Option<usize>,
     /// `None` while it waits.
-    pub(super) lease: Option<PageLease>,
+    pub(super) pages: Option<SequencePages>,
 }
 
 impl Sequence {
-    /// Makes a sequence that has not run yet.
+    /// Makes a sequence that has not run yet and ends at `max_tokens` generated tokens.
     ///
     /// # Panics
     /// If `prompt` is empty.
-    pub fn new(id: SequenceId, prompt: Vec<u32>) -> Self {
+    pub fn new(id: SequenceId, prompt: Vec<u32>, max_tokens: usize, waits_for_tokens: bool) -> Self {
         assert!(!prompt.is_empty(), "a sequence has at least one token");
         let num_prompt = prompt.len();
-        Self { id, tokens: prompt, num_prompt, computed: 0, lease: None }
+        Self {
+            id,
+            tokens: prompt,
+            num_prompt,
+            max_len: num_prompt.saturating_add(max_tokens),
+            waits_for_tokens,
+            launched: 0,
+            unread: 0,
+            row: None,
+            num_cached: None,
+            pages: None,
+        }
     }
 
-    /// Returns prompt and generated tokens.
+    /// Returns prompt and generated tokens, as far as the host knows them.
     pub fn tokens(&self) -> &[u32] {
         &self.tokens
     }
 
-    /// Returns how many tokens were generated.
-    pub fn num_generated(&self) -> usize {
-        self.tokens.len() - self.num_prompt
+    /// Returns the tokens of the answer that the host knows.
+    pub fn generated(&self) -> &[u32] {
+        &self.tokens[self.num_prompt..]
     }
 
-    /// Returns how many tokens the KV cache holds.
-    pub fn computed(&self) -> usize {
-        self.computed
+    /// Returns how many tokens the answer has, those that nobody has read included.
+    pub fn num_generated(&self) -> usize {
+        self.len() - self.num_prompt
+    }
+
+    /// Returns how many tokens of the prompt came from the prefix cache.
+    pub fn num_cached(&self) -> usize {
+        self.num_cached.unwrap_or(0)
+    }
+
+    /// Returns the number of its tokens, those that nobody has read included.
+    pub fn len(&self) -> usize {
+        self.tokens.len() + self.unread
+    }
+
+    /// Whether it has no tokens, which never happens.
+    pub fn is_empty(&self) -> bool {
+        self.tokens.is_empty()
     }
 
     /// Returns its state, for a model that has one.
     pub fn state(&self) -> Option<&StateLease> {
-        self.lease.as_ref().and_then(PageLease::state)
+        self.pages.as_ref().and_then(SequencePages::state)
     }
 
     /// Returns the pages that hold its keys and values, in order.
     pub fn pages(&self) -> &[u32] {
-        self.lease.as_ref().map_or(&[], PageLease::pages)
+        self.pages.as_ref().map_or(&[], SequencePages::pages)
     }
 
-    /// Returns how many tokens must run before the next token is known.
-    pub fn pending(&self) -> usize {
-        self.tokens.len() - self.computed
+    /// Returns how many tokens must run before the next token is chosen.
+    pub(super) fn pending(&self) -> usize {
+        self.len() - self.launched
     }
 
-    /// Whether only the newest token has to run.
-    pub fn is_decoding(&self) -> bool {
-        self.pending() == 1 && self.computed > 0
+    /// Whether a step could take it along: it is not at its end, and what the host must know is known.
+    pub(super) fn is_ready(&self) -> bool {
+        self.len() < self.max_len && !(self.waits_for_tokens && self.unread > 0)
+    }
+
+    /// Gives everything up that it holds, to be computed again.
+    pub(super) fn rewind(&mut self) -> Option<SequencePages> {
+        (self.launched, self.row) = (0, None);
+        self.pages.take()
     }
 }

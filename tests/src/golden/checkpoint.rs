@@ -25,7 +25,7 @@ pub(super) fn input<'a>(
     sampling: &'a SamplingParams,
 ) -> SequenceInput<'a> {
     let (pages, state) = (lease.pages(), lease.state());
-    SequenceInput { tokens, past_len, pages, state, sampling, step: 0, top_logprobs: None, logits: true }
+    SequenceInput { state, logits: true, ..SequenceInput::new(tokens, past_len, pages, sampling) }
 }
 
 /// Runs `tokens` in steps that end at `ends`, and returns the logits behind the last one.

@@ -4,6 +4,7 @@
 //! `reference_logits.json` was computed by transformers in f32. Everything else compares ways to compute one thing: bit for
 //! bit where the same kernels see the same numbers.
 
+mod ahead;
 mod checkpoint;
 mod eval;
 mod states;
@@ -13,6 +14,7 @@ use std::path::{Path, PathBuf};
 use bcg_models::{GraphMode, ModelRunner, RunnerOptions};
 use bcg_runtime::Device;
 
+pub use ahead::{a_step_launched_ahead_takes_the_tokens_that_nobody_has_read, bias_and_mask_decide_what_is_chosen};
 pub use eval::{Style, accuracy};
 
 /// A folder in `models`.
@@ -37,6 +39,8 @@ pub const RULES: &[Rule] = rules![
     a_ragged_batch_equals_each_sequence_alone,
     a_decode_equals_a_prefill_of_the_same_tokens,
     graphs_give_the_tokens_of_eager_runs,
+    a_step_launched_ahead_takes_the_tokens_that_nobody_has_read,
+    bias_and_mask_decide_what_is_chosen,
     healed_prefills_patch_no_node,
     a_step_writes_the_states_of_its_sequences_only,
     sampled_tokens_depend_on_seed_and_step_alone,

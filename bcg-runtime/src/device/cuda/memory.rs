@@ -76,6 +76,15 @@ impl MemoryBackend for CudaBackend {
         Ok(())
     }
 
+    fn read_pinned(&self, ptr: DevicePtr, into: &mut [u8]) -> Result<()> {
+        let src: *const u8 = std::ptr::with_exposed_provenance(ptr.0 as usize);
+        // SAFETY: `ptr` lies in a live allocation of `alloc_pinned`, whose address was exposed there, and
+        // `PinnedBuffer::read_bytes_at` compared the end of `into` with its size just before; nothing writes it now
+        // (contract of `traits`). No Rust reference to that memory is ever made, so `into` cannot overlap it.
+        unsafe { std::ptr::copy_nonoverlapping(src, into.as_mut_ptr(), into.len()) };
+        Ok(())
+    }
+
     fn reserve(&self, bytes: usize) -> Result<DevicePtr> {
         let _relaxed = self.enter()?;
         self.driver.reserve(bytes).map(DevicePtr).map_err(|error| self.out_of_memory(error, bytes))

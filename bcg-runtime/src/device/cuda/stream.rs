@@ -8,6 +8,10 @@ use super::CudaBackend;
 use crate::launch::Launch;
 use crate::{DevicePtr, Result};
 
+/// What the driver takes into its staging memory at once. For larger copies from pageable memory it waits until the stream
+/// gets there.
+const STAGED_BYTES_MAX: usize = 64 << 10;
+
 impl StreamBackend for CudaBackend {
     fn create_stream(&self, _name: &str) -> Result<StreamHandle> {
         let _relaxed = self.enter()?;
@@ -102,10 +106,20 @@ impl StreamBackend for CudaBackend {
     ) -> Result<()> {
         let _relaxed = self.enter_if_capturing()?;
         self.refuse_while_capturing(stream.0, "copying pageable host memory; fill a PinnedBuffer before the capture")?;
-        // SAFETY: `src` is borrowed until the end of this function. If it is pageable, the driver has copied it into its
-        // own staging memory when the call returns (CUDA driver API, "API synchronization behavior", memcpy, async); if
-        // it is page-locked, the wait below outlasts the copy.
-        unsafe { self.driver.copy_rows_from_host(dst.0, pitch, row_bytes, src, stream.0) }?;
+        // One row is cut anywhere, several are cut between rows.
+        let (piece, step) = if src.len() == row_bytes {
+            (STAGED_BYTES_MAX, STAGED_BYTES_MAX)
+        } else {
+            let rows = (STAGED_BYTES_MAX / row_bytes).max(1);
+            (rows * row_bytes, rows * pitch)
+        };
+        for (i, src) in src.chunks(piece).enumerate() {
+            let row_bytes = row_bytes.min(src.len());
+            // SAFETY: `src` is borrowed until the end of this function. If it is pageable, the driver has copied it into
+            // its own staging memory when the call returns (CUDA driver API, "API synchronization behavior", memcpy,
+            // async); if it is page-locked, the wait below outlasts the copy.
+            unsafe { self.driver.copy_rows_from_host(dst.offset_bytes(i * step).0, pitch, row_bytes, src, stream.0) }?;
+        }
         if self.driver.is_page_locked(src.as_ptr()) || self.driver.is_page_locked(&raw const src[src.len() - 1]) {
             self.driver.synchronize_stream(stream.0)?;
         }
@@ -135,5 +149,18 @@ impl StreamBackend for CudaBackend {
         // SAFETY: `src` is a live pinned buffer of at least `bytes` (its guard checks, contract of `traits`), which stays
         // allocated until the copy has run: `CudaBackend::release` waits for the device before it frees one.
         unsafe { self.driver.copy_from_host(dst.0, src, bytes, stream.0) }
+    }
+
+    fn copy_to_pinned(&self, stream: StreamHandle, dst: DevicePtr, src: DevicePtr, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        self.refuse_while_capturing(stream.0, "copying to the host; read inside a break or after the forward")?;
+        let dst = std::ptr::with_exposed_provenance_mut::<u8>(dst.0 as usize);
+        // SAFETY: `dst` lies in a live pinned buffer with room for `bytes` (contract of `traits`), which stays allocated
+        // until the copy has run: `CudaBackend::release` waits for the device before it frees one. Host code reads it
+        // behind an event that follows the copy.
+        unsafe { self.driver.copy_to_host(dst, src.0, bytes, stream.0) }
     }
 }

@@ -84,6 +84,10 @@ impl MemoryBackend for HostBackend {
         state.memory.write("write_pinned", ptr, data)
     }
 
+    fn read_pinned(&self, ptr: DevicePtr, into: &mut [u8]) -> Result<()> {
+        self.lock().memory.read("read_pinned", into, ptr)
+    }
+
     fn reserve(&self, bytes: usize) -> Result<DevicePtr> {
         let mut state = self.enter_alloc("cuMemAddressReserve", bytes)?;
         state.refuse_while_capturing("cuMemAddressReserve")?;

@@ -166,6 +166,13 @@ impl StreamBackend for HostBackend {
         let work = state.work_from_pinned(dst, src, bytes)?;
         state.enqueue("cuMemcpyAsync", stream, work)
     }
+
+    fn copy_to_pinned(&self, stream: StreamHandle, dst: DevicePtr, src: DevicePtr, bytes: usize) -> Result<()> {
+        let mut state = self.enter("cuMemcpyDtoHAsync")?;
+        state.refuse_on_capturing(stream, "a copy to the host; read in a break")?;
+        let work = Work::Copy { name: "copy to pinned", copy: RowCopy::piece(dst, src, bytes) };
+        state.enqueue("cuMemcpyDtoHAsync", stream, work)
+    }
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 //!
 //! Every command prints a table and, with `--json`, writes the same rows with the machine, the driver, the commit and the
 //! date they belong to. All of them run on the host device too, where a figure says something about the runtime's own
-//! bookkeeping and nothing about a GPU.
+//! bookkeeping and nothing about a GPU. `serve` alone runs no model: it asks a server.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -20,6 +20,7 @@ mod profile;
 mod random;
 pub mod replay;
 pub mod report;
+pub mod serve;
 pub mod timing;
 
 use report::Report;
@@ -50,6 +51,8 @@ pub enum BenchCommand {
     Lazy(lazy::LazyArgs),
     /// The host's time for prefills, healed and as a chain
     Replay(replay::ReplayArgs),
+    /// A server under load: throughput, time to first token, time between tokens
+    Serve(serve::ServeArgs),
 }
 
 /// Flags of every bench that repeats something.
@@ -123,6 +126,7 @@ fn measure(command: &BenchCommand) -> anyhow::Result<(Report, &Option<PathBuf>)>
         BenchCommand::Capture(args) => (capture::measure(args)?, &args.json),
         BenchCommand::Lazy(args) => (lazy::measure(args)?, &args.json),
         BenchCommand::Replay(args) => (replay::measure(args)?, &args.rounds.json),
+        BenchCommand::Serve(args) => (serve::measure(args)?, &args.json),
     })
 }
 

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value, json};
 
 use super::timing::Samples;
@@ -23,14 +23,13 @@ pub struct Environment {
 impl Environment {
     /// Looks at this machine; `device` is the runtime's name for the device under test.
     pub fn read(device: &str) -> Self {
-        let command: Vec<String> = std::env::args().collect();
         let known = |line: Option<String>| line.unwrap_or_else(|| "unknown".to_owned());
         Self {
             commit: known(commit()),
             device: device.to_owned(),
             driver: driver().unwrap_or_else(|| "none".to_owned()),
             date: known(first_line(Command::new("date").args(["-u", "+%Y-%m-%d %H:%M:%S UTC"]))),
-            command: command.join(" "),
+            command: command_line(std::env::args()),
         }
     }
 
@@ -53,6 +52,21 @@ fn commit() -> Option<String> {
         return Some(text.trim().to_owned());
     }
     first_line(Command::new("git").args(["describe", "--always", "--dirty", "--abbrev=12"]))
+}
+
+/// Joins the words of a command line, but for keys, because reports are passed on.
+fn command_line(words: impl Iterator<Item = String>) -> String {
+    const KEY: &str = "--api-key";
+    let mut line: Vec<String> = Vec::new();
+    for word in words {
+        let follows_key = line.last().is_some_and(|last| last == KEY);
+        line.push(match word.strip_prefix(KEY) {
+            _ if follows_key => "***".to_owned(),
+            Some(value) if value.starts_with('=') => format!("{KEY}=***"),
+            _ => word,
+        });
+    }
+    line.join(" ")
 }
 
 fn driver() -> Option<String> {
@@ -157,12 +171,14 @@ pub struct Report {
     environment: Environment,
     notes: Vec<String>,
     rows: Vec<(&'static str, Row)>,
+    attached: Map<String, Value>,
+    failure: Option<String>,
 }
 
 impl Report {
     /// Begins an empty report.
     pub fn new(environment: Environment) -> Self {
-        Self { environment, notes: Vec::new(), rows: Vec::new() }
+        Self { environment, notes: Vec::new(), rows: Vec::new(), attached: Map::new(), failure: None }
     }
 
     /// Says something about the figures: what they include, under which conditions they hold.
@@ -173,6 +189,16 @@ impl Report {
     /// Adds a row to a table; rows of one table have the same columns.
     pub fn row(&mut self, table: &'static str, row: Row) {
         self.rows.push((table, row));
+    }
+
+    /// Adds something to the JSON that no table shows.
+    pub fn attach(&mut self, name: &str, value: Value) {
+        self.attached.insert(name.to_owned(), value);
+    }
+
+    /// Says why the figures are not those of a good run; it becomes the error of [`Report::publish`].
+    pub fn fail(&mut self, why: String) {
+        self.failure = Some(why);
     }
 
     /// Returns the environment, the notes and all tables, as text.
@@ -204,17 +230,27 @@ impl Report {
                 Value::Object(object)
             })
             .collect();
-        json!({ "environment": self.environment.json(), "notes": self.notes, "rows": rows })
+        let mut json = json!({ "environment": self.environment.json(), "notes": self.notes, "rows": rows });
+        for (name, value) in &self.attached {
+            json[name] = value.clone();
+        }
+        json
     }
 
     /// Prints the text, and writes the JSON if a path is given.
     ///
     /// # Errors
-    /// The file system's.
+    /// The file system's; what [`Report::fail`] was told, once all is written.
     pub fn publish(&self, path: Option<&Path>) -> Result<()> {
         print!("{}", self.text());
-        let Some(path) = path else { return Ok(()) };
-        fs::write(path, format!("{:#}\n", self.json())).with_context(|| format!("cannot write {}", path.display()))
+        if let Some(path) = path {
+            let json = format!("{:#}\n", self.json());
+            fs::write(path, json).with_context(|| format!("cannot write {}", path.display()))?;
+        }
+        match &self.failure {
+            Some(why) => bail!("{why}"),
+            None => Ok(()),
+        }
     }
 }
 
@@ -257,6 +293,12 @@ mod tests {
         assert_eq!((&read["rows"][0]["name"], &read["rows"][0]["breaks"]), (&json!("replay"), &json!(4)));
         assert_eq!(read["rows"][0]["chain_us_p50"], 2.0);
         assert!(read["rows"][0]["raw_us"].is_null());
+    }
+
+    #[test]
+    fn a_command_line_keeps_its_keys() {
+        let words = ["bcg", "--api-key", "a", "--api-key=b", "--json", "c"].map(str::to_owned);
+        assert_eq!(command_line(words.into_iter()), "bcg --api-key *** --api-key=*** --json c");
     }
 
     #[test]

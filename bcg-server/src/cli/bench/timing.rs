@@ -25,6 +25,11 @@ impl Samples {
         self.0[rank - 1]
     }
 
+    /// Returns the mean.
+    pub fn mean(&self) -> f64 {
+        self.0.iter().sum::<f64>() / self.0.len() as f64
+    }
+
     /// Returns how many there are.
     #[expect(clippy::len_without_is_empty, reason = "there is at least one")]
     pub fn len(&self) -> usize {
@@ -90,6 +95,7 @@ mod tests {
     fn percentiles_are_nearest_ranks() {
         let samples = Samples::new((1..=10).rev().map(f64::from).collect());
         assert_eq!([0, 10, 50, 90, 100].map(|percent| samples.percentile(percent)), [1.0, 1.0, 5.0, 9.0, 10.0]);
+        assert_eq!(samples.mean(), 5.5);
         assert_eq!(Samples::new(vec![7.0]).median(), 7.0);
     }
 

@@ -1,158 +1,12 @@
-//! A batch on its way through the model: what the host knows of it, and the device buffers that the forward reads.
-//!
-//! Two kinds of device inputs, and the line between them is law L1:
-//! - [`TokenInputs`] are read by captured code. Their addresses and (padded) sizes are frozen, their contents are uploaded
-//!   before each forward. In a decode they hold all that attention reads, so a decode is one graph without breaks.
-//! - [`ForwardBatch`] is the live batch, which only breaks can see: sequence starts, lengths, page table, and the number of
-//!   sequences, which is never frozen.
-//!
-//! A padded row has token 0, position 0 and slot −1 (nothing is written to the KV cache), and belongs to no sequence.
-//! Captured code that mixes rows reads from `num_valid` where they begin.
-//! What attention reads is padded to a capacity of sequences, which have no rows and no keys: addresses and shapes depend
-//! on the phase and the padded rows alone, so every batch of one size makes the same launches, breaks included.
+//! The buffers of a batch on the device, and how the host fills them: see the module above for what they mean.
 
 use std::ops::Range;
 
-use bcg_runtime::{DType, Device, Freeze, LiveBatch, Result, Rows, Runner, Tensor};
+use bcg_runtime::{DType, Device, Result, Rows, Runner, Tensor};
 
-use crate::ops::{DecodePlan, attention_prefill_plan, attention_prefill_plan_len};
+use super::{DecodeInputs, ForwardBatch, Phase, SequenceInput, StateSlots, TokenInputs};
+use crate::ops::{DecodePlan, attention_prefill_plan, attention_prefill_plan_len, take_chosen};
 use crate::sampling::SamplingParams;
-use crate::state::StateLease;
-
-/// One sequence's part of a step.
-#[derive(Debug, Clone, Copy)]
-pub struct SequenceInput<'a> {
-    /// The new tokens, at least one.
-    pub tokens: &'a [u32],
-    /// Tokens of the sequence that the KV cache holds already.
-    pub past_len: usize,
-    /// The sequence's pages, with room for `past_len + tokens.len()` tokens.
-    pub pages: &'a [u32],
-    /// The sequence's state, for a model with state-space layers; without one (a dummy batch) a step starts from zeros and
-    /// keeps no state.
-    pub state: Option<&'a StateLease>,
-    /// How the next token is chosen.
-    pub sampling: &'a SamplingParams,
-    /// How many tokens the sequence has drawn before; with the seed it fixes the random choice.
-    pub step: u64,
-    /// `Some(n)` returns the token's log probability and those of the `n` most likely tokens.
-    pub top_logprobs: Option<usize>,
-    /// Returns the logits of the last row.
-    pub logits: bool,
-}
-
-impl SequenceInput<'_> {
-    /// Tokens that the KV cache holds after the step.
-    pub fn kv_len(&self) -> usize {
-        self.past_len + self.tokens.len()
-    }
-}
-
-/// What a forward is, by the shape of its batch. Each phase has graphs of its own.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Phase {
-    /// Some sequence has several new tokens; others may have one (a mixed batch). Attention is a break.
-    Prefill,
-    /// Each sequence has exactly one new token. Everything is captured, attention too.
-    Decode,
-}
-
-impl Phase {
-    /// Both phases.
-    pub const ALL: [Self; 2] = [Self::Prefill, Self::Decode];
-
-    /// The name in messages and metrics.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Prefill => "prefill",
-            Self::Decode => "decode",
-        }
-    }
-
-    /// The phase of a batch.
-    pub fn of(batch: &[SequenceInput<'_>]) -> Self {
-        if batch.iter().all(|sequence| sequence.tokens.len() == 1) { Self::Decode } else { Self::Prefill }
-    }
-}
-
-/// What captured code reads of a batch, one value for each padded row.
-#[derive(Debug, Clone)]
-pub struct TokenInputs {
-    /// `[T]` i32.
-    pub token_ids: Tensor,
-    /// `[T]` i32: each token's position in its sequence.
-    pub positions: Tensor,
-    /// `[T]` i32: `page * S + offset`, or −1.
-    pub slot_mapping: Tensor,
-    /// `[1]` i32: the rows that are not padding.
-    pub num_valid: Tensor,
-    /// What attention reads in a decode; in a prefill, the live batch has it.
-    pub decode: Option<DecodeInputs>,
-}
-
-/// The state slots of a batch's sequences, which state-space layers read and write.
-#[derive(Debug, Clone, Freeze)]
-pub struct StateSlots {
-    /// `[B]` i32: the slot that holds a sequence's state; −1 for one that begins, and behind the last sequence.
-    pub read: Tensor,
-    /// `[B]` i32: the slot that its new state goes to, another than the one it reads; −1 where none is kept.
-    pub write: Tensor,
-}
-
-/// What captured attention reads of a decode.
-#[derive(Debug, Clone)]
-pub struct DecodeInputs {
-    /// `[T]` i32: keys of each sequence, the new one included; 0 for padded rows.
-    pub kv_lens: Tensor,
-    /// `[T, pages]` i32, as wide as the longest possible sequence needs.
-    pub page_table: Tensor,
-    /// How attention is spread over the device; see [`DecodePlan`].
-    pub plan: Tensor,
-    /// `[T]` slots.
-    pub states: StateSlots,
-}
-
-/// The live batch.
-///
-/// Apart from `last_rows`, its tensors have room for the most sequences of the padded rows, Bmax: all batches of a phase
-/// and a padded size have the same addresses and shapes. Sequences behind the last one are empty.
-#[derive(Debug)]
-pub struct ForwardBatch {
-    rows: Rows,
-    num_sequences: usize,
-    phase: Phase,
-    /// `[Bmax + 1]` i32: the first row of each sequence, and from there on the end of the last one.
-    pub cu_seqlens_q: Tensor,
-    /// `[Bmax]` i32, new tokens included; 0 behind the last sequence.
-    pub kv_lens: Tensor,
-    /// `[Bmax, pages]` i32, as wide as the longest possible sequence needs. Only the pages of the sequences' tokens count.
-    pub page_table: Tensor,
-    /// `[Bmax]` slots.
-    pub states: StateSlots,
-    /// `[B]` i32: the last row of each sequence.
-    pub last_rows: Tensor,
-    /// The order of the work of [`attention_prefill`](crate::ops::attention_prefill), with room for the longest one;
-    /// without items in a decode.
-    pub prefill_plan: Tensor,
-}
-
-impl ForwardBatch {
-    /// Sequences in the batch.
-    pub fn num_sequences(&self) -> usize {
-        self.num_sequences
-    }
-
-    /// The batch's phase.
-    pub fn phase(&self) -> Phase {
-        self.phase
-    }
-}
-
-impl LiveBatch for ForwardBatch {
-    fn rows(&self) -> Option<Rows> {
-        Some(self.rows)
-    }
-}
 
 /// How large a batch can get.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -176,6 +30,8 @@ pub struct InputBuffers {
     page_table: Tensor,
     decode_plan: DecodePlan,
     sampling: SamplingBuffers,
+    /// `[B]` i32: what the step launched last chose.
+    chosen: Tensor,
     staging: Vec<i32>,
     staged_plan: Vec<i32>,
     page_size: usize,
@@ -295,6 +151,7 @@ impl InputBuffers {
             },
             decode_plan,
             staging: Vec::with_capacity(len + sequences * pages_per_sequence),
+            chosen: device.zeros(&[limits.sequences], DType::I32)?,
             staged_plan: Vec::with_capacity(plan),
             page_size,
         })
@@ -324,7 +181,7 @@ impl InputBuffers {
         padded: usize,
         write_kv: bool,
     ) -> Result<ForwardBatch> {
-        let valid: usize = batch.iter().map(|sequence| sequence.tokens.len()).sum();
+        let valid: usize = batch.iter().map(SequenceInput::num_new).sum();
         assert!(valid <= padded, "{valid} tokens do not fit into {padded} rows");
         assert!(phase == Phase::Prefill || Phase::of(batch) == phase, "a decode has one new token a sequence");
         let live = self.views(phase, batch.len(), Rows { valid, padded })?;
@@ -335,6 +192,10 @@ impl InputBuffers {
         let width = self.stage_page_tables(batch);
         let used = live.page_table.rows(0..batch.len())?.columns(0..width)?;
         runner.upload(&used, &self.staging[staged..])?;
+        if batch.iter().any(|sequence| sequence.chosen_row.is_some()) {
+            let tokens = self.sections.rows(0..valid)?;
+            runner.tail(&live, |cx| take_chosen(cx, &tokens, &self.chosen))?;
+        }
         Ok(live)
     }
 
@@ -368,7 +229,11 @@ impl InputBuffers {
         let (staging, page_size) = (&mut self.staging, self.page_size);
         staging.clear();
         push_section(staging, padded, 0, |staging| {
-            batch.iter().for_each(|s| staging.extend(s.tokens.iter().map(|token| token.cast_signed())));
+            for s in batch {
+                staging.extend(s.tokens.iter().map(|token| token.cast_signed()));
+                // As `take_chosen` reads it.
+                staging.extend(s.chosen_row.map(|row| -1 - row as i32));
+            }
         });
         push_section(staging, padded, 0, |staging| {
             batch.iter().for_each(|s| staging.extend(s.past_len as i32..s.kv_len() as i32));
@@ -377,7 +242,7 @@ impl InputBuffers {
         push_section(staging, padded, -1, |staging| {
             written.iter().for_each(|s| push_slots(staging, s.pages, page_size, s.past_len..s.kv_len()));
         });
-        let valid: usize = batch.iter().map(|sequence| sequence.tokens.len()).sum();
+        let valid: usize = batch.iter().map(SequenceInput::num_new).sum();
         push_section(staging, 1, 0, |staging| staging.push(valid as i32));
     }
 
@@ -402,7 +267,7 @@ impl InputBuffers {
             push_section(staging, plan.len(), 0, |staging| staging.extend_from_slice(plan));
         }
         let ends = batch.iter().scan(0, |end, sequence| {
-            *end += sequence.tokens.len() as i32;
+            *end += sequence.num_new() as i32;
             Some(*end)
         });
         let starts = push_section(staging, capacity + 1, live.rows.valid as i32, |staging| {
@@ -425,6 +290,11 @@ impl InputBuffers {
             self.staging.resize(begin + (i + 1) * width, 0);
         }
         width
+    }
+
+    /// `[B]` i32: where each step leaves the tokens that it chose, for the next one.
+    pub fn chosen(&self) -> &Tensor {
+        &self.chosen
     }
 
     /// Uploads the sampling parameters of a batch.
@@ -462,7 +332,7 @@ impl InputBuffers {
 mod tests {
     use super::*;
     use crate::state::PagePool;
-    use bcg_runtime::RunnerOptions;
+    use bcg_runtime::{LiveBatch, RunnerOptions};
 
     const LIMITS: BatchLimits = BatchLimits { rows: 16, sequences: 8, pages_per_sequence: 4 };
 
@@ -472,8 +342,7 @@ mod tests {
         pages: &'a [u32],
         sampling: &'a SamplingParams,
     ) -> SequenceInput<'a> {
-        let (state, step) = (None, 0);
-        SequenceInput { tokens, past_len, pages, state, sampling, step, top_logprobs: None, logits: false }
+        SequenceInput::new(tokens, past_len, pages, sampling)
     }
 
     #[test]

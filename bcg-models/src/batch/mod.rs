@@ -1,0 +1,185 @@
+//! A batch on its way through the model: what the host knows of it, and the device buffers that the forward reads.
+//!
+//! Two kinds of device inputs, and the line between them is law L1:
+//! - [`TokenInputs`] are read by captured code. Their addresses and (padded) sizes are frozen, their contents are uploaded
+//!   before each forward. In a decode they hold all that attention reads, so a decode is one graph without breaks.
+//! - [`ForwardBatch`] is the live batch, which only breaks can see: sequence starts, lengths, page table, and the number of
+//!   sequences, which is never frozen.
+//!
+//! A padded row has token 0, position 0 and slot −1 (nothing is written to the KV cache), and belongs to no sequence.
+//! Captured code that mixes rows reads from `num_valid` where they begin.
+//! What attention reads is padded to a capacity of sequences, which have no rows and no keys: addresses and shapes depend
+//! on the phase and the padded rows alone, so every batch of one size makes the same launches, breaks included.
+
+mod buffers;
+
+use bcg_runtime::{Freeze, LiveBatch, Rows, Tensor};
+
+use crate::sampling::SamplingParams;
+use crate::state::StateLease;
+
+pub use buffers::{BatchLimits, InputBuffers, SamplingBuffers};
+
+/// One sequence's part of a step.
+#[derive(Debug, Clone, Copy)]
+pub struct SequenceInput<'a> {
+    /// The new tokens that the host knows; at least one, unless there is a `chosen_row`.
+    pub tokens: &'a [u32],
+    /// One more new token, which the host need not know yet: the one that the step launched last chose for this sequence of
+    /// its batch.
+    pub chosen_row: Option<usize>,
+    /// Tokens of the sequence that the KV cache holds already.
+    pub past_len: usize,
+    /// The sequence's pages, with room for `past_len + tokens.len()` tokens.
+    pub pages: &'a [u32],
+    /// The sequence's state, for a model with state-space layers; without one (a dummy batch) a step starts from zeros and
+    /// keeps no state.
+    pub state: Option<&'a StateLease>,
+    /// How the next token is chosen.
+    pub sampling: &'a SamplingParams,
+    /// How many tokens the sequence has drawn before; with the seed it fixes the random choice.
+    pub step: u64,
+    /// Tokens and what is added to their logits; each token once.
+    pub logit_bias: &'a [(u32, f32)],
+    /// The tokens that may be chosen, those whose bit `token % 32` of word `token / 32` is set; `None` allows all.
+    pub token_mask: Option<&'a [u32]>,
+    /// `Some(n)` returns the token's log probability and those of the `n` most likely tokens.
+    pub top_logprobs: Option<usize>,
+    /// Returns the logits of the last row.
+    pub logits: bool,
+}
+
+impl<'a> SequenceInput<'a> {
+    /// New tokens behind `past_len` tokens, without a state and with nothing asked for but the next token.
+    pub fn new(tokens: &'a [u32], past_len: usize, pages: &'a [u32], sampling: &'a SamplingParams) -> Self {
+        Self {
+            tokens,
+            chosen_row: None,
+            past_len,
+            pages,
+            state: None,
+            sampling,
+            step: 0,
+            logit_bias: &[],
+            token_mask: None,
+            top_logprobs: None,
+            logits: false,
+        }
+    }
+
+    /// New tokens, the one that the host need not know included.
+    pub fn num_new(&self) -> usize {
+        self.tokens.len() + usize::from(self.chosen_row.is_some())
+    }
+
+    /// Tokens that the KV cache holds after the step.
+    pub fn kv_len(&self) -> usize {
+        self.past_len + self.num_new()
+    }
+}
+
+/// What a forward is, by the shape of its batch. Each phase has graphs of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Phase {
+    /// Some sequence has several new tokens; others may have one (a mixed batch). Attention is a break.
+    Prefill,
+    /// Each sequence has exactly one new token. Everything is captured, attention too.
+    Decode,
+}
+
+impl Phase {
+    /// Both phases.
+    pub const ALL: [Self; 2] = [Self::Prefill, Self::Decode];
+
+    /// The name in messages and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Prefill => "prefill",
+            Self::Decode => "decode",
+        }
+    }
+
+    /// The phase of a batch.
+    pub fn of(batch: &[SequenceInput<'_>]) -> Self {
+        if batch.iter().all(|sequence| sequence.num_new() == 1) { Self::Decode } else { Self::Prefill }
+    }
+}
+
+/// What captured code reads of a batch, one value for each padded row.
+#[derive(Debug, Clone)]
+pub struct TokenInputs {
+    /// `[T]` i32.
+    pub token_ids: Tensor,
+    /// `[T]` i32: each token's position in its sequence.
+    pub positions: Tensor,
+    /// `[T]` i32: `page * S + offset`, or −1.
+    pub slot_mapping: Tensor,
+    /// `[1]` i32: the rows that are not padding.
+    pub num_valid: Tensor,
+    /// What attention reads in a decode; in a prefill, the live batch has it.
+    pub decode: Option<DecodeInputs>,
+}
+
+/// The state slots of a batch's sequences, which state-space layers read and write.
+#[derive(Debug, Clone, Freeze)]
+pub struct StateSlots {
+    /// `[B]` i32: the slot that holds a sequence's state; −1 for one that begins, and behind the last sequence.
+    pub read: Tensor,
+    /// `[B]` i32: the slot that its new state goes to, another than the one it reads; −1 where none is kept.
+    pub write: Tensor,
+}
+
+/// What captured attention reads of a decode.
+#[derive(Debug, Clone)]
+pub struct DecodeInputs {
+    /// `[T]` i32: keys of each sequence, the new one included; 0 for padded rows.
+    pub kv_lens: Tensor,
+    /// `[T, pages]` i32, as wide as the longest possible sequence needs.
+    pub page_table: Tensor,
+    /// How attention is spread over the device; see [`DecodePlan`].
+    pub plan: Tensor,
+    /// `[T]` slots.
+    pub states: StateSlots,
+}
+
+/// The live batch.
+///
+/// Apart from `last_rows`, its tensors have room for the most sequences of the padded rows, Bmax: all batches of a phase
+/// and a padded size have the same addresses and shapes. Sequences behind the last one are empty.
+#[derive(Debug)]
+pub struct ForwardBatch {
+    rows: Rows,
+    num_sequences: usize,
+    phase: Phase,
+    /// `[Bmax + 1]` i32: the first row of each sequence, and from there on the end of the last one.
+    pub cu_seqlens_q: Tensor,
+    /// `[Bmax]` i32, new tokens included; 0 behind the last sequence.
+    pub kv_lens: Tensor,
+    /// `[Bmax, pages]` i32, as wide as the longest possible sequence needs. Only the pages of the sequences' tokens count.
+    pub page_table: Tensor,
+    /// `[Bmax]` slots.
+    pub states: StateSlots,
+    /// `[B]` i32: the last row of each sequence.
+    pub last_rows: Tensor,
+    /// The order of the work of [`attention_prefill`](crate::ops::attention_prefill), with room for the longest one;
+    /// without items in a decode.
+    pub prefill_plan: Tensor,
+}
+
+impl ForwardBatch {
+    /// Sequences in the batch.
+    pub fn num_sequences(&self) -> usize {
+        self.num_sequences
+    }
+
+    /// The batch's phase.
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+}
+
+impl LiveBatch for ForwardBatch {
+    fn rows(&self) -> Option<Rows> {
+        Some(self.rows)
+    }
+}
