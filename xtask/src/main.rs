@@ -25,7 +25,7 @@ cargo xtask <command>
   tidy            check names, lengths, leftovers, links, and that every rule names its test
   licenses        check the licence of every dependency
   kernels         compile every kernel for sm_80, sm_90a and sm_100a with NVRTC from its Python wheel; needs no GPU
-  test-clients    run the official openai client against the server [--sglang runs SGLang's benchmark client, 350 MB]
+  test-clients    run the official openai client against the server [--sglang runs SGLang's benchmark client, 450 MB]
   test-page       open the page of `bcg inspect --html` in a headless browser and use it
   package         package every crate that can be published [--verify builds them too] [--allow-dirty]
   plots DIR       draw what `bcg bench … --json` wrote into DIR: docs/plots/*.svg
