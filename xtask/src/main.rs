@@ -26,7 +26,7 @@ cargo xtask <command>
   tidy            check names, lengths, leftovers, links, and that every rule names its test
   licenses        check the licence of every dependency
   kernels         compile every kernel for sm_80, sm_90a and sm_100a with NVRTC from its Python wheel; needs no GPU
-  test-clients    run the official openai client against the server
+  test-clients    run the official openai client against the server [--sglang runs SGLang's benchmark client, 350 MB]
   fuzz            send spoiled inputs to everything that reads some, each target for a while
                   [http | chat | safetensors | config] [--seconds 600] [--seed N]
   test-page       open the page of `bcg inspect --html` in a headless browser and use it
@@ -49,7 +49,7 @@ fn run() -> Result<()> {
     let mut args = std::env::args().skip(1);
     let command = args.next();
     let flags: Vec<String> = args.collect();
-    if !matches!(command.as_deref(), Some("fuzz" | "package" | "plots"))
+    if !matches!(command.as_deref(), Some("fuzz" | "package" | "plots" | "test-clients"))
         && let Some(flag) = flags.first()
     {
         bail!("unexpected argument `{flag}`\n\n{USAGE}");
@@ -58,7 +58,7 @@ fn run() -> Result<()> {
         Some("tidy") => tidy::run(),
         Some("licenses") => licenses::run(),
         Some("kernels") => kernels::run(),
-        Some("test-clients") => clients::run(),
+        Some("test-clients") => clients::run(&flags),
         Some("fuzz") => fuzz::run(&flags),
         Some("test-page") => page::run(),
         Some("package") => package::run(&flags),

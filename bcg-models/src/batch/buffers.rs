@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use bcg_runtime::{DType, Device, Result, Rows, Runner, Tensor};
 
-use super::{DecodeInputs, ForwardBatch, Phase, SequenceInput, StateSlots, TokenInputs};
+use super::{AttentionSplit, DecodeInputs, ForwardBatch, Phase, SequenceInput, StateSlots, TokenInputs};
 use crate::ops::{DecodePlan, attention_prefill_plan, attention_prefill_plan_len, take_chosen};
 use crate::sampling::SamplingParams;
 
@@ -75,6 +75,10 @@ impl Sections<'_> {
         Ok(StateSlots { read: self.next(len)?, write: self.next(len)? })
     }
 
+    fn plan(&mut self, decode_plan: DecodePlan) -> Result<Tensor> {
+        self.next(decode_plan.shape().iter().product())?.reshape(&decode_plan.shape())
+    }
+
     /// The sections that captured code reads.
     fn captured(
         &mut self,
@@ -94,7 +98,7 @@ impl Sections<'_> {
                     kv_lens: self.next(rows)?,
                     states: self.states(rows)?,
                     page_table: page_table.rows(0..rows)?,
-                    plan: self.next(decode_plan.shape().iter().product())?.reshape(&decode_plan.shape())?,
+                    plan: self.plan(decode_plan)?,
                 }),
             },
         })
@@ -134,10 +138,10 @@ impl InputBuffers {
         let BatchLimits { rows, sequences, pages_per_sequence } = limits;
         let aligned = |len: usize| len.next_multiple_of(SECTION_ALIGNMENT);
         let plan: usize = decode_plan.shape().iter().product();
-        let plan = plan.max(attention_prefill_plan_len(rows, sequences));
-        // Tokens, positions, slots; lengths, states, starts, last rows; the phase's plan; the number of valid rows, and a
-        // decode's prefill plan without items.
-        let len = 3 * aligned(rows) + 5 * aligned(sequences + 1) + aligned(plan) + 2 * SECTION_ALIGNMENT;
+        let plans = aligned(plan) + 2 * aligned(attention_prefill_plan_len(rows, sequences));
+        // Tokens, positions, slots; lengths, states, starts, last rows, and starts and lengths of a mixed batch taken apart;
+        // all plans; the number of valid rows, and a decode's prefill plan without items.
+        let len = 3 * aligned(rows) + 7 * aligned(sequences + 1) + plans + 2 * SECTION_ALIGNMENT;
         Ok(Self {
             sections: zeros(len, DType::I32)?,
             page_table: device.zeros(&[sequences, pages_per_sequence], DType::I32)?,
@@ -152,7 +156,7 @@ impl InputBuffers {
             decode_plan,
             staging: Vec::with_capacity(len + sequences * pages_per_sequence),
             chosen: device.zeros(&[limits.sequences], DType::I32)?,
-            staged_plan: Vec::with_capacity(plan),
+            staged_plan: Vec::with_capacity(plans),
             page_size,
         })
     }
@@ -221,6 +225,15 @@ impl InputBuffers {
             page_table: self.page_table.rows(0..capacity)?,
             last_rows: sections.next(capacity)?.rows(0..num_sequences)?,
             prefill_plan: sections.next(plan_len)?,
+            split: match phase {
+                Phase::Prefill => Some(AttentionSplit {
+                    prompt_starts: sections.next(capacity + 1)?,
+                    prompt_plan: sections.next(plan_len)?,
+                    decode_kv_lens: sections.next(capacity)?,
+                    decode_plan: sections.plan(self.decode_plan)?,
+                }),
+                Phase::Decode => None,
+            },
         })
     }
 
@@ -276,7 +289,24 @@ impl InputBuffers {
         });
         push_section(staging, capacity, 0, |staging| staging.extend(ends.map(|end| end - 1)));
         let planned = if live.phase == Phase::Prefill { batch.len() } else { 0 };
-        attention_prefill_plan(&staging[starts][..=planned], &staging[lens][..planned], plan);
+        attention_prefill_plan(&staging[starts.clone()][..=planned], &staging[lens.clone()][..planned], plan);
+        let plan_len = live.prefill_plan.dim(0);
+        push_section(staging, plan_len, 0, |staging| staging.extend_from_slice(plan));
+        if live.split.is_none() {
+            return;
+        }
+        let decodes = batch.iter().take_while(|sequence| sequence.num_new() == 1).count();
+        let prompt_starts = push_section(staging, capacity + 1, live.rows.valid as i32, |staging| {
+            // Each of those at the front has one row.
+            staging.extend_from_within(starts);
+            let begin = staging.len() - (capacity + 1);
+            staging[begin..begin + decodes].fill(decodes as i32);
+        });
+        attention_prefill_plan(&staging[prompt_starts][..=planned], &staging[lens.clone()][..planned], plan);
+        push_section(staging, plan_len, 0, |staging| staging.extend_from_slice(plan));
+        let decode_lens = lens.start..lens.start + decodes;
+        push_section(staging, capacity, 0, |staging| staging.extend_from_within(decode_lens.clone()));
+        self.decode_plan.fill(&staging[decode_lens], plan);
         push_section(staging, plan.len(), 0, |staging| staging.extend_from_slice(plan));
     }
 

@@ -142,6 +142,22 @@ pub struct DecodeInputs {
     pub states: StateSlots,
 }
 
+/// A mixed batch taken apart for attention: what has one new token goes to the kernel of decodes, which reads keys at the
+/// speed of memory, and not to that of prompts, which would work on 128 rows for each.
+///
+/// The sequences with one new token are those at the front of the batch; any others count as prompts.
+#[derive(Debug)]
+pub struct AttentionSplit {
+    /// `[Bmax + 1]` i32: as `cu_seqlens_q`, with sequences at the front that have no rows.
+    pub prompt_starts: Tensor,
+    /// The plan of [`attention_prefill`](crate::ops::attention_prefill) for them.
+    pub prompt_plan: Tensor,
+    /// `[Bmax]` i32: keys of each sequence at the front; 0 behind the last one of them.
+    pub decode_kv_lens: Tensor,
+    /// The plan of [`attention_decode`](crate::ops::attention_decode) for them.
+    pub decode_plan: Tensor,
+}
+
 /// The live batch.
 ///
 /// Apart from `last_rows`, its tensors have room for the most sequences of the padded rows, Bmax: all batches of a phase
@@ -161,9 +177,11 @@ pub struct ForwardBatch {
     pub states: StateSlots,
     /// `[B]` i32: the last row of each sequence.
     pub last_rows: Tensor,
-    /// The order of the work of [`attention_prefill`](crate::ops::attention_prefill), with room for the longest one;
-    /// without items in a decode.
+    /// The order of the work of [`mla_prefill`](crate::ops::mla_prefill()), which takes all sequences, with room for the
+    /// longest one; without items in a decode.
     pub prefill_plan: Tensor,
+    /// `None` in a decode.
+    pub split: Option<AttentionSplit>,
 }
 
 impl ForwardBatch {

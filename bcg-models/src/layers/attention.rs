@@ -12,7 +12,7 @@ use serde_json::Value;
 use super::{Linear, RmsNorm};
 use crate::batch::{ForwardBatch, TokenInputs};
 use crate::config::{Fields, ModelConfig};
-use crate::ops::{self, PagedKv, QkNormRopeKvWrite};
+use crate::ops::{self, AttentionPrefill, PagedKv, QkNormRopeKvWrite};
 use crate::state::{CacheLayout, LayerKv};
 use crate::weights::Weights;
 
@@ -223,5 +223,16 @@ impl NormRope {
 fn attend(cx: &mut Eager<'_, ForwardBatch>, q: &Tensor, kv: &LayerKv, scale: f32) -> Result<Tensor> {
     let batch = cx.live();
     let kv = PagedKv { k_cache: &kv.k, v_cache: &kv.v, page_table: &batch.page_table };
-    ops::attention_prefill(cx, q, &kv, &batch.cu_seqlens_q, &batch.kv_lens, &batch.prefill_plan, scale)
+    let out = cx.empty(q.shape(), q.dtype())?;
+    let (mut cu_seqlens_q, mut plan) = (&batch.cu_seqlens_q, &batch.prefill_plan);
+    if let Some(split) = &batch.split {
+        // The decodes first: of the rows that this writes, prompts write theirs again.
+        let rows = 0..split.decode_kv_lens.dim(0);
+        let (out, q) = (out.rows(rows.clone())?, q.rows(rows)?);
+        ops::attention_decode_to(cx, &out, &q, &kv, &split.decode_kv_lens, &split.decode_plan, scale)?;
+        (cu_seqlens_q, plan) = (&split.prompt_starts, &split.prompt_plan);
+    }
+    let prompts = AttentionPrefill { q, kv: &kv, cu_seqlens_q, kv_lens: &batch.kv_lens, plan, scale };
+    ops::attention_prefill_to(cx, &out, &prompts)?;
+    Ok(out)
 }

@@ -114,6 +114,24 @@ pub fn attention_decode(
     plan: &Tensor,
     scale: f32,
 ) -> Result<Tensor> {
+    let out = cx.empty(q.shape(), q.dtype())?;
+    attention_decode_to(cx, &out, q, kv, kv_lens, plan, scale)?;
+    Ok(out)
+}
+
+/// As [`attention_decode`], into `out`, which is contiguous and has the shape of `q`.
+///
+/// # Errors
+/// As [`attention_decode`].
+pub fn attention_decode_to(
+    cx: &mut CaptureStream,
+    out: &Tensor,
+    q: &Tensor,
+    kv: &PagedKv<'_>,
+    kv_lens: &Tensor,
+    plan: &Tensor,
+    scale: f32,
+) -> Result<()> {
     CHECK.rank("kv_lens", kv_lens, &["B"])?;
     let sequences = kv_lens.dim(0);
     CHECK.dense("kv_lens", kv_lens, &[sequences], DType::I32)?;
@@ -121,10 +139,10 @@ pub fn attention_decode(
     CHECK.shape("q", q, &[sequences, q.dim(1)])?;
     let (kv_heads, head_dim) = (kv.k_cache.dim(2), kv.k_cache.dim(3));
     CHECK.dense("plan", plan, &DecodePlan::new(cx.device(), q_heads, kv_heads).shape(), DType::I32)?;
-    let out = cx.empty(q.shape(), q.dtype())?;
+    CHECK.dense("out", out, q.shape(), q.dtype())?;
     let mut args = AttentionDecodeArgs {
         q: cx.addr(q)?,
-        out: cx.addr(&out)?,
+        out: cx.addr(out)?,
         kv_lens: cx.addr(kv_lens)?,
         plan: cx.addr(plan)?,
         partials: DevicePtr::NULL,
@@ -138,8 +156,7 @@ pub fn attention_decode(
     let group = q_heads / kv_heads;
     let Some(kernel) = tiled(cx.device(), q.dtype(), &args.kv, group) else {
         let dims = Dims::linear(CHECK.u32("B * Hq", sequences * q_heads)?, 32 * WARPS);
-        cx.launch(ATTENTION_DECODE.get(CHECK, "q", q.dtype())?, dims, args)?;
-        return Ok(out);
+        return cx.launch(ATTENTION_DECODE.get(CHECK, "q", q.dtype())?, dims, args);
     };
     let blocks = plan.dim(0);
     // Two pieces of a block: of the item with which it begins, and of the one with which it ends.
@@ -147,8 +164,7 @@ pub fn attention_decode(
     args.partials = cx.addr(&partials)?;
     let mut dims = Dims::linear(CHECK.u32("blocks", blocks)?, 32 * TILED_WARPS as u32);
     dims.shared_bytes = tiled_shared_bytes(head_dim) as u32;
-    cx.launch(kernel, dims, args)?;
-    Ok(out)
+    cx.launch(kernel, dims, args)
 }
 
 /// Finds the tiled kernel, where there is one: it copies 16 bytes at a time, into more shared memory than small GPUs have.

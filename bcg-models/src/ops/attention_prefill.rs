@@ -121,7 +121,7 @@ pub fn attention_prefill_plan_len(rows: usize, sequences: usize) -> usize {
 ///
 /// # Shapes
 /// - `q`, `out`: `[T, Hq D]`, bf16, f16 or f32; `q` may be row-sliced. D is a multiple of 32 up to 256.
-/// - `cu_seqlens_q`: `[B + 1]` i32, from 0 on, not descending.   - `kv_lens`: `[B]` i32.
+/// - `cu_seqlens_q`: `[B + 1]` i32, not descending.   - `kv_lens`: `[B]` i32.
 /// - `plan`: `[1 + 2 items]` i32 or longer, from [`attention_prefill_plan`]: it must cover each row of a sequence once.
 ///
 /// # Capture
@@ -164,6 +164,34 @@ pub fn attention_prefill(
     plan: &Tensor,
     scale: f32,
 ) -> Result<Tensor> {
+    let out = cx.empty(q.shape(), q.dtype())?;
+    attention_prefill_to(cx, &out, &AttentionPrefill { q, kv, cu_seqlens_q, kv_lens, plan, scale })?;
+    Ok(out)
+}
+
+/// What [`attention_prefill`] takes.
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionPrefill<'a> {
+    /// `[T, Hq D]`.
+    pub q: &'a Tensor,
+    /// The keys and values.
+    pub kv: &'a PagedKv<'a>,
+    /// `[B + 1]` i32. Rows before the first start belong to no sequence.
+    pub cu_seqlens_q: &'a Tensor,
+    /// `[B]` i32.
+    pub kv_lens: &'a Tensor,
+    /// From [`attention_prefill_plan`].
+    pub plan: &'a Tensor,
+    /// Above 0.
+    pub scale: f32,
+}
+
+/// As [`attention_prefill`], into `out`, which is contiguous and has the shape of `q`.
+///
+/// # Errors
+/// As [`attention_prefill`].
+pub fn attention_prefill_to(cx: &mut CaptureStream, out: &Tensor, input: &AttentionPrefill<'_>) -> Result<()> {
+    let AttentionPrefill { q, kv, cu_seqlens_q, kv_lens, plan, scale } = *input;
     CHECK.rank("kv_lens", kv_lens, &["B"])?;
     let sequences = kv_lens.dim(0);
     CHECK.dense("kv_lens", kv_lens, &[sequences], DType::I32)?;
@@ -174,12 +202,12 @@ pub fn attention_prefill(
         return Err(CHECK.error("`scale` above 0", scale));
     }
     let q_heads = kv.check(CHECK, q, sequences)?;
-    let out = cx.empty(q.shape(), q.dtype())?;
+    CHECK.dense("out", out, q.shape(), q.dtype())?;
     // The Hopper kernels keep a tensor map for each block here.
     let maps = cx.empty(&[cx.device().num_multiprocessors() as usize, MAP_BYTES / 4], DType::I32)?;
     let args = AttentionPrefillArgs {
         q: cx.addr(q)?,
-        out: cx.addr(&out)?,
+        out: cx.addr(out)?,
         cu_seqlens_q: cx.addr(cu_seqlens_q)?,
         kv_lens: cx.addr(kv_lens)?,
         plan: cx.addr(plan)?,
@@ -194,8 +222,7 @@ pub fn attention_prefill(
         _padding: 0,
     };
     let (kernel, dims) = choose(cx.device(), q.dtype(), &args)?;
-    cx.launch(kernel, dims, args)?;
-    Ok(out)
+    cx.launch(kernel, dims, args)
 }
 
 impl AttentionPrefillArgs {

@@ -66,8 +66,10 @@ mod top_logprobs;
 
 pub use add_rms_norm::add_rms_norm;
 pub use argmax::argmax;
-pub use attention_decode::attention_decode;
-pub use attention_prefill::{attention_prefill, attention_prefill_plan, attention_prefill_plan_len};
+pub use attention_decode::{attention_decode, attention_decode_to};
+pub use attention_prefill::{
+    AttentionPrefill, attention_prefill, attention_prefill_plan, attention_prefill_plan_len, attention_prefill_to,
+};
 pub use causal_conv1d::{CausalConv1d, causal_conv1d};
 pub use copy_rows::copy_rows;
 pub use decode_plan::DecodePlan;

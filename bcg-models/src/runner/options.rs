@@ -159,7 +159,8 @@ impl RunnerOptions {
         Ok(Some(ladder))
     }
 
-    /// The sizes whose matrix products are tuned: all that are captured ahead, and of each single one a ladder.
+    /// The sizes whose matrix products are tuned: all that are captured ahead, and of each single one a ladder; and the
+    /// largest step, which is the usual one under load.
     pub(super) fn tuned_sizes(&self) -> Result<Vec<usize>> {
         let padded = match self.graph {
             GraphMode::Off => return Ok(Vec::new()),
@@ -169,6 +170,7 @@ impl RunnerOptions {
         for phase in Phase::ALL {
             sizes.extend_from_slice(padded.ladder(phase)?.as_ref().map_or(&[], Ladder::sizes));
         }
+        sizes.push(self.largest_step());
         Ok(sizes)
     }
 

@@ -8,40 +8,63 @@ use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
 use super::App;
+use super::answers::{Answer, TotalUsage, collect};
 use super::fields::Fields;
-use super::request::{AnswerShape, generation, token_count, usage_json};
+use super::request::{AnswerShape, check_choices, generation, token_count};
 use super::sse::{self, Chunks};
-use crate::engine::{ChatMessage, Event, EventStream, GenerationRequest, Prompt, TokenLogprob, TokenText};
+use super::tools::Tools;
+use super::tools::calls::{CallParser, Piece};
+use crate::engine::{ChatMessage, Event, FinishReason, GenerationRequest, ModelInfo, Prompt, TokenLogprob, TokenText};
 use crate::error::ApiError;
 
 /// The most alternatives per token, as in the OpenAI API.
 const TOP_LOGPROBS_MAX: usize = 20;
 
+/// What the chunks of a stream call themselves.
+const CHUNK: &str = "chat.completion.chunk";
+
 /// Answers a conversation, at once or in chunks.
 pub(super) async fn create(State(app): State<App>, body: Result<Bytes, BytesRejection>) -> Result<Response, ApiError> {
     let fields = Fields::parse(body, app.max_body_bytes)?;
     let shape = AnswerShape::read(&fields, &app, "chatcmpl")?;
-    let request = read(&fields)?;
+    let tools = Tools::read(&fields)?;
+    let request = read(&fields, app.engine.info(), &tools)?;
+    check_choices("n", 1, shape.n)?;
     let logprobs = request.top_logprobs.is_some();
-    let events = app.submit(request).await?;
+    let answers = app.submit(vec![request], shape.n).await?;
     if shape.stream {
-        return Ok(sse::respond(events, ChatChunks { shape, logprobs }));
+        let (usage, parsers) = (TotalUsage::new(shape.n), vec![tools.parser(); shape.n]);
+        return Ok(sse::respond(answers, ChatChunks { shape, logprobs, parsers, usage }));
     }
-    whole(events, &shape, logprobs).await.map(IntoResponse::into_response)
+    let (mut usage, mut choices) = (TotalUsage::new(shape.n), Vec::with_capacity(shape.n));
+    for (index, answer) in collect(answers).await?.iter().enumerate() {
+        usage.add(index, answer.usage);
+        choices.push(choice(index, answer, tools.parser(), logprobs));
+    }
+    Ok(Json(shape.whole("chat.completion", choices, usage.total())).into_response())
 }
 
-fn read(fields: &Fields) -> Result<GenerationRequest, ApiError> {
+/// Turns the fields that say what the conversation is into a prompt.
+pub(super) fn prompt(fields: &Fields, tools: &Tools) -> Result<Prompt, ApiError> {
     let messages: Vec<ChatMessage> = fields.require("messages")?;
     if messages.is_empty() {
         return Err(ApiError::invalid("messages", "`messages` needs at least one message."));
     }
-    fields.refuse("tools", &[json!([])], "leave it out")?;
-    fields.refuse("functions", &[json!([])], "leave it out")?;
-    fields.refuse("response_format", &[json!({"type": "text"})], "leave it out or set it to {\"type\": \"text\"}")?;
+    let template_args = fields.get("chat_template_kwargs")?.unwrap_or_default();
+    Ok(Prompt::Chat { messages, tools: tools.for_template(), template_args })
+}
+
+fn read(fields: &Fields, info: &ModelInfo, tools: &Tools) -> Result<GenerationRequest, ApiError> {
+    let prompt = prompt(fields, tools)?;
+    fields.refuse("functions", &[json!([])], "use `tools`")?;
+    fields.refuse("function_call", &[json!("none")], "use `tool_choice`")?;
+    fields.refuse("audio", &[], "leave it out; this model reads and writes text")?;
+    fields.refuse("modalities", &[json!([]), json!(["text"])], "leave it out or set it to [\"text\"]")?;
     let newer = token_count(fields, "max_completion_tokens")?;
     let max_tokens = newer.or(token_count(fields, "max_tokens")?);
-    let template_args = fields.get("chat_template_kwargs")?.unwrap_or_default();
-    generation(fields, Prompt::Chat { messages, tools: Value::Null, template_args }, max_tokens, top_logprobs(fields)?)
+    let mut request = generation(fields, info, prompt, max_tokens, top_logprobs(fields)?)?;
+    request.grammar = tools.grammar(request.grammar)?;
+    Ok(request)
 }
 
 fn top_logprobs(fields: &Fields) -> Result<Option<usize>, ApiError> {
@@ -53,76 +76,96 @@ fn top_logprobs(fields: &Fields) -> Result<Option<usize>, ApiError> {
     Ok(wanted.then(|| top.unwrap_or(0)))
 }
 
-async fn whole(mut events: EventStream, shape: &AnswerShape, logprobs: bool) -> Result<Json<Value>, ApiError> {
-    let (mut text, mut entries) = (String::new(), Vec::new());
-    loop {
-        match events.next().await {
-            Some(Event::Delta(delta)) => {
-                text += &delta.text;
-                entries.extend(delta.logprobs);
+fn choice(index: usize, answer: &Answer, parser: Option<CallParser>, logprobs: bool) -> Value {
+    let (mut content, mut calls) = (String::new(), Vec::new());
+    match parser {
+        None => content.clone_from(&answer.text),
+        Some(mut parser) => {
+            let pieces = parser.push(&answer.text).into_iter().chain(parser.finish());
+            for piece in pieces {
+                match piece {
+                    Piece::Content(text) => content += &text,
+                    Piece::Call(call) => calls.push(call.to_json()),
+                }
             }
-            Some(Event::Finished { reason, usage }) => {
-                let mut answer = shape.object("chat.completion");
-                let message = json!({"role": "assistant", "content": text, "refusal": null});
-                answer.insert(
-                    "choices".into(),
-                    json!([{
-                        "index": 0,
-                        "message": message,
-                        "logprobs": logprobs.then(|| logprobs_json(&entries)),
-                        "finish_reason": reason.as_str(),
-                    }]),
-                );
-                answer.insert("usage".into(), usage_json(usage));
-                return Ok(Json(answer.into()));
-            }
-            Some(Event::Failed(message)) => return Err(ApiError::Engine(message)),
-            None => return Err(ApiError::Engine("the answer ended without a reason".into())),
         }
     }
+    let shown = (calls.is_empty() || !content.is_empty()).then_some(content);
+    let mut message = json!({"role": "assistant", "content": shown, "refusal": null});
+    let finish_reason = finish_reason(answer.reason, calls.len());
+    if !calls.is_empty() {
+        message["tool_calls"] = calls.into();
+    }
+    let logprobs = logprobs.then(|| logprobs_json(&answer.logprobs));
+    json!({"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish_reason})
+}
+
+fn finish_reason(reason: FinishReason, num_calls: usize) -> &'static str {
+    if num_calls > 0 && reason == FinishReason::Stop { "tool_calls" } else { reason.as_str() }
 }
 
 struct ChatChunks {
     shape: AnswerShape,
     logprobs: bool,
+    /// One for each choice.
+    parsers: Vec<Option<CallParser>>,
+    usage: TotalUsage,
 }
 
 impl ChatChunks {
-    fn chunk(&self, delta: &Value, logprobs: &[TokenLogprob], finish_reason: Option<&str>) -> Value {
-        let mut chunk = self.shape.object("chat.completion.chunk");
+    fn chunk(&self, index: usize, delta: &Value, logprobs: &[TokenLogprob], finish_reason: Option<&str>) -> Value {
         let logprobs = (self.logprobs && !logprobs.is_empty()).then(|| logprobs_json(logprobs));
-        chunk.insert(
-            "choices".into(),
-            json!([{"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}]),
-        );
-        if self.shape.include_usage {
-            chunk.insert("usage".into(), Value::Null);
+        let choice = json!({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason});
+        self.shape.chunk(CHUNK, &choice)
+    }
+
+    /// The chunks of these pieces; log probabilities go with the first one, or alone.
+    fn pieces(&self, index: usize, pieces: &[Piece], mut logprobs: &[TokenLogprob]) -> Vec<Value> {
+        let mut chunks = Vec::with_capacity(pieces.len());
+        for piece in pieces {
+            let delta = match piece {
+                Piece::Content(text) => json!({"content": text}),
+                Piece::Call(call) => json!({"tool_calls": [call.to_chunk()]}),
+            };
+            chunks.push(self.chunk(index, &delta, std::mem::take(&mut logprobs), None));
         }
-        chunk.into()
+        if !logprobs.is_empty() {
+            chunks.push(self.chunk(index, &json!({"content": ""}), logprobs, None));
+        }
+        chunks
     }
 }
 
 impl Chunks for ChatChunks {
     fn opening(&mut self) -> Vec<Value> {
-        vec![self.chunk(&json!({"role": "assistant", "content": ""}), &[], None)]
+        let delta = json!({"role": "assistant", "content": ""});
+        (0..self.shape.n).map(|index| self.chunk(index, &delta, &[], None)).collect()
     }
 
-    fn chunks(&mut self, event: Event) -> Vec<Value> {
+    fn chunks(&mut self, index: usize, event: Event) -> Vec<Value> {
         match event {
-            Event::Delta(delta) if delta.text.is_empty() && delta.logprobs.is_empty() => Vec::new(),
-            Event::Delta(delta) => vec![self.chunk(&json!({"content": delta.text}), &delta.logprobs, None)],
+            Event::Delta(delta) => {
+                let pieces = match &mut self.parsers[index] {
+                    Some(parser) => parser.push(&delta.text),
+                    None if delta.text.is_empty() => Vec::new(),
+                    None => vec![Piece::Content(delta.text)],
+                };
+                self.pieces(index, &pieces, &delta.logprobs)
+            }
             Event::Finished { reason, usage } => {
-                let mut chunks = vec![self.chunk(&json!({}), &[], Some(reason.as_str()))];
-                if self.shape.include_usage {
-                    let mut last = self.shape.object("chat.completion.chunk");
-                    last.insert("choices".into(), json!([]));
-                    last.insert("usage".into(), usage_json(usage));
-                    chunks.push(last.into());
-                }
+                self.usage.add(index, usage);
+                let pieces = self.parsers[index].as_mut().map(CallParser::finish).unwrap_or_default();
+                let num_calls = self.parsers[index].as_ref().map_or(0, CallParser::num_calls);
+                let mut chunks = self.pieces(index, &pieces, &[]);
+                chunks.push(self.chunk(index, &json!({}), &[], Some(finish_reason(reason, num_calls))));
                 chunks
             }
             Event::Failed(_) => Vec::new(),
         }
+    }
+
+    fn closing(&mut self) -> Vec<Value> {
+        self.shape.usage_chunk(CHUNK, self.usage.total()).into_iter().collect()
     }
 }
 

@@ -8,11 +8,19 @@ use serde_json::{Map, Value};
 
 use crate::error::ApiError;
 
+/// Characters of a parser's message that a refusal repeats.
+const QUOTED_CHARS_MAX: usize = 200;
+
 /// The fields of a JSON object body.
 #[derive(Debug, Clone)]
 pub struct Fields(Map<String, Value>);
 
 impl Fields {
+    /// Takes the fields of an object inside a body.
+    pub fn nested(object: Map<String, Value>) -> Self {
+        Self(object)
+    }
+
     /// Parses a body.
     ///
     /// # Errors
@@ -38,7 +46,7 @@ impl Fields {
             None | Some(Value::Null) => Ok(None),
             Some(value) => T::deserialize(value)
                 .map(Some)
-                .map_err(|error| ApiError::invalid(name, format!("Invalid value for `{name}`: {error}."))),
+                .map_err(|error| ApiError::invalid(name, format!("Invalid value for `{name}`: {}.", brief(&error)))),
         }
     }
 
@@ -78,6 +86,15 @@ impl Fields {
             Some(value) if neutral.iter().any(|neutral| equal(neutral, value)) => Ok(()),
             Some(_) => Err(ApiError::invalid(name, format!("`{name}` is not supported by this server; {accepted}."))),
         }
+    }
+}
+
+/// An error's text without the long value that it may quote.
+fn brief(error: &impl std::fmt::Display) -> String {
+    let text = error.to_string();
+    match text.char_indices().nth(QUOTED_CHARS_MAX) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
     }
 }
 

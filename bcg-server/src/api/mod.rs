@@ -12,14 +12,21 @@ use axum::http::{Method, Uri};
 use axum::routing::{get, post};
 use tokio::net::TcpListener;
 
-use crate::engine::{Engine, EventStream, GenerationRequest};
+use self::answers::Answers;
+use crate::engine::{Engine, GenerationRequest, Prompt, SubmitError};
 use crate::error::ApiError;
 
+pub mod answers;
 mod chat;
 mod completions;
+mod embeddings;
 pub mod fields;
+mod flush_cache;
+mod format;
 mod front_door;
+mod generate;
 mod health;
+mod info;
 mod listen;
 mod metrics;
 mod models;
@@ -27,6 +34,8 @@ mod options;
 mod request;
 pub mod sse;
 mod tls;
+mod tokenize;
+mod tools;
 mod trace;
 
 pub use options::{ApiKey, ApiOptions, HttpArgs};
@@ -40,12 +49,34 @@ pub(crate) struct App {
 }
 
 impl App {
-    /// Submits off the async threads, because tokenizing a long prompt takes a while.
-    async fn submit(&self, request: GenerationRequest) -> Result<EventStream, ApiError> {
+    /// Submits `n` requests for each of these, with seeds of their own; one that is refused takes back all of them.
+    async fn submit(&self, requests: Vec<GenerationRequest>, n: usize) -> Result<Answers, ApiError> {
+        let submit = move |engine: &dyn Engine| {
+            let mut streams = Vec::with_capacity(requests.len() * n);
+            for mut request in requests {
+                if n > 1 {
+                    request.prompt = Prompt::Tokens(engine.prompt_tokens(request.prompt)?);
+                }
+                for index in 0..n as u64 {
+                    let seed = request.seed.map(|seed| seed.wrapping_add(index));
+                    streams.push(engine.submit(GenerationRequest { seed, ..request.clone() })?);
+                }
+            }
+            Ok(streams)
+        };
+        let streams = self.with_engine(submit).await?;
+        Ok(Answers::new(streams.into_iter().map(trace::watched).collect()))
+    }
+
+    /// Asks the engine off the async threads, because tokenizing a long text or compiling a grammar takes a while.
+    async fn with_engine<T, F>(&self, ask: F) -> Result<T, ApiError>
+    where
+        T: Send + 'static,
+        F: FnOnce(&dyn Engine) -> Result<T, SubmitError> + Send + 'static,
+    {
         let engine = self.engine.clone();
-        let submitted = tokio::task::spawn_blocking(move || engine.submit(request)).await;
-        let submitted = submitted.map_err(|error| ApiError::Engine(format!("submitting failed: {error}")))?;
-        Ok(trace::watched(submitted?))
+        let asked = tokio::task::spawn_blocking(move || ask(engine.as_ref())).await;
+        asked.map_err(|error| ApiError::Engine(format!("asking the engine failed: {error}")))?.map_err(ApiError::from)
     }
 }
 
@@ -57,7 +88,17 @@ pub fn router(engine: Arc<dyn Engine>, options: &ApiOptions) -> Router {
         .route("/v1/completions", post(completions::create))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{name}", get(models::retrieve))
+        .route("/v1/embeddings", post(embeddings::refuse))
+        .route("/tokenize", post(tokenize::encode))
+        .route("/detokenize", post(tokenize::decode))
+        .route("/generate", post(generate::create).put(generate::create))
         .route("/health", get(health::health))
+        .route("/health_generate", get(health::generate))
+        .route("/server_info", get(info::server))
+        .route("/get_server_info", get(info::server))
+        .route("/model_info", get(info::model))
+        .route("/get_model_info", get(info::model))
+        .route("/flush_cache", post(flush_cache::flush).get(flush_cache::flush))
         .route("/metrics", get(metrics::metrics))
         .fallback(unknown_route)
         .method_not_allowed_fallback(method_not_allowed);

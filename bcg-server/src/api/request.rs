@@ -1,4 +1,4 @@
-//! The fields that chat and completions share.
+//! The fields that all generating routes share.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -6,9 +6,19 @@ use serde_json::{Map, Value, json};
 
 use super::App;
 use super::fields::Fields;
+use super::format;
 use crate::engine::stop::STOP_STRINGS_MAX;
-use crate::engine::{GenerationRequest, Prompt, SamplingParams, Usage};
+use crate::engine::{GenerationRequest, ModelInfo, Prompt, SamplingParams, Usage};
 use crate::error::ApiError;
+
+/// The most answers to one prompt, as in the OpenAI API.
+const N_MAX: usize = 128;
+/// The most answers of one request, over all its prompts.
+const CHOICES_MAX: usize = 1024;
+/// The most tokens with a bias.
+const LOGIT_BIAS_MAX: usize = 1024;
+/// The most stop tokens of one request.
+const STOP_TOKENS_MAX: usize = 128;
 
 /// How the answer goes out.
 #[derive(Debug, Clone)]
@@ -19,6 +29,8 @@ pub(super) struct AnswerShape {
     pub(super) created: u64,
     /// The served model's name.
     pub(super) model: String,
+    /// Answers to each prompt.
+    pub(super) n: usize,
     /// Chunks instead of one answer.
     pub(super) stream: bool,
     /// A last chunk with the usage.
@@ -31,17 +43,8 @@ impl AnswerShape {
     /// Reads the shape and checks the model's name and the fields that no route supports.
     pub(super) fn read(fields: &Fields, app: &App, prefix: &str) -> Result<Self, ApiError> {
         let info = app.engine.info();
-        let served = &info.name;
-        if let Some(model) = fields.get::<String>("model")?
-            && model != *served
-        {
-            return Err(ApiError::ModelNotFound(model, served.clone()));
-        }
-        fields.refuse("n", &[json!(1)], "it makes one answer per request, so leave `n` out or set it to 1")?;
-        fields.refuse("best_of", &[json!(1)], "leave it out or set it to 1")?;
-        fields.refuse("presence_penalty", &[json!(0)], "leave it out or set it to 0")?;
-        fields.refuse("frequency_penalty", &[json!(0)], "leave it out or set it to 0")?;
-        fields.refuse("logit_bias", &[json!({})], "leave it out")?;
+        check_model(fields, info)?;
+        let n = num_answers(fields)?;
         let stream = fields.get::<bool>("stream")?.unwrap_or(false);
         let options = fields.get::<Map<String, Value>>("stream_options")?;
         if options.is_some() && !stream {
@@ -56,7 +59,7 @@ impl AnswerShape {
         };
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let token_ids = !info.has_tokenizer;
-        Ok(Self { id: next_id(prefix), created, model: served.clone(), stream, include_usage, token_ids })
+        Ok(Self { id: next_id(prefix), created, model: info.name.clone(), n, stream, include_usage, token_ids })
     }
 
     /// Starts a JSON object with the fields that every answer and chunk has.
@@ -68,36 +71,141 @@ impl AnswerShape {
         map.insert("model".into(), json!(self.model));
         map
     }
+
+    /// Makes a chunk with one choice.
+    pub(super) fn chunk(&self, object: &str, choice: &Value) -> Value {
+        let mut chunk = self.object(object);
+        chunk.insert("choices".into(), json!([choice]));
+        if self.include_usage {
+            chunk.insert("usage".into(), Value::Null);
+        }
+        chunk.into()
+    }
+
+    /// Makes the last chunk, if one with the usage is wanted.
+    pub(super) fn usage_chunk(&self, object: &str, usage: Usage) -> Option<Value> {
+        let mut chunk = self.object(object);
+        chunk.insert("choices".into(), json!([]));
+        chunk.insert("usage".into(), usage_json(usage));
+        self.include_usage.then(|| chunk.into())
+    }
+
+    /// Makes the whole answer.
+    pub(super) fn whole(&self, object: &str, choices: Vec<Value>, usage: Usage) -> Value {
+        let mut answer = self.object(object);
+        answer.insert("choices".into(), choices.into());
+        answer.insert("usage".into(), usage_json(usage));
+        answer.into()
+    }
 }
 
-fn next_id(prefix: &str) -> String {
+/// Refuses a model that is not served; a request that names none means the one that is.
+pub(super) fn check_model(fields: &Fields, info: &ModelInfo) -> Result<(), ApiError> {
+    match fields.get::<String>("model")? {
+        Some(model) if model != info.name => Err(ApiError::ModelNotFound(model, info.name.clone())),
+        _ => Ok(()),
+    }
+}
+
+/// Makes an identity that no other answer has.
+pub(super) fn next_id(prefix: &str) -> String {
     use std::hash::{BuildHasher, Hasher, RandomState};
     // RandomState is seeded differently for each call.
     let word = || RandomState::new().build_hasher().finish();
     format!("{prefix}-{:016x}{:016x}", word(), word())
 }
 
-/// Reads what both routes ask of the engine. `top_logprobs` is read by the route, because the APIs differ.
+/// Reads `n`; the engine keeps no answers that it does not return, so `best_of` is the same number.
+pub(super) fn num_answers(fields: &Fields) -> Result<usize, ApiError> {
+    let n = fields.number("n", 1, N_MAX)?.unwrap_or(1);
+    fields.refuse("best_of", &[json!(n)], "every answer is returned, so leave it out or set it to the value of `n`")?;
+    Ok(n)
+}
+
+/// Refuses a request with more answers than one request may have.
+pub(super) fn check_choices(param: &'static str, prompts: usize, n: usize) -> Result<(), ApiError> {
+    if prompts.saturating_mul(n) <= CHOICES_MAX {
+        return Ok(());
+    }
+    let message = format!(
+        "Invalid value for `{param}`: {prompts} prompts with n = {n} ask for more than {CHOICES_MAX} answers; send \
+         several requests."
+    );
+    Err(ApiError::invalid(param, message))
+}
+
+/// Reads what all routes ask of the engine. `top_logprobs` is read by the route, because the APIs differ.
 pub(super) fn generation(
     fields: &Fields,
+    info: &ModelInfo,
     prompt: Prompt,
     max_tokens: Option<usize>,
     top_logprobs: Option<usize>,
 ) -> Result<GenerationRequest, ApiError> {
+    fields.refuse(
+        "repetition_penalty",
+        &[json!(1)],
+        "leave it out or set it to 1, and use `presence_penalty` or `frequency_penalty`",
+    )?;
     Ok(GenerationRequest {
         prompt,
         sampling: sampling(fields)?,
         seed: seed(fields)?,
         max_tokens,
         stop: stop_strings(fields)?,
+        stop_token_ids: stop_token_ids(fields, info)?,
+        logit_bias: logit_bias(fields, info)?,
+        presence_penalty: fields.number("presence_penalty", -2.0, 2.0)?.unwrap_or(0.0),
+        frequency_penalty: fields.number("frequency_penalty", -2.0, 2.0)?.unwrap_or(0.0),
+        grammar: format::grammar(fields)?,
         top_logprobs,
-        stop_token_ids: Vec::new(),
-        logit_bias: Vec::new(),
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        grammar: None,
         ignore_eos: fields.get("ignore_eos")?.unwrap_or(false),
     })
+}
+
+fn known_token(param: &'static str, id: u64, info: &ModelInfo) -> Result<u32, ApiError> {
+    let known = usize::try_from(id).is_ok_and(|id| id < info.vocab_size);
+    u32::try_from(id).ok().filter(|_| known).ok_or_else(|| {
+        let vocab_size = info.vocab_size;
+        ApiError::invalid(param, format!("`{param}`: token id {id} is not in the vocabulary of {vocab_size} tokens."))
+    })
+}
+
+fn stop_token_ids(fields: &Fields, info: &ModelInfo) -> Result<Vec<u32>, ApiError> {
+    const PARAM: &str = "stop_token_ids";
+    let ids = fields.get::<Vec<u64>>(PARAM)?.unwrap_or_default();
+    if ids.len() > STOP_TOKENS_MAX {
+        return Err(ApiError::invalid(
+            PARAM,
+            format!("`{PARAM}` may have {STOP_TOKENS_MAX} tokens, got {}.", ids.len()),
+        ));
+    }
+    ids.into_iter().map(|id| known_token(PARAM, id, info)).collect()
+}
+
+fn logit_bias(fields: &Fields, info: &ModelInfo) -> Result<Vec<(u32, f32)>, ApiError> {
+    const PARAM: &str = "logit_bias";
+    let refuse = |what: &str| {
+        let accepted = "give an object from token ids, as strings, to numbers between -100 and 100";
+        Err(ApiError::invalid(PARAM, format!("Invalid value for `{PARAM}`: {what}; {accepted}.")))
+    };
+    let biases = fields.get::<Map<String, Value>>(PARAM)?.unwrap_or_default();
+    if biases.len() > LOGIT_BIAS_MAX {
+        return refuse(&format!("{} entries, more than {LOGIT_BIAS_MAX}", biases.len()));
+    }
+    let mut pairs = Vec::with_capacity(biases.len());
+    for (key, value) in &biases {
+        // A number has one spelling here, so a token appears once.
+        let Some(id) = key.parse::<u64>().ok().filter(|id| id.to_string() == *key) else {
+            return refuse("a key is not a token id");
+        };
+        let Some(bias) = value.as_f64().filter(|bias| (-100.0..=100.0).contains(bias)) else {
+            return refuse(&format!("the bias of token {id} is not such a number"));
+        };
+        #[allow(clippy::cast_possible_truncation)] // a bias needs no more digits
+        pairs.push((known_token(PARAM, id, info)?, bias as f32));
+    }
+    Ok(pairs)
 }
 
 /// Reads a token count that must be at least 1.
@@ -158,6 +266,7 @@ pub(super) fn usage_json(usage: Usage) -> Value {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     })
 }
 
@@ -187,6 +296,55 @@ mod tests {
         assert_eq!(sampling(&fields(&json!({"top_k": -1}))).expect("all").top_k, None);
         assert!(sampling(&fields(&json!({"temperature": -1}))).is_err());
         assert!(sampling(&fields(&json!({"top_p": 0}))).is_ok());
+    }
+
+    fn info() -> ModelInfo {
+        ModelInfo { name: "m".into(), created: 0, context_length: 100, vocab_size: 50, has_tokenizer: true }
+    }
+
+    #[test]
+    fn a_bias_is_for_a_known_token_and_in_range() {
+        let read = |bias: Value| logit_bias(&fields(&json!({"logit_bias": bias})), &info());
+        assert_eq!(read(json!({"7": -100, "49": 0.5})), Ok(vec![(7, -100.0), (49, 0.5)]));
+        for bad in
+            [json!({"50": 1}), json!({"07": 1}), json!({"-1": 1}), json!({"a": 1}), json!({"1": 101}), json!([1])]
+        {
+            let error = read(bad.clone()).expect_err("refused");
+            assert!(matches!(error, ApiError::InvalidRequest { param: Some("logit_bias"), .. }), "{bad}");
+        }
+    }
+
+    #[test]
+    fn stop_tokens_are_known() {
+        let read = |ids: Value| stop_token_ids(&fields(&json!({"stop_token_ids": ids})), &info());
+        assert_eq!(read(json!([3, 49])), Ok(vec![3, 49]));
+        for bad in [json!([50]), json!([-1]), json!(3), json!(vec![1; STOP_TOKENS_MAX + 1])] {
+            assert!(read(bad.clone()).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn every_answer_is_returned() {
+        assert_eq!(num_answers(&fields(&json!({"n": 3, "best_of": 3}))), Ok(3));
+        assert_eq!(num_answers(&fields(&json!({}))), Ok(1));
+        for bad in [json!({"n": 0}), json!({"n": 129}), json!({"n": 1.5}), json!({"best_of": 2})] {
+            assert!(num_answers(&fields(&bad)).is_err(), "{bad}");
+        }
+        assert_eq!(check_choices("prompt", 8, 128), Ok(()));
+        assert!(check_choices("prompt", 9, 128).is_err());
+    }
+
+    #[test]
+    fn penalties_reach_the_engine_in_their_range() {
+        let read = |body: Value| generation(&fields(&body), &info(), Prompt::Text(String::new()), None, None);
+        let request = read(json!({"presence_penalty": -2, "frequency_penalty": 0.5})).expect("in range");
+        assert_eq!((request.presence_penalty, request.frequency_penalty), (-2.0, 0.5));
+        for bad in
+            [json!({"presence_penalty": 2.5}), json!({"frequency_penalty": -3}), json!({"repetition_penalty": 1.1})]
+        {
+            assert!(read(bad.clone()).is_err(), "{bad}");
+        }
+        assert!(read(json!({"repetition_penalty": 1.0, "presence_penalty": null})).is_ok());
     }
 
     #[test]

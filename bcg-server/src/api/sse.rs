@@ -9,7 +9,8 @@ use axum::response::{IntoResponse, Response};
 use futures_util::stream;
 use serde_json::Value;
 
-use crate::engine::{Event, EventStream};
+use super::answers::Answers;
+use crate::engine::Event;
 use crate::error::ApiError;
 
 /// Silence after which a comment keeps the connection open.
@@ -20,26 +21,32 @@ pub trait Chunks: Send + 'static {
     /// Returns what goes out before the first event.
     fn opening(&mut self) -> Vec<Value>;
 
-    /// Returns the chunks of one event. [`Event::Failed`] does not come here.
-    fn chunks(&mut self, event: Event) -> Vec<Value>;
+    /// Returns the chunks of one event of a choice. [`Event::Failed`] does not come here.
+    fn chunks(&mut self, index: usize, event: Event) -> Vec<Value>;
+
+    /// Returns what goes out when all choices are complete.
+    fn closing(&mut self) -> Vec<Value>;
 }
 
 struct Stream<C> {
-    events: EventStream,
+    answers: Answers,
     chunks: C,
     ready: VecDeque<Frame>,
     ended: bool,
 }
 
 impl<C: Chunks> Stream<C> {
-    fn take(&mut self, event: Option<Event>) {
+    fn take(&mut self, event: Option<(usize, Event)>) {
         match event {
-            Some(Event::Failed(message)) => {
+            Some((_, Event::Failed(message))) => {
                 self.ready.push_back(frame(&ApiError::Engine(message).body()));
                 self.end();
             }
-            Some(event) => self.ready.extend(self.chunks.chunks(event).iter().map(frame)),
-            None => self.end(),
+            Some((index, event)) => self.ready.extend(self.chunks.chunks(index, event).iter().map(frame)),
+            None => {
+                self.ready.extend(self.chunks.closing().iter().map(frame));
+                self.end();
+            }
         }
     }
 
@@ -54,9 +61,9 @@ fn frame(chunk: &Value) -> Frame {
 }
 
 /// Answers with a stream of chunks. When the client goes away the body is dropped, and with it the request.
-pub fn respond<C: Chunks>(events: EventStream, mut chunks: C) -> Response {
+pub fn respond<C: Chunks>(answers: Answers, mut chunks: C) -> Response {
     let ready = chunks.opening().iter().map(frame).collect();
-    let state = Stream { events, chunks, ready, ended: false };
+    let state = Stream { answers, chunks, ready, ended: false };
     let frames = stream::unfold(state, |mut state| async move {
         loop {
             if let Some(frame) = state.ready.pop_front() {
@@ -65,7 +72,7 @@ pub fn respond<C: Chunks>(events: EventStream, mut chunks: C) -> Response {
             if state.ended {
                 return None;
             }
-            let event = state.events.next().await;
+            let event = state.answers.next().await;
             state.take(event);
         }
     });
@@ -75,7 +82,7 @@ pub fn respond<C: Chunks>(events: EventStream, mut chunks: C) -> Response {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::{Delta, FinishReason, Usage};
+    use crate::engine::{Delta, EventStream, FinishReason, Usage};
     use axum::body::to_bytes;
     use serde_json::json;
     use tokio::sync::mpsc;
@@ -87,11 +94,15 @@ mod tests {
             vec![json!({"open": true})]
         }
 
-        fn chunks(&mut self, event: Event) -> Vec<Value> {
+        fn chunks(&mut self, _index: usize, event: Event) -> Vec<Value> {
             match event {
                 Event::Delta(delta) => vec![json!({"text": delta.text})],
-                _ => vec![json!({"end": true}), json!({"usage": 1})],
+                _ => vec![json!({"end": true})],
             }
+        }
+
+        fn closing(&mut self) -> Vec<Value> {
+            vec![json!({"usage": 1})]
         }
     }
 
@@ -101,7 +112,7 @@ mod tests {
             sender.try_send(event).expect("room");
         }
         drop(sender);
-        let response = respond(EventStream::new(receiver), Plain);
+        let response = respond(Answers::new(vec![EventStream::new(receiver)]), Plain);
         assert_eq!(response.headers()["content-type"], "text/event-stream");
         let bytes = to_bytes(response.into_body(), 1 << 20).await.expect("body");
         String::from_utf8(bytes.to_vec()).expect("text")

@@ -139,11 +139,8 @@ fn source(grammar: &Grammar) -> Result<TopLevelGrammar, String> {
     }
 }
 
-/// Adds to a JSON schema how its JSON is written; a Lark grammar takes the result behind `%json`.
-///
-/// # Errors
-/// The schema is not an object.
-pub fn json_source(schema: &Value) -> Result<Value, String> {
+/// Adds to a JSON schema how its JSON is written.
+fn json_source(schema: &Value) -> Result<Value, String> {
     let mut schema = schema.clone();
     if !schema.is_object() {
         return Err(format!("a JSON schema is an object, got {schema}"));
@@ -151,6 +148,19 @@ pub fn json_source(schema: &Value) -> Result<Value, String> {
     JsonCompileOptions { whitespace_pattern: Some(JSON_SPACE.into()), ..JsonCompileOptions::default() }
         .apply_to(&mut schema);
     Ok(schema)
+}
+
+/// Writes a grammar as the right side of a rule in Lark's notation, so that it can be part of a larger one.
+///
+/// # Errors
+/// A schema that is not an object.
+pub fn rule(grammar: &Grammar) -> Result<String, String> {
+    match grammar {
+        Grammar::JsonObject => rule(&Grammar::JsonSchema(json!({"type": "object"}))),
+        Grammar::JsonSchema(schema) => Ok(format!("%json {}", json_source(schema)?)),
+        Grammar::Regex(pattern) => Ok(format!("/{}/", llguidance::regex_to_lark(pattern, ""))),
+        Grammar::Lark(text) => Ok(format!("%lark {{\n{text}\n}}")),
+    }
 }
 
 /// Follows one answer through its grammar.

@@ -121,7 +121,7 @@ impl Output {
         if let Some(reason) = reason {
             let usage = Usage {
                 prompt_tokens: self.options.prompt_tokens,
-                cached_tokens: 0,
+                cached_tokens: self.cached_tokens,
                 completion_tokens: self.generated,
             };
             self.send(Event::Finished { reason, usage });
