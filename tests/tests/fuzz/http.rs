@@ -142,8 +142,8 @@ fn requests() -> Vec<(&'static str, Value)> {
         ),
         (
             "/generate",
-            json!({"input_ids": [[1, 2], [3]], "return_logprob": true, "top_logprobs_num": 2,
-            "sampling_params": [{"regex": "a+"}, {"top_p": 0.5}]}),
+            json!({"input_ids": [[1, 2], [3]], "return_logprob": true,
+            "sampling_params": {"regex": "a+", "top_p": 0.5, "n": 2}}),
         ),
         ("/flush_cache", json!({})),
     ]);
@@ -260,6 +260,10 @@ fn any_body_gets_an_answer() {
     let address = server();
     let requests = requests();
     let bodies = requests.iter().map(|(_, body)| body.clone()).collect();
+    for (path, body) in requests.iter().filter(|(path, _)| *path != "/v1/embeddings") {
+        let answer = Connection::open(address).post(path, body.to_string().as_bytes()).expect("an answer");
+        assert_eq!(answer.status, 200, "{path} {body}: {}", answer.body.escape_ascii());
+    }
     let kept = RefCell::new(None);
     campaign::run("http", &documents(bodies), |body| {
         let path = requests[body.origin].0;
