@@ -6,12 +6,14 @@
 
 mod bundle;
 mod clients;
+mod first_token;
 mod kernels;
 mod licenses;
 mod package;
 mod page;
 mod plots;
 mod process;
+mod soak;
 mod tidy;
 mod venv;
 
@@ -26,6 +28,8 @@ cargo xtask <command>
   licenses        check the licence of every dependency
   kernels         compile every kernel for sm_80, sm_90a and sm_100a with NVRTC from its Python wheel; needs no GPU
   test-clients    run the official openai client against the server [--sglang runs SGLang's benchmark client, 350 MB]
+  soak            let random requests, faults and overload loose on the server [--requests N] [--seed S]
+  first-token     measure the time from the server's start to its first token; an error above 2 s
   test-page       open the page of `bcg inspect --html` in a headless browser and use it
   package         package every crate that can be published [--verify builds them too] [--allow-dirty]
   plots DIR       draw what `bcg bench … --json` wrote into DIR: docs/plots/*.svg
@@ -46,7 +50,7 @@ fn run() -> Result<()> {
     let mut args = std::env::args().skip(1);
     let command = args.next();
     let flags: Vec<String> = args.collect();
-    if !matches!(command.as_deref(), Some("package" | "plots" | "test-clients"))
+    if !matches!(command.as_deref(), Some("package" | "plots" | "soak" | "test-clients"))
         && let Some(flag) = flags.first()
     {
         bail!("unexpected argument `{flag}`\n\n{USAGE}");
@@ -56,6 +60,8 @@ fn run() -> Result<()> {
         Some("licenses") => licenses::run(),
         Some("kernels") => kernels::run(),
         Some("test-clients") => clients::run(&flags),
+        Some("soak") => soak::run(&flags),
+        Some("first-token") => first_token::run(),
         Some("test-page") => page::run(),
         Some("package") => package::run(&flags),
         Some("plots") => plots::run(&flags),
