@@ -169,10 +169,13 @@ impl Soak {
         let shared = self.shared(phase, num_calls);
         let injected = inject(life, &shared, &mut self.rng);
         self.runtime.block_on(async {
-            let mut clients = start(life, &shared);
-            tokio::select! {
-                () = injected => {}
-                () = joined(&mut clients) => {}
+            let (mut injected, mut clients) = (std::pin::pin!(injected), start(life, &shared));
+            let is_done = tokio::select! {
+                () = &mut injected => true,
+                () = joined(&mut clients) => false,
+            };
+            if phase == Phase::Lost && !is_done {
+                injected.await;
             }
             joined(&mut clients).await;
         });
@@ -279,11 +282,12 @@ async fn inject(life: &Life, shared: &Shared, rng: &mut Rng) {
         },
         Phase::Faults => loop {
             sleep(Duration::from_millis(5 + rng.below(40) as u64)).await;
-            // Several steps that fail in a row are a lost device.
+            // Several steps that fail in a row are a lost device, so one fault at a time.
             let next = life.faults.num_steps.load(Ordering::Relaxed) + 4;
             while life.faults.num_steps.load(Ordering::Relaxed) < next {
                 sleep(Duration::from_millis(1)).await;
             }
+            control.clear_faults();
             match rng.below(4) {
                 0 => life.faults.launch.store(true, Ordering::Relaxed),
                 1 => life.faults.collect.store(true, Ordering::Relaxed),
@@ -295,9 +299,13 @@ async fn inject(life: &Life, shared: &Shared, rng: &mut Rng) {
             while shared.next.load(Ordering::Relaxed) < third {
                 sleep(Duration::from_millis(1)).await;
             }
+            // The calls of the clients may end before a call of the driver fails, so this one makes some too.
+            let mut client = Client::new(life.address);
             while life.num_loads() == 1 {
                 control.fail_call(1 + rng.below(100) as u64);
-                sleep(Duration::from_millis(20)).await;
+                let end = client.call(&Call::question(0, false)).await;
+                assert!(end.as_ref().is_ok_and(|end| shared.phase.may_end_with(end)), "{end:?}");
+                sleep(Duration::from_millis(5)).await;
             }
         }
     }
