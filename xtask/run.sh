@@ -169,7 +169,7 @@ load() { # geometry, name, flags…
 serving() {
     local geometry server port=30017 seed=0 rate
     for geometry in $(pick qwen3-8b qwen3-0.6b); do
-        bin/bcg-server --model "models/geometries/$geometry" --load-format dummy --skip-tokenizer-init --device cuda \
+        bin/bcg serve --model "models/geometries/$geometry" --load-format dummy --skip-tokenizer-init --device cuda \
             --port "$port" "${graphs[@]}" --context-length 2048 --max-running-requests 512 --max-queued-requests 1024 \
             --chunked-prefill-size "${CHUNK:-8192}" >>"$out/server-$geometry.log" 2>&1 &
         server=$!

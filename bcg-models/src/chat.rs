@@ -3,6 +3,7 @@
 //! Templates are written for transformers; the environment here is its environment: trimmed blocks, loop controls, Python
 //! methods on values, `raise_exception`, `strftime_now`, and a `tojson` that spaces like Python and escapes nothing.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use minijinja::syntax::SyntaxConfig;
@@ -174,7 +175,10 @@ impl ChatTemplate {
         context.insert("documents".into(), Value::Null);
         context.insert("add_generation_prompt".into(), add_generation_prompt.into());
         let template = self.environment.get_template("chat").map_err(|error| Error::Chat(error.to_string()))?;
-        template.render(Jinja::from(Serde(&context))).map_err(|error| {
+        // minijinja panics in places that messages can reach: 3.0.5 where a template reverses an empty list or text.
+        let rendered = catch_unwind(AssertUnwindSafe(|| template.render(Jinja::from(Serde(&context)))));
+        let rendered = rendered.map_err(|_| Error::Chat("the template cannot render these messages".to_owned()))?;
+        rendered.map_err(|error| {
             // What `raise_exception` said is for the client; the rest of the message is about the template.
             let said = error.detail().map_or_else(|| error.to_string(), str::to_owned);
             Error::Chat(said)
@@ -337,6 +341,12 @@ mod tests {
         let template = template("{{ raise_exception('roles must alternate') }}");
         let error = template.render(&[], None, false, &Map::new()).expect_err("raised");
         assert_eq!(error.to_string(), "chat template: roles must alternate");
+    }
+
+    #[test]
+    fn a_panic_of_the_template_engine_is_an_error() {
+        let error = template("{% for m in messages[::-1] %}{% endfor %}").render(&[], None, false, &Map::new());
+        assert_eq!(error.expect_err("a panic").to_string(), "chat template: the template cannot render these messages");
     }
 
     #[test]

@@ -15,13 +15,8 @@ const BYTES_MAX: u64 = 60 << 20;
 const PROFILE: &str = "bundle";
 
 /// Executables and the packages they come from.
-const EXECUTABLES: [(&str, &str); 5] = [
-    ("bcg-tests", "gpu"),
-    ("bcg-server", "bcg"),
-    ("bcg-server", "bcg-server"),
-    ("bcg-bench", "replay"),
-    ("bcg-bench", "matmul"),
-];
+const EXECUTABLES: [(&str, &str); 4] =
+    [("bcg-tests", "gpu"), ("bcg-server", "bcg"), ("bcg-bench", "replay"), ("bcg-bench", "matmul")];
 
 /// An example of bcg-runtime that travels too.
 const EXAMPLE: &str = "own_kernel";

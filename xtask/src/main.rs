@@ -7,6 +7,7 @@
 mod bundle;
 mod clients;
 mod first_token;
+mod fuzz;
 mod kernels;
 mod licenses;
 mod package;
@@ -30,6 +31,8 @@ cargo xtask <command>
   test-clients    run the official openai client against the server [--sglang runs SGLang's benchmark client, 350 MB]
   soak            let random requests, faults and overload loose on the server [--requests N] [--seed S]
   first-token     measure the time from the server's start to its first token; an error above 2 s
+  fuzz            send spoiled inputs to everything that reads some, each target for a while
+                  [http | chat | safetensors | config] [--seconds 600] [--seed N]
   test-page       open the page of `bcg inspect --html` in a headless browser and use it
   package         package every crate that can be published [--verify builds them too] [--allow-dirty]
   plots DIR       draw what `bcg bench … --json` wrote into DIR: docs/plots/*.svg
@@ -50,7 +53,7 @@ fn run() -> Result<()> {
     let mut args = std::env::args().skip(1);
     let command = args.next();
     let flags: Vec<String> = args.collect();
-    if !matches!(command.as_deref(), Some("package" | "plots" | "soak" | "test-clients"))
+    if !matches!(command.as_deref(), Some("fuzz" | "package" | "plots" | "soak" | "test-clients"))
         && let Some(flag) = flags.first()
     {
         bail!("unexpected argument `{flag}`\n\n{USAGE}");
@@ -62,6 +65,7 @@ fn run() -> Result<()> {
         Some("test-clients") => clients::run(&flags),
         Some("soak") => soak::run(&flags),
         Some("first-token") => first_token::run(),
+        Some("fuzz") => fuzz::run(&flags),
         Some("test-page") => page::run(),
         Some("package") => package::run(&flags),
         Some("plots") => plots::run(&flags),

@@ -136,7 +136,7 @@ pub struct DecodeInputs {
     pub kv_lens: Tensor,
     /// `[T, pages]` i32, as wide as the longest possible sequence needs.
     pub page_table: Tensor,
-    /// How attention is spread over the device; see [`DecodePlan`].
+    /// How attention is spread over the device; see [`DecodePlan`](crate::ops::DecodePlan).
     pub plan: Tensor,
     /// `[T]` slots.
     pub states: StateSlots,

@@ -101,19 +101,28 @@ impl<'a> Weights<'a> {
 
     fn take_rows_as(&mut self, parts: &[(&str, &[usize])], dtype: DType) -> Result<Tensor> {
         let mut shape = parts[0].1.to_vec();
+        assert!(parts.iter().all(|(_, part)| part[1..] == shape[1..]), "parts of one matrix have equal rows");
         shape[0] = parts.iter().map(|(_, part)| part[0]).sum();
-        let tensor = self.device.empty(&shape, dtype)?;
-        let mut row = 0;
-        for (name, part) in parts {
-            assert_eq!(part[1..], shape[1..], "parts of one matrix have equal rows");
-            let rows = tensor.rows(row..row + part[0])?;
-            row += part[0];
-            match &mut self.origin {
-                Origin::Files { files, uploader } => uploader.add(&rows, files.take(name, part, dtype)?)?,
-                Origin::Random(random) => random.fill(&rows)?,
+        let mut last = 0;
+        let mut ranges = parts.iter().map(|(_, part)| {
+            last += part[0];
+            last - part[0]..last
+        });
+        match &mut self.origin {
+            Origin::Files { files, uploader } => {
+                // Before the memory, which a wrong shape may be too large for.
+                let sources =
+                    parts.iter().map(|(name, part)| files.take(name, part, dtype)).collect::<Result<Vec<_>>>()?;
+                let tensor = self.device.empty(&shape, dtype)?;
+                ranges.zip(sources).try_for_each(|(rows, source)| uploader.add(&tensor.rows(rows)?, source))?;
+                Ok(tensor)
+            }
+            Origin::Random(random) => {
+                let tensor = self.device.empty(&shape, dtype)?;
+                ranges.try_for_each(|rows| random.fill(&tensor.rows(rows)?))?;
+                Ok(tensor)
             }
         }
-        Ok(tensor)
     }
 
     /// Tells whether the tensor `name` can be taken.
@@ -190,6 +199,17 @@ mod tests {
         assert_eq!(device.read::<f32>(&qk).expect("read"), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
         assert_eq!(device.read::<f32>(&norm).expect("read"), [7.0]);
         assert_eq!((seen[0], seen[seen.len() - 1]), ((0, 28), (28, 28)));
+    }
+
+    #[test]
+    fn a_shape_that_no_memory_holds_is_named() {
+        let dir = TempDir::new("weights-large");
+        let view = TensorView::new(Dtype::F32, vec![1], &[0; 4]).expect("a view");
+        dir.write("model.safetensors", &safetensors::serialize([("a", view)], None).expect("serialised"));
+        let device = Device::host();
+        let mut weights = Weights::open(dir.path(), &device, DType::F32).expect("open");
+        let error = weights.take("a", &[u32::MAX as usize, u32::MAX as usize]).expect_err("too large").to_string();
+        assert_eq!(error, "tensor `a`: expected shape [4294967295, 4294967295] by config.json, got [1]");
     }
 
     #[test]

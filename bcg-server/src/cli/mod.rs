@@ -1,14 +1,17 @@
-//! The commands of the `bcg` binary, one per file. They use the same engine and flags as the server, without HTTP.
+//! The commands of the `bcg` binary, one per file. All but `serve` use the engine without HTTP.
+
+use std::time::Instant;
 
 use clap::{Parser, Subcommand};
 
-use crate::args::LogFormat;
+use crate::args::{LogFormat, ServerArgs};
 
 pub mod bench;
 pub mod eval;
 pub mod generate;
 pub mod inspect;
 mod sequences;
+pub mod serve;
 
 /// Flags of `bcg`.
 #[derive(Debug, Parser)]
@@ -26,6 +29,8 @@ pub struct Cli {
 /// What `bcg` can do.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Serve over HTTP, as bcg-server does
+    Serve(Box<ServerArgs>),
     /// Answer one prompt on the terminal
     Generate(generate::GenerateArgs),
     /// Answer the problems of a JSONL file and print the accuracy
@@ -43,6 +48,7 @@ impl Cli {
     /// What is wrong with the flags, the files or the model.
     pub fn run(self) -> anyhow::Result<()> {
         match self.command {
+            Command::Serve(args) => serve::run(&args, Instant::now()),
             Command::Generate(args) => generate::run(args),
             Command::Eval(args) => eval::run(&args),
             Command::Inspect(args) => inspect::run(&args),

@@ -6,7 +6,7 @@
 //! Invariants:
 //! - a token that a mask allows is accepted, and the mask never allows a token that the tokenizer does not have;
 //! - end-of-text tokens are allowed where the answer may end, and only they are once it must;
-//! - compiling a grammar and taking a step are bounded ([`limits`]): a grammar beyond the bounds is an error.
+//! - compiling a grammar and taking a step are bounded (`limits`): a grammar beyond the bounds is an error.
 //!
 //! The engine's handle makes guides, because compiling may take a while; the worker asks them for masks.
 

@@ -1,0 +1,278 @@
+//! What the scheduler does with small batches, and that its invariants hold in random runs.
+
+use super::*;
+use bcg_models::state::PagePool;
+use std::collections::HashMap;
+
+fn scheduler(num_pages: usize, context_length: usize) -> Scheduler {
+    let limits = Limits { max_running: 4, max_batch_tokens: 16, context_length };
+    Scheduler::new(limits, PrefixCache::new(PagePool::new(num_pages, 4), true))
+}
+
+/// Tokens that no other sequence has, so that nothing is shared.
+fn sequence(id: u64, len: usize) -> Sequence {
+    Sequence::new(SequenceId(id), (0..len as u32).map(|at| 1000 * id as u32 + at).collect(), 1000, false)
+}
+
+fn ids(plan: &StepPlan) -> Vec<u64> {
+    plan.entries.iter().map(|entry| entry.id.0).collect()
+}
+
+/// Plans, launches and collects at once.
+fn step(scheduler: &mut Scheduler) -> Option<StepPlan> {
+    let plan = scheduler.plan()?;
+    scheduler.check();
+    scheduler.launch(&plan);
+    scheduler.check();
+    scheduler.collect(&plan, &vec![7; plan.entries.len()]);
+    scheduler.check();
+    Some(plan)
+}
+
+#[test]
+fn prompts_run_beside_the_decodes_of_others() {
+    let mut scheduler = scheduler(16, 32);
+    scheduler.add(sequence(1, 3));
+    scheduler.add(sequence(2, 5));
+    let first = step(&mut scheduler).expect("work");
+    assert_eq!((first.phase(), ids(&first), first.num_tokens()), (Phase::Prefill, vec![1, 2], 8));
+    scheduler.add(sequence(3, 20));
+    let second = step(&mut scheduler).expect("work");
+    assert_eq!((second.phase(), ids(&second), second.num_tokens()), (Phase::Mixed, vec![1, 2, 3], 16));
+    let third = step(&mut scheduler).expect("work");
+    assert_eq!((ids(&third), third.num_tokens()), (vec![1, 2, 3], 8), "the rest of the prompt");
+    let fourth = step(&mut scheduler).expect("work");
+    assert_eq!((fourth.phase(), fourth.num_tokens()), (Phase::Decode, 3));
+}
+
+#[test]
+fn a_long_prompt_is_prefilled_in_chunks_and_samples_once() {
+    let mut scheduler = scheduler(8, 32);
+    scheduler.add(sequence(1, 20));
+    let first = step(&mut scheduler).expect("work");
+    assert_eq!((first.entries[0].num_tokens, first.entries[0].samples), (16, false));
+    let second = step(&mut scheduler).expect("work");
+    assert_eq!((second.phase(), second.entries[0].num_tokens, second.entries[0].samples), (Phase::Prefill, 4, true));
+    assert_eq!(scheduler.running(SequenceId(1)).expect("runs").generated(), [7]);
+}
+
+#[test]
+fn a_step_takes_the_token_that_the_one_before_chooses() {
+    let mut scheduler = scheduler(8, 32);
+    scheduler.add(sequence(1, 3));
+    let first = scheduler.plan().expect("work");
+    scheduler.launch(&first);
+    scheduler.add(sequence(2, 2));
+    let second = scheduler.plan().expect("work");
+    let rows: Vec<_> = second.entries.iter().map(|entry| (entry.id.0, entry.past_len, entry.chosen_row)).collect();
+    assert_eq!(rows, [(1, 3, Some(0)), (2, 0, None)]);
+    scheduler.launch(&second);
+    scheduler.collect(&first, &[50]);
+    let third = scheduler.plan().expect("work");
+    let rows: Vec<_> = third.entries.iter().map(|entry| (entry.past_len, entry.chosen_row)).collect();
+    assert_eq!(rows, [(4, Some(0)), (2, Some(1))]);
+    scheduler.collect(&second, &[51, 60]);
+    assert_eq!(scheduler.running(SequenceId(1)).expect("runs").generated(), [50, 51]);
+    scheduler.check();
+}
+
+#[test]
+fn who_must_know_its_token_waits_for_it_and_nobody_runs_beyond_the_last_token() {
+    let mut scheduler = scheduler(8, 32);
+    scheduler.add(Sequence::new(SequenceId(1), vec![1, 2], 9, true));
+    scheduler.add(Sequence::new(SequenceId(2), vec![3, 4], 2, false));
+    let first = scheduler.plan().expect("work");
+    scheduler.launch(&first);
+    let second = scheduler.plan().expect("work");
+    assert_eq!(ids(&second), [2]);
+    scheduler.launch(&second);
+    scheduler.collect(&first, &[50, 60]);
+    let third = scheduler.plan().expect("work");
+    assert_eq!((ids(&third), third.entries[0].chosen_row), (vec![1], None));
+    scheduler.launch(&third);
+    assert_eq!(scheduler.plan(), None);
+    scheduler.collect(&second, &[61]);
+    assert_eq!(scheduler.running(SequenceId(2)).expect("runs").generated(), [60, 61]);
+}
+
+#[test]
+fn the_newest_gives_its_pages_back_and_takes_up_what_the_cache_kept() {
+    let mut scheduler = scheduler(5, 16);
+    scheduler.add(sequence(1, 7));
+    scheduler.add(sequence(2, 7));
+    assert_eq!(step(&mut scheduler).expect("work").entries.len(), 2);
+    assert!(step(&mut scheduler).expect("work").preempted.is_empty());
+    let plan = step(&mut scheduler).expect("work");
+    assert_eq!((plan.preempted, plan.entries[0].id), (vec![SequenceId(2)], SequenceId(1)));
+    scheduler.remove(SequenceId(1)).expect("known");
+    let again = step(&mut scheduler).expect("work");
+    assert_eq!((again.admitted, again.entries[0].past_len, again.entries[0].num_tokens), (vec![SequenceId(2)], 8, 1));
+}
+
+#[test]
+fn removing_frees_the_pages_of_running_and_waiting() {
+    let mut scheduler = scheduler(8, 32);
+    scheduler.add(sequence(1, 8));
+    step(&mut scheduler);
+    scheduler.add(sequence(2, 8));
+    assert!(scheduler.num_used_pages() > 0);
+    assert!(scheduler.remove(SequenceId(1)).is_some());
+    assert!(scheduler.remove(SequenceId(2)).is_some());
+    assert!(scheduler.remove(SequenceId(2)).is_none());
+    assert_eq!((scheduler.num_used_pages(), scheduler.is_idle()), (0, true));
+}
+
+#[test]
+fn arrival_order_is_kept_even_if_a_later_one_would_fit() {
+    let mut scheduler = scheduler(9, 32);
+    scheduler.add(sequence(1, 14));
+    step(&mut scheduler);
+    scheduler.add(sequence(2, 30));
+    scheduler.add(sequence(3, 1));
+    assert_eq!(ids(&step(&mut scheduler).expect("work")), [1]);
+    assert_eq!(scheduler.num_waiting(), 2);
+}
+
+#[test]
+fn a_shared_prefix_is_computed_once() {
+    let mut scheduler = scheduler(16, 32);
+    let prompt = |last: u32| [vec![5; 12], vec![last]].concat();
+    scheduler.add(Sequence::new(SequenceId(1), prompt(1), 9, false));
+    step(&mut scheduler);
+    scheduler.add(Sequence::new(SequenceId(2), prompt(2), 9, false));
+    let plan = step(&mut scheduler).expect("work");
+    assert_eq!((plan.entries[1].past_len, plan.entries[1].num_tokens), (12, 1));
+    assert_eq!(scheduler.running(SequenceId(2)).expect("runs").num_cached(), 12);
+    assert_eq!(scheduler.num_used_pages(), 3 + 1 + 1);
+}
+
+/// A small generator, so that the test needs no dependency and every seed is a name for its run.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((self.0 >> 33) as usize) % bound
+    }
+}
+
+#[test]
+fn every_sequence_ends_right_and_no_page_is_written_by_two_in_random_runs() {
+    for seed in 0..400 {
+        let random = &mut Random(seed);
+        let page_size = 1 + random.below(5);
+        let context_length = 2 + random.below(30);
+        let pool = PagePool::new(context_length.div_ceil(page_size) + random.below(12), page_size);
+        let max_running = 1 + random.below(5);
+        let limits = Limits { context_length, max_running, max_batch_tokens: max_running + random.below(40) };
+        Run::new(seed, Scheduler::new(limits, PrefixCache::new(pool, random.below(4) > 0))).go(random);
+    }
+}
+
+/// A model whose next token is the sum of all before it, computed over pages as a device would: in the order of the
+/// launches, from what the pages hold then.
+struct Run {
+    seed: u64,
+    scheduler: Scheduler,
+    pages: HashMap<(u32, usize), u32>,
+    chosen: Vec<u32>,
+    in_flight: Option<(StepPlan, Vec<u32>)>,
+    waited: HashMap<SequenceId, usize>,
+    ended: u64,
+}
+
+const VOCAB: u32 = 3;
+
+impl Run {
+    fn new(seed: u64, scheduler: Scheduler) -> Self {
+        let (pages, chosen, in_flight, waited) = Default::default();
+        Self { seed, scheduler, pages, chosen, in_flight, waited, ended: 0 }
+    }
+
+    fn go(&mut self, random: &mut Random) {
+        let (total, mut added, mut steps) = (12, 0, 0);
+        let limits = *self.scheduler.limits();
+        while self.ended < total {
+            steps += 1;
+            assert!(steps < 20_000, "seed {}: {} of {total} sequences ended", self.seed, self.ended);
+            if added < total && (self.scheduler.is_idle() || random.below(3) == 0) {
+                added += 1;
+                let len = 1 + random.below(limits.context_length - 1);
+                // Few different tokens, so that prefixes are shared.
+                let prompt = (0..len).map(|_| random.below(VOCAB as usize) as u32 / 2).collect();
+                let (max_tokens, waits) = (1 + random.below(20), random.below(4) == 0);
+                self.scheduler.add(Sequence::new(SequenceId(added), prompt, max_tokens, waits));
+            }
+            let plan = self.scheduler.plan();
+            self.scheduler.check();
+            assert!(plan.is_some() || self.in_flight.is_some() || self.scheduler.is_idle(), "seed {}", self.seed);
+            let next = plan.map(|plan| self.launch(plan));
+            if let Some((plan, tokens)) = std::mem::replace(&mut self.in_flight, next) {
+                self.scheduler.collect(&plan, &tokens);
+                self.end_some(&plan, random);
+            }
+            self.scheduler.check();
+            if random.below(20) == 0 {
+                self.scheduler.flush_cache();
+            }
+        }
+        if let Some((plan, tokens)) = self.in_flight.take() {
+            self.scheduler.collect(&plan, &tokens);
+        }
+        assert_eq!(self.scheduler.num_used_pages(), 0, "seed {}", self.seed);
+    }
+
+    fn launch(&mut self, plan: StepPlan) -> (StepPlan, Vec<u32>) {
+        let seed = self.seed;
+        assert!(plan.num_tokens() <= self.scheduler.limits().max_batch_tokens, "seed {seed}: step over budget");
+        let page_size = self.scheduler.cache().pool().page_size();
+        let mut chosen = Vec::new();
+        for entry in &plan.entries {
+            let sequence = self.scheduler.running(entry.id).expect("runs");
+            assert!(entry.num_tokens > 0, "seed {seed}: empty entry");
+            let known = entry.num_tokens - usize::from(entry.chosen_row.is_some());
+            let mut tokens = sequence.tokens()[entry.past_len..entry.past_len + known].to_vec();
+            tokens.extend(entry.chosen_row.map(|row| self.chosen[row]));
+            for (position, token) in (entry.past_len..).zip(tokens) {
+                let page = sequence.pages()[position / page_size];
+                self.pages.insert((page, position % page_size), token);
+            }
+            let end = entry.past_len + entry.num_tokens;
+            let slot = |position: usize| (sequence.pages()[position / page_size], position % page_size);
+            let sum: u32 = (0..end).map(|position| self.pages[&slot(position)]).sum();
+            chosen.push((sum + end as u32) % VOCAB);
+        }
+        self.check_fairness(&plan);
+        self.scheduler.launch(&plan);
+        self.chosen.clone_from(&chosen);
+        (plan, chosen)
+    }
+
+    /// The oldest sequence runs in every other step at the latest.
+    fn check_fairness(&mut self, plan: &StepPlan) {
+        let oldest = self.scheduler.running.first().map(|sequence| sequence.id);
+        let runs = plan.entries.iter().any(|entry| Some(entry.id) == oldest);
+        if let Some(oldest) = oldest {
+            let waited = self.waited.entry(oldest).or_default();
+            *waited = if runs { 0 } else { *waited + 1 };
+            assert!(*waited <= 2, "seed {}: {oldest} starves", self.seed);
+        }
+    }
+
+    fn end_some(&mut self, plan: &StepPlan, random: &mut Random) {
+        for entry in plan.entries.iter().filter(|entry| entry.samples) {
+            let all = self.scheduler.running.iter().chain(&self.scheduler.waiting);
+            let Some(sequence) = all.into_iter().find(|sequence| sequence.id == entry.id) else { continue };
+            let is_complete = sequence.tokens.len() >= sequence.max_len;
+            if is_complete || random.below(16) == 0 {
+                let sequence = self.scheduler.remove(entry.id).expect("known");
+                self.ended += 1;
+                for at in sequence.num_prompt..sequence.tokens.len() {
+                    let sum: u32 = sequence.tokens[..at].iter().sum();
+                    let expected = (sum + at as u32) % VOCAB;
+                    assert_eq!(sequence.tokens[at], expected, "seed {}: {}, token {at}", self.seed, entry.id);
+                }
+            }
+        }
+    }
+}
