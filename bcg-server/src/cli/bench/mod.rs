@@ -12,6 +12,7 @@ use clap::{Args, Subcommand};
 
 pub mod capture;
 pub mod decode;
+pub mod engine;
 mod forward;
 pub mod kernels;
 pub mod lazy;
@@ -51,6 +52,8 @@ pub enum BenchCommand {
     Lazy(lazy::LazyArgs),
     /// The host's time for prefills, healed and as a chain
     Replay(replay::ReplayArgs),
+    /// What the GPU does while the engine serves: how busy it is, and how long it waits between steps
+    Engine(engine::EngineBenchArgs),
     /// A server under load: throughput, time to first token, time between tokens
     Serve(serve::ServeArgs),
 }
@@ -126,6 +129,7 @@ fn measure(command: &BenchCommand) -> anyhow::Result<(Report, &Option<PathBuf>)>
         BenchCommand::Capture(args) => (capture::measure(args)?, &args.json),
         BenchCommand::Lazy(args) => (lazy::measure(args)?, &args.json),
         BenchCommand::Replay(args) => (replay::measure(args)?, &args.rounds.json),
+        BenchCommand::Engine(args) => (engine::measure(args)?, &args.json),
         BenchCommand::Serve(args) => (serve::measure(args)?, &args.json),
     })
 }
