@@ -75,7 +75,7 @@ fn live(soak: &mut Soak, index: usize, num_calls: u64, record: &mut Record) {
             check_growth(first, life.live_objects());
         }
         let forwards = num_forwards(&life);
-        soak.check_answers(&life);
+        soak.check_answer(&life);
         assert!(num_forwards(&life) > forwards, "the counters of forwards go on, on a new device too");
         num_choices += tally.num_choices;
         record.add(phase, &tally);

@@ -19,7 +19,7 @@ use super::tally::Tally;
 pub(crate) const MAX_QUEUED: usize = 8;
 
 /// Driver calls that need memory.
-const ALLOCATIONS: [&str; 4] = ["cuMemAlloc", "cuMemMap", "cuMemAddressReserve", "cuMemHostAlloc"];
+const ALLOCATIONS: [&str; 3] = ["cuMemAlloc", "cuMemMap", "cuMemAddressReserve"];
 
 /// What the message of a failure says, one of them.
 const CLEAR: [&str; 4] =
@@ -140,28 +140,27 @@ impl Soak {
         Self { seed, rng: Rng::new(seed), runtime, next: 0, answers: Vec::new() }
     }
 
-    /// Asks all questions, one at a time.
-    fn ask(&self, life: &Life) -> Vec<String> {
-        let mut client = Client::new(life.address);
-        let mut answer =
-            |question| match self.runtime.block_on(client.call(&Call::question(question, question % 2 == 0))) {
-                Ok(End::Answered(mut texts)) => texts.remove(0),
-                end => panic!("question {question} ended with {end:?}"),
-            };
-        (0..QUESTIONS.len()).map(&mut answer).collect()
+    /// Asks a question while nobody else does.
+    fn ask(&self, life: &Life, question: usize) -> String {
+        let call = Call::question(question, question.is_multiple_of(2));
+        match self.runtime.block_on(Client::new(life.address).call(&call)) {
+            Ok(End::Answered(mut texts)) => texts.remove(0),
+            end => panic!("question {question} ended with {end:?}"),
+        }
     }
 
-    /// Learns the answers from the first server, while it does nothing else.
+    /// Learns the answers from the first server.
     pub(crate) fn learn_answers(&mut self, life: &Life) {
         if self.answers.is_empty() {
-            self.answers = self.ask(life);
+            self.answers = (0..QUESTIONS.len()).map(|question| self.ask(life, question)).collect();
             assert!(self.answers.iter().all(|answer| !answer.is_empty()), "{:?}", self.answers);
         }
     }
 
     /// Checks that the server still answers, and right.
-    pub(crate) fn check_answers(&self, life: &Life) {
-        assert_eq!(self.ask(life), self.answers);
+    pub(crate) fn check_answer(&mut self, life: &Life) {
+        let question = self.rng.below(QUESTIONS.len());
+        assert_eq!(self.ask(life, question), self.answers[question]);
     }
 
     /// Makes the calls of a phase.
@@ -228,23 +227,16 @@ impl Soak {
     /// Loses the second device while clients call: the engine gives up, and every call has an end all the same.
     pub(crate) fn give_up(&mut self, life: Life) -> Tally {
         let shared = self.shared(Phase::GivenUp, 60);
-        let (engine, control) = (Arc::clone(&life.engine), life.control());
-        let rng = &mut self.rng;
+        let (engine, rng) = (Arc::clone(&life.engine), &mut self.rng);
         self.runtime.block_on(async {
             let mut clients = start(&life, &shared);
             let given_up = timeout(PATIENCE, async {
-                let mut given_up = std::pin::pin!(engine.given_up());
-                loop {
-                    tokio::select! {
-                        () = &mut given_up => return,
-                        () = sleep(Duration::from_millis(10)) => control.fail_call(1 + rng.below(100) as u64),
-                    }
-                }
+                lose_device(&life, Phase::GivenUp, rng, || matches!(engine.health(), Health::Failed(_))).await;
+                engine.given_up().await;
             });
             let (given_up, ()) = tokio::join!(given_up, joined(&mut clients));
             given_up.expect("an engine without a device gives up");
         });
-        assert!(matches!(engine.health(), Health::Failed(_)));
         drop(engine);
         life.begin_shutdown().finish();
         settled(&shared)
@@ -272,6 +264,18 @@ fn settled(shared: &Shared) -> Tally {
     tally
 }
 
+/// Lets calls of the driver fail until one is taken for the loss of the device.
+async fn lose_device(life: &Life, phase: Phase, rng: &mut Rng, is_lost: impl Fn() -> bool) {
+    // Those of the clients may be over before one fails, so this makes some too.
+    let (control, mut client) = (life.control(), Client::new(life.address));
+    while !is_lost() {
+        control.fail_call(1 + rng.below(100) as u64);
+        let end = client.call(&Call::question(0, false)).await;
+        assert!(end.as_ref().is_ok_and(|end| phase.may_end_with(end)), "{end:?}");
+        sleep(Duration::from_millis(5)).await;
+    }
+}
+
 /// What happens to the server in a phase, besides calls.
 async fn inject(life: &Life, shared: &Shared, rng: &mut Rng) {
     let control = life.control();
@@ -291,6 +295,11 @@ async fn inject(life: &Life, shared: &Shared, rng: &mut Rng) {
             match rng.below(4) {
                 0 => life.faults.launch.store(true, Ordering::Relaxed),
                 1 => life.faults.collect.store(true, Ordering::Relaxed),
+                // The step behind a failed one makes a buffer anew, for which there is no memory then.
+                2 => {
+                    control.fail_calls_named("cuMemHostAlloc", 1);
+                    life.faults.collect.store(true, Ordering::Relaxed);
+                }
                 _ => control.fail_calls_named(ALLOCATIONS[rng.below(ALLOCATIONS.len())], 1),
             }
         },
@@ -299,14 +308,7 @@ async fn inject(life: &Life, shared: &Shared, rng: &mut Rng) {
             while shared.next.load(Ordering::Relaxed) < third {
                 sleep(Duration::from_millis(1)).await;
             }
-            // The calls of the clients may end before a call of the driver fails, so this one makes some too.
-            let mut client = Client::new(life.address);
-            while life.num_loads() == 1 {
-                control.fail_call(1 + rng.below(100) as u64);
-                let end = client.call(&Call::question(0, false)).await;
-                assert!(end.as_ref().is_ok_and(|end| shared.phase.may_end_with(end)), "{end:?}");
-                sleep(Duration::from_millis(5)).await;
-            }
+            lose_device(life, Phase::Lost, rng, || life.num_loads() > 1).await;
         }
     }
 }
