@@ -172,15 +172,21 @@ impl Metrics {
         self.finished.get_or_create(&ReasonLabel { reason }).inc();
     }
 
-    /// Takes over what a runner did, in counters that only grow, and what its graphs take.
-    pub fn take_stats(&self, stats: &RunnerStats) {
-        raise(&self.graph_replays, stats.replays);
-        raise(&self.graph_captures, stats.captures);
-        raise(&self.graph_evictions, stats.evictions);
+    /// Adds what a runner did since it had done `counted`, which is nothing for a new one, and takes over what its graphs
+    /// take.
+    pub fn take_stats(&self, stats: &RunnerStats, counted: &RunnerStats) {
+        self.graph_replays.inc_by(stats.replays.saturating_sub(counted.replays));
+        self.graph_captures.inc_by(stats.captures.saturating_sub(counted.captures));
+        self.graph_evictions.inc_by(stats.evictions.saturating_sub(counted.evictions));
         self.graph_memory.set(i64::try_from(stats.graph_bytes).unwrap_or(i64::MAX));
-        for (family, counts) in [(&self.chained_replays, &stats.chained), (&self.eager_forwards, &stats.eager)] {
+        let reasons = [
+            (&self.chained_replays, &stats.chained, &counted.chained),
+            (&self.eager_forwards, &stats.eager, &counted.eager),
+        ];
+        for (family, counts, counted) in reasons {
             for &(reason, count) in counts {
-                raise(&family.get_or_create(&ReasonLabel { reason }), count);
+                let before = counted.iter().find(|(known, _)| *known == reason).map_or(0, |(_, count)| *count);
+                family.get_or_create(&ReasonLabel { reason }).inc_by(count.saturating_sub(before));
             }
         }
     }
@@ -200,10 +206,6 @@ impl Metrics {
         }
         text
     }
-}
-
-fn raise(counter: &Counter, total: u64) {
-    counter.inc_by(total.saturating_sub(counter.get()));
 }
 
 impl fmt::Debug for Metrics {
@@ -228,17 +230,19 @@ mod tests {
     }
 
     #[test]
-    fn a_runners_counters_are_taken_over_once() {
+    fn a_runners_counters_are_taken_over_once_and_add_to_those_of_the_one_before() {
         let metrics = Metrics::default();
         let (eager, chained) = (vec![("too_large", 3)], vec![("work_changed", 4)]);
         let stats = RunnerStats { replays: 5, chained, captures: 2, evictions: 1, graph_bytes: 4096, eager };
-        metrics.take_stats(&stats);
-        metrics.take_stats(&stats);
+        metrics.take_stats(&stats, &RunnerStats::default());
+        metrics.take_stats(&stats, &stats);
+        let anew = RunnerStats { replays: 3, eager: vec![("too_large", 1)], ..RunnerStats::default() };
+        metrics.take_stats(&anew, &RunnerStats::default());
         let text = metrics.render();
-        assert!(text.contains("bcg_graph_replays_total 5"), "{text}");
+        assert!(text.contains("bcg_graph_replays_total 8"), "{text}");
         assert!(text.contains("bcg_graph_evictions_total 1"), "{text}");
-        assert!(text.contains("bcg_graph_memory_bytes 4096"), "{text}");
+        assert!(text.contains("bcg_graph_memory_bytes 0"), "{text}");
         assert!(text.contains("bcg_chained_replays_total{reason=\"work_changed\"} 4"), "{text}");
-        assert!(text.contains("bcg_eager_forwards_total{reason=\"too_large\"} 3"), "{text}");
+        assert!(text.contains("bcg_eager_forwards_total{reason=\"too_large\"} 4"), "{text}");
     }
 }

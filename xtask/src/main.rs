@@ -6,6 +6,7 @@
 
 mod bundle;
 mod clients;
+mod first_token;
 mod fuzz;
 mod kernels;
 mod licenses;
@@ -13,6 +14,7 @@ mod package;
 mod page;
 mod plots;
 mod process;
+mod soak;
 mod tidy;
 mod venv;
 
@@ -27,6 +29,8 @@ cargo xtask <command>
   licenses        check the licence of every dependency
   kernels         compile every kernel for sm_80, sm_90a and sm_100a with NVRTC from its Python wheel; needs no GPU
   test-clients    run the official openai client against the server [--sglang runs SGLang's benchmark client, 350 MB]
+  soak            let random requests, faults and overload loose on the server [--requests N] [--seed S]
+  first-token     measure the time from the server's start to its first token; an error above 2 s
   fuzz            send spoiled inputs to everything that reads some, each target for a while
                   [http | chat | safetensors | config] [--seconds 600] [--seed N]
   test-page       open the page of `bcg inspect --html` in a headless browser and use it
@@ -49,7 +53,7 @@ fn run() -> Result<()> {
     let mut args = std::env::args().skip(1);
     let command = args.next();
     let flags: Vec<String> = args.collect();
-    if !matches!(command.as_deref(), Some("fuzz" | "package" | "plots" | "test-clients"))
+    if !matches!(command.as_deref(), Some("fuzz" | "package" | "plots" | "soak" | "test-clients"))
         && let Some(flag) = flags.first()
     {
         bail!("unexpected argument `{flag}`\n\n{USAGE}");
@@ -59,6 +63,8 @@ fn run() -> Result<()> {
         Some("licenses") => licenses::run(),
         Some("kernels") => kernels::run(),
         Some("test-clients") => clients::run(&flags),
+        Some("soak") => soak::run(&flags),
+        Some("first-token") => first_token::run(),
         Some("fuzz") => fuzz::run(&flags),
         Some("test-page") => page::run(),
         Some("package") => package::run(&flags),

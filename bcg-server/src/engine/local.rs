@@ -339,7 +339,8 @@ mod tests {
     use super::super::{Event, FinishReason};
     use super::*;
 
-    /// Counts upwards from the last token; token 100 makes a step fail, 200 makes it panic, 400 loses the device.
+    /// Counts upwards from the last token; token 100 makes a step fail, 200 makes it panic, 400 loses the device, and 450
+    /// does so at the launch.
     struct Counting {
         gate: Option<Arc<Mutex<Receiver<()>>>>,
         chosen: Vec<u32>,
@@ -354,6 +355,9 @@ mod tests {
                 None => sequence.tokens[sequence.tokens.len() - 1],
             };
             self.chosen = batch.iter().map(|sequence| last(sequence) + 1).collect();
+            if self.chosen.contains(&451) {
+                return Err(StepError { message: "no launch".to_owned(), is_device_lost: true });
+            }
             Ok(self.chosen.clone())
         }
 
@@ -496,6 +500,19 @@ mod tests {
         }
         assert_eq!(tokens(waiting), Ok((vec![311, 312], FinishReason::Length)));
         assert_eq!(engine.health(), Health::Ready);
+    }
+
+    #[test]
+    fn a_device_that_is_lost_at_a_launch_is_named_to_those_of_the_step_before() {
+        let (engine, open) = engine(4, true);
+        let first = engine.submit(request(447, 10)).expect("accepted");
+        eventually("it runs", || engine.slots.available_permits() == 4);
+        let last_in_the_step_before = engine.submit(request(300, 1)).expect("accepted");
+        drop(open);
+        let error = tokens(first).expect_err("its step could not be launched");
+        assert!(error.contains("step of this request failed: no launch"), "{error}");
+        let error = tokens(last_in_the_step_before).expect_err("was under way");
+        assert!(error.contains("the device was lost while it worked on this request: no launch"), "{error}");
     }
 
     #[test]

@@ -22,7 +22,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit};
 
 use super::choice::Choice;
 use super::output::Output;
-use super::runner::{StepError, StepRunner};
+use super::runner::{RunnerStats, StepError, StepRunner};
 use super::scheduler::{Scheduler, StepPlan};
 use super::sequence::{Sequence, SequenceId};
 use crate::metrics::{Metrics, PhaseLabel};
@@ -151,6 +151,8 @@ pub struct Worker<'a, R: StepRunner> {
     requests: &'a mut Requests,
     shared: Arc<Shared>,
     in_flight: Option<InFlight<R::Pending>>,
+    /// What the metrics hold of what the runner did.
+    counted: RunnerStats,
     /// When the device's last step was collected.
     last_step: Instant,
     failed_steps: u32,
@@ -161,13 +163,13 @@ impl<'a, R: StepRunner> Worker<'a, R> {
     pub fn new(runner: R, mut scheduler: Scheduler, requests: &'a mut Requests, shared: Arc<Shared>) -> Self {
         shared.metrics.kv_pages.set(gauge(scheduler.cache().pool().num_pages()));
         requests.kept.drain(..).for_each(|sequence| scheduler.add(sequence));
-        let last_step = Instant::now();
-        Self { runner, scheduler, requests, shared, in_flight: None, last_step, failed_steps: 0 }
+        let (counted, last_step) = (RunnerStats::default(), Instant::now());
+        Self { runner, scheduler, requests, shared, in_flight: None, counted, last_step, failed_steps: 0 }
     }
 
     /// Works until every handle is gone and nothing is left, until it is told to stop, or until the device is lost.
     pub fn run(mut self) -> Exit {
-        self.shared.metrics.take_stats(&self.runner.stats());
+        self.take_stats();
         while !self.shared.stop.load(Ordering::Relaxed) {
             let open = self.take_jobs();
             self.reap_cancelled();
@@ -179,7 +181,7 @@ impl<'a, R: StepRunner> Worker<'a, R> {
             let is_done = !open && self.scheduler.is_idle() && self.in_flight.is_none();
             if let Err(error) = self.turn() {
                 self.requests.kept = self.scheduler.take_waiting();
-                self.fail_all_but_kept(&error);
+                self.fail_all_but_kept(&format!("the device was lost while it worked on this request: {error}"));
                 return Exit::DeviceLost(error);
             }
             if is_done {
@@ -321,7 +323,7 @@ impl<'a, R: StepRunner> Worker<'a, R> {
         let took = now - launched.max(std::mem::replace(&mut self.last_step, now));
         let phase = PhaseLabel { phase: plan.phase().as_str() };
         self.shared.metrics.step_time.get_or_create(&phase).observe(took.as_secs_f64());
-        self.shared.metrics.take_stats(&self.runner.stats());
+        self.take_stats();
         match sampled {
             Ok(sampled) => {
                 self.failed_steps = 0;
@@ -393,6 +395,12 @@ impl<'a, R: StepRunner> Worker<'a, R> {
         if self.requests.active.remove(&id).is_some() {
             self.shared.metrics.count_finished(reason);
         }
+    }
+
+    fn take_stats(&mut self) {
+        let stats = self.runner.stats();
+        self.shared.metrics.take_stats(&stats, &self.counted);
+        self.counted = stats;
     }
 
     fn publish(&self) {

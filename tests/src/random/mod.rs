@@ -7,7 +7,7 @@
 mod interpret;
 mod kernels;
 mod program;
-pub(crate) mod rng;
+pub mod rng;
 mod run;
 
 use std::sync::Arc;

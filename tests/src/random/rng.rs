@@ -2,10 +2,11 @@
 
 /// The generator's state.
 #[derive(Debug)]
-pub(crate) struct Rng(u64);
+pub struct Rng(u64);
 
 impl Rng {
-    pub(crate) fn new(seed: u64) -> Self {
+    /// Makes the generator of a seed.
+    pub fn new(seed: u64) -> Self {
         Self(seed.wrapping_mul(0x2545_F491_4F6C_DD1D).wrapping_add(0x9E37_79B9_7F4A_7C15))
     }
 
@@ -18,12 +19,12 @@ impl Rng {
     }
 
     /// A number below `bound`.
-    pub(crate) fn below(&mut self, bound: usize) -> usize {
+    pub fn below(&mut self, bound: usize) -> usize {
         (self.next() % bound as u64) as usize
     }
 
     /// True once in `n` times.
-    pub(crate) fn chance(&mut self, n: usize) -> bool {
+    pub fn chance(&mut self, n: usize) -> bool {
         self.below(n) == 0
     }
 }
