@@ -5,7 +5,7 @@ use std::ops::Range;
 use bcg_runtime::{DType, Device, Result, Rows, Runner, Staging, Tensor};
 
 use super::{AttentionSplit, DecodeInputs, ForwardBatch, Phase, SequenceInput, StateSlots, TokenInputs};
-use crate::ops::{DecodePlan, attention_prefill_plan, attention_prefill_plan_len, take_chosen};
+use crate::ops::{DecodePlan, attention_prefill_plan, attention_prefill_plan_len, unpack_inputs};
 use crate::sampling::SamplingParams;
 
 /// How large a batch can get.
@@ -207,11 +207,7 @@ impl InputBuffers {
         let packed = self.sections.rows(staged..self.values.len())?.reshape(&[batch.len(), width])?;
         let used = live.page_table.rows(0..batch.len())?.columns(0..width)?;
         let tokens = self.sections.rows(0..valid)?;
-        let takes_chosen = batch.iter().any(|sequence| sequence.chosen_row.is_some());
-        runner.tail(&live, |cx| {
-            cx.copy(&used, &packed)?;
-            if takes_chosen { take_chosen(cx, &tokens, &self.chosen) } else { Ok(()) }
-        })?;
+        runner.tail(&live, |cx| unpack_inputs(cx, &tokens, &self.chosen, &packed, &used))?;
         Ok(live)
     }
 
@@ -256,7 +252,7 @@ impl InputBuffers {
         push_section(staging, padded, 0, |staging| {
             for s in batch {
                 staging.extend(s.tokens.iter().map(|token| token.cast_signed()));
-                // As `take_chosen` reads it.
+                // As `unpack_inputs` reads it.
                 staging.extend(s.chosen_row.map(|row| -1 - row as i32));
             }
         });
