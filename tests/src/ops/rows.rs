@@ -1,4 +1,4 @@
-//! `gather_rows`, `copy_rows`, `fill`, `fill_random`, `scrub_tail`.
+//! `gather_rows`, `unpack_inputs`, `copy_rows`, `fill`, `fill_random`, `scrub_tail`.
 
 use bcg_models::ops;
 use bcg_runtime::{DType, Device, LiveBatch, Rows, Runner, RunnerOptions};
@@ -25,6 +25,30 @@ fn picked(values: &[f64], columns: usize, index: &[i32]) -> Vec<f64> {
     let zeros = vec![0.0; columns];
     let row = |i: &i32| usize::try_from(*i).ok().and_then(|i| rows.get(i).copied()).unwrap_or(&zeros);
     index.iter().flat_map(|i| row(i).to_vec()).collect()
+}
+
+/// `unpack_inputs` replaces negative tokens by what was chosen, leaves the others, and writes the page table between its
+/// borders.
+pub(super) fn unpack_inputs_fills_tokens_and_pages(device: &Device) {
+    let mut fixture = Fixture::new(device);
+    for (tokens, sequences, width) in [(1, 1, 1), (5, 300, 7), (700, 3, 64), (2000, 0, 1)] {
+        let ids: Vec<i32> = (0..tokens).map(|i| if i % 3 == 0 { -1 - i % 40 } else { i }).collect();
+        let chosen: Vec<i32> = (0..37).map(|row| 1000 + row).collect();
+        let packed: Vec<i32> = (0..sequences * width).map(|page| 5000 + page as i32).collect();
+        let (ids_in, chosen_in) = (fixture.ints(&ids), fixture.ints(&chosen));
+        let packed_in = fixture.ints(&packed).reshape(&[sequences, width]).expect("rows");
+        let table = device.zeros(&[sequences, width + 5], DType::I32).expect("a tensor");
+        let used = table.columns(2..2 + width).expect("columns");
+        fixture.run(|cx| ops::unpack_inputs(cx, &ids_in, &chosen_in, &packed_in, &used));
+        let of_row = |row: i32| chosen.get(row as usize).copied().unwrap_or(0);
+        let expected: Vec<i32> = ids.iter().map(|&id| if id < 0 { of_row(-1 - id) } else { id }).collect();
+        assert_eq!(device.read::<i32>(&ids_in).expect("read"), expected);
+        let mut expected = vec![0; sequences * (width + 5)];
+        for (row, pages) in expected.chunks_mut(width + 5).zip(packed.chunks(width)) {
+            row[2..2 + width].copy_from_slice(pages);
+        }
+        assert_eq!(device.read::<i32>(&table).expect("read"), expected);
+    }
 }
 
 /// `copy_rows` writes the rows of a row-sliced output and nothing between them.
