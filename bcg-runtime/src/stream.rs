@@ -251,8 +251,13 @@ impl CaptureStream {
     /// # Errors
     /// [`Error::Shape`] if `dst` is row-sliced or larger than `src`; those of [`CaptureStream::addr`]; the driver's.
     pub fn copy_from_pinned(&mut self, dst: &Tensor, src: &Arc<PinnedBuffer>) -> Result<()> {
-        if !dst.is_contiguous() || dst.size_bytes() > src.len_bytes() {
-            let expected = format!("a contiguous tensor of at most {} bytes", src.len_bytes());
+        self.copy_from_pinned_at(dst, src, 0)
+    }
+
+    /// As [`copy_from_pinned`](Self::copy_from_pinned), from an offset in bytes on.
+    pub(crate) fn copy_from_pinned_at(&mut self, dst: &Tensor, src: &Arc<PinnedBuffer>, offset: usize) -> Result<()> {
+        if !dst.is_contiguous() || offset + dst.size_bytes() > src.len_bytes() {
+            let expected = format!("a contiguous tensor of at most {} bytes", src.len_bytes() - offset);
             return Err(Error::shape("CaptureStream::copy_from_pinned", expected, format!("{dst:?}")));
         }
         let (ptr, bytes) = (self.addr(dst)?, dst.size_bytes());
@@ -263,7 +268,7 @@ impl CaptureStream {
             return Ok(());
         }
         self.counts.copies += 1;
-        self.submit(&Op::CopyFromPinned { dst: ptr, src: src.ptr(), bytes })
+        self.submit(&Op::CopyFromPinned { dst: ptr, src: src.ptr().offset_bytes(offset), bytes })
     }
 
     /// Enqueues a copy of a contiguous tensor into page-locked memory, from an offset in bytes on.

@@ -150,12 +150,12 @@ sources! {
     SSD_SCAN_TILED = "ssd_scan_tiled.cu",
     /// One step of Mamba2's recurrence.
     SSM_UPDATE = "ssm_update.cu",
-    /// Tokens that the step before chose.
-    TAKE_CHOSEN = "take_chosen.cu",
     /// Exclusion of tokens by bit masks.
     TOKEN_MASK = "token_mask.cu",
     /// Log probabilities of the chosen and the likeliest tokens.
     TOP_LOGPROBS = "top_logprobs.cu",
+    /// Tokens that the step before chose, and the page table.
+    UNPACK_INPUTS = "unpack_inputs.cu",
 }
 
 #[cfg(test)]

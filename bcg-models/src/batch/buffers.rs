@@ -2,10 +2,10 @@
 
 use std::ops::Range;
 
-use bcg_runtime::{DType, Device, Result, Rows, Runner, Tensor};
+use bcg_runtime::{DType, Device, Result, Rows, Runner, Staging, Tensor};
 
 use super::{AttentionSplit, DecodeInputs, ForwardBatch, Phase, SequenceInput, StateSlots, TokenInputs};
-use crate::ops::{DecodePlan, attention_prefill_plan, attention_prefill_plan_len, take_chosen};
+use crate::ops::{DecodePlan, attention_prefill_plan, attention_prefill_plan_len, unpack_inputs};
 use crate::sampling::SamplingParams;
 
 /// How large a batch can get.
@@ -21,8 +21,9 @@ pub struct BatchLimits {
 
 /// The device buffers of all batches, at fixed addresses, and the host memory in which they are put together.
 ///
-/// A batch is two uploads: of one buffer in which it lies section after section, up to the plan's last item, and of the
-/// used columns of the page table. Where sections begin depends on the phase and the padded rows alone.
+/// A batch is one upload, of a buffer in which it lies section after section, up to the plan's last item and the used
+/// columns of the page table, which go to their rows from there. Where sections begin depends on the phase and the padded
+/// rows alone.
 #[derive(Debug)]
 pub struct InputBuffers {
     sections: Tensor,
@@ -32,8 +33,9 @@ pub struct InputBuffers {
     sampling: SamplingBuffers,
     /// `[B]` i32: what the step launched last chose.
     chosen: Tensor,
-    staging: Vec<i32>,
-    staged_plan: Vec<i32>,
+    staging: Staging,
+    values: Vec<i32>,
+    plan: Vec<i32>,
     page_size: usize,
 }
 
@@ -105,6 +107,11 @@ impl Sections<'_> {
     }
 }
 
+/// Bytes of the sampling parameters of a batch, each of six parts rounded up.
+fn sampling_bytes(sequences: usize) -> usize {
+    sequences * (4 * size_of::<i32>() + 2 * size_of::<i64>()) + 6 * 16
+}
+
 /// Appends a section of `len` values, padded to where the next one begins, and returns where it lies. `push` appends the
 /// first values, `padding` stands for the others.
 fn push_section(staging: &mut Vec<i32>, len: usize, padding: i32, push: impl FnOnce(&mut Vec<i32>)) -> Range<usize> {
@@ -141,7 +148,8 @@ impl InputBuffers {
         let plans = aligned(plan) + 2 * aligned(attention_prefill_plan_len(rows, sequences));
         // Tokens, positions, slots; lengths, states, starts, last rows, and starts and lengths of a mixed batch taken apart;
         // all plans; the number of valid rows, and a decode's prefill plan without items.
-        let len = 3 * aligned(rows) + 7 * aligned(sequences + 1) + plans + 2 * SECTION_ALIGNMENT;
+        let sections = 3 * aligned(rows) + 7 * aligned(sequences + 1) + plans + 2 * SECTION_ALIGNMENT;
+        let len = sections + sequences * pages_per_sequence;
         Ok(Self {
             sections: zeros(len, DType::I32)?,
             page_table: device.zeros(&[sequences, pages_per_sequence], DType::I32)?,
@@ -154,9 +162,10 @@ impl InputBuffers {
                 step: zeros(sequences, DType::I64)?,
             },
             decode_plan,
-            staging: Vec::with_capacity(len + sequences * pages_per_sequence),
+            staging: Staging::new(device, (len * size_of::<i32>()).max(sampling_bytes(sequences)))?,
+            values: Vec::with_capacity(len),
             chosen: device.zeros(&[limits.sequences], DType::I32)?,
-            staged_plan: Vec::with_capacity(plans),
+            plan: Vec::with_capacity(plans),
             page_size,
         })
     }
@@ -191,15 +200,14 @@ impl InputBuffers {
         let live = self.views(phase, batch.len(), Rows { valid, padded })?;
         self.stage_tokens(batch, padded, write_kv);
         self.stage_sequences(batch, &live, write_kv);
-        let staged = self.staging.len();
-        runner.upload(&self.sections.rows(0..staged)?, &self.staging)?;
+        let staged = self.values.len();
         let width = self.stage_page_tables(batch);
+        let all = self.sections.rows(0..self.values.len())?;
+        self.staging.upload(runner, &[(&all, bytemuck::cast_slice(&self.values))])?;
+        let packed = self.sections.rows(staged..self.values.len())?.reshape(&[batch.len(), width])?;
         let used = live.page_table.rows(0..batch.len())?.columns(0..width)?;
-        runner.upload(&used, &self.staging[staged..])?;
-        if batch.iter().any(|sequence| sequence.chosen_row.is_some()) {
-            let tokens = self.sections.rows(0..valid)?;
-            runner.tail(&live, |cx| take_chosen(cx, &tokens, &self.chosen))?;
-        }
+        let tokens = self.sections.rows(0..valid)?;
+        runner.tail(&live, |cx| unpack_inputs(cx, &tokens, &self.chosen, &packed, &used))?;
         Ok(live)
     }
 
@@ -239,12 +247,12 @@ impl InputBuffers {
 
     /// Begins the staging with tokens, positions and slots.
     fn stage_tokens(&mut self, batch: &[SequenceInput<'_>], padded: usize, write_kv: bool) {
-        let (staging, page_size) = (&mut self.staging, self.page_size);
+        let (staging, page_size) = (&mut self.values, self.page_size);
         staging.clear();
         push_section(staging, padded, 0, |staging| {
             for s in batch {
                 staging.extend(s.tokens.iter().map(|token| token.cast_signed()));
-                // As `take_chosen` reads it.
+                // As `unpack_inputs` reads it.
                 staging.extend(s.chosen_row.map(|row| -1 - row as i32));
             }
         });
@@ -261,7 +269,7 @@ impl InputBuffers {
 
     /// Appends what is known of each sequence, and the plan of the phase's attention.
     fn stage_sequences(&mut self, batch: &[SequenceInput<'_>], live: &ForwardBatch, write_state: bool) {
-        let (staging, plan) = (&mut self.staging, &mut self.staged_plan);
+        let (staging, plan) = (&mut self.values, &mut self.plan);
         let capacity = live.kv_lens.dim(0);
         let lens = push_section(staging, capacity, 0, |staging| {
             staging.extend(batch.iter().map(|sequence| sequence.kv_len() as i32));
@@ -314,10 +322,10 @@ impl InputBuffers {
     fn stage_page_tables(&mut self, batch: &[SequenceInput<'_>]) -> usize {
         let pages_of = |sequence: &SequenceInput<'_>| sequence.kv_len().div_ceil(self.page_size);
         let width = batch.iter().map(pages_of).max().unwrap_or(1);
-        let begin = self.staging.len();
+        let begin = self.values.len();
         for (i, sequence) in batch.iter().enumerate() {
-            self.staging.extend(sequence.pages[..pages_of(sequence)].iter().map(|page| page.cast_signed()));
-            self.staging.resize(begin + (i + 1) * width, 0);
+            self.values.extend(sequence.pages[..pages_of(sequence)].iter().map(|page| page.cast_signed()));
+            self.values.resize(begin + (i + 1) * width, 0);
         }
         width
     }
@@ -331,7 +339,7 @@ impl InputBuffers {
     ///
     /// # Errors
     /// As [`fill`](Self::fill).
-    pub fn fill_sampling(&self, runner: &mut Runner, batch: &[SequenceInput<'_>]) -> Result<SamplingBuffers> {
+    pub fn fill_sampling(&mut self, runner: &mut Runner, batch: &[SequenceInput<'_>]) -> Result<SamplingBuffers> {
         let rows = |tensor: &Tensor| tensor.rows(0..batch.len());
         let buffers = SamplingBuffers {
             temperature: rows(&self.sampling.temperature)?,
@@ -344,16 +352,22 @@ impl InputBuffers {
         let floats = |field: fn(&SamplingParams) -> f32| -> Vec<f32> {
             batch.iter().map(|sequence| field(sequence.sampling)).collect()
         };
-        runner.upload(&buffers.temperature, &floats(|params| params.temperature))?;
-        runner.upload(&buffers.top_p, &floats(|params| params.top_p))?;
-        runner.upload(&buffers.min_p, &floats(|params| params.min_p))?;
+        let temperature = floats(|params| params.temperature);
         let top_k =
             |sequence: &SequenceInput<'_>| sequence.sampling.top_k.map_or(0, |k| i32::try_from(k).unwrap_or(i32::MAX));
-        runner.upload(&buffers.top_k, &batch.iter().map(top_k).collect::<Vec<_>>())?;
-        let seeds: Vec<i64> = batch.iter().map(|sequence| sequence.sampling.seed.cast_signed()).collect();
-        runner.upload(&buffers.seed, &seeds)?;
-        let steps: Vec<i64> = batch.iter().map(|sequence| sequence.step.cast_signed()).collect();
-        runner.upload(&buffers.step, &steps)?;
+        let top_k: Vec<i32> = batch.iter().map(top_k).collect();
+        let (top_p, min_p) = (floats(|params| params.top_p), floats(|params| params.min_p));
+        let seed: Vec<i64> = batch.iter().map(|sequence| sequence.sampling.seed.cast_signed()).collect();
+        let step: Vec<i64> = batch.iter().map(|sequence| sequence.step.cast_signed()).collect();
+        let parts: [(&Tensor, &[u8]); 6] = [
+            (&buffers.temperature, bytemuck::cast_slice(&temperature)),
+            (&buffers.top_k, bytemuck::cast_slice(&top_k)),
+            (&buffers.top_p, bytemuck::cast_slice(&top_p)),
+            (&buffers.min_p, bytemuck::cast_slice(&min_p)),
+            (&buffers.seed, bytemuck::cast_slice(&seed)),
+            (&buffers.step, bytemuck::cast_slice(&step)),
+        ];
+        self.staging.upload(runner, &parts)?;
         Ok(buffers)
     }
 }

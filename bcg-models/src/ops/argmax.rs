@@ -50,18 +50,28 @@ static ARGMAX: Kernel<ArgmaxArgs> = Kernel::new("argmax", &bcg_kernels::ARGMAX, 
 /// ```
 pub fn argmax(cx: &mut CaptureStream, logits: &Tensor) -> Result<Tensor> {
     CHECK.rank("logits", logits, &["B", "V"])?;
+    let out = cx.empty(&[logits.dim(0)], DType::I32)?;
+    argmax_to(cx, logits, &out)?;
+    Ok(out)
+}
+
+/// As [`argmax`], into `out`.
+///
+/// # Errors
+/// As [`argmax`].
+pub fn argmax_to(cx: &mut CaptureStream, logits: &Tensor, out: &Tensor) -> Result<()> {
+    CHECK.rank("logits", logits, &["B", "V"])?;
     CHECK.dtype("logits", logits, DType::F32)?;
     let dims = logits::dims(CHECK, logits)?;
-    let out = cx.empty(&[logits.dim(0)], DType::I32)?;
+    CHECK.dense("out", out, &[logits.dim(0)], DType::I32)?;
     let args = ArgmaxArgs {
         logits: cx.addr(logits)?,
-        out: cx.addr(&out)?,
+        out: cx.addr(out)?,
         stride: logits.row_stride() as i64,
         columns: CHECK.u32("V", logits.dim(1))?,
         _padding: 0,
     };
-    cx.launch(&ARGMAX, dims, args)?;
-    Ok(out)
+    cx.launch(&ARGMAX, dims, args)
 }
 
 fn host(a: &ArgmaxArgs, dims: &Dims, memory: &HostMemory<'_>) -> Result<()> {

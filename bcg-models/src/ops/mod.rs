@@ -26,7 +26,6 @@ mod latent_kv;
 mod paged_kv;
 mod random;
 mod state_slots;
-mod take_chosen;
 
 mod add_rms_norm;
 mod argmax;
@@ -63,9 +62,10 @@ mod ssd_scan_tiled;
 mod ssm_update;
 mod token_mask;
 mod top_logprobs;
+mod unpack_inputs;
 
 pub use add_rms_norm::add_rms_norm;
-pub use argmax::argmax;
+pub use argmax::{argmax, argmax_to};
 pub use attention_decode::{attention_decode, attention_decode_to};
 pub use attention_prefill::{
     AttentionPrefill, attention_prefill, attention_prefill_plan, attention_prefill_plan_len, attention_prefill_to,
@@ -93,10 +93,10 @@ pub use paged_kv::PagedKv;
 pub use qk_norm_rope_kv_write::{QkNormRopeKvWrite, qk_norm_rope_kv_write, rope_inv_freq};
 pub use relu2::relu2;
 pub use rms_norm::rms_norm;
-pub use sample::{SampleInputs, sample};
+pub use sample::{SampleInputs, sample, sample_to};
 pub use silu_mul::silu_mul;
 pub use ssd_scan::{SsmInputs, ssd_scan};
 pub use ssm_update::ssm_update;
-pub use take_chosen::take_chosen;
 pub use token_mask::token_mask;
 pub use top_logprobs::top_logprobs;
+pub use unpack_inputs::unpack_inputs;

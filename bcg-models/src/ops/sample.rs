@@ -90,6 +90,17 @@ pub struct SampleInputs<'a> {
 /// ```
 pub fn sample(cx: &mut CaptureStream, logits: &Tensor, inputs: &SampleInputs<'_>) -> Result<Tensor> {
     CHECK.rank("logits", logits, &["B", "V"])?;
+    let out = cx.empty(&[logits.dim(0)], DType::I32)?;
+    sample_to(cx, logits, inputs, &out)?;
+    Ok(out)
+}
+
+/// As [`sample()`], into `out`.
+///
+/// # Errors
+/// As [`sample()`].
+pub fn sample_to(cx: &mut CaptureStream, logits: &Tensor, inputs: &SampleInputs<'_>, out: &Tensor) -> Result<()> {
+    CHECK.rank("logits", logits, &["B", "V"])?;
     CHECK.dtype("logits", logits, DType::F32)?;
     let rows = [logits.dim(0)];
     CHECK.dense("temperature", inputs.temperature, &rows, DType::F32)?;
@@ -102,7 +113,7 @@ pub fn sample(cx: &mut CaptureStream, logits: &Tensor, inputs: &SampleInputs<'_>
     let packs = logits::packs_per_thread(logits.dim(1));
     let num_kept = if logits::packs_bytes(packs) <= KEPT_BYTES_MAX { packs } else { 0 };
     dims.shared_bytes = logits::packs_bytes(num_kept) as u32;
-    let out = cx.empty(&rows, DType::I32)?;
+    CHECK.dense("out", out, &rows, DType::I32)?;
     let args = SampleArgs {
         logits: cx.addr(logits)?,
         temperature: cx.addr(inputs.temperature)?,
@@ -111,13 +122,12 @@ pub fn sample(cx: &mut CaptureStream, logits: &Tensor, inputs: &SampleInputs<'_>
         min_p: cx.addr(inputs.min_p)?,
         seed: cx.addr(inputs.seed)?,
         step: cx.addr(inputs.step)?,
-        out: cx.addr(&out)?,
+        out: cx.addr(out)?,
         stride: logits.row_stride() as i64,
         columns: CHECK.u32("V", logits.dim(1))?,
         num_kept: num_kept as u32,
     };
-    cx.launch(&SAMPLE, dims, args)?;
-    Ok(out)
+    cx.launch(&SAMPLE, dims, args)
 }
 
 fn host(a: &SampleArgs, dims: &Dims, memory: &HostMemory<'_>) -> Result<()> {

@@ -42,19 +42,14 @@ fn uploaded<T: Element>(cx: &mut Eager<'_, ForwardBatch>, shape: &[usize], value
     Ok(tensor)
 }
 
-/// Chooses the token of each row, the most likely one without parameters.
+/// Chooses the token of each row, the most likely one without parameters, and leaves them in `chosen`.
 pub(super) fn choose(
     cx: &mut Eager<'_, ForwardBatch>,
     logits: &Tensor,
     sampling: Option<&SamplingBuffers>,
-) -> Result<Tensor> {
-    match sampling {
-        None => ops::argmax(cx, logits),
-        Some(sampling) => sample(cx, logits, sampling),
-    }
-}
-
-pub(super) fn sample(cx: &mut Eager<'_, ForwardBatch>, logits: &Tensor, sampling: &SamplingBuffers) -> Result<Tensor> {
+    chosen: &Tensor,
+) -> Result<()> {
+    let Some(sampling) = sampling else { return ops::argmax_to(cx, logits, chosen) };
     let inputs = SampleInputs {
         temperature: &sampling.temperature,
         top_k: &sampling.top_k,
@@ -63,7 +58,7 @@ pub(super) fn sample(cx: &mut Eager<'_, ForwardBatch>, logits: &Tensor, sampling
         seed: &sampling.seed,
         step: &sampling.step,
     };
-    ops::sample(cx, logits, &inputs)
+    ops::sample_to(cx, logits, &inputs, chosen)
 }
 
 /// Log probabilities of the sequences that ask for them: ids and values, `[R, 1 + n]`, the chosen token first.

@@ -244,8 +244,7 @@ impl ModelRunner {
             let last = ops::gather_rows(cx, hidden, &live.last_rows)?; // [B, C]
             let logits = model.logits(cx, &last)?;
             choose::adjust(cx, &logits, batch)?;
-            let tokens = choose::choose(cx, &logits, sampling.as_ref())?;
-            cx.copy(&chosen, &tokens)?;
+            choose::choose(cx, &logits, sampling.as_ref(), &chosen)?;
             let logprobs = choose::logprobs(cx, &logits, &chosen, batch)?;
             Ok((logits, logprobs))
         })?;
@@ -367,13 +366,13 @@ impl ModelRunner {
                 let forward = runner.forward(phase, rows)?;
                 let hidden = runner.runner.eager(&live, forward)?;
                 let sampling = runner.inputs.fill_sampling(&mut runner.runner, dummy)?;
+                let chosen = runner.inputs.chosen().rows(0..dummy.len())?;
                 let model = Arc::clone(&runner.model);
                 runner.runner.tail(&live, |cx| {
                     let last = ops::gather_rows(cx, &hidden, &live.last_rows)?;
                     let logits = model.logits(cx, &last)?;
-                    ops::argmax(cx, &logits)?;
-                    let tokens = choose::sample(cx, &logits, &sampling)?;
-                    ops::take_chosen(cx, &tokens, &tokens)
+                    choose::choose(cx, &logits, None, &chosen)?;
+                    choose::choose(cx, &logits, Some(&sampling), &chosen)
                 })
             })?;
         }

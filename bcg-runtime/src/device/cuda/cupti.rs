@@ -239,7 +239,7 @@ unsafe extern "C" fn buffer_completed(_: *mut c_void, _: u32, buffer: *mut u8, _
             // `KernelRecord`.
             let run = unsafe { read(&*record.cast()) };
             match run {
-                Ok(run) => collected().runs.push(run),
+                Ok(run) => collected().runs.extend(run),
                 Err(problem) => collected().problem = Some(problem),
             }
         }
@@ -247,17 +247,20 @@ unsafe extern "C" fn buffer_completed(_: *mut c_void, _: u32, buffer: *mut u8, _
     drop(words);
 }
 
-/// Copies a record, if it makes sense.
+/// Copies a record, if it makes sense; `None` for a kernel that had not ended when the trace did.
 ///
 /// # Safety
 /// `record.name` is null or points at a NUL-terminated string.
-unsafe fn read(record: &KernelRecord) -> std::result::Result<(u32, KernelRun), String> {
+unsafe fn read(record: &KernelRecord) -> std::result::Result<Option<(u32, KernelRun)>, String> {
     let KernelRecord { kind, start_ns, end_ns, name, correlation_id, device_context_stream: [.., stream_id], .. } =
         *record;
+    if kind == KERNELS && (start_ns, end_ns) == (0, 0) {
+        return Ok(None);
+    }
     if kind != KERNELS || start_ns == 0 || end_ns < start_ns || name.is_null() {
         return Err(format!("CUPTI's record is none that this program knows: kind {kind}, {start_ns}..{end_ns} ns"));
     }
     // SAFETY: not null, so the caller says that it is a string.
     let name = unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned();
-    Ok((correlation_id, KernelRun { name, start_ns, end_ns, stream_id, launch_ns: None }))
+    Ok(Some((correlation_id, KernelRun { name, start_ns, end_ns, stream_id, launch_ns: None })))
 }

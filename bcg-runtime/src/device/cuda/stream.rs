@@ -8,10 +8,6 @@ use super::CudaBackend;
 use crate::launch::Launch;
 use crate::{DevicePtr, Result};
 
-/// What the driver takes into its staging memory at once. For larger copies from pageable memory it waits until the stream
-/// gets there.
-const STAGED_BYTES_MAX: usize = 64 << 10;
-
 impl StreamBackend for CudaBackend {
     fn create_stream(&self, _name: &str) -> Result<StreamHandle> {
         let _relaxed = self.enter()?;
@@ -106,20 +102,10 @@ impl StreamBackend for CudaBackend {
     ) -> Result<()> {
         let _relaxed = self.enter_if_capturing()?;
         self.refuse_while_capturing(stream.0, "copying pageable host memory; fill a PinnedBuffer before the capture")?;
-        // One row is cut anywhere, several are cut between rows.
-        let (piece, step) = if src.len() == row_bytes {
-            (STAGED_BYTES_MAX, STAGED_BYTES_MAX)
-        } else {
-            let rows = (STAGED_BYTES_MAX / row_bytes).max(1);
-            (rows * row_bytes, rows * pitch)
-        };
-        for (i, src) in src.chunks(piece).enumerate() {
-            let row_bytes = row_bytes.min(src.len());
-            // SAFETY: `src` is borrowed until the end of this function. If it is pageable, the driver has copied it into
-            // its own staging memory when the call returns (CUDA driver API, "API synchronization behavior", memcpy,
-            // async); if it is page-locked, the wait below outlasts the copy.
-            unsafe { self.driver.copy_rows_from_host(dst.offset_bytes(i * step).0, pitch, row_bytes, src, stream.0) }?;
-        }
+        // SAFETY: `src` is borrowed until the end of this function. If it is pageable, the driver has copied it into its
+        // own staging memory when the call returns (CUDA driver API, "API synchronization behavior", memcpy, async); if
+        // it is page-locked, the wait below outlasts the copy.
+        unsafe { self.driver.copy_rows_from_host(dst.0, pitch, row_bytes, src, stream.0) }?;
         if self.driver.is_page_locked(src.as_ptr()) || self.driver.is_page_locked(&raw const src[src.len() - 1]) {
             self.driver.synchronize_stream(stream.0)?;
         }

@@ -1,0 +1,125 @@
+//! Inputs on their way from the host to the device, while the device works on something else.
+//!
+//! [`Runner::upload`] takes pageable memory, and the driver may wait with it until the stream gets there. A [`Staging`] has
+//! page-locked memory of its own: the copy is enqueued and the call returns. Its slots take turns, so that the inputs of
+//! a few forwards can be on their way at once.
+//!
+//! Invariant: a slot is written only when the copies that read it last have run.
+
+use std::sync::Arc;
+
+use crate::device::{Event, PinnedBuffer};
+use crate::{Device, Error, Result, Runner, Tensor};
+
+/// Uploads that can be on their way at once: two of a step, of two steps.
+const SLOTS: usize = 4;
+
+/// Parts begin at multiples of this many bytes.
+const PART_ALIGNMENT: usize = 16;
+
+/// Page-locked memory through which inputs go to the device.
+///
+/// # Example
+/// ```
+/// use bcg_runtime::{DType, Device, Runner, RunnerOptions, Staging};
+/// let device = Device::host();
+/// let mut runner = Runner::new(&device, RunnerOptions::default())?;
+/// let (ids, scale) = (device.zeros(&[2], DType::I32)?, device.zeros(&[1], DType::F32)?);
+/// let mut staging = Staging::new(&device, 64)?;
+/// let values = [7, 8];
+/// staging.upload(&mut runner, &[(&ids, bytemuck::cast_slice(&values)), (&scale, bytemuck::bytes_of(&0.5f32))])?;
+/// assert_eq!(runner.read::<i32>(&ids)?, [7, 8]);
+/// assert_eq!(runner.read::<f32>(&scale)?, [0.5]);
+/// # Ok::<(), bcg_runtime::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Staging {
+    slots: Vec<Slot>,
+    turn: usize,
+    bytes: usize,
+}
+
+#[derive(Debug)]
+struct Slot {
+    buffer: Arc<PinnedBuffer>,
+    /// Behind the copies that read the buffer.
+    sent: Event,
+}
+
+impl Staging {
+    /// Makes one whose uploads have up to `bytes` each, every tensor rounded up to 16 bytes.
+    ///
+    /// # Errors
+    /// The driver's, if it has no more such memory.
+    pub fn new(device: &Device, bytes: usize) -> Result<Self> {
+        let slot = |_| Ok(Slot { buffer: Arc::new(PinnedBuffer::new(device, bytes)?), sent: Event::new(device)? });
+        Ok(Self { slots: (0..SLOTS).map(slot).collect::<Result<_>>()?, turn: 0, bytes })
+    }
+
+    /// Enqueues copies of bytes, in row-major order, into contiguous tensors: inputs of the coming forward. The bytes may be
+    /// reused at once. Waits only if as many uploads are on their way as there are slots.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a row-sliced tensor, if a length differs, or if the bytes do not fit; those of
+    /// [`CaptureStream::addr`](crate::CaptureStream::addr); the driver's.
+    pub fn upload(&mut self, runner: &mut Runner, parts: &[(&Tensor, &[u8])]) -> Result<()> {
+        const OP: &str = "Staging::upload";
+        let slot = &self.slots[self.turn % SLOTS];
+        self.turn += 1;
+        slot.sent.synchronize()?;
+        let mut begin = 0;
+        for &(tensor, bytes) in parts {
+            if !tensor.is_contiguous() || bytes.len() != tensor.size_bytes() {
+                let expected = format!("{} bytes for a contiguous tensor", tensor.size_bytes());
+                return Err(Error::shape(OP, expected, format!("{} bytes for {tensor:?}", bytes.len())));
+            }
+            if begin + bytes.len() > self.bytes {
+                let expected = format!("at most {} bytes", self.bytes);
+                return Err(Error::shape(OP, expected, format!("{} bytes", begin + bytes.len())));
+            }
+            slot.buffer.write_bytes_at(begin, bytes)?;
+            runner.stream_mut().copy_from_pinned_at(tensor, &slot.buffer, begin)?;
+            begin = (begin + bytes.len()).next_multiple_of(PART_ALIGNMENT);
+        }
+        slot.sent.record(runner.stream_mut().main())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{DType, RunnerOptions};
+
+    #[test]
+    fn many_uploads_arrive_in_order_though_nobody_waits() {
+        let device = Device::host();
+        let mut runner = Runner::new(&device, RunnerOptions::default()).expect("a runner");
+        let rows: Vec<Tensor> = (0..20).map(|_| device.zeros(&[3], DType::I32).expect("a tensor")).collect();
+        let input = device.zeros(&[3], DType::I32).expect("a tensor");
+        let mut staging = Staging::new(&device, 12).expect("a staging");
+        for (i, row) in (0..).zip(&rows) {
+            let values = [i, i + 1, i + 2];
+            staging.upload(&mut runner, &[(&input, bytemuck::cast_slice(&values))]).expect("enqueued");
+            runner.eager(&(), |cx| cx.copy(row, &input)).expect("a forward");
+        }
+        for (i, row) in (0..).zip(&rows) {
+            assert_eq!(runner.read::<i32>(row).expect("read"), [i, i + 1, i + 2]);
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_and_the_next_upload_goes_on() {
+        let device = Device::host();
+        let mut runner = Runner::new(&device, RunnerOptions::default()).expect("a runner");
+        let matrix = device.zeros(&[2, 4], DType::I32).expect("a tensor");
+        let mut staging = Staging::new(&device, 32).expect("a staging");
+        let bytes = [1u8; 32];
+        let sliced = matrix.columns(0..2).expect("columns");
+        assert!(matches!(staging.upload(&mut runner, &[(&sliced, &bytes[..16])]), Err(Error::Shape { .. })));
+        assert!(matches!(staging.upload(&mut runner, &[(&matrix, &bytes[..16])]), Err(Error::Shape { .. })));
+        let twice = [(&matrix, &bytes[..]), (&matrix, &bytes[..])];
+        assert!(matches!(staging.upload(&mut runner, &twice), Err(Error::Shape { .. })));
+        staging.upload(&mut runner, &twice[..1]).expect("one fits");
+        assert_eq!(runner.read::<i32>(&matrix).expect("read"), [0x0101_0101; 8]);
+    }
+}
