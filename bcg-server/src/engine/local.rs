@@ -252,9 +252,10 @@ impl Engine for LocalEngine {
         let sampling = SamplingParams { seed, ..request.sampling };
         let (top_logprobs, arrived) = (request.top_logprobs, Instant::now());
         let job = Job { prompt, sampling, choice, top_logprobs, output, slot, arrived };
-        let stopped = || SubmitError::Stopped("The engine has stopped; see the server's log.".into());
-        self.jobs.as_ref().ok_or_else(stopped)?.try_send(job).map_err(|_| stopped())?;
-        Ok(EventStream::new(receiver))
+        if self.jobs.as_ref().is_some_and(|jobs| self.shared.send(jobs, job)) {
+            return Ok(EventStream::new(receiver));
+        }
+        Err(SubmitError::Stopped("The engine has stopped; see the server's log.".into()))
     }
 
     fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, SubmitError> {

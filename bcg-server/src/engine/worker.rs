@@ -13,8 +13,8 @@
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, TryRecvError};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use bcg_models::{SampledToken, SamplingParams, SequenceInput};
@@ -62,6 +62,8 @@ pub struct Shared {
     /// Asks the worker to empty the prefix cache.
     pub flush_cache: AtomicBool,
     failure: Mutex<Option<String>>,
+    /// Held while a job is sent, so that none comes behind those that the end of the engine fails.
+    gave_up: RwLock<bool>,
     failed: Notify,
 }
 
@@ -76,8 +78,15 @@ impl Shared {
         *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = failure;
     }
 
-    /// Says that the engine will never serve again.
+    /// Sends a job to the worker; `false` if there is none any more.
+    pub fn send(&self, jobs: &SyncSender<Job>, job: Job) -> bool {
+        let gave_up = self.gave_up.read().unwrap_or_else(PoisonError::into_inner);
+        !*gave_up && jobs.try_send(job).is_ok()
+    }
+
+    /// Says that the engine will never serve again. No job is sent from now on.
     pub fn give_up(&self, why: String) {
+        *self.gave_up.write().unwrap_or_else(PoisonError::into_inner) = true;
         self.set_failure(Some(why));
         self.failed.notify_one();
     }
@@ -422,4 +431,77 @@ fn caught<T>(call: impl FnOnce() -> Result<T, StepError>) -> Result<T, StepError
         let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message");
         Err(StepError { message: format!("panicked: {text}"), is_device_lost: false })
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use bcg_models::state::PagePool;
+    use serde_json::Value;
+
+    use super::super::local::{LocalEngine, LocalOptions};
+    use super::super::prefix_cache::PrefixCache;
+    use super::super::scheduler::Limits;
+    use super::super::{Engine, GenerationRequest, ModelInfo, Prompt, SubmitError};
+    use super::*;
+    use crate::metrics::ReasonLabel;
+
+    /// Loses its device at every step.
+    struct Lost;
+
+    impl StepRunner for Lost {
+        type Pending = ();
+
+        fn launch(&mut self, _: &[SequenceInput<'_>]) -> Result<(), StepError> {
+            Err(StepError { message: "device lost".into(), is_device_lost: true })
+        }
+
+        fn collect(&mut self, (): ()) -> Result<Vec<SampledToken>, StepError> {
+            Ok(Vec::new())
+        }
+
+        fn stats(&self) -> RunnerStats {
+            RunnerStats::default()
+        }
+    }
+
+    fn engine() -> LocalEngine {
+        let engine = LocalEngine::start(|| {
+            let (name, has_tokenizer) = ("lost".to_owned(), false);
+            let info = ModelInfo { name, created: 0, context_length: 16, vocab_size: 8, has_tokenizer };
+            let (max_queued, settings) = (64, Value::Null);
+            let options = LocalOptions { info, tokenizer: None, chat: None, eos: vec![2], max_queued, settings };
+            let limits = Limits { max_running: 2, max_batch_tokens: 16, context_length: 16 };
+            Ok((Lost, Scheduler::new(limits, PrefixCache::new(PagePool::new(4, 16), true)), options))
+        });
+        engine.expect("starts")
+    }
+
+    #[test]
+    fn requests_that_come_while_the_engine_gives_up_end_too() {
+        for _ in 0..200 {
+            let engine = engine();
+            let submit = || {
+                let mut accepted = 0;
+                loop {
+                    match engine.submit(GenerationRequest::greedy(Prompt::Tokens(vec![1]))) {
+                        Ok(_) => accepted += 1,
+                        Err(SubmitError::QueueFull { .. }) => std::thread::yield_now(),
+                        Err(_) => return accepted,
+                    }
+                }
+            };
+            let accepted: u64 = std::thread::scope(|scope| {
+                let threads = [(); 4].map(|()| scope.spawn(submit));
+                threads.map(|thread| thread.join().expect("no panic")).iter().sum()
+            });
+            let count = |reason| engine.metrics().finished.get_or_create(&ReasonLabel { reason }).get();
+            let ended = || count("failed") + count("cancelled");
+            // The thread may still be telling those that wait.
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while ended() < accepted && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            assert_eq!(ended(), accepted);
+        }
+    }
 }
