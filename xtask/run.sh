@@ -77,9 +77,9 @@ same_tokens() { # checkpoint, style, name, other name
     step "$1 $2: $3 = $4" 10 cmp "$work/$1-$2-$3.jsonl" "$work/$1-$2-$4.jsonl"
 }
 
-# Eagerly and healed; every replay verified; prompts in chunks; and a KV cache so small that sequences are preempted.
+# Eagerly and healed; every replay verified; prompts in chunks; many at once; and a KV cache so small that sequences are preempted.
 evaluations() { # checkpoint
-    local style
+    local style name
     for style in chat few-shot; do
         evaluate "$1" $style eager
         evaluate "$1" $style healed "${graphs[@]}"
@@ -90,8 +90,16 @@ evaluations() { # checkpoint
     for chunk in 16 64; do
         evaluate "$1" chat "chunks-of-$chunk" "${graphs[@]}" --chunked-prefill-size $chunk --max-running-requests 8
     done
-    evaluate "$1" few-shot preempted "${graphs[@]}" --kv-cache-tokens 1024 --context-length 1024
+    evaluate "$1" few-shot one-at-a-time "${graphs[@]}" --concurrency 1 --disable-radix-cache
+    evaluate "$1" few-shot 64-at-once "${graphs[@]}" --concurrency 64
+    evaluate "$1" few-shot 64-at-once-no-radix-cache "${graphs[@]}" --concurrency 64 --disable-radix-cache
+    evaluate "$1" few-shot 64-at-once-in-chunks "${graphs[@]}" --concurrency 64 --chunked-prefill-size 64
+    for name in 64-at-once 64-at-once-no-radix-cache 64-at-once-in-chunks; do
+        same_tokens "$1" few-shot one-at-a-time "$name"
+    done
+    evaluate "$1" chat preempted "${graphs[@]}" --concurrency 64 --kv-cache-tokens 512 --context-length 256 --page-size 1
     # Of this evaluation: the log has those before it too.
+    same_tokens "$1" chat eager preempted
     step "$1: some were preempted" 10 bash -c 'grep "^accuracy" "$1" | tail -n 1 | grep -Eq " [1-9][0-9]* preemptions"' _ "$log"
 }
 
