@@ -14,7 +14,9 @@ use crate::weights::Weights;
 
 /// A language model, loaded.
 pub trait Model: Debug + Send + Sync {
-    /// Runs the layers over the batch's rows and returns the last hidden states, `[T, C]`. This is what is captured.
+    /// Runs the layers over the batch's rows and returns the last hidden states, `[T, C]`, or those that
+    /// [`TokenInputs::keep_wanted`] keeps: rows do not mix behind the last attention, so a model may end the others there.
+    /// This is what is captured.
     ///
     /// # Errors
     /// Those of the ops and breaks.

@@ -81,29 +81,29 @@ impl Sections<'_> {
         self.next(decode_plan.shape().iter().product())?.reshape(&decode_plan.shape())
     }
 
-    /// The sections that captured code reads.
+    /// The sections that captured code reads, and the last row of each sequence.
     fn captured(
         &mut self,
         phase: Phase,
         rows: usize,
         page_table: &Tensor,
         decode_plan: DecodePlan,
-    ) -> Result<TokenInputs> {
-        Ok(TokenInputs {
-            token_ids: self.next(rows)?,
-            positions: self.next(rows)?,
-            slot_mapping: self.next(rows)?,
-            num_valid: self.next(1)?,
-            decode: match phase {
-                Phase::Prefill => None,
-                Phase::Decode => Some(DecodeInputs {
-                    kv_lens: self.next(rows)?,
-                    states: self.states(rows)?,
-                    page_table: page_table.rows(0..rows)?,
-                    plan: self.plan(decode_plan)?,
-                }),
-            },
-        })
+    ) -> Result<(TokenInputs, Tensor)> {
+        let (token_ids, positions, slot_mapping) = (self.next(rows)?, self.next(rows)?, self.next(rows)?);
+        let num_valid = self.next(1)?;
+        let last_rows = self.next(rows.min(page_table.dim(0)))?;
+        let decode = match phase {
+            Phase::Prefill => None,
+            Phase::Decode => Some(DecodeInputs {
+                kv_lens: self.next(rows)?,
+                states: self.states(rows)?,
+                page_table: page_table.rows(0..rows)?,
+                plan: self.plan(decode_plan)?,
+            }),
+        };
+        let is_less = last_rows.dim(0) < rows;
+        let wanted = is_less.then(|| last_rows.clone());
+        Ok((TokenInputs { token_ids, positions, slot_mapping, num_valid, last_rows: wanted, decode }, last_rows))
     }
 }
 
@@ -121,6 +121,14 @@ fn push_section(staging: &mut Vec<i32>, len: usize, padding: i32, push: impl FnO
     staging.resize(begin + len, padding);
     staging.resize((begin + len).next_multiple_of(SECTION_ALIGNMENT), 0);
     begin..begin + len
+}
+
+/// The row behind the last one of each sequence.
+fn ends(batch: &[SequenceInput<'_>]) -> impl Iterator<Item = i32> {
+    batch.iter().scan(0, |end, sequence| {
+        *end += sequence.num_new() as i32;
+        Some(*end)
+    })
 }
 
 /// Appends the slots of these positions of a sequence, page by page.
@@ -175,7 +183,9 @@ impl InputBuffers {
     /// # Errors
     /// [`bcg_runtime::Error::Shape`] beyond the limits.
     pub fn token_inputs(&self, phase: Phase, rows: usize) -> Result<TokenInputs> {
-        Sections { buffer: &self.sections, end: 0 }.captured(phase, rows, &self.page_table, self.decode_plan)
+        Sections { buffer: &self.sections, end: 0 }
+            .captured(phase, rows, &self.page_table, self.decode_plan)
+            .map(|(inputs, _)| inputs)
     }
 
     /// Uploads a batch for a forward of `phase` that is padded to `padded` rows. With `write_kv` off no key, value or state
@@ -215,7 +225,7 @@ impl InputBuffers {
     fn views(&self, phase: Phase, num_sequences: usize, rows: Rows) -> Result<ForwardBatch> {
         let capacity = rows.padded.min(self.page_table.dim(0));
         let mut sections = Sections { buffer: &self.sections, end: 0 };
-        let captured = sections.captured(phase, rows.padded, &self.page_table, self.decode_plan)?;
+        let (captured, last_rows) = sections.captured(phase, rows.padded, &self.page_table, self.decode_plan)?;
         let (kv_lens, states, plan_len) = match captured.decode {
             None => {
                 let plan_len = attention_prefill_plan_len(rows.padded, capacity);
@@ -231,7 +241,7 @@ impl InputBuffers {
             kv_lens,
             states,
             page_table: self.page_table.rows(0..capacity)?,
-            last_rows: sections.next(capacity)?.rows(0..num_sequences)?,
+            last_rows: last_rows.rows(0..num_sequences)?,
             prefill_plan: sections.next(plan_len)?,
             split: match phase {
                 Phase::Prefill => Some(AttentionSplit {
@@ -245,7 +255,7 @@ impl InputBuffers {
         })
     }
 
-    /// Begins the staging with tokens, positions and slots.
+    /// Begins the staging with tokens, positions, slots and last rows.
     fn stage_tokens(&mut self, batch: &[SequenceInput<'_>], padded: usize, write_kv: bool) {
         let (staging, page_size) = (&mut self.values, self.page_size);
         staging.clear();
@@ -265,6 +275,9 @@ impl InputBuffers {
         });
         let valid: usize = batch.iter().map(SequenceInput::num_new).sum();
         push_section(staging, 1, 0, |staging| staging.push(valid as i32));
+        push_section(staging, padded.min(self.page_table.dim(0)), 0, |staging| {
+            staging.extend(ends(batch).map(|end| end - 1));
+        });
     }
 
     /// Appends what is known of each sequence, and the plan of the phase's attention.
@@ -287,15 +300,10 @@ impl InputBuffers {
             self.decode_plan.fill(&staging[lens.start..][..batch.len()], plan);
             push_section(staging, plan.len(), 0, |staging| staging.extend_from_slice(plan));
         }
-        let ends = batch.iter().scan(0, |end, sequence| {
-            *end += sequence.num_new() as i32;
-            Some(*end)
-        });
         let starts = push_section(staging, capacity + 1, live.rows.valid as i32, |staging| {
             staging.push(0);
-            staging.extend(ends.clone());
+            staging.extend(ends(batch));
         });
-        push_section(staging, capacity, 0, |staging| staging.extend(ends.map(|end| end - 1)));
         let planned = if live.phase == Phase::Prefill { batch.len() } else { 0 };
         attention_prefill_plan(&staging[starts.clone()][..=planned], &staging[lens.clone()][..planned], plan);
         let plan_len = live.prefill_plan.dim(0);

@@ -13,8 +13,9 @@
 
 mod buffers;
 
-use bcg_runtime::{Freeze, LiveBatch, Rows, Tensor};
+use bcg_runtime::{CaptureStream, Freeze, LiveBatch, Result, Rows, Tensor};
 
+use crate::ops::gather_rows;
 use crate::sampling::SamplingParams;
 use crate::state::StateLease;
 
@@ -116,8 +117,24 @@ pub struct TokenInputs {
     pub slot_mapping: Tensor,
     /// `[1]` i32: the rows that are not padding.
     pub num_valid: Tensor,
+    /// `[Bmax]` i32: the last row of each sequence, and 0 behind the last sequence. `None` if there are no more rows than that,
+    /// or if the hidden states of all rows are wanted.
+    pub last_rows: Option<Tensor>,
     /// What attention reads in a decode; in a prefill, the live batch has it.
     pub decode: Option<DecodeInputs>,
+}
+
+impl TokenInputs {
+    /// Keeps the rows of `x`, `[T, C]`, whose hidden states are wanted: `[Bmax, C]`, or all if there is no choice.
+    ///
+    /// # Errors
+    /// Those of [`gather_rows`].
+    pub fn keep_wanted(&self, cx: &mut CaptureStream, x: Tensor) -> Result<Tensor> {
+        match &self.last_rows {
+            Some(last_rows) => gather_rows(cx, &x, last_rows),
+            None => Ok(x),
+        }
+    }
 }
 
 /// The state slots of a batch's sequences, which state-space layers read and write.

@@ -80,8 +80,9 @@ impl Model for Qwen3 {
     fn forward(&self, cx: &mut Context<'_, ForwardBatch>, inputs: &TokenInputs, caches: &Caches) -> Result<Tensor> {
         let mut residual = ops::gather_rows(cx, &self.embed_tokens, &inputs.token_ids)?; // [T, C]
         let mut branch = None;
-        for (layer, kv) in self.layers.iter().zip(caches.kv.layers()) {
-            let out = layer.forward(cx, branch, residual, inputs, kv)?;
+        let last = self.layers.len().saturating_sub(1);
+        for (i, (layer, kv)) in self.layers.iter().zip(caches.kv.layers()).enumerate() {
+            let out = layer.forward(cx, (branch, residual), inputs, kv, i == last)?;
             (branch, residual) = (Some(out.0), out.1);
         }
         Ok(self.norm.forward_branch(cx, branch, residual)?.0)
@@ -109,18 +110,23 @@ impl DecoderLayer {
         })
     }
 
-    /// Takes the last layer's branch and the residual stream, which it is added to; returns its own of both.
+    /// Takes the branch of the layer before and the residual stream, which it is added to; returns its own of both.
     fn forward(
         &self,
         cx: &mut Context<'_, ForwardBatch>,
-        branch: Option<Tensor>,
-        residual: Tensor,
+        (branch, residual): (Option<Tensor>, Tensor),
         inputs: &TokenInputs,
         kv: &LayerKv,
+        is_last: bool,
     ) -> Result<(Tensor, Tensor)> {
         let (x, residual) = self.input_layernorm.forward_branch(cx, branch, residual)?;
-        let attended = self.self_attn.forward(cx, &x, inputs, kv)?;
+        let mut attended = self.self_attn.forward(cx, &x, inputs, kv)?;
         drop(x);
+        let mut residual = residual;
+        if is_last {
+            // No row looks at another one from here on: those that nobody wants end.
+            (attended, residual) = (inputs.keep_wanted(cx, attended)?, inputs.keep_wanted(cx, residual)?);
+        }
         let (x, residual) = self.post_attention_layernorm.forward_add(cx, &attended, &residual)?;
         drop(attended);
         Ok((self.mlp.forward(cx, &x, &inputs.num_valid)?, residual))

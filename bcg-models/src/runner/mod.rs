@@ -22,7 +22,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use bcg_runtime::{Context, Decision, Description, Device, GraphCache, GraphCacheStats, Readback, Runner, Tensor};
+use bcg_runtime::{
+    CaptureStream, Context, Decision, Description, Device, GraphCache, GraphCacheStats, LiveBatch, Readback, Runner,
+    Tensor,
+};
 
 use crate::batch::{ForwardBatch, InputBuffers, Phase, SequenceInput};
 use crate::config::ModelConfig;
@@ -189,7 +192,7 @@ impl ModelRunner {
         };
         self.with_dummy(size, longest, |runner, dummy| {
             let batch = runner.inputs.fill(&mut runner.runner, dummy, phase, size, false)?;
-            let forward = runner.forward(phase, size)?;
+            let forward = runner.forward(phase, size, Wanted::LastRows)?;
             let (graphs, runner) = runner.graphs_and_runner(phase);
             graphs.capture_ahead(size, runner, &batch, forward)
         })
@@ -241,7 +244,7 @@ impl ModelRunner {
         let model = Arc::clone(&self.model);
         let chosen = self.inputs.chosen().rows(0..batch.len())?;
         let (logits, logprobs) = self.runner.tail(live, |cx| {
-            let last = ops::gather_rows(cx, hidden, &live.last_rows)?; // [B, C]
+            let last = last_hidden(cx, live, hidden)?; // [B, C]
             let logits = model.logits(cx, &last)?;
             choose::adjust(cx, &logits, batch)?;
             choose::choose(cx, &logits, sampling.as_ref(), &chosen)?;
@@ -267,9 +270,11 @@ impl ModelRunner {
     pub fn score(&mut self, sequence: &SequenceInput<'_>) -> Result<Vec<Vec<f32>>> {
         let batch = std::slice::from_ref(sequence);
         self.check(batch)?;
-        let (live, hidden) = self.run(batch)?;
-        let (model, vocab) = (Arc::clone(&self.model), self.config.vocab_size);
         let rows = sequence.tokens.len();
+        let live = self.inputs.fill(&mut self.runner, batch, Phase::Prefill, rows, true)?;
+        let forward = self.forward(Phase::Prefill, rows, Wanted::AllRows)?;
+        let hidden = self.runner.eager(&live, forward)?;
+        let (model, vocab) = (Arc::clone(&self.model), self.config.vocab_size);
         let logits = self.runner.tail(&live, |cx| {
             let mut logits = Vec::with_capacity(rows);
             for first in (0..rows).step_by(DUMMY_SEQUENCE_TOKENS) {
@@ -295,7 +300,7 @@ impl ModelRunner {
             }
             Decision::Capture { size } => {
                 let live = self.inputs.fill(&mut self.runner, batch, phase, size, true)?;
-                let forward = self.forward(phase, size)?;
+                let forward = self.forward(phase, size, Wanted::LastRows)?;
                 let (graphs, runner) = self.graphs_and_runner(phase);
                 match graphs.capture(size, runner, &live, forward) {
                     Ok(hidden) => Ok((live, hidden)),
@@ -314,7 +319,7 @@ impl ModelRunner {
         rows: usize,
     ) -> Result<(ForwardBatch, Tensor)> {
         let live = self.inputs.fill(&mut self.runner, batch, phase, rows, true)?;
-        let forward = self.forward(phase, rows)?;
+        let forward = self.forward(phase, rows, Wanted::LastRows)?;
         let hidden = self.runner.eager(&live, forward)?;
         Ok((live, hidden))
     }
@@ -339,10 +344,14 @@ impl ModelRunner {
         &self,
         phase: Phase,
         rows: usize,
+        wanted: Wanted,
     ) -> bcg_runtime::Result<impl Fn(&mut Context<'_, ForwardBatch>) -> bcg_runtime::Result<Tensor> + Send + Sync + use<>>
     {
         let (model, caches) = (Arc::clone(&self.model), Arc::clone(&self.caches));
-        let inputs = self.inputs.token_inputs(phase, rows)?;
+        let mut inputs = self.inputs.token_inputs(phase, rows)?;
+        if wanted == Wanted::AllRows {
+            inputs.last_rows = None;
+        }
         Ok(move |cx: &mut Context<'_, ForwardBatch>| model.forward(cx, &inputs, &caches))
     }
 
@@ -363,13 +372,13 @@ impl ModelRunner {
         for (phase, rows, longest) in [(Phase::Prefill, prefill, longest), (Phase::Decode, decode, 1)] {
             self.with_dummy(rows, longest, |runner, dummy| {
                 let live = runner.inputs.fill(&mut runner.runner, dummy, phase, rows, false)?;
-                let forward = runner.forward(phase, rows)?;
+                let forward = runner.forward(phase, rows, Wanted::LastRows)?;
                 let hidden = runner.runner.eager(&live, forward)?;
                 let sampling = runner.inputs.fill_sampling(&mut runner.runner, dummy)?;
                 let chosen = runner.inputs.chosen().rows(0..dummy.len())?;
                 let model = Arc::clone(&runner.model);
                 runner.runner.tail(&live, |cx| {
-                    let last = ops::gather_rows(cx, &hidden, &live.last_rows)?;
+                    let last = last_hidden(cx, &live, &hidden)?;
                     let logits = model.logits(cx, &last)?;
                     choose::choose(cx, &logits, None, &chosen)?;
                     choose::choose(cx, &logits, Some(&sampling), &chosen)
@@ -532,6 +541,24 @@ impl ModelRunner {
     pub fn describe(&self, phase: Phase, size: usize) -> Option<Description> {
         self.graphs(phase).describe(size)
     }
+}
+
+/// Whose hidden states a forward returns.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    /// Those of each sequence's last row, if the model can end the others early.
+    LastRows,
+    /// Those of all rows.
+    AllRows,
+}
+
+/// The hidden states of each sequence's last row, `[B, C]`.
+fn last_hidden(cx: &mut CaptureStream, live: &ForwardBatch, hidden: &Tensor) -> bcg_runtime::Result<Tensor> {
+    if live.rows().is_some_and(|rows| rows.padded > hidden.dim(0)) {
+        // The model has kept them, in the order of the sequences.
+        return hidden.rows(0..live.num_sequences());
+    }
+    ops::gather_rows(cx, hidden, &live.last_rows)
 }
 
 /// Records that a step succeeded: the states that it wrote count from now on.
