@@ -302,9 +302,12 @@ impl Scheduler {
         Some(sequence)
     }
 
-    /// Takes all waiting sequences out, for a scheduler that takes this one's place.
+    /// Takes all waiting sequences out, for a scheduler that takes this one's place. Tokens that nobody has read are lost, and
+    /// chosen again.
     pub fn take_waiting(&mut self) -> Vec<Sequence> {
-        self.waiting.drain(..).collect()
+        let mut waiting: Vec<Sequence> = self.waiting.drain(..).collect();
+        waiting.iter_mut().for_each(|sequence| sequence.unread = 0);
+        waiting
     }
 
     fn position(&self, id: SequenceId) -> Option<usize> {

@@ -110,6 +110,22 @@ fn the_newest_gives_its_pages_back_and_takes_up_what_the_cache_kept() {
 }
 
 #[test]
+fn a_sequence_that_another_scheduler_takes_over_chooses_its_unread_token_again() {
+    let mut old = scheduler(5, 16);
+    old.add(sequence(1, 7));
+    old.add(sequence(2, 7));
+    step(&mut old);
+    // This step is launched and never collected, and the next one has no room for the newest.
+    let launched = old.plan().expect("work");
+    old.launch(&launched);
+    assert_eq!(old.plan().expect("work").preempted, [SequenceId(2)]);
+    let mut new = scheduler(5, 16);
+    old.take_waiting().into_iter().for_each(|sequence| new.add(sequence));
+    let plan = step(&mut new).expect("it is not held up");
+    assert_eq!((ids(&plan), plan.num_tokens()), (vec![2], 8), "the prompt and the token that was read");
+}
+
+#[test]
 fn removing_frees_the_pages_of_running_and_waiting() {
     let mut scheduler = scheduler(8, 32);
     scheduler.add(sequence(1, 8));
