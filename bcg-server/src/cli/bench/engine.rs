@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use bcg_runtime::KernelRun;
 use clap::Args;
 
+use super::profile::{span_ns, union_ns};
 use super::report::{Environment, Report};
 use crate::args::EngineArgs;
 use crate::engine::local::LocalEngine;
@@ -112,10 +113,8 @@ fn gaps(runs: &[KernelRun]) -> Vec<(f64, &str, &str)> {
 }
 
 fn rows(report: &mut Report, phase: &'static str, runs: &[KernelRun]) {
-    let begin = runs.first().map_or(0, |run| run.start_ns);
-    let span_us = (runs.iter().map(|run| run.end_ns).max().unwrap_or(begin) - begin) as f64 / 1e3;
+    let (span_us, busy_us) = (span_ns(runs) as f64 / 1e3, union_ns(runs) as f64 / 1e3);
     let gaps = gaps(runs);
-    let idle_us: f64 = gaps.iter().map(|(us, _, _)| us).sum();
     let is_last = |name: &str| LAST_KERNELS.iter().any(|last| name.starts_with(last));
     let mut between: Vec<f64> = gaps.iter().filter(|(_, before, _)| is_last(before)).map(|(us, _, _)| *us).collect();
     between.sort_by(f64::total_cmp);
@@ -127,7 +126,7 @@ fn rows(report: &mut Report, phase: &'static str, runs: &[KernelRun]) {
             ("phase", phase.into()),
             ("steps", steps.into()),
             ("step_ms", (span_us / 1e3 / steps.max(1) as f64).into()),
-            ("busy_percent", (100.0 * (1.0 - idle_us / span_us.max(1e-9))).into()),
+            ("busy_percent", (100.0 * busy_us / span_us.max(1e-9)).into()),
             ("between_steps_us_p50", at(50).unwrap_or(0.0).into()),
             ("between_steps_us_p99", at(99).unwrap_or(0.0).into()),
             ("between_steps_us_max", between.last().copied().unwrap_or(0.0).into()),

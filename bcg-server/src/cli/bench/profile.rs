@@ -91,13 +91,13 @@ fn duration(run: &KernelRun) -> u64 {
 }
 
 /// Nanoseconds from the first start to the last end.
-fn span_ns(runs: &[KernelRun]) -> u64 {
+pub(super) fn span_ns(runs: &[KernelRun]) -> u64 {
     let start = runs.iter().map(|run| run.start_ns).min().unwrap_or(0);
     runs.iter().map(|run| run.end_ns).max().unwrap_or(0) - start
 }
 
 /// Nanoseconds in which at least one kernel ran; `runs` are in the order of their starts.
-fn union_ns(runs: &[KernelRun]) -> u64 {
+pub(super) fn union_ns(runs: &[KernelRun]) -> u64 {
     let (mut covered, mut end) = (0, 0);
     for run in runs {
         covered += run.end_ns.saturating_sub(run.start_ns.max(end));
