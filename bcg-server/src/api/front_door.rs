@@ -4,7 +4,6 @@
 //! key and the whole body, in time and within its limit ([`admit`]). So a route only ever sees requests that are complete
 //! and allowed, and a refusal carries a request id too.
 
-use std::hash::{BuildHasher, Hasher, RandomState};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -21,6 +20,7 @@ use hyper::body::{Frame, SizeHint};
 use tokio::time::timeout;
 use tracing::Instrument;
 
+use super::request::random_hex;
 use super::trace::{RequestSpan, scope};
 use super::{ApiOptions, App};
 use crate::error::{ApiError, one_line};
@@ -109,11 +109,8 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
         let id = id.as_bytes();
         (1..=REQUEST_ID_MAX).contains(&id.len()) && id.iter().all(u8::is_ascii_graphic)
     });
-    given.cloned().unwrap_or_else(|| {
-        // RandomState is seeded differently for each call.
-        let word = || RandomState::new().build_hasher().finish();
-        HeaderValue::from_str(&format!("{:016x}{:016x}", word(), word())).unwrap_or(HeaderValue::from_static("-"))
-    })
+    let made = || HeaderValue::from_str(&random_hex()).unwrap_or(HeaderValue::from_static("-"));
+    given.cloned().unwrap_or_else(made)
 }
 
 /// Says how a request ended once nothing of it is left: when its answer is out, or the client gone.

@@ -109,10 +109,15 @@ pub(super) fn check_model(fields: &Fields, info: &ModelInfo) -> Result<(), ApiEr
 
 /// Makes an identity that no other answer has.
 pub(super) fn next_id(prefix: &str) -> String {
+    format!("{prefix}-{}", random_hex())
+}
+
+/// Makes 32 digits that no other call makes.
+pub(super) fn random_hex() -> String {
     use std::hash::{BuildHasher, Hasher, RandomState};
     // RandomState is seeded differently for each call.
     let word = || RandomState::new().build_hasher().finish();
-    format!("{prefix}-{:016x}{:016x}", word(), word())
+    format!("{:016x}{:016x}", word(), word())
 }
 
 /// Reads `n`; the engine keeps no answers that it does not return, so `best_of` is the same number.
