@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use bcg_runtime::{CaptureStream, Context, Tensor};
+use bcg_runtime::{Context, OpStream, Tensor};
 
 use crate::batch::{ForwardBatch, TokenInputs};
 use crate::config::ModelConfig;
@@ -31,7 +31,7 @@ pub trait Model: Debug + Send + Sync {
     ///
     /// # Errors
     /// Those of the ops.
-    fn logits(&self, cx: &mut CaptureStream, hidden: &Tensor) -> bcg_runtime::Result<Tensor>;
+    fn logits(&self, cx: &mut OpStream, hidden: &Tensor) -> bcg_runtime::Result<Tensor>;
 }
 
 /// An architecture as `config.json` names it, what a sequence keeps between steps, and the loader.

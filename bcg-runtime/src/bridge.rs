@@ -10,7 +10,7 @@
 
 use crate::arena::FrozenTensor;
 use crate::freeze::{Claims, Freeze};
-use crate::{CaptureStream, Error, Live, Result, Rows, Tensor};
+use crate::{Error, Live, OpStream, Result, Rows, Tensor};
 
 /// A type that an annotated function may return.
 ///
@@ -48,7 +48,7 @@ const DEPTH_MAX: usize = 8;
 /// Carries the outputs of one break into the bridges of its capture.
 #[derive(Debug)]
 pub struct Carrier<'a> {
-    stream: &'a mut CaptureStream,
+    stream: &'a mut OpStream,
     path: [PathPart; DEPTH_MAX],
     depth: usize,
     bridges: &'a Bridges,
@@ -80,7 +80,7 @@ enum PathPart {
 }
 
 impl<'a> Carrier<'a> {
-    pub(crate) fn new(stream: &'a mut CaptureStream, bridges: &'a Bridges) -> Self {
+    pub(crate) fn new(stream: &'a mut OpStream, bridges: &'a Bridges) -> Self {
         let path = [PathPart::Index(0); DEPTH_MAX];
         Self { stream, path, depth: 0, bridges, num_carried: 0, moved: Vec::new() }
     }
@@ -329,7 +329,7 @@ bridge_tuples! {
 }
 
 /// Zeroes the padded rows of the outputs that have them (law L11).
-pub(crate) fn scrub(stream: &mut CaptureStream, bridges: &[FrozenTensor], rows: Option<Rows>) -> Result<()> {
+pub(crate) fn scrub(stream: &mut OpStream, bridges: &[FrozenTensor], rows: Option<Rows>) -> Result<()> {
     let Some(Rows { padded, .. }) = rows.filter(|rows| rows.valid < rows.padded) else { return Ok(()) };
     for bridge in bridges {
         if bridge.shape.dims()[0] != padded {
@@ -343,7 +343,7 @@ pub(crate) fn scrub(stream: &mut CaptureStream, bridges: &[FrozenTensor], rows: 
 }
 
 /// As [`scrub`], for an output that no capture recorded.
-pub(crate) fn scrub_output<R: Freeze>(stream: &mut CaptureStream, output: &R, rows: Option<Rows>) -> Result<()> {
+pub(crate) fn scrub_output<R: Freeze>(stream: &mut OpStream, output: &R, rows: Option<Rows>) -> Result<()> {
     if rows.is_none_or(|rows| rows.valid >= rows.padded) {
         return Ok(());
     }
@@ -358,7 +358,7 @@ pub(crate) fn scrub_output<R: Freeze>(stream: &mut CaptureStream, output: &R, ro
 }
 
 /// Returns the tensors of an output.
-pub(crate) fn output_tensors<R: Freeze>(stream: &mut CaptureStream, output: &R) -> Result<Vec<FrozenTensor>> {
+pub(crate) fn output_tensors<R: Freeze>(stream: &mut OpStream, output: &R) -> Result<Vec<FrozenTensor>> {
     let mut claims = Claims::new(stream);
     output.freeze(&mut claims)?;
     Ok(claims.tensors)

@@ -4,7 +4,7 @@ use std::fmt;
 use std::ops::{Deref, DerefMut};
 
 use crate::capture::recorder::Recorder;
-use crate::{CaptureStream, Result};
+use crate::{OpStream, Result};
 
 /// The rows of a forward: how many are real, and how many the tensors have.
 ///
@@ -47,7 +47,7 @@ pub trait LiveBatch: 'static {
 
 impl LiveBatch for () {}
 
-/// What captured code sees: a [`CaptureStream`], to which it derefs.
+/// What captured code sees: a [`OpStream`], to which it derefs.
 ///
 /// It has no access to the live batch, so a live value cannot be baked into a graph: that does not compile.
 ///
@@ -61,7 +61,7 @@ impl LiveBatch for () {}
 /// }
 /// ```
 pub struct Context<'a, L> {
-    pub(crate) stream: &'a mut CaptureStream,
+    pub(crate) stream: &'a mut OpStream,
     pub(crate) live: &'a L,
     pub(crate) recorder: Option<&'a mut Recorder<L>>,
 }
@@ -80,15 +80,15 @@ impl<L: LiveBatch> Context<'_, L> {
 }
 
 impl<L> Deref for Context<'_, L> {
-    type Target = CaptureStream;
+    type Target = OpStream;
 
-    fn deref(&self) -> &CaptureStream {
+    fn deref(&self) -> &OpStream {
         self.stream
     }
 }
 
 impl<L> DerefMut for Context<'_, L> {
-    fn deref_mut(&mut self) -> &mut CaptureStream {
+    fn deref_mut(&mut self) -> &mut OpStream {
         self.stream
     }
 }

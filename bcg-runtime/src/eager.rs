@@ -40,7 +40,7 @@ impl<'a, L: LiveBatch> Eager<'a, L> {
         Self { cx: Context { stream: cx.stream, live: cx.live, recorder: None } }
     }
 
-    pub(crate) fn from_parts(stream: &'a mut crate::CaptureStream, live: &'a L) -> Self {
+    pub(crate) fn from_parts(stream: &'a mut crate::OpStream, live: &'a L) -> Self {
         Self { cx: Context { stream, live, recorder: None } }
     }
 
@@ -52,7 +52,7 @@ impl<'a, L: LiveBatch> Eager<'a, L> {
     /// Reads a tensor, in row-major order, after the work enqueued so far. Waits for the device.
     ///
     /// # Errors
-    /// [`crate::Error::Shape`] if `T` is not its dtype; those of [`crate::CaptureStream::addr`]; the first error of the
+    /// [`crate::Error::Shape`] if `T` is not its dtype; those of [`crate::OpStream::addr`]; the first error of the
     /// work waited for.
     pub fn read<T: Element>(&mut self, tensor: &Tensor) -> Result<Vec<T>> {
         tensor.check_dtype("Eager::read", T::DTYPE)?;
@@ -64,7 +64,7 @@ impl<'a, L: LiveBatch> Eager<'a, L> {
     /// Enqueues a copy of `data`, in row-major order, into a tensor. `data` may be reused at once.
     ///
     /// # Errors
-    /// [`crate::Error::Shape`] if dtype or length differ; those of [`crate::CaptureStream::addr`]; the driver's.
+    /// [`crate::Error::Shape`] if dtype or length differ; those of [`crate::OpStream::addr`]; the driver's.
     pub fn upload<T: Element>(&mut self, tensor: &Tensor, data: &[T]) -> Result<()> {
         tensor.check_dtype("Eager::upload", T::DTYPE)?;
         record::leave(self.device(), "Eager::upload", Needs::Results)?;

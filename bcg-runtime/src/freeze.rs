@@ -9,7 +9,7 @@ use std::sync::Arc;
 use crate::arena::{Arena, FrozenTensor};
 use crate::generation::Stamp;
 use crate::tensor::Storage;
-use crate::{CaptureStream, Live, Result, Tensor};
+use crate::{Live, OpStream, Result, Tensor};
 
 /// A type that may be an argument of an annotated function.
 ///
@@ -40,7 +40,7 @@ pub trait Freeze: Sized + 'static {
     /// Keeps what a replay needs to rebuild this value.
     ///
     /// # Errors
-    /// Those of [`CaptureStream::addr`] for each tensor.
+    /// Those of [`OpStream::addr`] for each tensor.
     fn freeze(&self, claims: &mut Claims<'_>) -> Result<Self::Frozen>;
 
     /// Rebuilds the value at replay.
@@ -50,18 +50,18 @@ pub trait Freeze: Sized + 'static {
 /// Collects what frozen values refer to.
 #[derive(Debug)]
 pub struct Claims<'a> {
-    stream: &'a mut CaptureStream,
+    stream: &'a mut OpStream,
     pub(crate) tensors: Vec<FrozenTensor>,
     pub(crate) stamps: Vec<Stamp>,
 }
 
 impl<'a> Claims<'a> {
-    pub(crate) fn new(stream: &'a mut CaptureStream) -> Self {
+    pub(crate) fn new(stream: &'a mut OpStream) -> Self {
         Self::with_scratch(stream, Vec::new())
     }
 
     /// Collects the tensors into an empty vector that the caller has.
-    pub(crate) fn with_scratch(stream: &'a mut CaptureStream, tensors: Vec<FrozenTensor>) -> Self {
+    pub(crate) fn with_scratch(stream: &'a mut OpStream, tensors: Vec<FrozenTensor>) -> Self {
         Self { stream, tensors, stamps: Vec::new() }
     }
 

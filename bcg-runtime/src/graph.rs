@@ -14,7 +14,7 @@ use crate::replay::record::Span;
 use crate::replay::{self, ReplayMode, ReplayPath, record, verify};
 use crate::segment::Step;
 use crate::tensor::{PersistentBuffer, foreign};
-use crate::{BlockLifetime, CaptureStream, Context, Error, Freeze, LiveBatch, Result, Runner, Timeline, timeline};
+use crate::{BlockLifetime, Context, Error, Freeze, LiveBatch, OpStream, Result, Runner, Timeline, timeline};
 
 /// The forward that a graph captures.
 pub(crate) type Forward<L, O> = dyn Fn(&mut Context<'_, L>) -> Result<O> + Send + Sync;
@@ -307,7 +307,7 @@ impl<L: LiveBatch, O: Freeze> fmt::Debug for BreakableCudaGraph<L, O> {
 }
 
 fn record<L: LiveBatch, O: Freeze>(
-    stream: &mut CaptureStream,
+    stream: &mut OpStream,
     live: &L,
     options: GraphOptions,
     forward: &Forward<L, O>,
@@ -355,7 +355,7 @@ fn record<L: LiveBatch, O: Freeze>(
 }
 
 /// Makes what replays launch: a merged executable for each span, and one for each segment that none covers.
-fn prepare<L>(stream: &CaptureStream, steps: &mut [Step<L>], spans: Vec<Span>) -> Result<Healer> {
+fn prepare<L>(stream: &OpStream, steps: &mut [Step<L>], spans: Vec<Span>) -> Result<Healer> {
     let is_healed = stream.replay_mode() == ReplayMode::Healed;
     let healer = Healer::new(stream.main(), steps.len(), if is_healed { &spans } else { &[] })?;
     drop(spans);

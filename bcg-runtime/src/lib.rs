@@ -6,7 +6,7 @@
 //!
 //! # In the order of the flow
 //! 1. Annotate: [`eager_on_graph`], [`Context`], [`Eager`], [`Freeze`], [`Bridge`], [`Live`].
-//! 2. Run: [`Device`], [`Tensor`], [`Kernel`], [`CaptureStream`], [`Runner`].
+//! 2. Run: [`Device`], [`Tensor`], [`Kernel`], [`OpStream`], [`Runner`].
 //! 3. Capture and replay: [`BreakableCudaGraph`], [`Description`].
 //! 4. Many sizes: [`Ladder`], [`GraphCache`], [`EagerReason`].
 //!
@@ -95,7 +95,7 @@ pub use readback::Readback;
 pub use replay::{ChainReason, ReplayMode, ReplayPath};
 pub use runner::{Runner, RunnerOptions, RunnerStats};
 pub use staging::Staging;
-pub use stream::{CaptureStream, SideStream};
+pub use stream::{OpStream, SideStream};
 pub use tensor::Tensor;
 pub use timeline::{GpuTimeline, KernelTime, StepKind, StepTime, Timeline};
 pub use upload::{UploadOptions, UploadSource, Uploader};

@@ -7,9 +7,9 @@
 
 use crate::device::traits::{Matmul, MatmulShape};
 use crate::shape::Shape;
-use crate::{CaptureStream, DType, Device, DevicePtr, Error, Result, Tensor};
+use crate::{DType, Device, DevicePtr, Error, OpStream, Result, Tensor};
 
-const OP: &str = "CaptureStream::matmul";
+const OP: &str = "OpStream::matmul";
 
 /// What [`Device::tune_matmuls`] did.
 ///
@@ -50,7 +50,7 @@ pub struct TunedMatmul {
     pub best_us: f64,
 }
 
-impl CaptureStream {
+impl OpStream {
     /// Enqueues `out[t, n] = sum_k x[t, k] * weight[n, k]`, summed in f32 and rounded once.
     ///
     /// # Shapes
@@ -68,7 +68,7 @@ impl CaptureStream {
     ///
     /// # Errors
     /// [`Error::Shape`]; [`Error::Kernel`] if cuBLASLt is missing or has no algorithm; those of
-    /// [`CaptureStream::addr`] and [`CaptureStream::empty`]; the driver's.
+    /// [`OpStream::addr`] and [`OpStream::empty`]; the driver's.
     ///
     /// # Example
     /// ```

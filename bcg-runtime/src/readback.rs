@@ -69,7 +69,7 @@ impl Runner {
     ///
     /// # Errors
     /// [`Error::Shape`] for a row-sliced tensor, or if the tensors do not fit; those of
-    /// [`CaptureStream::addr`](crate::CaptureStream::addr); the driver's.
+    /// [`OpStream::addr`](crate::OpStream::addr); the driver's.
     pub fn read_back(&mut self, tensors: &[&Tensor], readback: &mut Readback) -> Result<()> {
         readback.parts.clear();
         let mut begin = 0;

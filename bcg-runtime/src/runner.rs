@@ -3,7 +3,7 @@
 use crate::arena::ArenaStats;
 use crate::capture::catch_panic;
 use crate::tensor::{read_rows, write_rows};
-use crate::{CaptureStream, Context, Device, Eager, Element, Error, LiveBatch, ReplayMode, Result, Rows, Tensor};
+use crate::{Context, Device, Eager, Element, Error, LiveBatch, OpStream, ReplayMode, Result, Rows, Tensor};
 
 /// How a runner is set up.
 ///
@@ -81,7 +81,7 @@ pub struct RunnerStats {
 /// ```
 #[derive(Debug)]
 pub struct Runner {
-    stream: CaptureStream,
+    stream: OpStream,
 }
 
 impl Runner {
@@ -90,7 +90,7 @@ impl Runner {
     /// # Errors
     /// The driver's; [`Error::OutOfMemory`] if `arena_bytes` are not free.
     pub fn new(device: &Device, options: RunnerOptions) -> Result<Self> {
-        Ok(Self { stream: CaptureStream::new(device, options)? })
+        Ok(Self { stream: OpStream::new(device, options)? })
     }
 
     /// Returns the device.
@@ -134,7 +134,7 @@ impl Runner {
     /// Enqueues a copy of `data`, in row-major order, into a persistent tensor: an input of the coming forward.
     ///
     /// # Errors
-    /// [`Error::Shape`] if dtype or length differ; those of [`CaptureStream::addr`]; the driver's.
+    /// [`Error::Shape`] if dtype or length differ; those of [`OpStream::addr`]; the driver's.
     pub fn upload<T: Element>(&mut self, tensor: &Tensor, data: &[T]) -> Result<()> {
         tensor.check_dtype("Runner::upload", T::DTYPE)?;
         let ptr = self.stream.addr(tensor)?;
@@ -199,7 +199,7 @@ impl Runner {
         }
     }
 
-    pub(crate) fn stream_mut(&mut self) -> &mut CaptureStream {
+    pub(crate) fn stream_mut(&mut self) -> &mut OpStream {
         &mut self.stream
     }
 }
@@ -213,7 +213,7 @@ impl Drop for Runner {
     }
 }
 
-impl CaptureStream {
+impl OpStream {
     /// Begins a forward in which the first `extent` bytes of the arena are taken.
     pub(crate) fn begin_forward(&mut self, rows: Option<Rows>, extent: usize) -> Result<()> {
         if let Some(Rows { valid, padded }) = rows

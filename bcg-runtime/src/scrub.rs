@@ -5,7 +5,7 @@
 
 use bytemuck::{AnyBitPattern, NoUninit};
 
-use crate::{CaptureStream, DevicePtr, Dims, HostMemory, Kernel, Result, Tensor};
+use crate::{DevicePtr, Dims, HostMemory, Kernel, OpStream, Result, Tensor};
 
 #[repr(C)]
 #[derive(Clone, Copy, NoUninit, AnyBitPattern)]
@@ -23,7 +23,7 @@ static SCRUB_TAIL: Kernel<ScrubTailArgs> = Kernel::new("scrub_tail", &bcg_kernel
 const BLOCKS_MAX: usize = 256;
 const THREADS: u32 = 256;
 
-impl CaptureStream {
+impl OpStream {
     /// Enqueues zeros for the padded rows of `x`: every row from the number of valid rows of the forward on.
     ///
     /// Bridges need no call of this: the runtime scrubs them.
@@ -32,7 +32,7 @@ impl CaptureStream {
     /// Records one kernel. Frozen: shape and address. Read again at each replay: the number of valid rows.
     ///
     /// # Errors
-    /// Those of [`CaptureStream::addr`]; the driver's.
+    /// Those of [`OpStream::addr`]; the driver's.
     ///
     /// # Example
     /// ```

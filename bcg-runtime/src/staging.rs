@@ -61,7 +61,7 @@ impl Staging {
     ///
     /// # Errors
     /// [`Error::Shape`] for a row-sliced tensor, if a length differs, or if the bytes do not fit; those of
-    /// [`CaptureStream::addr`](crate::CaptureStream::addr); the driver's.
+    /// [`OpStream::addr`](crate::OpStream::addr); the driver's.
     pub fn upload(&mut self, runner: &mut Runner, parts: &[(&Tensor, &[u8])]) -> Result<()> {
         const OP: &str = "Staging::upload";
         let slot = &self.slots[self.turn % SLOTS];

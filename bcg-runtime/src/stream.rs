@@ -25,9 +25,9 @@ use crate::{
 ///
 /// # Example
 /// ```
-/// use bcg_runtime::{CaptureStream, Device, Result, Runner, RunnerOptions, Tensor};
+/// use bcg_runtime::{OpStream, Device, Result, Runner, RunnerOptions, Tensor};
 ///
-/// fn copied(cx: &mut CaptureStream, x: &Tensor) -> Result<Tensor> {
+/// fn copied(cx: &mut OpStream, x: &Tensor) -> Result<Tensor> {
 ///     let out = cx.empty(x.shape(), x.dtype())?;
 ///     cx.copy(&out, x)?;
 ///     Ok(out)
@@ -41,7 +41,7 @@ use crate::{
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
 #[derive(Debug)]
-pub struct CaptureStream {
+pub struct OpStream {
     device: Device,
     main: Arc<Stream>,
     current: Arc<Stream>,
@@ -126,7 +126,7 @@ pub struct SideStream {
     scope: usize,
 }
 
-impl CaptureStream {
+impl OpStream {
     pub(crate) fn new(device: &Device, options: RunnerOptions) -> Result<Self> {
         let main = Arc::new(Stream::new(device, &options.name)?);
         let bytes_max = match options.arena_bytes_max {
@@ -170,7 +170,7 @@ impl CaptureStream {
     /// [`Error::ArenaFull`] if the arena would have to grow inside a segment or beyond its bound; [`Error::Shape`] for
     /// a rank above 4.
     pub fn empty(&mut self, shape: &[usize], dtype: DType) -> Result<Tensor> {
-        let tensor = self.arena.alloc(Shape::new("CaptureStream::empty", shape)?, dtype)?;
+        let tensor = self.arena.alloc(Shape::new("OpStream::empty", shape)?, dtype)?;
         if self.options.poison {
             self.fill_bytes(&tensor, 0xFF)?;
         }
@@ -220,11 +220,11 @@ impl CaptureStream {
     /// Enqueues a copy of `src` into `dst`, of the same shape and dtype; either may be row-sliced.
     ///
     /// # Errors
-    /// [`Error::Shape`]; those of [`CaptureStream::addr`]; the driver's.
+    /// [`Error::Shape`]; those of [`OpStream::addr`]; the driver's.
     pub fn copy(&mut self, dst: &Tensor, src: &Tensor) -> Result<()> {
         if dst.shape != src.shape || dst.dtype != src.dtype {
             let expected = format!("{} {:?}", dst.dtype, dst.shape);
-            return Err(Error::shape("CaptureStream::copy", expected, format!("{} {:?}", src.dtype, src.shape)));
+            return Err(Error::shape("OpStream::copy", expected, format!("{} {:?}", src.dtype, src.shape)));
         }
         let (dst_ptr, src_ptr) = (self.addr(dst)?, self.addr(src)?);
         let size = dst.dtype.size_bytes();
@@ -249,7 +249,7 @@ impl CaptureStream {
     /// Enqueues a copy from page-locked memory, which is read when the work runs, so again at each replay.
     ///
     /// # Errors
-    /// [`Error::Shape`] if `dst` is row-sliced or larger than `src`; those of [`CaptureStream::addr`]; the driver's.
+    /// [`Error::Shape`] if `dst` is row-sliced or larger than `src`; those of [`OpStream::addr`]; the driver's.
     pub fn copy_from_pinned(&mut self, dst: &Tensor, src: &Arc<PinnedBuffer>) -> Result<()> {
         self.copy_from_pinned_at(dst, src, 0)
     }
@@ -258,7 +258,7 @@ impl CaptureStream {
     pub(crate) fn copy_from_pinned_at(&mut self, dst: &Tensor, src: &Arc<PinnedBuffer>, offset: usize) -> Result<()> {
         if !dst.is_contiguous() || offset + dst.size_bytes() > src.len_bytes() {
             let expected = format!("a contiguous tensor of at most {} bytes", src.len_bytes() - offset);
-            return Err(Error::shape("CaptureStream::copy_from_pinned", expected, format!("{dst:?}")));
+            return Err(Error::shape("OpStream::copy_from_pinned", expected, format!("{dst:?}")));
         }
         let (ptr, bytes) = (self.addr(dst)?, dst.size_bytes());
         if let Some(segment) = &mut self.segment {
@@ -286,7 +286,7 @@ impl CaptureStream {
     /// Enqueues a fill of all bytes of a tensor.
     ///
     /// # Errors
-    /// Those of [`CaptureStream::addr`]; the driver's.
+    /// Those of [`OpStream::addr`]; the driver's.
     pub fn fill_bytes(&mut self, dst: &Tensor, byte: u8) -> Result<()> {
         let ptr = self.addr(dst)?;
         if dst.is_contiguous() {
@@ -299,7 +299,7 @@ impl CaptureStream {
     /// Enqueues a fill with zeros.
     ///
     /// # Errors
-    /// As [`CaptureStream::fill_bytes`].
+    /// As [`OpStream::fill_bytes`].
     pub fn fill_zero(&mut self, dst: &Tensor) -> Result<()> {
         self.fill_bytes(dst, 0)
     }
@@ -332,8 +332,8 @@ impl CaptureStream {
     /// [`Error::Option`] outside a scope; the driver's.
     pub fn side_stream(&mut self, name: &str) -> Result<SideStream> {
         if self.scope_depth == 0 {
-            let message = format!("side stream `{name}` needs a scope, which joins it: use CaptureStream::scope");
-            return Err(Error::Option { option: "CaptureStream::side_stream", message });
+            let message = format!("side stream `{name}` needs a scope, which joins it: use OpStream::scope");
+            return Err(Error::Option { option: "OpStream::side_stream", message });
         }
         let is_free = |side: &PooledStream| side.scope.is_none() && side.stream.name() == name;
         let index = match self.side_streams.iter().position(is_free) {
@@ -362,14 +362,14 @@ impl CaptureStream {
     pub fn on<R>(&mut self, side: &SideStream, f: impl FnOnce(&mut Self) -> Result<R>) -> Result<R> {
         let Some(stream) = self.side_streams.get(side.index).filter(|pooled| pooled.scope == Some(side.scope)) else {
             let message = "the side stream's scope has ended; open another one in this scope".to_owned();
-            return Err(Error::Option { option: "CaptureStream::on", message });
+            return Err(Error::Option { option: "OpStream::on", message });
         };
         let stream = Arc::clone(&stream.stream);
         self.on_stream(&stream, f)
     }
 
     /// Runs `f` with its work going to a stream of the caller's own, which forks and joins through events:
-    /// [`CaptureStream::wait`] first, [`CaptureStream::record`] last.
+    /// [`OpStream::wait`] first, [`OpStream::record`] last.
     ///
     /// # Errors
     /// [`Error::Foreign`] if the stream is another device's; those of `f`.
@@ -414,7 +414,7 @@ impl CaptureStream {
 }
 
 /// For the runtime itself.
-impl CaptureStream {
+impl OpStream {
     pub(crate) fn main(&self) -> &Arc<Stream> {
         &self.main
     }

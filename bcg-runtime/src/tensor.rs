@@ -4,7 +4,7 @@
 //! - Rows (dimension 0) are `row_stride` elements apart; within a row elements are contiguous.
 //! - A persistent tensor keeps its allocation alive. An arena tensor belongs to one forward of one arena and is refused
 //!   in any other ([`Error::Stale`], [`Error::Foreign`]; law L10).
-//! - Nothing but [`crate::CaptureStream::addr`] and the device's own read and write turn a tensor into an address.
+//! - Nothing but [`crate::OpStream::addr`] and the device's own read and write turn a tensor into an address.
 
 use std::fmt;
 use std::ops::Range;

@@ -9,7 +9,7 @@
 use std::time::Instant;
 
 use crate::device::KernelTrace;
-use crate::{CaptureStream, Error, Result, Runner};
+use crate::{Error, OpStream, Result, Runner};
 
 /// Replays that nothing watches; the median one is kept.
 const REPLAYS: usize = 5;
@@ -205,7 +205,7 @@ impl StepLog {
     }
 }
 
-impl CaptureStream {
+impl OpStream {
     /// Says that a replay begins a step.
     pub(crate) fn begin_step(&mut self, kind: StepKind) {
         if let Some(log) = &mut self.step_log {

@@ -7,7 +7,7 @@ use std::cell::Cell;
 
 use anyhow::{Result, ensure};
 use bcg_runtime::{
-    BreakableCudaGraph, CaptureStream, Context, DType, Device, DevicePtr, Dims, Eager, Kernel, LiveBatch, ReplayMode,
+    BreakableCudaGraph, Context, DType, Device, DevicePtr, Dims, Eager, Kernel, LiveBatch, OpStream, ReplayMode,
     ReplayPath, Runner, RunnerOptions, Source, Tensor, eager_on_graph,
 };
 
@@ -85,13 +85,13 @@ static ADD_ONE: Kernel<AddOneArgs> = Kernel::new("add_one", &SOURCE, |args, _, m
     Ok(())
 });
 
-fn add_one(cx: &mut CaptureStream, out: &Tensor, x: &Tensor, Tag(tag): Tag) -> bcg_runtime::Result<()> {
+fn add_one(cx: &mut OpStream, out: &Tensor, x: &Tensor, Tag(tag): Tag) -> bcg_runtime::Result<()> {
     let args = AddOneArgs { x: cx.addr(x)?, out: cx.addr(out)?, len: ELEMENTS as u64, tag };
     cx.launch(&ADD_ONE, DIMS, args)
 }
 
 /// Adds one `count` times: out of place, then in place.
-fn add(cx: &mut CaptureStream, x: &Tensor, count: usize, tag: Tag) -> bcg_runtime::Result<Tensor> {
+fn add(cx: &mut OpStream, x: &Tensor, count: usize, tag: Tag) -> bcg_runtime::Result<Tensor> {
     let out = cx.empty(&[ELEMENTS], DType::F32)?;
     add_one(cx, &out, x, tag)?;
     for _ in 1..count {

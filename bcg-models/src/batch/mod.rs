@@ -13,7 +13,7 @@
 
 mod buffers;
 
-use bcg_runtime::{CaptureStream, Freeze, LiveBatch, Result, Rows, Tensor};
+use bcg_runtime::{Freeze, LiveBatch, OpStream, Result, Rows, Tensor};
 
 use crate::ops::gather_rows;
 use crate::sampling::SamplingParams;
@@ -129,7 +129,7 @@ impl TokenInputs {
     ///
     /// # Errors
     /// Those of [`gather_rows`].
-    pub fn keep_wanted(&self, cx: &mut CaptureStream, x: Tensor) -> Result<Tensor> {
+    pub fn keep_wanted(&self, cx: &mut OpStream, x: Tensor) -> Result<Tensor> {
         match &self.last_rows {
             Some(last_rows) => gather_rows(cx, &x, last_rows),
             None => Ok(x),

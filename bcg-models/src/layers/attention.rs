@@ -6,7 +6,7 @@
 //! arguments and geometry for every batch of a padded size. In a decode attention is captured too: what it reads lies in
 //! static buffers.
 
-use bcg_runtime::{CaptureStream, Context, Device, Eager, Result, Tensor, eager_on_graph};
+use bcg_runtime::{Context, Device, Eager, OpStream, Result, Tensor, eager_on_graph};
 use serde_json::Value;
 
 use super::{Linear, RmsNorm};
@@ -202,7 +202,7 @@ impl Attention {
 
 impl NormRope {
     /// Normalises and rotates queries and keys of `qkv`, `[T, (Hq + 2 Hkv) D]`, writes keys and values; returns the queries.
-    fn forward(&self, cx: &mut CaptureStream, qkv: &Tensor, inputs: &TokenInputs, kv: &LayerKv) -> Result<Tensor> {
+    fn forward(&self, cx: &mut OpStream, qkv: &Tensor, inputs: &TokenInputs, kv: &LayerKv) -> Result<Tensor> {
         let input = QkNormRopeKvWrite {
             qkv,
             q_weight: &self.q_norm.weight,

@@ -1,6 +1,6 @@
 //! A matrix without bias.
 
-use bcg_runtime::{CaptureStream, DType, Result, Tensor};
+use bcg_runtime::{DType, OpStream, Result, Tensor};
 
 use crate::ops;
 use crate::weights::Weights;
@@ -35,7 +35,7 @@ impl Linear {
     ///
     /// # Errors
     /// Those of [`ops::linear()`].
-    pub fn forward(&self, cx: &mut CaptureStream, x: &Tensor) -> Result<Tensor> {
+    pub fn forward(&self, cx: &mut OpStream, x: &Tensor) -> Result<Tensor> {
         ops::linear(cx, x, &self.weight)
     }
 
@@ -43,7 +43,7 @@ impl Linear {
     ///
     /// # Errors
     /// Those of [`ops::linear_to`].
-    pub fn forward_f32(&self, cx: &mut CaptureStream, x: &Tensor) -> Result<Tensor> {
+    pub fn forward_f32(&self, cx: &mut OpStream, x: &Tensor) -> Result<Tensor> {
         ops::linear_to(cx, x, &self.weight, DType::F32)
     }
 }

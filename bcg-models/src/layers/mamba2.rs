@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use bcg_runtime::{CaptureStream, Context, DType, Eager, Result, Tensor, eager_on_graph};
+use bcg_runtime::{Context, DType, Eager, OpStream, Result, Tensor, eager_on_graph};
 use serde_json::Value;
 
 use super::Linear;
@@ -213,7 +213,7 @@ impl Core {
     /// Runs over sequences that begin at the rows of `starts`, or over one token of each.
     fn run(
         &self,
-        cx: &mut CaptureStream,
+        cx: &mut OpStream,
         projected: &Tensor,
         state: &LayerState,
         slots: &StateSlots,

@@ -1,6 +1,6 @@
 //! The MLPs: gated, and with a squared ReLU.
 
-use bcg_runtime::{CaptureStream, Result, Tensor};
+use bcg_runtime::{OpStream, Result, Tensor};
 
 use super::Linear;
 use crate::config::Fields;
@@ -40,7 +40,7 @@ impl Mlp {
     ///
     /// # Errors
     /// Those of the ops.
-    pub fn forward(&self, cx: &mut CaptureStream, x: &Tensor) -> Result<Tensor> {
+    pub fn forward(&self, cx: &mut OpStream, x: &Tensor) -> Result<Tensor> {
         let gate_up = self.gate_up_proj.forward(cx, x)?; // [T, 2 I]
         let gated = ops::silu_mul(cx, &gate_up)?; // [T, I]
         self.down_proj.forward(cx, &gated)
@@ -80,7 +80,7 @@ impl Relu2Mlp {
     ///
     /// # Errors
     /// Those of the ops.
-    pub fn forward(&self, cx: &mut CaptureStream, x: &Tensor) -> Result<Tensor> {
+    pub fn forward(&self, cx: &mut OpStream, x: &Tensor) -> Result<Tensor> {
         let up = self.up_proj.forward(cx, x)?; // [T, I]
         let squared = ops::relu2(cx, &up)?; // [T, I]
         drop(up);

@@ -3,7 +3,7 @@
 //! Everything is captured: a router's choice stays on the device, and launches depend on the number of padded rows alone.
 //! Padded rows choose no expert.
 
-use bcg_runtime::{CaptureStream, Result, Tensor};
+use bcg_runtime::{OpStream, Result, Tensor};
 
 use super::{Linear, Mlp};
 use crate::config::{Fields, ModelConfig};
@@ -175,7 +175,7 @@ impl Moe {
     ///
     /// # Errors
     /// Those of the ops.
-    pub fn forward(&self, cx: &mut CaptureStream, x: &Tensor, num_valid: &Tensor) -> Result<Tensor> {
+    pub fn forward(&self, cx: &mut OpStream, x: &Tensor, num_valid: &Tensor) -> Result<Tensor> {
         let logits = self.gate.forward_f32(cx, x)?; // [T, E]
         let routing = ops::moe_route(cx, &logits, &self.scoring, num_valid)?;
         drop(logits);
@@ -216,7 +216,7 @@ impl FeedForward {
     ///
     /// # Errors
     /// Those of the ops.
-    pub fn forward(&self, cx: &mut CaptureStream, x: &Tensor, num_valid: &Tensor) -> Result<Tensor> {
+    pub fn forward(&self, cx: &mut OpStream, x: &Tensor, num_valid: &Tensor) -> Result<Tensor> {
         match self {
             Self::Mlp(mlp) => mlp.forward(cx, x),
             Self::Moe(moe) => moe.forward(cx, x, num_valid),

@@ -1,6 +1,6 @@
 //! Root-mean-square normalisation.
 
-use bcg_runtime::{CaptureStream, Result, Tensor};
+use bcg_runtime::{OpStream, Result, Tensor};
 
 use crate::ops;
 use crate::weights::Weights;
@@ -26,7 +26,7 @@ impl RmsNorm {
     ///
     /// # Errors
     /// Those of [`ops::rms_norm()`].
-    pub fn forward(&self, cx: &mut CaptureStream, x: &Tensor) -> Result<Tensor> {
+    pub fn forward(&self, cx: &mut OpStream, x: &Tensor) -> Result<Tensor> {
         ops::rms_norm(cx, x, &self.weight, self.eps)
     }
 
@@ -37,7 +37,7 @@ impl RmsNorm {
     /// As [`forward_add`](Self::forward_add).
     pub fn forward_branch(
         &self,
-        cx: &mut CaptureStream,
+        cx: &mut OpStream,
         branch: Option<Tensor>,
         residual: Tensor,
     ) -> Result<(Tensor, Tensor)> {
@@ -51,7 +51,7 @@ impl RmsNorm {
     ///
     /// # Errors
     /// Those of [`ops::add_rms_norm()`].
-    pub fn forward_add(&self, cx: &mut CaptureStream, x: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor)> {
+    pub fn forward_add(&self, cx: &mut OpStream, x: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor)> {
         ops::add_rms_norm(cx, x, residual, &self.weight, self.eps)
     }
 }

@@ -1,6 +1,6 @@
 //! DeepSeek-V2 and DeepSeek-V3: latent attention, a few dense layers, then experts with shared ones.
 
-use bcg_runtime::{CaptureStream, Context, Result, Tensor};
+use bcg_runtime::{Context, OpStream, Result, Tensor};
 
 use crate::batch::{ForwardBatch, TokenInputs};
 use crate::config::ModelConfig;
@@ -90,7 +90,7 @@ impl Model for Deepseek {
         Ok(self.norm.forward_branch(cx, branch, residual)?.0)
     }
 
-    fn logits(&self, cx: &mut CaptureStream, hidden: &Tensor) -> Result<Tensor> {
+    fn logits(&self, cx: &mut OpStream, hidden: &Tensor) -> Result<Tensor> {
         self.lm_head.forward_f32(cx, hidden)
     }
 }

@@ -1,6 +1,6 @@
 //! Nemotron-H: a stack of Mamba2 mixers, attention without positions, and MLPs, one of them in each layer.
 
-use bcg_runtime::{CaptureStream, Context, Result, Tensor};
+use bcg_runtime::{Context, OpStream, Result, Tensor};
 use serde_json::Value;
 
 use crate::batch::{ForwardBatch, TokenInputs};
@@ -160,7 +160,7 @@ impl Model for NemotronH {
         Ok(self.norm_f.forward_branch(cx, branch, residual)?.0)
     }
 
-    fn logits(&self, cx: &mut CaptureStream, hidden: &Tensor) -> Result<Tensor> {
+    fn logits(&self, cx: &mut OpStream, hidden: &Tensor) -> Result<Tensor> {
         self.lm_head.forward_f32(cx, hidden)
     }
 }

@@ -1,6 +1,6 @@
 //! Qwen3, dense: grouped-query attention with query and key norms, and a gated MLP.
 
-use bcg_runtime::{CaptureStream, Context, Result, Tensor};
+use bcg_runtime::{Context, OpStream, Result, Tensor};
 
 use crate::batch::{ForwardBatch, TokenInputs};
 use crate::config::ModelConfig;
@@ -88,7 +88,7 @@ impl Model for Qwen3 {
         Ok(self.norm.forward_branch(cx, branch, residual)?.0)
     }
 
-    fn logits(&self, cx: &mut CaptureStream, hidden: &Tensor) -> Result<Tensor> {
+    fn logits(&self, cx: &mut OpStream, hidden: &Tensor) -> Result<Tensor> {
         self.lm_head.forward_f32(cx, hidden)
     }
 }

@@ -1,6 +1,6 @@
 //! Qwen3-MoE: Qwen3 with mixtures of experts in place of MLPs.
 
-use bcg_runtime::{CaptureStream, Context, Result, Tensor};
+use bcg_runtime::{Context, OpStream, Result, Tensor};
 use serde_json::Value;
 
 use super::Qwen3;
@@ -48,7 +48,7 @@ impl Model for Qwen3Moe {
         self.0.forward(cx, inputs, caches)
     }
 
-    fn logits(&self, cx: &mut CaptureStream, hidden: &Tensor) -> Result<Tensor> {
+    fn logits(&self, cx: &mut OpStream, hidden: &Tensor) -> Result<Tensor> {
         self.0.logits(cx, hidden)
     }
 }

@@ -1,6 +1,6 @@
 //! Residual add and RMS norm in one pass; CUDA source: `kernels/src/add_rms_norm.cu`.
 
-use bcg_runtime::{CaptureStream, DevicePtr, Dims, HostMemory, Result, Tensor};
+use bcg_runtime::{DevicePtr, Dims, HostMemory, OpStream, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 
 use super::check::Check;
@@ -55,7 +55,7 @@ static ADD_RMS_NORM: PerFloat<AddRmsNormArgs> =
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
 pub fn add_rms_norm(
-    cx: &mut CaptureStream,
+    cx: &mut OpStream,
     x: &Tensor,
     residual: &Tensor,
     weight: &Tensor,

@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 
-use bcg_runtime::{CaptureStream, DType, DevicePtr, Dims, HostMemory, Kernel, Result, Tensor};
+use bcg_runtime::{DType, DevicePtr, Dims, HostMemory, Kernel, OpStream, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 
 use super::check::Check;
@@ -48,7 +48,7 @@ static ARGMAX: Kernel<ArgmaxArgs> = Kernel::new("argmax", &bcg_kernels::ARGMAX, 
 /// assert_eq!(runner.read::<i32>(&best)?, [2, 0]);
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
-pub fn argmax(cx: &mut CaptureStream, logits: &Tensor) -> Result<Tensor> {
+pub fn argmax(cx: &mut OpStream, logits: &Tensor) -> Result<Tensor> {
     CHECK.rank("logits", logits, &["B", "V"])?;
     let out = cx.empty(&[logits.dim(0)], DType::I32)?;
     argmax_to(cx, logits, &out)?;
@@ -59,7 +59,7 @@ pub fn argmax(cx: &mut CaptureStream, logits: &Tensor) -> Result<Tensor> {
 ///
 /// # Errors
 /// As [`argmax`].
-pub fn argmax_to(cx: &mut CaptureStream, logits: &Tensor, out: &Tensor) -> Result<()> {
+pub fn argmax_to(cx: &mut OpStream, logits: &Tensor, out: &Tensor) -> Result<()> {
     CHECK.rank("logits", logits, &["B", "V"])?;
     CHECK.dtype("logits", logits, DType::F32)?;
     let dims = logits::dims(CHECK, logits)?;

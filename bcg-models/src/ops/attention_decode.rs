@@ -3,7 +3,7 @@
 //! Two CUDA sources: `kernels/src/attention_decode_tiled.cu` for 16-bit dtypes with a head dim of 64 or 128, at the
 //! speed of memory; `kernels/src/attention_decode.cu` for the rest.
 
-use bcg_runtime::{CaptureStream, DType, Device, DevicePtr, Dims, HostMemory, Kernel, Result, Tensor};
+use bcg_runtime::{DType, Device, DevicePtr, Dims, HostMemory, Kernel, OpStream, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 use half::{bf16, f16};
 
@@ -107,7 +107,7 @@ static TILED_F16: [Kernel<AttentionDecodeArgs>; 4] = tiled!(f16, "f16");
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
 pub fn attention_decode(
-    cx: &mut CaptureStream,
+    cx: &mut OpStream,
     q: &Tensor,
     kv: &PagedKv<'_>,
     kv_lens: &Tensor,
@@ -124,7 +124,7 @@ pub fn attention_decode(
 /// # Errors
 /// As [`attention_decode`].
 pub fn attention_decode_to(
-    cx: &mut CaptureStream,
+    cx: &mut OpStream,
     out: &Tensor,
     q: &Tensor,
     kv: &PagedKv<'_>,

@@ -7,7 +7,7 @@
 
 use std::cmp::Reverse;
 
-use bcg_runtime::{Arch, CaptureStream, DType, Device, DevicePtr, Dims, HostMemory, Kernel, Result, Tensor};
+use bcg_runtime::{Arch, DType, Device, DevicePtr, Dims, HostMemory, Kernel, OpStream, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 
 use super::check::Check;
@@ -156,7 +156,7 @@ pub fn attention_prefill_plan_len(rows: usize, sequences: usize) -> usize {
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
 pub fn attention_prefill(
-    cx: &mut CaptureStream,
+    cx: &mut OpStream,
     q: &Tensor,
     kv: &PagedKv<'_>,
     cu_seqlens_q: &Tensor,
@@ -190,7 +190,7 @@ pub struct AttentionPrefill<'a> {
 ///
 /// # Errors
 /// As [`attention_prefill`].
-pub fn attention_prefill_to(cx: &mut CaptureStream, out: &Tensor, input: &AttentionPrefill<'_>) -> Result<()> {
+pub fn attention_prefill_to(cx: &mut OpStream, out: &Tensor, input: &AttentionPrefill<'_>) -> Result<()> {
     let AttentionPrefill { q, kv, cu_seqlens_q, kv_lens, plan, scale } = *input;
     CHECK.rank("kv_lens", kv_lens, &["B"])?;
     let sequences = kv_lens.dim(0);

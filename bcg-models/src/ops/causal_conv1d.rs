@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 
-use bcg_runtime::{CaptureStream, DType, DevicePtr, Dims, HostMemory, Result, Tensor};
+use bcg_runtime::{DType, DevicePtr, Dims, HostMemory, OpStream, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 
 use super::check::Check;
@@ -98,7 +98,7 @@ pub struct CausalConv1d<'a> {
 /// assert_eq!(device.read::<f32>(&state)?, [40.0, 60.0]);
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
-pub fn causal_conv1d(cx: &mut CaptureStream, input: &CausalConv1d<'_>) -> Result<Tensor> {
+pub fn causal_conv1d(cx: &mut OpStream, input: &CausalConv1d<'_>) -> Result<Tensor> {
     let CausalConv1d { x, weight, state, .. } = *input;
     let sequences = input.check()?;
     let (rows, channels) = (x.dim(0), x.dim(1));
@@ -108,7 +108,7 @@ pub fn causal_conv1d(cx: &mut CaptureStream, input: &CausalConv1d<'_>) -> Result
     let mut dims = Dims::linear(CHECK.u32("rows", rows.div_ceil(tile_rows))?, THREADS as u32);
     dims.grid[1] = CHECK.u32("channels", packs.div_ceil(THREADS))?;
     let out = cx.empty(x.shape(), x.dtype())?;
-    let addr = |cx: &mut CaptureStream, tensor: Option<&Tensor>| tensor.map_or(Ok(DevicePtr::NULL), |t| cx.addr(t));
+    let addr = |cx: &mut OpStream, tensor: Option<&Tensor>| tensor.map_or(Ok(DevicePtr::NULL), |t| cx.addr(t));
     let args = CausalConv1dArgs {
         x: cx.addr(x)?,
         weight: cx.addr(weight)?,

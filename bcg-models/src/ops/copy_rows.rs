@@ -1,6 +1,6 @@
 //! Strided copy of rows; CUDA source: `kernels/src/copy_rows.cu`.
 
-use bcg_runtime::{CaptureStream, DevicePtr, Dims, HostMemory, Kernel, Result, Tensor};
+use bcg_runtime::{DevicePtr, Dims, HostMemory, Kernel, OpStream, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 
 use super::check::{Check, row_bytes, row_stride_bytes};
@@ -47,7 +47,7 @@ static COPY_ROWS: Kernel<CopyRowsArgs> = Kernel::new("copy_rows", &bcg_kernels::
 /// assert_eq!(device.read::<i32>(&matrix)?, [0, 7, 0, 0, 8, 0]);
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
-pub fn copy_rows(cx: &mut CaptureStream, dst: &Tensor, src: &Tensor) -> Result<()> {
+pub fn copy_rows(cx: &mut OpStream, dst: &Tensor, src: &Tensor) -> Result<()> {
     CHECK.shape("src", src, dst.shape())?;
     CHECK.dtype("src", src, dst.dtype())?;
     let dims = CHECK.blocks_per_row(src)?;

@@ -1,6 +1,6 @@
 //! One value everywhere; CUDA source: `kernels/src/fill.cu`.
 
-use bcg_runtime::{CaptureStream, DevicePtr, Dims, Element, HostMemory, Kernel, Result, Tensor};
+use bcg_runtime::{DevicePtr, Dims, Element, HostMemory, Kernel, OpStream, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 
 use super::check::{Check, row_bytes, row_stride_bytes};
@@ -44,7 +44,7 @@ static FILL: Kernel<FillArgs> = Kernel::new("fill", &bcg_kernels::FILL, host).pr
 /// assert_eq!(device.read::<f32>(&x)?, [0.5; 3]);
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
-pub fn fill<T: Element>(cx: &mut CaptureStream, x: &Tensor, value: T) -> Result<()> {
+pub fn fill<T: Element>(cx: &mut OpStream, x: &Tensor, value: T) -> Result<()> {
     CHECK.dtype("x", x, T::DTYPE)?;
     let mut pattern = [0; 8];
     pattern.chunks_mut(size_of::<T>()).for_each(|bytes| bytes.copy_from_slice(bytemuck::bytes_of(&value)));

@@ -1,6 +1,6 @@
 //! Seeded random numbers; CUDA source: `kernels/src/fill_random.cu`.
 
-use bcg_runtime::{CaptureStream, DevicePtr, Dims, HostMemory, Result, Tensor};
+use bcg_runtime::{DevicePtr, Dims, HostMemory, OpStream, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 
 use super::check::Check;
@@ -55,7 +55,7 @@ static FILL_RANDOM: PerFloat<FillRandomArgs> = per_float!("fill_random", bcg_ker
 /// assert!(device.read::<f32>(&x)?.iter().all(|value| (value - 1.0).abs() < 0.35));
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
-pub fn fill_random(cx: &mut CaptureStream, x: &Tensor, seed: u64, mean: f32, std: f32) -> Result<()> {
+pub fn fill_random(cx: &mut OpStream, x: &Tensor, seed: u64, mean: f32, std: f32) -> Result<()> {
     CHECK.contiguous("x", x)?;
     let kernel = FILL_RANDOM.get(CHECK, "x", x.dtype())?;
     let blocks = x.num_elements().div_ceil(THREADS as usize).min(BLOCKS_MAX);

@@ -1,6 +1,6 @@
 //! RMS norm of groups of columns behind a gate; CUDA source: `kernels/src/gated_rms_norm.cu`.
 
-use bcg_runtime::{CaptureStream, DevicePtr, Dims, HostMemory, Result, Tensor};
+use bcg_runtime::{DevicePtr, Dims, HostMemory, OpStream, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 
 use super::check::Check;
@@ -58,7 +58,7 @@ static GATED_RMS_NORM: PerFloat<GatedRmsNormArgs> =
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
 pub fn gated_rms_norm(
-    cx: &mut CaptureStream,
+    cx: &mut OpStream,
     y: &Tensor,
     gate: &Tensor,
     weight: &Tensor,

@@ -1,6 +1,6 @@
 //! Rows by index; CUDA source: `kernels/src/gather_rows.cu`.
 
-use bcg_runtime::{CaptureStream, DType, DevicePtr, Dims, HostMemory, Kernel, Result, Tensor};
+use bcg_runtime::{DType, DevicePtr, Dims, HostMemory, Kernel, OpStream, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 
 use super::check::{Check, row_bytes, row_stride_bytes};
@@ -47,7 +47,7 @@ static GATHER_ROWS: Kernel<GatherRowsArgs> = Kernel::new("gather_rows", &bcg_ker
 /// assert_eq!(runner.read::<f32>(&out)?, [0.0, 1.0, 20.0, 21.0]);
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
-pub fn gather_rows(cx: &mut CaptureStream, x: &Tensor, index: &Tensor) -> Result<Tensor> {
+pub fn gather_rows(cx: &mut OpStream, x: &Tensor, index: &Tensor) -> Result<Tensor> {
     CHECK.rank("x", x, &["T", "C"])?;
     CHECK.rank("index", index, &["B"])?;
     CHECK.dense("index", index, index.shape(), DType::I32)?;

@@ -4,7 +4,7 @@
 //!
 //! The grid follows the shapes alone; blocks find their work in the plan's `offsets`, on the device.
 
-use bcg_runtime::{CaptureStream, DType, DevicePtr, Dims, HostMemory, Result, Tensor};
+use bcg_runtime::{DType, DevicePtr, Dims, HostMemory, OpStream, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 
 use super::check::Check;
@@ -84,7 +84,7 @@ const BLOCKS_PER_MULTIPROCESSOR: u32 = 2;
 /// assert_eq!(runner.read::<f32>(&out)?, [200.0 * 600.0, 100.0 * 500.0]);
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
-pub fn grouped_gate_up(cx: &mut CaptureStream, x: &Tensor, weight: &Tensor, plan: &ExpertPlan) -> Result<Tensor> {
+pub fn grouped_gate_up(cx: &mut OpStream, x: &Tensor, weight: &Tensor, plan: &ExpertPlan) -> Result<Tensor> {
     const CHECK: Check = Check::new("grouped_gate_up");
     CHECK.rank("x", x, &["T", "C"])?;
     CHECK.rank("weight", weight, &["E", "2 I", "C"])?;
@@ -135,7 +135,7 @@ pub fn grouped_gate_up(cx: &mut CaptureStream, x: &Tensor, weight: &Tensor, plan
 /// assert_eq!(runner.read::<f32>(&out)?, [10.0, 60.0]);
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
-pub fn grouped_linear(cx: &mut CaptureStream, x: &Tensor, weight: &Tensor, plan: &ExpertPlan) -> Result<Tensor> {
+pub fn grouped_linear(cx: &mut OpStream, x: &Tensor, weight: &Tensor, plan: &ExpertPlan) -> Result<Tensor> {
     const CHECK: Check = Check::new("grouped_linear");
     CHECK.rank("x", x, &["T K", "I"])?;
     CHECK.rank("weight", weight, &["E", "N", "I"])?;
@@ -148,7 +148,7 @@ pub fn grouped_linear(cx: &mut CaptureStream, x: &Tensor, weight: &Tensor, plan:
 }
 
 fn grouped_args(
-    cx: &mut CaptureStream,
+    cx: &mut OpStream,
     check: Check,
     x: &Tensor,
     weight: &Tensor,
@@ -173,7 +173,7 @@ fn grouped_args(
 }
 
 /// Enqueues the kernel that serves the product best. All have a persistent grid, the same for every plan.
-fn launch(cx: &mut CaptureStream, check: Check, dtype: DType, is_gated: bool, args: GroupedArgs) -> Result<()> {
+fn launch(cx: &mut OpStream, check: Check, dtype: DType, is_gated: bool, args: GroupedArgs) -> Result<()> {
     if dtype == DType::Bf16 && grouped_linear_few_rows::applies(cx.device(), &args) {
         return grouped_linear_few_rows::launch(cx, is_gated, args);
     }

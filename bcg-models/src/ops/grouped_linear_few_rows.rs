@@ -6,7 +6,7 @@
 //!
 //! Called by `ops::grouped_linear`, which checks the shapes. Never picked on the host device.
 
-use bcg_runtime::{Arch, CaptureStream, Device, Dims, Kernel, Result};
+use bcg_runtime::{Arch, Device, Dims, Kernel, OpStream, Result};
 use half::bf16;
 
 use super::check::Check;
@@ -76,7 +76,7 @@ pub(super) fn applies(device: &Device, a: &GroupedArgs) -> bool {
 }
 
 /// Enqueues the product.
-pub(super) fn launch(cx: &mut CaptureStream, is_gated: bool, args: GroupedArgs) -> Result<()> {
+pub(super) fn launch(cx: &mut OpStream, is_gated: bool, args: GroupedArgs) -> Result<()> {
     let Some((variant, shared_bytes)) = variant(&args) else {
         return Err(CHECK.error(format!("at most {TOKENS_MAX} tokens"), format!("{} places", args.places)));
     };

@@ -5,7 +5,7 @@
 //!
 //! Called by `ops::grouped_linear`, which checks the shapes. Never picked on the host device.
 
-use bcg_runtime::{Arch, CaptureStream, DType, Device, DevicePtr, Dims, HostMemory, Kernel, Result};
+use bcg_runtime::{Arch, DType, Device, DevicePtr, Dims, HostMemory, Kernel, OpStream, Result};
 use bytemuck::{AnyBitPattern, NoUninit};
 use half::bf16;
 
@@ -65,7 +65,7 @@ pub(super) fn applies(device: &Device, is_gated: bool, a: &GroupedArgs) -> bool 
 }
 
 /// Enqueues the product.
-pub(super) fn launch(cx: &mut CaptureStream, is_gated: bool, grouped: GroupedArgs) -> Result<()> {
+pub(super) fn launch(cx: &mut OpStream, is_gated: bool, grouped: GroupedArgs) -> Result<()> {
     let blocks = cx.device().num_multiprocessors();
     // A tensor map for each block.
     let maps = cx.empty(&[blocks as usize, MAP_BYTES / size_of::<i32>()], DType::I32)?;

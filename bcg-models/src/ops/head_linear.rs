@@ -4,7 +4,7 @@
 //! A row of the output depends on that row of `x` alone, and the order of its sums on K alone: the number of tokens changes
 //! no bit.
 
-use bcg_runtime::{Arch, CaptureStream, DType, Device, DevicePtr, Dims, HostMemory, Kernel, Result, Tensor};
+use bcg_runtime::{Arch, DType, Device, DevicePtr, Dims, HostMemory, Kernel, OpStream, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 use half::bf16;
 
@@ -73,7 +73,7 @@ static TILED: [Kernel<HeadLinearArgs>; 2] = [
 /// assert_eq!(runner.read::<f32>(&out)?, [3.0, 34.0]);
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
-pub fn head_linear(cx: &mut CaptureStream, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+pub fn head_linear(cx: &mut OpStream, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     multiply(cx, x, weight, false)
 }
 
@@ -101,11 +101,11 @@ pub fn head_linear(cx: &mut CaptureStream, x: &Tensor, weight: &Tensor) -> Resul
 /// assert_eq!(runner.read::<f32>(&out)?, [21.0, 42.0, 63.0]);
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
-pub fn head_linear_transposed(cx: &mut CaptureStream, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+pub fn head_linear_transposed(cx: &mut OpStream, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     multiply(cx, x, weight, true)
 }
 
-fn multiply(cx: &mut CaptureStream, x: &Tensor, weight: &Tensor, is_transposed: bool) -> Result<Tensor> {
+fn multiply(cx: &mut OpStream, x: &Tensor, weight: &Tensor, is_transposed: bool) -> Result<Tensor> {
     CHECK.rank("x", x, &["T H", "K"])?;
     CHECK.rank("weight", weight, if is_transposed { &["H", "K", "N"] } else { &["H", "N", "K"] })?;
     let (rows, depth, heads) = (x.dim(0), x.dim(1), weight.dim(0));

@@ -1,6 +1,6 @@
 //! Key-value write; CUDA source: `kernels/src/kv_write.cu`.
 
-use bcg_runtime::{CaptureStream, DType, DevicePtr, Dims, HostMemory, Kernel, Result, Tensor};
+use bcg_runtime::{DType, DevicePtr, Dims, HostMemory, Kernel, OpStream, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 
 use super::check::{Check, row_bytes, row_stride_bytes};
@@ -59,7 +59,7 @@ static KV_WRITE: Kernel<KvWriteArgs> = Kernel::new("kv_write", &bcg_kernels::KV_
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
 pub fn kv_write(
-    cx: &mut CaptureStream,
+    cx: &mut OpStream,
     k: &Tensor,
     v: &Tensor,
     slots: &Tensor,

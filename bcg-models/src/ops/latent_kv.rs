@@ -1,7 +1,7 @@
 //! Paged latents and rope keys, as the ops of latent attention read them; CUDA twin:
 //! `kernels/include/latent_attention.cuh`.
 
-use bcg_runtime::{CaptureStream, DType, DevicePtr, HostMemory, Result, Tensor};
+use bcg_runtime::{DType, DevicePtr, HostMemory, OpStream, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 
 use super::check::Check;
@@ -70,7 +70,7 @@ impl LatentKv<'_> {
         Ok(dims)
     }
 
-    pub(super) fn args(&self, check: Check, cx: &mut CaptureStream) -> Result<LatentKvArgs> {
+    pub(super) fn args(&self, check: Check, cx: &mut OpStream) -> Result<LatentKvArgs> {
         Ok(LatentKvArgs {
             latents: cx.addr(self.latents)?,
             rope_keys: cx.addr(self.rope_keys)?,

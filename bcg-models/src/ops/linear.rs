@@ -1,6 +1,6 @@
-//! Matrix product with a transposed weight: the device's own product, `CaptureStream::matmul`.
+//! Matrix product with a transposed weight: the device's own product, `OpStream::matmul`.
 
-use bcg_runtime::{CaptureStream, DType, Result, Tensor};
+use bcg_runtime::{DType, OpStream, Result, Tensor};
 
 use super::check::Check;
 use super::linear_few_rows::{self, linear_few_rows};
@@ -21,7 +21,7 @@ const CHECK: Check = Check::new("linear");
 ///
 /// # Determinism
 /// The same shapes give the same bits, and what padded rows hold never reaches valid ones. On CUDA another T may be summed in
-/// another order; see [`CaptureStream::matmul`]. Not so up to 16 rows of bf16 on Hopper and Blackwell, if rows are aligned
+/// another order; see [`OpStream::matmul`]. Not so up to 16 rows of bf16 on Hopper and Blackwell, if rows are aligned
 /// to 16 bytes: then a row has the same bits for any T. A weight with memory of its own may be read there before earlier
 /// work has run, so no kernel may write it.
 ///
@@ -41,7 +41,7 @@ const CHECK: Check = Check::new("linear");
 /// assert_eq!(runner.read::<f32>(&out)?, [1.0, 2.0, 3.0]);
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
-pub fn linear(cx: &mut CaptureStream, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+pub fn linear(cx: &mut OpStream, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     linear_to(cx, x, weight, x.dtype())
 }
 
@@ -69,7 +69,7 @@ pub fn linear(cx: &mut CaptureStream, x: &Tensor, weight: &Tensor) -> Result<Ten
 /// assert_eq!(runner.read::<f32>(&logits)?, [65537.0]);
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
-pub fn linear_to(cx: &mut CaptureStream, x: &Tensor, weight: &Tensor, dtype: DType) -> Result<Tensor> {
+pub fn linear_to(cx: &mut OpStream, x: &Tensor, weight: &Tensor, dtype: DType) -> Result<Tensor> {
     CHECK.rank("x", x, &["T", "K"])?;
     CHECK.rank("weight", weight, &["N", "K"])?;
     CHECK.shape("weight", weight, &[weight.dim(0), x.dim(1)])?;

@@ -8,7 +8,7 @@
 //! Called by `ops::linear`, which checks the shapes. Never picked on the host device: there one way of summing serves
 //! every number of rows.
 
-use bcg_runtime::{CaptureStream, DType, DevicePtr, Dims, HostMemory, Kernel, Result, Tensor};
+use bcg_runtime::{DType, DevicePtr, Dims, HostMemory, Kernel, OpStream, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 use half::bf16;
 
@@ -94,7 +94,7 @@ fn variant(rows: usize, outputs: usize, num_multiprocessors: usize) -> Option<&'
 }
 
 /// Tells whether [`linear_few_rows`] serves this product, on the stream's device, to an output of `dtype`.
-pub(super) fn applies(cx: &mut CaptureStream, x: &Tensor, weight: &Tensor, dtype: DType) -> Result<bool> {
+pub(super) fn applies(cx: &mut OpStream, x: &Tensor, weight: &Tensor, dtype: DType) -> Result<bool> {
     // The variants need 224 KiB of shared memory.
     let is_able = matches!(cx.device().compute_capability(), Some(arch) if arch.major == 9 || arch.major == 10);
     let is_known = x.dtype() == DType::Bf16 && matches!(dtype, DType::Bf16 | DType::F32);
@@ -111,7 +111,7 @@ pub(super) fn applies(cx: &mut CaptureStream, x: &Tensor, weight: &Tensor, dtype
 }
 
 /// Writes the product of `x` `[T, K]` with the transposed `weight` `[N, K]` to `out` `[T, N]`, bf16 or f32.
-pub(super) fn linear_few_rows(cx: &mut CaptureStream, x: &Tensor, weight: &Tensor, out: &Tensor) -> Result<()> {
+pub(super) fn linear_few_rows(cx: &mut OpStream, x: &Tensor, weight: &Tensor, out: &Tensor) -> Result<()> {
     let (rows, outputs) = (x.dim(0), weight.dim(0));
     let num_multiprocessors = cx.device().num_multiprocessors() as usize;
     let Some(variant) = variant(rows, outputs, num_multiprocessors) else {

@@ -1,6 +1,6 @@
 //! Bias of single logits; CUDA source: `kernels/src/logit_bias.cu`.
 
-use bcg_runtime::{CaptureStream, DType, DevicePtr, Dims, HostMemory, Kernel, Result, Tensor};
+use bcg_runtime::{DType, DevicePtr, Dims, HostMemory, Kernel, OpStream, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 
 use super::check::Check;
@@ -52,13 +52,7 @@ static LOGIT_BIAS: Kernel<LogitBiasArgs> = Kernel::new("logit_bias", &bcg_kernel
 /// assert_eq!(runner.read::<f32>(&logits)?, [0.0, 1.0, -98.0, 3.5, 4.0, 5.0]);
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
-pub fn logit_bias(
-    cx: &mut CaptureStream,
-    logits: &Tensor,
-    rows: &Tensor,
-    tokens: &Tensor,
-    values: &Tensor,
-) -> Result<()> {
+pub fn logit_bias(cx: &mut OpStream, logits: &Tensor, rows: &Tensor, tokens: &Tensor, values: &Tensor) -> Result<()> {
     CHECK.rank("logits", logits, &["B", "V"])?;
     CHECK.dtype("logits", logits, DType::F32)?;
     CHECK.rank("rows", rows, &["N"])?;

@@ -3,7 +3,7 @@
 //! Two CUDA sources: `kernels/src/mla_decode_tiled.cu` for bf16 of the known widths, which reads each latent once for all
 //! heads of an item; `kernels/src/mla_decode.cu` for the rest.
 
-use bcg_runtime::{CaptureStream, DType, Device, DevicePtr, Dims, HostMemory, Kernel, Result, Tensor};
+use bcg_runtime::{DType, Device, DevicePtr, Dims, HostMemory, Kernel, OpStream, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 use half::bf16;
 
@@ -91,7 +91,7 @@ static TILED_L64_R32: Kernel<MlaDecodeArgs> =
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
 pub fn mla_decode(
-    cx: &mut CaptureStream,
+    cx: &mut OpStream,
     q_latent: &Tensor,
     q_pe: &Tensor,
     kv: &LatentKv<'_>,

@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 
-use bcg_runtime::{CaptureStream, DType, DevicePtr, Dims, HostMemory, Result, Tensor};
+use bcg_runtime::{DType, DevicePtr, Dims, HostMemory, OpStream, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 
 use super::check::Check;
@@ -117,7 +117,7 @@ pub struct MlaKvWrite<'a> {
 /// assert_eq!(device.read::<f32>(&rope_keys)?[95..97], [0.0, 3.0]);
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
-pub fn mla_kv_write(cx: &mut CaptureStream, input: &MlaKvWrite<'_>) -> Result<Tensor> {
+pub fn mla_kv_write(cx: &mut OpStream, input: &MlaKvWrite<'_>) -> Result<Tensor> {
     let (q, kv_a, dtype) = (input.q, input.kv_a, input.q.dtype());
     CHECK.rank("q", q, &["T", "H (Dn + R)"])?;
     CHECK.rank("kv_a", kv_a, &["T", "L + R"])?;

@@ -9,7 +9,7 @@
 //! batch, so they lie inside the kernel, whose blocks wait for each other between the steps; all of them are on the
 //! device at once. Its launch depends on capacities alone.
 
-use bcg_runtime::{CaptureStream, DType, Device, DevicePtr, Dims, HostMemory, Kernel, Result, Tensor};
+use bcg_runtime::{DType, Device, DevicePtr, Dims, HostMemory, Kernel, OpStream, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 use half::bf16;
 
@@ -140,7 +140,7 @@ pub struct MlaPrefill<'a> {
 /// assert_eq!(runner.read::<f32>(&out)?, [32.0, 64.0]); // the first token sees itself, the second both
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
-pub fn mla_prefill(cx: &mut CaptureStream, input: &MlaPrefill<'_>) -> Result<Tensor> {
+pub fn mla_prefill(cx: &mut OpStream, input: &MlaPrefill<'_>) -> Result<Tensor> {
     let (q, dtype, weight) = (input.q, input.q.dtype(), input.kv_b_proj);
     let sequences = check_batch(input)?;
     let (latent_dim, rope_dim) = input.kv.check(CHECK, dtype, sequences)?;

@@ -1,6 +1,6 @@
 //! The weighted sum of a token's experts; CUDA source: `kernels/src/moe_combine.cu`.
 
-use bcg_runtime::{CaptureStream, DType, DevicePtr, Dims, HostMemory, Result, Tensor};
+use bcg_runtime::{DType, DevicePtr, Dims, HostMemory, OpStream, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 
 use super::check::Check;
@@ -60,7 +60,7 @@ const THREADS: u32 = 128;
 /// assert!((runner.read::<f32>(&out)?[0] - 175.0).abs() < 1e-4);
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
-pub fn moe_combine(cx: &mut CaptureStream, y: &Tensor, routing: &Routing, shared: Option<&Tensor>) -> Result<Tensor> {
+pub fn moe_combine(cx: &mut OpStream, y: &Tensor, routing: &Routing, shared: Option<&Tensor>) -> Result<Tensor> {
     let places = &routing.plan.places;
     CHECK.rank("y", y, &["T K", "C"])?;
     CHECK.rank("places", places, &["T", "K"])?;

@@ -1,6 +1,6 @@
 //! Assignments of tokens to experts, in the order of the experts; CUDA source: `kernels/src/moe_permute.cu`.
 
-use bcg_runtime::{CaptureStream, DType, DevicePtr, Dims, HostMemory, Kernel, Result, Tensor};
+use bcg_runtime::{DType, DevicePtr, Dims, HostMemory, Kernel, OpStream, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 
 use super::check::Check;
@@ -31,7 +31,7 @@ pub struct ExpertPlan {
 
 impl ExpertPlan {
     /// A plan of `[T, K]` choices that is yet to be written.
-    pub(super) fn empty(cx: &mut CaptureStream, check: Check, shape: &[usize], num_experts: usize) -> Result<Self> {
+    pub(super) fn empty(cx: &mut OpStream, check: Check, shape: &[usize], num_experts: usize) -> Result<Self> {
         let pairs = shape[0] * shape[1];
         if pairs > PAIRS_MAX {
             return Err(check.error(format!("at most {PAIRS_MAX} pairs of a token and an expert"), pairs));
@@ -67,7 +67,7 @@ pub(super) struct PlanOut {
 impl PlanOut {
     pub(super) const NULL: Self = Self { offsets: DevicePtr::NULL, rows: DevicePtr::NULL, places: DevicePtr::NULL };
 
-    pub(super) fn new(cx: &mut CaptureStream, plan: &ExpertPlan) -> Result<Self> {
+    pub(super) fn new(cx: &mut OpStream, plan: &ExpertPlan) -> Result<Self> {
         Ok(Self { offsets: cx.addr(&plan.offsets)?, rows: cx.addr(&plan.rows)?, places: cx.addr(&plan.places)? })
     }
 
@@ -132,7 +132,7 @@ static MOE_PERMUTE: Kernel<MoePermuteArgs> = Kernel::new("moe_permute", &bcg_ker
 /// assert_eq!(runner.read::<i32>(&plan.places)?, [3, 0, 1, 2, -1, -1]);
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
-pub fn moe_permute(cx: &mut CaptureStream, experts: &Tensor, num_experts: usize) -> Result<ExpertPlan> {
+pub fn moe_permute(cx: &mut OpStream, experts: &Tensor, num_experts: usize) -> Result<ExpertPlan> {
     CHECK.rank("experts", experts, &["T", "K"])?;
     CHECK.dense("experts", experts, experts.shape(), DType::I32)?;
     let plan = ExpertPlan::empty(cx, CHECK, experts.shape(), num_experts)?;

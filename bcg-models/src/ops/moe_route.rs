@@ -1,6 +1,6 @@
 //! The choice of experts; CUDA source: `kernels/src/moe_route.cu`.
 
-use bcg_runtime::{CaptureStream, DType, DevicePtr, Dims, HostMemory, Kernel, Result, Tensor};
+use bcg_runtime::{DType, DevicePtr, Dims, HostMemory, Kernel, OpStream, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 
 use super::check::Check;
@@ -119,7 +119,7 @@ static MOE_ROUTE_AND_PERMUTE: Kernel<MoeRouteArgs> =
 /// assert_eq!(runner.read::<i32>(&routing.plan.offsets)?, [0, 0, 1, 2]);
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
-pub fn moe_route(cx: &mut CaptureStream, logits: &Tensor, scoring: &Scoring, num_valid: &Tensor) -> Result<Routing> {
+pub fn moe_route(cx: &mut OpStream, logits: &Tensor, scoring: &Scoring, num_valid: &Tensor) -> Result<Routing> {
     CHECK.rank("logits", logits, &["T", "E"])?;
     CHECK.dtype("logits", logits, DType::F32)?;
     CHECK.dense("num_valid", num_valid, &[1], DType::I32)?;
@@ -159,7 +159,7 @@ pub fn moe_route(cx: &mut CaptureStream, logits: &Tensor, scoring: &Scoring, num
 
 impl Scoring {
     /// Refuses what the kernels cannot choose; returns the bias.
-    fn check(&self, cx: &mut CaptureStream, num_experts: usize) -> Result<DevicePtr> {
+    fn check(&self, cx: &mut OpStream, num_experts: usize) -> Result<DevicePtr> {
         let is_sigmoid = matches!(self.scores, Scores::Sigmoid { .. });
         let least = if is_sigmoid && self.groups > 1 { 2 } else { 1 };
         let size = num_experts / self.groups.max(1);

@@ -1,6 +1,6 @@
 //! Paged keys and values, as both attention ops read them; CUDA twin: `kernels/include/paged_attention.cuh`.
 
-use bcg_runtime::{CaptureStream, DType, DevicePtr, HostMemory, Result, Tensor};
+use bcg_runtime::{DType, DevicePtr, HostMemory, OpStream, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 
 use super::check::Check;
@@ -71,7 +71,7 @@ impl PagedKv<'_> {
         Ok(q.dim(1) / head_dim)
     }
 
-    pub(super) fn args(&self, check: Check, cx: &mut CaptureStream) -> Result<PagedKvArgs> {
+    pub(super) fn args(&self, check: Check, cx: &mut OpStream) -> Result<PagedKvArgs> {
         Ok(PagedKvArgs {
             k: cx.addr(self.k_cache)?,
             v: cx.addr(self.v_cache)?,

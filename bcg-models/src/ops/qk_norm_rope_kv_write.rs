@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 
-use bcg_runtime::{CaptureStream, DType, DevicePtr, Dims, HostMemory, Result, Tensor};
+use bcg_runtime::{DType, DevicePtr, Dims, HostMemory, OpStream, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 
 use super::check::Check;
@@ -121,7 +121,7 @@ pub fn rope_inv_freq(theta: f64, head_dim: usize) -> Vec<f32> {
 /// assert_eq!((values[95], values[96]), (0.0, 2.0)); // slot 3 begins at element 96
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
-pub fn qk_norm_rope_kv_write(cx: &mut CaptureStream, input: &QkNormRopeKvWrite<'_>) -> Result<Tensor> {
+pub fn qk_norm_rope_kv_write(cx: &mut OpStream, input: &QkNormRopeKvWrite<'_>) -> Result<Tensor> {
     let (qkv, dtype) = (input.qkv, input.qkv.dtype());
     CHECK.rank("qkv", qkv, &["T", "(Hq + 2 Hkv) D"])?;
     check_caches(CHECK, input.k_cache, input.v_cache, dtype)?;

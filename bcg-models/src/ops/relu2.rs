@@ -1,6 +1,6 @@
 //! Squared ReLU; CUDA source: `kernels/src/relu2.cu`.
 
-use bcg_runtime::{CaptureStream, DevicePtr, Dims, HostMemory, Result, Tensor};
+use bcg_runtime::{DevicePtr, Dims, HostMemory, OpStream, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 
 use super::check::Check;
@@ -45,7 +45,7 @@ const THREADS: u32 = 128;
 /// assert_eq!(runner.read::<f32>(&out)?, [0.0, 0.25, 9.0]);
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
-pub fn relu2(cx: &mut CaptureStream, x: &Tensor) -> Result<Tensor> {
+pub fn relu2(cx: &mut OpStream, x: &Tensor) -> Result<Tensor> {
     CHECK.rank("x", x, &["T", "C"])?;
     let kernel = RELU2.get(CHECK, "x", x.dtype())?;
     let mut dims = CHECK.block_per_row(x, THREADS)?;

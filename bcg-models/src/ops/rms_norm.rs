@@ -1,6 +1,6 @@
 //! RMS norm; CUDA source: `kernels/src/rms_norm.cu`.
 
-use bcg_runtime::{CaptureStream, DevicePtr, Dims, HostMemory, Result, Tensor};
+use bcg_runtime::{DevicePtr, Dims, HostMemory, OpStream, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 
 use super::check::Check;
@@ -49,7 +49,7 @@ static RMS_NORM: PerFloat<RmsNormArgs> = per_float!("rms_norm", bcg_kernels::RMS
 /// assert_eq!(runner.read::<f32>(&out)?, [1.0, -0.5]);
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
-pub fn rms_norm(cx: &mut CaptureStream, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
+pub fn rms_norm(cx: &mut OpStream, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
     CHECK.rank("x", x, &["T", "C"])?;
     CHECK.dense("weight", weight, &[x.dim(1)], x.dtype())?;
     let kernel = RMS_NORM.get(CHECK, "x", x.dtype())?;

@@ -1,6 +1,6 @@
 //! Random choice of a token; CUDA source: `kernels/src/sample.cu`.
 
-use bcg_runtime::{CaptureStream, DType, DevicePtr, Dims, HostMemory, Kernel, Result, Tensor};
+use bcg_runtime::{DType, DevicePtr, Dims, HostMemory, Kernel, OpStream, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 
 use super::argmax::largest;
@@ -88,7 +88,7 @@ pub struct SampleInputs<'a> {
 /// assert!([1, 2].contains(&tokens[1]));
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
-pub fn sample(cx: &mut CaptureStream, logits: &Tensor, inputs: &SampleInputs<'_>) -> Result<Tensor> {
+pub fn sample(cx: &mut OpStream, logits: &Tensor, inputs: &SampleInputs<'_>) -> Result<Tensor> {
     CHECK.rank("logits", logits, &["B", "V"])?;
     let out = cx.empty(&[logits.dim(0)], DType::I32)?;
     sample_to(cx, logits, inputs, &out)?;
@@ -99,7 +99,7 @@ pub fn sample(cx: &mut CaptureStream, logits: &Tensor, inputs: &SampleInputs<'_>
 ///
 /// # Errors
 /// As [`sample()`].
-pub fn sample_to(cx: &mut CaptureStream, logits: &Tensor, inputs: &SampleInputs<'_>, out: &Tensor) -> Result<()> {
+pub fn sample_to(cx: &mut OpStream, logits: &Tensor, inputs: &SampleInputs<'_>, out: &Tensor) -> Result<()> {
     CHECK.rank("logits", logits, &["B", "V"])?;
     CHECK.dtype("logits", logits, DType::F32)?;
     let rows = [logits.dim(0)];

@@ -1,6 +1,6 @@
 //! Gated activation; CUDA source: `kernels/src/silu_mul.cu`.
 
-use bcg_runtime::{CaptureStream, DevicePtr, Dims, HostMemory, Result, Tensor};
+use bcg_runtime::{DevicePtr, Dims, HostMemory, OpStream, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 
 use super::check::Check;
@@ -48,7 +48,7 @@ const THREADS: u32 = 128;
 /// assert_eq!(runner.read::<f32>(&out)?, [0.0, 200.0]);
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
-pub fn silu_mul(cx: &mut CaptureStream, gate_up: &Tensor) -> Result<Tensor> {
+pub fn silu_mul(cx: &mut OpStream, gate_up: &Tensor) -> Result<Tensor> {
     CHECK.rank("gate_up", gate_up, &["T", "2 I"])?;
     if !gate_up.dim(1).is_multiple_of(2) {
         return Err(CHECK.error("`gate_up` [T, 2 I]", format!("{:?}", gate_up.shape())));

@@ -3,7 +3,7 @@
 
 use std::cell::Cell;
 
-use bcg_runtime::{CaptureStream, DType, Device, DevicePtr, Dims, HostMemory, Kernel, Result, Tensor};
+use bcg_runtime::{DType, Device, DevicePtr, Dims, HostMemory, Kernel, OpStream, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 use half::bf16;
 
@@ -111,7 +111,7 @@ impl SsmInputs<'_> {
     pub(super) fn args(
         &self,
         check: Check,
-        cx: &mut CaptureStream,
+        cx: &mut OpStream,
         sequences: usize,
         cu_seqlens_q: Option<&Tensor>,
         out: &Tensor,
@@ -231,7 +231,7 @@ impl SsmInputs<'_> {
 /// assert_eq!(device.read::<f32>(&state)?, [3.0]);
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
-pub fn ssd_scan(cx: &mut CaptureStream, input: &SsmInputs<'_>, cu_seqlens_q: &Tensor) -> Result<Tensor> {
+pub fn ssd_scan(cx: &mut OpStream, input: &SsmInputs<'_>, cu_seqlens_q: &Tensor) -> Result<Tensor> {
     CHECK.rank("cu_seqlens_q", cu_seqlens_q, &["B + 1"])?;
     let Some(sequences) = cu_seqlens_q.dim(0).checked_sub(1) else {
         return Err(CHECK.error("`cu_seqlens_q` [B + 1]", "[0]"));

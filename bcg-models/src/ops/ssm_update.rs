@@ -1,6 +1,6 @@
 //! One step of the state-space recurrence of Mamba2; CUDA source: `kernels/src/ssm_update.cu`.
 
-use bcg_runtime::{CaptureStream, Dims, Result, Tensor};
+use bcg_runtime::{Dims, OpStream, Result, Tensor};
 
 use super::check::Check;
 use super::float::per_float;
@@ -59,7 +59,7 @@ static SSM_UPDATE: PerState = PerState {
 /// assert_eq!(device.read::<f32>(&state)?, [5.0, 6.0]);
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
-pub fn ssm_update(cx: &mut CaptureStream, input: &SsmInputs<'_>) -> Result<Tensor> {
+pub fn ssm_update(cx: &mut OpStream, input: &SsmInputs<'_>) -> Result<Tensor> {
     CHECK.rank("x", input.x, &["T", "H P"])?;
     let out = cx.empty(input.x.shape(), input.x.dtype())?;
     let args = input.args(CHECK, cx, input.x.dim(0), None, &out)?;

@@ -1,6 +1,6 @@
 //! The slots of recurrent states that the sequences of a batch read and write, as the ops on states take them.
 
-use bcg_runtime::{CaptureStream, DType, DevicePtr, Error, HostMemory, Result};
+use bcg_runtime::{DType, DevicePtr, Error, HostMemory, OpStream, Result};
 use bytemuck::{AnyBitPattern, NoUninit};
 
 use super::check::Check;
@@ -21,7 +21,7 @@ pub(super) fn check_slots(check: Check, slots: &StateSlots, sequences: usize) ->
 }
 
 impl StateSlotsArgs {
-    pub(super) fn new(cx: &mut CaptureStream, slots: &StateSlots) -> Result<Self> {
+    pub(super) fn new(cx: &mut OpStream, slots: &StateSlots) -> Result<Self> {
         Ok(Self { read: cx.addr(&slots.read)?, write: cx.addr(&slots.write)? })
     }
 

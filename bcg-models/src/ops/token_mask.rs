@@ -1,6 +1,6 @@
 //! Exclusion of tokens by bit masks; CUDA source: `kernels/src/token_mask.cu`.
 
-use bcg_runtime::{CaptureStream, DType, DevicePtr, Dims, HostMemory, Kernel, Result, Tensor};
+use bcg_runtime::{DType, DevicePtr, Dims, HostMemory, Kernel, OpStream, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 
 use super::check::Check;
@@ -54,7 +54,7 @@ static TOKEN_MASK: Kernel<TokenMaskArgs> = Kernel::new("token_mask", &bcg_kernel
 /// assert_eq!(runner.read::<f32>(&logits)?, [0.0, 1.0, 2.0, 3.0, 4.0, f32::NEG_INFINITY]);
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
-pub fn token_mask(cx: &mut CaptureStream, logits: &Tensor, rows: &Tensor, mask: &Tensor) -> Result<()> {
+pub fn token_mask(cx: &mut OpStream, logits: &Tensor, rows: &Tensor, mask: &Tensor) -> Result<()> {
     CHECK.rank("logits", logits, &["B", "V"])?;
     CHECK.dtype("logits", logits, DType::F32)?;
     CHECK.rank("rows", rows, &["R"])?;

@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::cmp::Ordering;
 
-use bcg_runtime::{CaptureStream, DType, DevicePtr, Dims, HostMemory, Kernel, Result, Tensor};
+use bcg_runtime::{DType, DevicePtr, Dims, HostMemory, Kernel, OpStream, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 
 use super::check::Check;
@@ -64,7 +64,7 @@ static TOP_LOGPROBS: Kernel<TopLogprobsArgs> =
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
 pub fn top_logprobs(
-    cx: &mut CaptureStream,
+    cx: &mut OpStream,
     logits: &Tensor,
     rows: &Tensor,
     chosen: &Tensor,

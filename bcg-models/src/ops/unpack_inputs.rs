@@ -1,7 +1,7 @@
 //! A step's inputs put in their places: tokens that the step before chose and the host has not seen, and the page table;
 //! CUDA source: `kernels/src/unpack_inputs.cu`.
 
-use bcg_runtime::{CaptureStream, DType, DevicePtr, Dims, HostMemory, Kernel, Result, Tensor};
+use bcg_runtime::{DType, DevicePtr, Dims, HostMemory, Kernel, OpStream, Result, Tensor};
 use bytemuck::{AnyBitPattern, NoUninit};
 
 use super::check::Check;
@@ -55,7 +55,7 @@ static UNPACK_INPUTS: Kernel<UnpackInputsArgs> =
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
 pub fn unpack_inputs(
-    cx: &mut CaptureStream,
+    cx: &mut OpStream,
     tokens: &Tensor,
     chosen: &Tensor,
     packed: &Tensor,

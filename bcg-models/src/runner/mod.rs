@@ -23,8 +23,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bcg_runtime::{
-    CaptureStream, Context, Decision, Description, Device, GraphCache, GraphCacheStats, LiveBatch, Readback, Runner,
-    Tensor,
+    Context, Decision, Description, Device, GraphCache, GraphCacheStats, LiveBatch, OpStream, Readback, Runner, Tensor,
 };
 
 use crate::batch::{ForwardBatch, InputBuffers, Phase, SequenceInput};
@@ -553,7 +552,7 @@ enum Wanted {
 }
 
 /// The hidden states of each sequence's last row, `[B, C]`.
-fn last_hidden(cx: &mut CaptureStream, live: &ForwardBatch, hidden: &Tensor) -> bcg_runtime::Result<Tensor> {
+fn last_hidden(cx: &mut OpStream, live: &ForwardBatch, hidden: &Tensor) -> bcg_runtime::Result<Tensor> {
     if live.rows().is_some_and(|rows| rows.padded > hidden.dim(0)) {
         // The model has kept them, in the order of the sequences.
         return hidden.rows(0..live.num_sequences());

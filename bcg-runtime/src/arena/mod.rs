@@ -11,7 +11,7 @@
 //!   recorded order at the recorded addresses (law L3); one that does not fit lies above that extent.
 //! - Inside a segment the arena does not grow (law L7).
 //!
-//! Called by [`crate::CaptureStream`] alone. The arena never enqueues work.
+//! Called by [`crate::OpStream`] alone. The arena never enqueues work.
 
 mod log;
 mod ranges;

@@ -8,7 +8,7 @@ use crate::freeze::{Claims, Thaw};
 use crate::generation::Stamp;
 use crate::replay::record::{self, Place};
 use crate::segment::Break;
-use crate::{Bridge, CaptureStream, Context, Eager, Error, LiveBatch, Result};
+use crate::{Bridge, Context, Eager, Error, LiveBatch, OpStream, Result};
 
 /// Where an annotated function stands.
 #[derive(Debug)]
@@ -147,8 +147,8 @@ fn run_recorded<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
     Ok((output, step, stamps))
 }
 
-/// As [`CaptureStream::check_joined`], without making the place's name when all is well.
-fn check_joined_at_replay(stream: &CaptureStream, site: &BreakSite) -> Result<()> {
+/// As [`OpStream::check_joined`], without making the place's name when all is well.
+fn check_joined_at_replay(stream: &OpStream, site: &BreakSite) -> Result<()> {
     match stream.check_joined("") {
         Ok(()) => Ok(()),
         Err(_) => stream.check_joined(&format!("the end of {}", place(site))),

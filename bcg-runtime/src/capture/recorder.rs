@@ -2,7 +2,7 @@
 //! unless the capture only records.
 //!
 //! Invariants:
-//! - While the state is `Segment`, the main stream captures and [`CaptureStream::segment`] is there; in every other
+//! - While the state is `Segment`, the main stream captures and [`OpStream::segment`] is there; in every other
 //!   state neither is true.
 //! - [`CaptureGuard`] aborts an open capture when it is dropped, so that an early return or a panic leaves the stream
 //!   usable (law L5).
@@ -18,7 +18,7 @@ use crate::replay::record::{self, Active, Record, RecordMode, Span};
 use crate::segment::{Break, Segment, SharedExecs, Step};
 use crate::stream::SegmentLog;
 use crate::tensor::PersistentBuffer;
-use crate::{CaptureStream, Error, Result};
+use crate::{Error, OpStream, Result};
 
 thread_local! {
     /// A capture is open on this thread.
@@ -60,19 +60,19 @@ impl<L> Recorder<L> {
         if self.state == CaptureState::Segment { ended } else { ended.saturating_sub(1) }
     }
 
-    pub(crate) fn begin(&mut self, stream: &mut CaptureStream) -> Result<()> {
+    pub(crate) fn begin(&mut self, stream: &mut OpStream) -> Result<()> {
         self.state.begin()?;
         self.begin_segment(stream)
     }
 
     /// Ends the open segment and launches it, so that the break sees real data (law L6).
-    pub(crate) fn begin_break(&mut self, stream: &mut CaptureStream, place: &str) -> Result<()> {
+    pub(crate) fn begin_break(&mut self, stream: &mut OpStream, place: &str) -> Result<()> {
         let segment = self.segment_index();
         self.state.begin_break()?;
         self.end_segment(stream, place).inspect_err(|_| self.abort(stream)).map_err(|error| error.in_segment(segment))
     }
 
-    pub(crate) fn end_break(&mut self, stream: &mut CaptureStream, step: Option<Break<L>>) -> Result<()> {
+    pub(crate) fn end_break(&mut self, stream: &mut OpStream, step: Option<Break<L>>) -> Result<()> {
         self.state.end_break()?;
         let segment = self.segment_index();
         if let Some(mut step) = step {
@@ -87,12 +87,12 @@ impl<L> Recorder<L> {
     }
 
     /// Ends the open segment and begins another one.
-    pub(crate) fn split(&mut self, stream: &mut CaptureStream) -> Result<()> {
+    pub(crate) fn split(&mut self, stream: &mut OpStream) -> Result<()> {
         self.begin_break(stream, "break_graph()")?;
         self.end_break(stream, None)
     }
 
-    pub(crate) fn end(&mut self, stream: &mut CaptureStream) -> Result<()> {
+    pub(crate) fn end(&mut self, stream: &mut OpStream) -> Result<()> {
         let segment = self.segment_index();
         let mut sealed = self.state;
         sealed.end()?;
@@ -105,7 +105,7 @@ impl<L> Recorder<L> {
     }
 
     /// Gives the capture up: discards it and returns the stream to use.
-    pub(crate) fn abort(&mut self, stream: &mut CaptureStream) {
+    pub(crate) fn abort(&mut self, stream: &mut OpStream) {
         self.state.abort();
         if stream.segment.take().is_some() {
             stream.device().backend().abort_capture(stream.main().handle());
@@ -115,7 +115,7 @@ impl<L> Recorder<L> {
         stream.reset_forks();
     }
 
-    fn begin_segment(&mut self, stream: &mut CaptureStream) -> Result<()> {
+    fn begin_segment(&mut self, stream: &mut OpStream) -> Result<()> {
         stream.device().backend().begin_capture(stream.main().handle())?;
         stream.segment = Some(SegmentLog::default());
         stream.arena().set_may_grow(false);
@@ -123,7 +123,7 @@ impl<L> Recorder<L> {
         Ok(())
     }
 
-    fn end_segment(&mut self, stream: &mut CaptureStream, place: &str) -> Result<()> {
+    fn end_segment(&mut self, stream: &mut OpStream, place: &str) -> Result<()> {
         stream.check_joined(place)?;
         // From here on the driver's capture is over, whether `end_capture` succeeds or fails.
         let log =
@@ -136,7 +136,7 @@ impl<L> Recorder<L> {
             return Err(Error::CaptureForbidden { what });
         }
         if nodes.memory > 0 {
-            let what = format!("{} memory nodes were captured; allocate through CaptureStream::empty", nodes.memory);
+            let what = format!("{} memory nodes were captured; allocate through OpStream::empty", nodes.memory);
             return Err(Error::CaptureForbidden { what });
         }
         let segment = Arc::new(Segment {
@@ -179,13 +179,13 @@ pub(crate) struct CaptureMode {
 
 /// Owns an open capture and aborts it on drop.
 pub(crate) struct CaptureGuard<'a, L> {
-    pub(crate) stream: &'a mut CaptureStream,
+    pub(crate) stream: &'a mut OpStream,
     pub(crate) recorder: Recorder<L>,
     _record: Active,
 }
 
 impl<'a, L> CaptureGuard<'a, L> {
-    pub(crate) fn begin(stream: &'a mut CaptureStream, mode: CaptureMode) -> Result<Self> {
+    pub(crate) fn begin(stream: &'a mut OpStream, mode: CaptureMode) -> Result<Self> {
         if IS_CAPTURING.replace(true) {
             let state = "another capture is open on this thread";
             return Err(Error::CaptureState { transition: "begin", state });

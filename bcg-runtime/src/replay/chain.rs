@@ -6,12 +6,12 @@
 use super::{begin, run_break, thaw_output};
 use crate::graph::Recording;
 use crate::segment::Step;
-use crate::{CaptureStream, Freeze, LiveBatch, Result, StepKind};
+use crate::{Freeze, LiveBatch, OpStream, Result, StepKind};
 
 /// Runs the recorded steps and returns the output.
 pub(crate) fn replay<L: LiveBatch, O: Freeze>(
     recording: &Recording<L, O>,
-    stream: &mut CaptureStream,
+    stream: &mut OpStream,
     live: &L,
 ) -> Result<O> {
     let span = tracing::trace_span!("chain replay");
@@ -22,7 +22,7 @@ pub(crate) fn replay<L: LiveBatch, O: Freeze>(
     result.map(|()| thaw_output(recording))
 }
 
-fn run_steps<L: LiveBatch, O: Freeze>(recording: &Recording<L, O>, stream: &mut CaptureStream, live: &L) -> Result<()> {
+fn run_steps<L: LiveBatch, O: Freeze>(recording: &Recording<L, O>, stream: &mut OpStream, live: &L) -> Result<()> {
     let (mut segment, mut breaks) = (0, 0);
     for step in &recording.steps {
         match step {

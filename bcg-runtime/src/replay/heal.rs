@@ -21,7 +21,7 @@ use crate::graph::Recording;
 use crate::op::Op;
 use crate::segment::{Segment, Step};
 use crate::timeline;
-use crate::{CaptureStream, Error, Freeze, LiveBatch, Result, StepKind};
+use crate::{Error, Freeze, LiveBatch, OpStream, Result, StepKind};
 
 /// The merged executables that a graph tries to make, one for each span and each sequence of work in it.
 const MERGED_MAX: usize = 16;
@@ -248,7 +248,7 @@ impl Merged {
 /// Runs the recorded steps and returns the output, and whether every span was one launch.
 pub(crate) fn replay<L: LiveBatch, O: Freeze>(
     recording: &mut Recording<L, O>,
-    stream: &mut CaptureStream,
+    stream: &mut OpStream,
     live: &L,
 ) -> Result<(O, ReplayPath)> {
     let span = tracing::trace_span!("healed replay");
@@ -269,7 +269,7 @@ pub(crate) fn replay<L: LiveBatch, O: Freeze>(
 
 fn run_steps<L: LiveBatch, O: Freeze>(
     recording: &mut Recording<L, O>,
-    stream: &mut CaptureStream,
+    stream: &mut OpStream,
     live: &L,
 ) -> Result<ReplayPath> {
     let Recording { steps, healer, arena, .. } = recording;
@@ -305,7 +305,7 @@ fn run_steps<L: LiveBatch, O: Freeze>(
     Ok(path)
 }
 
-fn end_span(healer: &mut Healer, stream: &mut CaptureStream) -> Result<SpanEnd> {
+fn end_span(healer: &mut Healer, stream: &mut OpStream) -> Result<SpanEnd> {
     let launch = |span: &Span, main: &Stream| {
         if let Some(kind) = span.step_kind() {
             stream.begin_step(kind);

@@ -17,7 +17,7 @@ use crate::capture::recorder::place;
 use crate::freeze::Thaw;
 use crate::graph::Recording;
 use crate::segment::Break;
-use crate::{CaptureStream, Eager, Freeze, LiveBatch, Result};
+use crate::{Eager, Freeze, LiveBatch, OpStream, Result};
 
 /// How a runner replays.
 ///
@@ -93,7 +93,7 @@ impl fmt::Display for ChainReason {
 /// Replays a recording in the way that its runner and its breaks allow.
 pub(crate) fn replay<L: LiveBatch, O: Freeze>(
     recording: &mut Recording<L, O>,
-    stream: &mut CaptureStream,
+    stream: &mut OpStream,
     live: &L,
 ) -> Result<(O, ReplayPath)> {
     match chain_reason(recording, stream) {
@@ -103,7 +103,7 @@ pub(crate) fn replay<L: LiveBatch, O: Freeze>(
 }
 
 /// Returns why a replay is a chain from its beginning on, if so.
-fn chain_reason<L: LiveBatch, O: Freeze>(recording: &Recording<L, O>, stream: &CaptureStream) -> Option<ChainReason> {
+fn chain_reason<L: LiveBatch, O: Freeze>(recording: &Recording<L, O>, stream: &OpStream) -> Option<ChainReason> {
     match stream.replay_mode() {
         ReplayMode::Chain => Some(ChainReason::Mode),
         ReplayMode::Healed => (!recording.may_heal()).then_some(ChainReason::NoBreakHeals),
@@ -111,14 +111,14 @@ fn chain_reason<L: LiveBatch, O: Freeze>(recording: &Recording<L, O>, stream: &C
 }
 
 /// Begins a forward at the recorded addresses.
-fn begin<L: LiveBatch, O: Freeze>(recording: &Recording<L, O>, stream: &mut CaptureStream, live: &L) -> Result<()> {
+fn begin<L: LiveBatch, O: Freeze>(recording: &Recording<L, O>, stream: &mut OpStream, live: &L) -> Result<()> {
     recording.stamps.iter().try_for_each(crate::generation::Stamp::check)?;
     stream.begin_forward(live.rows(), recording.extent_bytes)?;
     stream.poison_extent(recording.extent_bytes)
 }
 
 /// Runs a break with its frozen arguments, and scrubs the padded rows of its outputs.
-fn run_break<L: LiveBatch>(step: &Break<L>, arena: &Arena, stream: &mut CaptureStream, live: &L) -> Result<()> {
+fn run_break<L: LiveBatch>(step: &Break<L>, arena: &Arena, stream: &mut OpStream, live: &L) -> Result<()> {
     let span = tracing::trace_span!("break", name = step.site.name);
     let _entered = span.enter();
     let mut probe = stream.probe.take();

@@ -8,7 +8,7 @@ use crate::arena::FrozenTensor;
 use crate::bridge::output_tensors;
 use crate::graph::{Forward, Recording};
 use crate::tensor::read_bytes;
-use crate::{CaptureStream, Error, Freeze, LiveBatch, Result, Runner};
+use crate::{Error, Freeze, LiveBatch, OpStream, Result, Runner};
 
 /// The tensors seen at each break of one run.
 #[derive(Debug, Default)]
@@ -26,18 +26,13 @@ impl Probe {
     /// Copies the bridges among a break's arguments to the host, after the work enqueued so far.
     ///
     /// Persistent tensors are left out: a KV cache is large, and what is wrong in it shows in the next bridge.
-    pub(crate) fn snapshot_args(
-        &mut self,
-        stream: &mut CaptureStream,
-        place: String,
-        args: &[FrozenTensor],
-    ) -> Result<()> {
+    pub(crate) fn snapshot_args(&mut self, stream: &mut OpStream, place: String, args: &[FrozenTensor]) -> Result<()> {
         let bridges: Vec<FrozenTensor> = args.iter().filter(|arg| arg.is_in_arena()).cloned().collect();
         self.snapshot(stream, place, &bridges)
     }
 
     /// Copies `tensors` to the host, after the work enqueued so far.
-    fn snapshot(&mut self, stream: &mut CaptureStream, place: String, tensors: &[FrozenTensor]) -> Result<()> {
+    fn snapshot(&mut self, stream: &mut OpStream, place: String, tensors: &[FrozenTensor]) -> Result<()> {
         let tensors = tensors
             .iter()
             .map(|tensor| {

@@ -274,14 +274,14 @@ pub fn the_message_of_each_error_is_pinned(device: &Device) {
         "Device::empty: expected 1 to 4 dimensions, got [1, 1, 1, 1, 1]",
     );
     let copy = runner.eager(&(), |cx| cx.copy(&x, &x.rows(0..2)?));
-    pinned(failure(copy), "CaptureStream::copy: expected f32 [4, 3], got f32 [2, 3]");
+    pinned(failure(copy), "OpStream::copy: expected f32 [4, 3], got f32 [2, 3]");
     pinned(
         failure(runner.eager(&padded(1.0, 7, 6), |_| Ok(()))),
         "LiveBatch::rows: 7 valid rows do not fit into 6 padded rows",
     );
     pinned(
         failure(runner.eager(&(), |cx| cx.side_stream("mine"))),
-        "CaptureStream::side_stream: side stream `mine` needs a scope, which joins it: use CaptureStream::scope",
+        "OpStream::side_stream: side stream `mine` needs a scope, which joins it: use OpStream::scope",
     );
     let generation = Generation::new("weights");
     let w = iota(device, &[2], 0.0).stamped(&generation).expect("a stamp");

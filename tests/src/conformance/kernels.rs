@@ -2,7 +2,7 @@
 //!
 //! Matrices are `[T, C]` in f32, rows `stride` elements apart; a vector counts as one row.
 
-use bcg_runtime::{CaptureStream, DType, DevicePtr, Dims, Kernel, Result, Source, Tensor};
+use bcg_runtime::{DType, DevicePtr, Dims, Kernel, OpStream, Result, Source, Tensor};
 
 static SOURCE: Source = Source::new(
     "conformance.cu",
@@ -123,7 +123,7 @@ static AXPY: Kernel<AxpyArgs> = Kernel::new("axpy", &SOURCE, |a, _, memory| {
 });
 
 /// `out = alpha * x + y`; `out` may be `x` or `y`.
-pub fn axpy_into(cx: &mut CaptureStream, alpha: f32, x: &Tensor, y: &Tensor, out: &Tensor) -> Result<()> {
+pub fn axpy_into(cx: &mut OpStream, alpha: f32, x: &Tensor, y: &Tensor, out: &Tensor) -> Result<()> {
     let ((rows, cols, out_stride), (.., x_stride), (.., y_stride)) = (matrix(out), matrix(x), matrix(y));
     let (x, y, out) = (cx.addr(x)?, cx.addr(y)?, cx.addr(out)?);
     let args = AxpyArgs { x, y, out, rows, cols, x_stride, y_stride, out_stride, alpha, pad: 0 };
@@ -131,7 +131,7 @@ pub fn axpy_into(cx: &mut CaptureStream, alpha: f32, x: &Tensor, y: &Tensor, out
 }
 
 /// Returns `alpha * x + y`.
-pub fn axpy(cx: &mut CaptureStream, alpha: f32, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+pub fn axpy(cx: &mut OpStream, alpha: f32, x: &Tensor, y: &Tensor) -> Result<Tensor> {
     let out = cx.empty(x.shape(), x.dtype())?;
     axpy_into(cx, alpha, x, y, &out)?;
     Ok(out)
@@ -160,7 +160,7 @@ static ADD_INDEX: Kernel<AddIndexArgs> = Kernel::new("add_index", &SOURCE, |a, _
 });
 
 /// `out[t, c] = x[t, c] + c`; `out` may be `x`.
-pub fn add_index_into(cx: &mut CaptureStream, x: &Tensor, out: &Tensor) -> Result<()> {
+pub fn add_index_into(cx: &mut OpStream, x: &Tensor, out: &Tensor) -> Result<()> {
     let ((rows, cols, out_stride), (.., x_stride)) = (matrix(out), matrix(x));
     let (x, out) = (cx.addr(x)?, cx.addr(out)?);
     let args = AddIndexArgs { x, out, rows, cols, x_stride, out_stride };
@@ -168,7 +168,7 @@ pub fn add_index_into(cx: &mut CaptureStream, x: &Tensor, out: &Tensor) -> Resul
 }
 
 /// Returns `x[t, c] + c`.
-pub fn add_index(cx: &mut CaptureStream, x: &Tensor) -> Result<Tensor> {
+pub fn add_index(cx: &mut OpStream, x: &Tensor) -> Result<Tensor> {
     let out = cx.empty(x.shape(), x.dtype())?;
     add_index_into(cx, x, &out)?;
     Ok(out)
@@ -187,7 +187,7 @@ static COUNT: Kernel<CountArgs> = Kernel::new("count", &SOURCE, |a, _, memory| {
 });
 
 /// Adds one to `cell[0]`, an i32: counts how often the work ran.
-pub fn count(cx: &mut CaptureStream, cell: &Tensor) -> Result<()> {
+pub fn count(cx: &mut OpStream, cell: &Tensor) -> Result<()> {
     let args = CountArgs { cell: cx.addr(cell)? };
     cx.launch(&COUNT, Dims::linear(1, 32), args)
 }
@@ -206,7 +206,7 @@ static READ_BEYOND: Kernel<ReadBeyondArgs> = Kernel::new("read_beyond", &SOURCE,
 });
 
 /// Copies the element `offset` after the start of `x`, wherever that is: a kernel with a fault.
-pub fn read_beyond(cx: &mut CaptureStream, x: &Tensor, offset: u64, out: &Tensor) -> Result<()> {
+pub fn read_beyond(cx: &mut OpStream, x: &Tensor, offset: u64, out: &Tensor) -> Result<()> {
     let args = ReadBeyondArgs { x: cx.addr(x)?, out: cx.addr(out)?, offset };
     cx.launch(&READ_BEYOND, Dims::linear(1, 32), args)
 }
@@ -240,7 +240,7 @@ static COLUMN_SUM: Kernel<ColumnArgs> = Kernel::new("column_sum", &SOURCE, |a, _
 });
 
 /// Returns the sum over the valid rows of each column: `[C]`.
-pub fn column_sum(cx: &mut CaptureStream, x: &Tensor) -> Result<Tensor> {
+pub fn column_sum(cx: &mut OpStream, x: &Tensor) -> Result<Tensor> {
     let out = cx.empty(&[x.dim(1)], x.dtype())?;
     let (rows, cols) = (x.dim(0) as u64, x.dim(1) as u64);
     let args = ColumnArgs { x: cx.addr(x)?, out: cx.addr(&out)?, valid_rows: cx.valid_rows_ptr(), rows, cols };
@@ -265,7 +265,7 @@ static REVERSE_SCAN: Kernel<ColumnArgs> = Kernel::new("reverse_scan", &SOURCE, |
 
 /// Returns the sum over this and all later valid rows, for each row: padding comes first in its order, so a tail that is
 /// not ignored spoils every row.
-pub fn reverse_scan(cx: &mut CaptureStream, x: &Tensor) -> Result<Tensor> {
+pub fn reverse_scan(cx: &mut OpStream, x: &Tensor) -> Result<Tensor> {
     let out = cx.empty(x.shape(), x.dtype())?;
     let (rows, cols) = (x.dim(0) as u64, x.dim(1) as u64);
     let args = ColumnArgs { x: cx.addr(x)?, out: cx.addr(&out)?, valid_rows: cx.valid_rows_ptr(), rows, cols };
@@ -284,7 +284,7 @@ static ROUTE: Kernel<ColumnArgs> = Kernel::new("route", &SOURCE, |a, _, memory| 
 });
 
 /// Returns how many valid rows have each key in `0..buckets`: i32 `[buckets]`.
-pub fn route(cx: &mut CaptureStream, keys: &Tensor, buckets: usize) -> Result<Tensor> {
+pub fn route(cx: &mut OpStream, keys: &Tensor, buckets: usize) -> Result<Tensor> {
     let out = cx.empty(&[buckets], DType::I32)?;
     let (rows, cols) = (keys.dim(0) as u64, buckets as u64);
     let args = ColumnArgs { x: cx.addr(keys)?, out: cx.addr(&out)?, valid_rows: cx.valid_rows_ptr(), rows, cols };
@@ -313,7 +313,7 @@ static COPY_INDEX: Kernel<CopyIndexArgs> = Kernel::new("copy_index", &SOURCE, |a
 });
 
 /// Returns `x[index[i]]`, or -1 where the index is out of range.
-pub fn copy_index(cx: &mut CaptureStream, x: &Tensor, index: &Tensor) -> Result<Tensor> {
+pub fn copy_index(cx: &mut OpStream, x: &Tensor, index: &Tensor) -> Result<Tensor> {
     let out = cx.empty(index.shape(), x.dtype())?;
     let (len, out_len) = (x.num_elements() as u64, index.num_elements() as u64);
     let args = CopyIndexArgs { x: cx.addr(x)?, index: cx.addr(index)?, out: cx.addr(&out)?, len, out_len };
@@ -336,7 +336,7 @@ static GEOMETRY: Kernel<GeometryArgs> = Kernel::new("geometry", &SOURCE, |a, dim
 });
 
 /// Each block writes what it was launched with into its element of `out`: blocks, threads, KiB of shared memory.
-pub fn geometry(cx: &mut CaptureStream, dims: Dims, out: &Tensor) -> Result<()> {
+pub fn geometry(cx: &mut OpStream, dims: Dims, out: &Tensor) -> Result<()> {
     let args = GeometryArgs { out: cx.addr(out)?, len: out.num_elements() as u64 };
     cx.launch(&GEOMETRY, dims, args)
 }

@@ -3,8 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use bcg_runtime::{
-    BreakableCudaGraph, CaptureStream, Context, DType, Device, Eager, Error, Event, Result, Stream, Tensor,
-    eager_on_graph,
+    BreakableCudaGraph, Context, DType, Device, Eager, Error, Event, OpStream, Result, Stream, Tensor, eager_on_graph,
 };
 
 use super::fixture::{
@@ -28,7 +27,7 @@ fn late_and_not(device: &Device, mut part: impl FnMut()) {
 }
 
 /// Side work that reads what was written before the fork and is read after the join.
-fn forked(cx: &mut CaptureStream, x: &Tensor) -> Result<Tensor> {
+fn forked(cx: &mut OpStream, x: &Tensor) -> Result<Tensor> {
     let y = add_index(cx, x)?;
     let (a, b) = cx.scope(|cx| {
         let side = cx.side_stream(SIDE)?;
@@ -130,7 +129,7 @@ pub fn a_segment_may_fork_through_events(device: &Device) {
 }
 
 /// Forks `own` from the current stream, runs `count` there and does not join.
-fn fork_and_leave(cx: &mut CaptureStream, own: &Arc<Stream>, event: &Event, cell: &Tensor) -> Result<()> {
+fn fork_and_leave(cx: &mut OpStream, own: &Arc<Stream>, event: &Event, cell: &Tensor) -> Result<()> {
     cx.record(event)?;
     cx.on_stream(own, |cx| {
         cx.wait(event)?;
@@ -263,12 +262,12 @@ pub fn work_of_another_stream_during_a_capture_is_unaffected(device: &Device) {
 pub fn a_side_stream_lives_in_its_scope(device: &Device) {
     let mut runner = runner(device);
     let error = failure(runner.eager(&(), |cx| cx.side_stream(SIDE)));
-    assert!(matches!(error, Error::Option { option: "CaptureStream::side_stream", .. }), "{error}");
+    assert!(matches!(error, Error::Option { option: "OpStream::side_stream", .. }), "{error}");
     let error = failure(runner.eager(&(), |cx| {
         let side = cx.scope(|cx| cx.side_stream(SIDE))?;
         cx.on(&side, |_| Ok(()))
     }));
-    assert!(matches!(error, Error::Option { option: "CaptureStream::on", .. }), "{error}");
+    assert!(matches!(error, Error::Option { option: "OpStream::on", .. }), "{error}");
     assert_usable(&mut runner);
 }
 

@@ -1,7 +1,7 @@
 //! `moe_route`, `moe_permute`, `grouped_gate_up`, `grouped_linear` and `moe_combine`.
 
 use bcg_models::ops::{self, ExpertPlan, Routing, Scores, Scoring};
-use bcg_runtime::{BreakableCudaGraph, CaptureStream, DType, Device, Result, Tensor};
+use bcg_runtime::{BreakableCudaGraph, DType, Device, OpStream, Result, Tensor};
 
 use super::fixture::{FLOATS, Fixture, Known, epsilon};
 
@@ -380,7 +380,7 @@ pub(super) fn moe_combine_matches_the_formula(device: &Device) {
 
 /// Everything between a router's logits and the sum of the experts.
 fn mixture(
-    cx: &mut CaptureStream,
+    cx: &mut OpStream,
     inputs: &[Tensor; 3],
     weights: &[Tensor; 2],
     scoring: &Scoring,

@@ -1,6 +1,6 @@
 //! The kernels of random programs: wrapping i32 arithmetic on row-sliced matrices, so that every device agrees bit for bit.
 
-use bcg_runtime::{CaptureStream, DevicePtr, Dims, HostMemory, Kernel, Result, Source, Tensor};
+use bcg_runtime::{DevicePtr, Dims, HostMemory, Kernel, OpStream, Result, Source, Tensor};
 
 static SOURCE: Source = Source::new(
     "random.cu",
@@ -161,7 +161,7 @@ static SCAN_ROWS: Kernel<Args> = Kernel::new("scan_rows", &SOURCE, |k, _, memory
     Ok(())
 });
 
-fn args(cx: &mut CaptureStream, x: &Tensor, y: &Tensor, out: &Tensor) -> Result<Args> {
+fn args(cx: &mut OpStream, x: &Tensor, y: &Tensor, out: &Tensor) -> Result<Args> {
     let rows = out.dim(0);
     Ok(Args {
         x: cx.addr(x)?,
@@ -181,18 +181,18 @@ fn args(cx: &mut CaptureStream, x: &Tensor, y: &Tensor, out: &Tensor) -> Result<
     })
 }
 
-fn launch(cx: &mut CaptureStream, kernel: &'static Kernel<Args>, args: Args) -> Result<()> {
+fn launch(cx: &mut OpStream, kernel: &'static Kernel<Args>, args: Args) -> Result<()> {
     cx.launch(kernel, Dims::per_item((args.rows * args.cols) as usize, BLOCK), args)
 }
 
 /// `out = a * x + b * y + c`, all of one shape.
-pub(super) fn mix(cx: &mut CaptureStream, [a, b, c]: [i32; 3], x: &Tensor, y: &Tensor, out: &Tensor) -> Result<()> {
+pub(super) fn mix(cx: &mut OpStream, [a, b, c]: [i32; 3], x: &Tensor, y: &Tensor, out: &Tensor) -> Result<()> {
     let args = args(cx, x, y, out)?;
     launch(cx, &MIX, Args { a, b, c, ..args })
 }
 
 /// Returns the rows of `x` that the first column of `index` names.
-pub(super) fn gather(cx: &mut CaptureStream, x: &Tensor, index: &Tensor) -> Result<Tensor> {
+pub(super) fn gather(cx: &mut OpStream, x: &Tensor, index: &Tensor) -> Result<Tensor> {
     let cols = x.num_elements() / x.dim(0);
     let out = cx.empty(&[index.dim(0), cols], x.dtype())?;
     let args = args(cx, x, index, &out)?;
@@ -201,7 +201,7 @@ pub(super) fn gather(cx: &mut CaptureStream, x: &Tensor, index: &Tensor) -> Resu
 }
 
 /// Returns `x + row`, for each row of `x`.
-pub(super) fn add_row(cx: &mut CaptureStream, x: &Tensor, row: &Tensor) -> Result<Tensor> {
+pub(super) fn add_row(cx: &mut OpStream, x: &Tensor, row: &Tensor) -> Result<Tensor> {
     let out = cx.empty(x.shape(), x.dtype())?;
     let args = args(cx, x, row, &out)?;
     launch(cx, &ADD_ROW, args)?;
@@ -209,7 +209,7 @@ pub(super) fn add_row(cx: &mut CaptureStream, x: &Tensor, row: &Tensor) -> Resul
 }
 
 /// Returns the sum of the valid rows, as one row.
-pub(super) fn sum_rows(cx: &mut CaptureStream, x: &Tensor) -> Result<Tensor> {
+pub(super) fn sum_rows(cx: &mut OpStream, x: &Tensor) -> Result<Tensor> {
     let out = cx.empty(&[1, x.num_elements() / x.dim(0)], x.dtype())?;
     let args = args(cx, x, x, &out)?;
     launch(cx, &SUM_ROWS, args)?;
@@ -217,7 +217,7 @@ pub(super) fn sum_rows(cx: &mut CaptureStream, x: &Tensor) -> Result<Tensor> {
 }
 
 /// Returns the sum of the valid rows from each row on.
-pub(super) fn scan_rows(cx: &mut CaptureStream, x: &Tensor) -> Result<Tensor> {
+pub(super) fn scan_rows(cx: &mut OpStream, x: &Tensor) -> Result<Tensor> {
     let out = cx.empty(x.shape(), x.dtype())?;
     let args = args(cx, x, x, &out)?;
     launch(cx, &SCAN_ROWS, args)?;

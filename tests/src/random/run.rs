@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bcg_runtime::{
-    Bridge, CaptureStream, Context, DType, Device, Eager, Event, Freeze, Live, LiveBatch, Result, Rows, Stream, Tensor,
+    Bridge, Context, DType, Device, Eager, Event, Freeze, Live, LiveBatch, OpStream, Result, Rows, Stream, Tensor,
     eager_on_graph,
 };
 
@@ -286,18 +286,18 @@ impl Frame<'_> {
         self.vars[index] = Some(tensor);
     }
 
-    fn mix(&mut self, cx: &mut CaptureStream, out: usize, coefs: [i32; 3], x: usize, y: usize) -> Result<()> {
+    fn mix(&mut self, cx: &mut OpStream, out: usize, coefs: [i32; 3], x: usize, y: usize) -> Result<()> {
         let tensor = cx.empty(self.var(x).shape(), DType::I32)?;
         mix(cx, coefs, self.var(x), self.var(y), &tensor)?;
         self.set(out, tensor);
         Ok(())
     }
 
-    fn plain_all(&mut self, cx: &mut CaptureStream, ops: &[Plain]) -> Result<()> {
+    fn plain_all(&mut self, cx: &mut OpStream, ops: &[Plain]) -> Result<()> {
         ops.iter().try_for_each(|op| self.plain(cx, op))
     }
 
-    fn plain(&mut self, cx: &mut CaptureStream, op: &Plain) -> Result<()> {
+    fn plain(&mut self, cx: &mut OpStream, op: &Plain) -> Result<()> {
         let (out, tensor) = match op {
             Plain::Persistent { out, number } => (*out, self.world.persistent[*number].rows(0..self.rows)?),
             Plain::Mix { out, coefs, x, y } => return self.mix(cx, *out, *coefs, *x, *y),
@@ -332,7 +332,7 @@ impl Frame<'_> {
         Ok(())
     }
 
-    fn scope(&mut self, cx: &mut CaptureStream, sides: &[Vec<Plain>], own: &[Plain]) -> Result<()> {
+    fn scope(&mut self, cx: &mut OpStream, sides: &[Vec<Plain>], own: &[Plain]) -> Result<()> {
         cx.scope(|cx| {
             for ops in sides {
                 let side = cx.side_stream("side")?;
@@ -342,7 +342,7 @@ impl Frame<'_> {
         })
     }
 
-    fn events(&mut self, cx: &mut CaptureStream, side: &[Plain], own: &[Plain]) -> Result<()> {
+    fn events(&mut self, cx: &mut OpStream, side: &[Plain], own: &[Plain]) -> Result<()> {
         let world = self.world;
         cx.record(&world.forked)?;
         cx.on_stream(&world.stream, |cx| {

@@ -229,8 +229,8 @@ impl Handle {
         let [desc, a, b, d] = descriptors.raw();
         let Matmul { x, weight, out, workspace, ref plan, .. } = *product;
         // SAFETY: live descriptors made of `product.shape`, a live stream; the factors are in host memory and read before
-        // the call returns (the default pointer mode). The addresses come from `CaptureStream::addr`, and `shape` from
-        // their tensors (`CaptureStream::matmul`), or from scratch memory of that size (`tuning.rs`); the workspace has the
+        // the call returns (the default pointer mode). The addresses come from `OpStream::addr`, and `shape` from
+        // their tensors (`OpStream::matmul`), or from scratch memory of that size (`tuning.rs`); the workspace has the
         // bytes of the plan, which the library compares with what the algorithm needs.
         unsafe {
             call!(

@@ -24,7 +24,7 @@ impl CudaBackend {
     }
 
     fn refuse_allocation(&self) -> Result<()> {
-        let what = "allocating; allocate before the capture, or from the arena (CaptureStream::empty)";
+        let what = "allocating; allocate before the capture, or from the arena (OpStream::empty)";
         self.refuse_while_this_thread_captures(&mut self.gate(), what)
     }
 

@@ -121,7 +121,7 @@ impl CudaBackend {
                 let function = self.launchable(launch)?;
                 let kernel = KernelNode { function: function.raw, dims: &launch.dims, args: launch.args.as_slice() };
                 // SAFETY: `launchable` establishes that the arguments are as long as the kernel's parameter; their
-                // addresses come from `CaptureStream::addr`, and every launch follows a patch to those of its own run.
+                // addresses come from `OpStream::addr`, and every launch follows a patch to those of its own run.
                 unsafe { driver.add_kernel(graph, &kernel) }
             }
             Op::Fill { dst, byte, bytes } => driver.add_fill(graph, *dst, *byte, *bytes, context),

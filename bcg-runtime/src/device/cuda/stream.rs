@@ -42,7 +42,7 @@ impl StreamBackend for CudaBackend {
         self.bind()?;
         let function = self.launchable(launch)?;
         // SAFETY: `launchable` establishes that the arguments are as long as the kernel's parameter; their addresses come
-        // from `CaptureStream::addr`, which checks that their tensors are alive.
+        // from `OpStream::addr`, which checks that their tensors are alive.
         let launched = unsafe {
             self.driver.launch(
                 function.raw,

@@ -1,6 +1,6 @@
-use bcg_runtime::{CaptureStream, DType};
+use bcg_runtime::{OpStream, DType};
 
-fn captured(stream: &mut CaptureStream) {
+fn captured(stream: &mut OpStream) {
     stream.zeros(&[1], DType::F32);
     stream.alloc(4);
 }

@@ -1,6 +1,6 @@
-use bcg_runtime::{CaptureStream, Tensor};
+use bcg_runtime::{OpStream, Tensor};
 
-fn captured(stream: &mut CaptureStream, x: &Tensor) {
+fn captured(stream: &mut OpStream, x: &Tensor) {
     stream.read::<f32>(x);
 }
 

@@ -1,6 +1,6 @@
-use bcg_runtime::CaptureStream;
+use bcg_runtime::OpStream;
 
-fn captured(stream: &mut CaptureStream) {
+fn captured(stream: &mut OpStream) {
     stream.synchronize();
 }
 

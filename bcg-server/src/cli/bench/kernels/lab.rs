@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 use bcg_runtime::{
-    BreakableCudaGraph, CaptureStream, Context, DType, Device, DeviceKind, Element, Runner, RunnerOptions, Tensor,
+    BreakableCudaGraph, Context, DType, Device, DeviceKind, Element, OpStream, Runner, RunnerOptions, Tensor,
 };
 
 use super::cases::Case;
@@ -24,7 +24,7 @@ const SAMPLE_US: f64 = 2000.0;
 const REPEATS_MAX: usize = 256;
 
 /// Enqueues one launch of an op on its own buffers and returns its outputs, which are kept until the graph ends.
-pub(super) type Launch = Box<dyn Fn(&mut CaptureStream) -> bcg_runtime::Result<Vec<Tensor>> + Send + Sync>;
+pub(super) type Launch = Box<dyn Fn(&mut OpStream) -> bcg_runtime::Result<Vec<Tensor>> + Send + Sync>;
 
 /// The device and the runner that cases are timed on.
 pub(super) struct Lab {
