@@ -131,6 +131,11 @@ fn ends(batch: &[SequenceInput<'_>]) -> impl Iterator<Item = i32> {
     })
 }
 
+/// The sequences at the front of the batch that have one new token.
+fn num_decodes(batch: &[SequenceInput<'_>]) -> usize {
+    batch.iter().take_while(|sequence| sequence.num_new() == 1).count()
+}
+
 /// Appends the slots of these positions of a sequence, page by page.
 fn push_slots(staging: &mut Vec<i32>, pages: &[u32], page_size: usize, positions: Range<usize>) {
     let mut begin = positions.start;
@@ -207,7 +212,7 @@ impl InputBuffers {
         let valid: usize = batch.iter().map(SequenceInput::num_new).sum();
         assert!(valid <= padded, "{valid} tokens do not fit into {padded} rows");
         assert!(phase == Phase::Prefill || Phase::of(batch) == phase, "a decode has one new token a sequence");
-        let live = self.views(phase, batch.len(), Rows { valid, padded })?;
+        let live = self.views(phase, batch, Rows { valid, padded })?;
         self.stage_tokens(batch, padded, write_kv);
         self.stage_sequences(batch, &live, write_kv);
         let staged = self.values.len();
@@ -221,8 +226,8 @@ impl InputBuffers {
         Ok(live)
     }
 
-    /// Where the live batches of a phase and a padded size lie.
-    fn views(&self, phase: Phase, num_sequences: usize, rows: Rows) -> Result<ForwardBatch> {
+    /// Where the live batches of a phase and a padded size lie. Those without decodes and mixed ones differ in `split` only.
+    fn views(&self, phase: Phase, batch: &[SequenceInput<'_>], rows: Rows) -> Result<ForwardBatch> {
         let capacity = rows.padded.min(self.page_table.dim(0));
         let mut sections = Sections { buffer: &self.sections, end: 0 };
         let (captured, last_rows) = sections.captured(phase, rows.padded, &self.page_table, self.decode_plan)?;
@@ -235,22 +240,22 @@ impl InputBuffers {
         };
         Ok(ForwardBatch {
             rows,
-            num_sequences,
+            num_sequences: batch.len(),
             phase,
             cu_seqlens_q: sections.next(capacity + 1)?,
             kv_lens,
             states,
             page_table: self.page_table.rows(0..capacity)?,
-            last_rows: last_rows.rows(0..num_sequences)?,
+            last_rows: last_rows.rows(0..batch.len())?,
             prefill_plan: sections.next(plan_len)?,
-            split: match phase {
-                Phase::Prefill => Some(AttentionSplit {
+            split: match (phase, num_decodes(batch)) {
+                (Phase::Decode, _) | (Phase::Prefill, 0) => None,
+                (Phase::Prefill, _) => Some(AttentionSplit {
                     prompt_starts: sections.next(capacity + 1)?,
                     prompt_plan: sections.next(plan_len)?,
                     decode_kv_lens: sections.next(capacity)?,
                     decode_plan: sections.plan(self.decode_plan)?,
                 }),
-                Phase::Decode => None,
             },
         })
     }
@@ -311,7 +316,7 @@ impl InputBuffers {
         if live.split.is_none() {
             return;
         }
-        let decodes = batch.iter().take_while(|sequence| sequence.num_new() == 1).count();
+        let decodes = num_decodes(batch);
         let prompt_starts = push_section(staging, capacity + 1, live.rows.valid as i32, |staging| {
             // Each of those at the front has one row.
             staging.extend_from_within(starts);

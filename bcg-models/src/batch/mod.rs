@@ -162,7 +162,9 @@ pub struct DecodeInputs {
 /// A mixed batch taken apart for attention: what has one new token goes to the kernel of decodes, which reads keys at the
 /// speed of memory, and not to that of prompts, which would work on 128 rows for each.
 ///
-/// The sequences with one new token are those at the front of the batch; any others count as prompts.
+/// The sequences with one new token are those at the front of the batch; any others count as prompts. A batch without such
+/// sequences is not taken apart, so it launches one kernel a layer and a mixed one two: a graph holds an executable for
+/// each of the two.
 #[derive(Debug)]
 pub struct AttentionSplit {
     /// `[Bmax + 1]` i32: as `cu_seqlens_q`, with sequences at the front that have no rows.
@@ -197,7 +199,7 @@ pub struct ForwardBatch {
     /// The order of the work of [`mla_prefill`](crate::ops::mla_prefill()), which takes all sequences, with room for the
     /// longest one; without items in a decode.
     pub prefill_plan: Tensor,
-    /// `None` in a decode.
+    /// `None` in a decode, and in a prefill that no sequence with one new token leads.
     pub split: Option<AttentionSplit>,
 }
 
