@@ -3,6 +3,7 @@
 //! A rule is `fn(&Device)` that panics when it is broken. `tests/*.rs` run the rules on the host device, under many
 //! schedules where the rule is about order; the `gpu` binary runs the same rules on a CUDA device.
 
+pub mod allocations;
 pub mod conformance;
 pub mod geometry;
 pub mod golden;

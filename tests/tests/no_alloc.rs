@@ -3,49 +3,15 @@
 //! The emulated device is counted too: warm, it enqueues and runs work without allocating. Not covered: vectors and live
 //! values that the author of a break makes, and outputs that have to be copied into their bridges.
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
-
 use bcg_runtime::{
     BreakableCudaGraph, Context, DType, Device, Eager, Result, Runner, RunnerOptions, Tensor, eager_on_graph,
 };
+use bcg_tests::allocations::{CountingAllocator, num_allocations};
 use bcg_tests::conformance::fixture::{Batch, batch, padded};
 use bcg_tests::conformance::kernels::{add_index_into, axpy, axpy_into};
 
-thread_local! {
-    static NUM_ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
-}
-
-struct Counting;
-
-fn count() {
-    // A thread that is ending has no counter any more, and nobody asks for it.
-    let _ = NUM_ALLOCATIONS.try_with(|num| num.set(num.get() + 1));
-}
-
-// SAFETY: each method passes its arguments on to `System` unchanged, so `System`'s contract holds; counting touches only a
-// constant-initialised thread-local, which allocates nothing.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count();
-        // SAFETY: the caller keeps `GlobalAlloc::alloc`'s contract, which is `System`'s.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
-        // SAFETY: `ptr` came from `System` by `alloc` or `realloc` above, with this layout.
-        unsafe { System.dealloc(ptr, layout) }
-    }
-
-    unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
-        count();
-        // SAFETY: `ptr` came from `System` by `alloc` or `realloc`, with this layout; `new_size` is the caller's.
-        unsafe { System.realloc(ptr, layout, new_size) }
-    }
-}
-
 #[global_allocator]
-static ALLOCATOR: Counting = Counting;
+static ALLOCATOR: CountingAllocator = CountingAllocator;
 
 #[eager_on_graph]
 fn two_launches(cx: &mut Eager<'_, Batch>, x: &Tensor, state: &Tensor) -> Result<Tensor> {
@@ -91,15 +57,15 @@ fn a_warm_replay_allocates_nothing() {
     (0..600).for_each(|_| replay(&padded(2.0, 3, 4)));
     for live in [padded(2.0, 3, 4), padded(-1.0, 4, 4), padded(0.5, 0, 4), batch(3.0)] {
         replay(&live);
-        let before = NUM_ALLOCATIONS.get();
+        let before = num_allocations();
         (0..10).for_each(|_| replay(&live));
-        assert_eq!(NUM_ALLOCATIONS.get() - before, 0, "10 replays of {BREAKS} breaks with {live:?}");
+        assert_eq!(num_allocations() - before, 0, "10 replays of {BREAKS} breaks with {live:?}");
     }
 }
 
 #[test]
 fn the_counter_counts() {
-    let before = NUM_ALLOCATIONS.get();
+    let before = num_allocations();
     drop(std::hint::black_box(Box::new(7)));
-    assert_eq!(NUM_ALLOCATIONS.get() - before, 1);
+    assert_eq!(num_allocations() - before, 1);
 }

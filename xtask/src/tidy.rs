@@ -26,7 +26,7 @@ const UNSAFE_PLACES: &[&str] = &[
     "kernels/src/library.rs",          // loads CUDA's libraries
     "kernels/src/nvrtc.rs",            // binds the compiler
     "benches/src/raw.rs",              // raw driver calls to compare with
-    "tests/tests/no_alloc.rs",         // counts allocations
+    "tests/src/allocations.rs",        // counts allocations
 ];
 
 /// Folders whose Rust files are examples of what must not compile.
