@@ -6,9 +6,8 @@
 use std::fmt;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use bcg_kernels::Source;
-
 use crate::Result;
+use crate::compile::Source;
 use crate::device::host::HostMemory;
 
 /// The largest argument struct of a kernel, in bytes.

@@ -50,6 +50,7 @@ mod arena;
 mod bridge;
 mod cache;
 mod capture;
+mod compile;
 mod context;
 mod device;
 mod dtype;
@@ -75,10 +76,10 @@ mod timeline;
 mod upload;
 
 pub use arena::{ArenaStats, BlockLifetime, Moment};
-pub use bcg_kernels::{Arch, Source};
 pub use bcg_macros::{Bridge, Freeze, eager_on_graph};
 pub use bridge::{Bridge, Carrier};
 pub use cache::{CacheOptions, GraphCache, GraphCacheStats};
+pub use compile::{Arch, CompileError, Header, Source, compile, compile_uncached};
 pub use context::{Context, LiveBatch, Rows};
 pub use device::host::{HostControl, HostMemory, HostOptions};
 pub use device::{Device, DeviceKind, Event, KernelRun, LiveObjects, MemoryInfo, PinnedBuffer, Stream};
@@ -99,6 +100,9 @@ pub use stream::{OpStream, SideStream};
 pub use tensor::Tensor;
 pub use timeline::{GpuTimeline, KernelTime, StepKind, StepTime, Timeline};
 pub use upload::{UploadOptions, UploadSource, Uploader};
+
+/// The CUDA sources of the runtime's own kernels, for a build that compiles every kernel.
+pub static SOURCES: &[&Source] = &[&scrub::SOURCE];
 
 /// What the macros expand to. Not part of the public interface.
 #[doc(hidden)]

@@ -1,10 +1,11 @@
-//! Zeros in the padded rows (law L11); CUDA source: `kernels/src/scrub_tail.cu`.
+//! Zeros in the padded rows (law L11); CUDA source: `cuda/scrub_tail.cu`.
 //!
 //! The kernel reads the number of valid rows from device memory, so its arguments are the same for every batch of a
 //! capture size: in a healed replay its node is never patched.
 
 use bytemuck::{AnyBitPattern, NoUninit};
 
+use crate::compile::Source;
 use crate::{DevicePtr, Dims, HostMemory, Kernel, OpStream, Result, Tensor};
 
 #[repr(C)]
@@ -17,7 +18,9 @@ struct ScrubTailArgs {
     rows: i64,
 }
 
-static SCRUB_TAIL: Kernel<ScrubTailArgs> = Kernel::new("scrub_tail", &bcg_kernels::SCRUB_TAIL, host).programmatic();
+pub(crate) static SOURCE: Source = Source::new("scrub_tail.cu", include_str!("../cuda/scrub_tail.cu"));
+
+static SCRUB_TAIL: Kernel<ScrubTailArgs> = Kernel::new("scrub_tail", &SOURCE, host).programmatic();
 
 /// Blocks of a launch at most: they take rows in turn.
 const BLOCKS_MAX: usize = 256;

@@ -8,7 +8,7 @@ use std::ffi::c_void;
 use std::ptr;
 
 use anyhow::{Result, ensure};
-use bcg_kernels::{Arch, compile};
+use bcg_runtime::{Arch, compile};
 use cudarc::driver::sys;
 
 use crate::program::{BREAK_KERNELS, BreakArgs, DIMS, ELEMENTS, ENTRY, SEGMENT_KERNELS, SOURCE, Tag, check};

@@ -6,7 +6,8 @@ use std::process::ExitCode;
 use std::sync::Mutex;
 use std::time::Instant;
 
-use bcg_kernels::{ALL, Arch, Source, compile_uncached};
+use bcg_kernels::ALL;
+use bcg_runtime::{Arch, Source, compile_uncached};
 
 fn main() -> ExitCode {
     let names: Vec<String> = std::env::args().skip(1).collect();
@@ -17,7 +18,7 @@ fn main() -> ExitCode {
             eprintln!("{name}: not an architecture; expected something like sm_90a");
             return ExitCode::FAILURE;
         };
-        jobs.extend(ALL.iter().map(|source| (*source, arch)));
+        jobs.extend(ALL.iter().chain(bcg_runtime::SOURCES).map(|source| (*source, arch)));
     }
     let (start, total, failures) = (Instant::now(), jobs.len(), Mutex::new(0));
     let queue = Mutex::new(jobs.into_iter());

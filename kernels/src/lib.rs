@@ -1,54 +1,16 @@
-//! CUDA sources of bcg, their compiler and the cubin cache.
+//! The CUDA sources of bcg's ops.
 //!
-//! Owns one `src/<op>.cu` per op and the headers they include. Nothing is built when this crate is built: [`compile()`]
-//! makes a cubin at run time, by NVRTC, for the architecture of the device at hand, and keeps it on disk.
+//! Owns one `src/<op>.cu` per op and the headers they include; the runtime compiles them when they are first used.
 //!
 //! - A kernel takes one `#[repr(C)]` struct by value; its Rust twin stands in the op's file.
 //! - Addresses are computed in 64 bits, sums in f32 and in one fixed order, so a result depends on nothing but its inputs.
 //! - The sources need no CUDA header, only NVRTC.
-//!
-//! Called by the runtime's CUDA device. Must never decide *when* to compile, nor touch a GPU.
-//!
-//! # Example
-//! ```
-//! use bcg_kernels::{Arch, CompileError, RMS_NORM, compile};
-//!
-//! match compile(&RMS_NORM, Arch::new(9, 0)) {
-//!     Ok(cubin) => assert!(!cubin.is_empty()),
-//!     Err(CompileError::NoCompiler { message }) => println!("a machine without CUDA: {message}"),
-//!     Err(error) => panic!("{error}"),
-//! }
-//! ```
 
-mod cache;
-mod compile;
-mod library;
-mod nvrtc;
+use bcg_runtime::{Header, Source};
 
-pub use cache::{Cache, Key};
-pub use compile::{Arch, CompileError, compile, compile_all, compile_uncached};
-pub use library::{library_candidates, open_library};
-
-/// The text of one CUDA source file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Source {
-    /// The file's name, such as `rms_norm.cu`; used in messages and in the cache.
-    pub name: &'static str,
-    /// The file's text. `#include "bcg.cuh"` finds the headers in [`HEADERS`].
-    pub text: &'static str,
-}
-
-impl Source {
-    /// Names a CUDA source.
-    pub const fn new(name: &'static str, text: &'static str) -> Self {
-        Self { name, text }
-    }
-}
-
-/// The headers that every source may include: name and text.
-pub const HEADERS: &[(&str, &str)] = &[
+/// The headers that the sources may include beyond the runtime's.
+const HEADERS: &[Header] = &[
     ("attention_decode.cuh", include_str!("../include/attention_decode.cuh")),
-    ("bcg.cuh", include_str!("../include/bcg.cuh")),
     ("few_rows.cuh", include_str!("../include/few_rows.cuh")),
     ("grouped_linear.cuh", include_str!("../include/grouped_linear.cuh")),
     ("hopper.cuh", include_str!("../include/hopper.cuh")),
@@ -70,7 +32,7 @@ pub const HEADERS: &[(&str, &str)] = &[
 /// Declares one static per source file, and [`ALL`].
 macro_rules! sources {
     ($($(#[$doc:meta])* $name:ident = $file:literal),* $(,)?) => {
-        $($(#[$doc])* pub static $name: Source = Source::new($file, include_str!($file));)*
+        $($(#[$doc])* pub static $name: Source = Source::new($file, include_str!($file)).with_headers(&[HEADERS]);)*
 
         /// Every source of this crate.
         pub static ALL: &[&Source] = &[$(&$name),*];
@@ -140,8 +102,6 @@ sources! {
     RMS_NORM = "rms_norm.cu",
     /// Random choice of a token.
     SAMPLE = "sample.cu",
-    /// Zeros in the padded tail.
-    SCRUB_TAIL = "scrub_tail.cu",
     /// Gated activation.
     SILU_MUL = "silu_mul.cu",
     /// Mamba2's recurrence over the new tokens of each sequence.
@@ -178,7 +138,8 @@ mod tests {
     fn no_source_needs_a_header_that_is_not_embedded() {
         for source in ALL {
             for line in source.text.lines().filter(|line| line.trim_start().starts_with("#include")) {
-                let known = HEADERS.iter().any(|(name, _)| line.contains(&format!("\"{name}\"")));
+                let mut known = HEADERS.iter().map(|header| header.0).chain(["bcg.cuh"]);
+                let known = known.any(|name| line.contains(&format!("\"{name}\"")));
                 assert!(known, "{}: {line}", source.name);
             }
         }

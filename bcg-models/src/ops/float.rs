@@ -1,6 +1,6 @@
 //! Floating-point elements that compute in f32, and kernels in one version per element type.
 //!
-//! The Rust twin of the conversions in `kernels/include/bcg.cuh`.
+//! The Rust twin of the conversions in `bcg-runtime/cuda/bcg.cuh`.
 
 use std::cell::Cell;
 
@@ -84,7 +84,7 @@ macro_rules! per_float {
 }
 pub(crate) use per_float;
 
-/// Elements of a 16-byte word, the widest access of a thread (`Pack::LEN` in `kernels/include/bcg.cuh`).
+/// Elements of a 16-byte word, the widest access of a thread (`Pack::LEN` in `bcg-runtime/cuda/bcg.cuh`).
 pub(crate) const fn pack_len(dtype: DType) -> usize {
     16 / dtype.size_bytes()
 }

@@ -16,6 +16,7 @@
 use std::fmt;
 
 use super::KernelTrace;
+use crate::compile::Arch;
 use crate::launch::Launch;
 use crate::matmul::MatmulTuning;
 use crate::op::Op;
@@ -258,7 +259,7 @@ pub(crate) trait Backend:
     fn kind(&self) -> DeviceKind;
     fn name(&self) -> &str;
     /// The architecture that kernels are compiled for; `None` on the host device.
-    fn compute_capability(&self) -> Option<bcg_kernels::Arch>;
+    fn compute_capability(&self) -> Option<Arch>;
     fn num_multiprocessors(&self) -> u32;
     /// Compiles and loads kernels ahead of their first launch, in parallel where that helps.
     fn prepare(&self, kernels: &[&'static dyn crate::launch::AnyKernel]) -> Result<()>;

@@ -11,9 +11,9 @@ use std::ffi::{CStr, c_char, c_void};
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
-use bcg_kernels::{library_candidates, open_library};
 use libloading::Library;
 
+use crate::compile::{library_candidates, open_library};
 use crate::device::traits::{Matmul, MatmulShape};
 use crate::{DType, Error, Result};
 

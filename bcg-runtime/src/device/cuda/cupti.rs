@@ -11,9 +11,9 @@ use std::mem::offset_of;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use bcg_kernels::{library_candidates, open_library};
 use libloading::Library;
 
+use crate::compile::{library_candidates, open_library};
 use crate::device::KernelTrace;
 use crate::{Error, KernelRun, Result};
 

@@ -13,6 +13,7 @@ use super::super::traits::{Matmul, MatmulBackend, MatmulPlan, MatmulShape, Strea
 use super::CudaBackend;
 use super::cublaslt::{CublasLt, Descriptors, Handle};
 use super::plans::PlanFile;
+use crate::compile::Cache;
 use crate::matmul::MatmulTuning;
 use crate::{Error, Result};
 
@@ -86,7 +87,7 @@ impl CudaBackend {
         let handle = Handle::new(CublasLt::get()?)?;
         let model = self.name.split_once(' ').map_or(self.name.as_str(), |(_, model)| model);
         let device = format!("{model}, {}, {} multiprocessors", self.arch, self.num_multiprocessors);
-        let file = PlanFile::open(bcg_kernels::Cache::of_user(), &device, handle.library.version());
+        let file = PlanFile::open(Cache::of_user(), &device, handle.library.version());
         Ok(self.matmuls.get_or_init(|| State { handle, file, plans: RwLock::default() }))
     }
 }

@@ -30,11 +30,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::ThreadId;
 
-use bcg_kernels::Arch;
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
 
 use super::KernelTrace;
 use super::traits::Backend;
+use crate::compile::Arch;
 use crate::launch::AnyKernel;
 use crate::{DeviceKind, Error, Result};
 use matmul::Matmuls;

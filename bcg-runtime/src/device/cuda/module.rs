@@ -12,11 +12,11 @@ use std::fmt::Display;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
-use bcg_kernels::Source;
 use cudarc::driver::sys::CUfunction_attribute as Attribute;
 
 use super::CudaBackend;
 use super::sys::NOT_FOUND;
+use crate::compile::{self, Source};
 use crate::launch::{AnyKernel, KERNELS_MAX, Launch};
 use crate::{Error, Result};
 
@@ -95,7 +95,7 @@ impl CudaBackend {
     }
 
     fn compile(&self, kernel: &str, source: &Source) -> Result<Vec<u8>> {
-        bcg_kernels::compile(source, self.arch).map_err(|error| kernel_error(kernel, error))
+        compile::compile(source, self.arch).map_err(|error| kernel_error(kernel, error))
     }
 
     fn load_source(&self, kernel: &str, cubin: &[u8]) -> Result<u64> {
@@ -107,7 +107,7 @@ impl CudaBackend {
         }
         let _relaxed = self.enter()?;
         // SAFETY: `is_whole_elf`, just above, refuses an image that was cut; its contents come from the compiler, or from
-        // the cache of `bcg_kernels`, which compares a checksum.
+        // the cache of `compile`, which compares a checksum.
         unsafe { self.driver.load_module(cubin) }.map_err(|error| kernel_error(kernel, error))
     }
 
@@ -185,7 +185,7 @@ impl CudaBackend {
             }
         }
         let sources: Vec<&Source> = missing.iter().map(|kernel| kernel.source()).collect();
-        for (kernel, cubin) in missing.iter().zip(bcg_kernels::compile_all(&sources, self.arch)) {
+        for (kernel, cubin) in missing.iter().zip(compile::compile_all(&sources, self.arch)) {
             let cubin = cubin.map_err(|error| kernel_error(kernel.name(), error))?;
             if let Entry::Vacant(vacant) = self.modules.lock().entry(key(kernel.source())) {
                 vacant.insert(self.load_source(kernel.name(), &cubin)?);

@@ -7,10 +7,9 @@
 use std::collections::HashMap;
 use std::fmt::Write;
 
-use bcg_kernels::{Cache, Key};
-
 use super::cublaslt::Algorithm;
 use crate::DType;
+use crate::compile::{Cache, Key};
 use crate::device::traits::MatmulShape;
 
 /// The tuned algorithms of earlier processes, and where to keep those of this one.

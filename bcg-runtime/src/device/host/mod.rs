@@ -36,6 +36,7 @@ pub use memory::HostMemory;
 
 use super::KernelTrace;
 use super::traits::Backend;
+use crate::compile::Arch;
 use crate::launch::AnyKernel;
 use crate::{DeviceKind, Error, Result};
 use capture::Capture;
@@ -166,7 +167,7 @@ impl Backend for HostBackend {
         &self.shared.name
     }
 
-    fn compute_capability(&self) -> Option<bcg_kernels::Arch> {
+    fn compute_capability(&self) -> Option<Arch> {
         None
     }
 

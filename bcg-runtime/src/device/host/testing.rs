@@ -1,8 +1,7 @@
 //! What the unit tests of the host device share: one device with short names for its calls, and two kernels.
 
-use bcg_kernels::Source;
-
 use super::{HostBackend, HostControl, HostOptions};
+use crate::compile::Source;
 use crate::device::traits::{
     EventBackend, EventHandle, ExecHandle, GraphBackend, MemoryBackend, RowCopy, StreamBackend, StreamHandle,
 };

@@ -8,18 +8,12 @@ use std::path::PathBuf;
 use libloading::Library;
 
 /// Returns the names and paths to try for a library, in order; the environment's `variable`, if set, is the only one.
-///
-/// # Example
-/// ```
-/// let paths = bcg_kernels::library_candidates("BCG_CUBLASLT", &["libcublasLt.so.13"]);
-/// assert!(!paths.is_empty());
-/// ```
-pub fn library_candidates(variable: &str, names: &[&str]) -> Vec<PathBuf> {
+pub(crate) fn library_candidates(variable: &str, names: &[&str]) -> Vec<PathBuf> {
     if let Some(path) = std::env::var_os(variable) {
         return vec![path.into()];
     }
     let mut paths: Vec<PathBuf> = names.iter().map(PathBuf::from).collect();
-    for root in crate::compile::cuda_roots() {
+    for root in super::cuda_roots() {
         paths.extend(
             ["lib64", "lib"]
                 .iter()
@@ -37,7 +31,7 @@ pub fn library_candidates(variable: &str, names: &[&str]) -> Vec<PathBuf> {
 ///
 /// # Safety
 /// Loading runs a library's initialisers: the candidates are libraries of CUDA, or named as such by the user.
-pub unsafe fn open_library(candidates: &[PathBuf]) -> Result<(Library, PathBuf), String> {
+pub(crate) unsafe fn open_library(candidates: &[PathBuf]) -> Result<(Library, PathBuf), String> {
     let mut errors = Vec::new();
     for path in candidates {
         // SAFETY: the initialisers of CUDA's libraries have no precondition; by this function's contract, it is one.
@@ -53,7 +47,7 @@ pub unsafe fn open_library(candidates: &[PathBuf]) -> Result<(Library, PathBuf),
     Err(format!("looked for {}{}", names.join(", "), errors.concat()))
 }
 
-/// The loader's own words, which the error keeps behind its own.
+/// The loader's own words, which the error keeps as its source.
 fn reason(error: &libloading::Error) -> String {
     std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
 }

@@ -3,7 +3,7 @@
 //! - The library is looked for once per process and never unloaded; its absence is an error, never a panic.
 //! - A program is destroyed when its guard drops, on every path.
 //!
-//! Called by [`crate::compile()`] only. cudarc's binding is not used: it panics when the library is missing, and its list
+//! Called by [`compile()`](super::compile()) only. cudarc's binding is not used: it panics when the library is missing, and its list
 //! of names lacks `libnvrtc.so.13`, the only name in CUDA 13's Python wheels.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
@@ -11,15 +11,15 @@ use std::sync::OnceLock;
 
 use libloading::Library;
 
-use crate::compile::CompileError;
-use crate::library::{library_candidates, open_library};
+use super::CompileError;
+use super::library::{library_candidates, open_library};
 
 type Program = *mut c_void;
 type SizeOf = unsafe extern "C" fn(Program, *mut usize) -> c_int;
 type CopyTo = unsafe extern "C" fn(Program, *mut c_char) -> c_int;
 
 /// The functions of NVRTC that the compiler uses.
-pub(crate) struct Nvrtc {
+pub(super) struct Nvrtc {
     version: (i32, i32),
     create: unsafe extern "C" fn(
         *mut Program,
@@ -41,10 +41,10 @@ pub(crate) struct Nvrtc {
 }
 
 /// The outcome of a compilation: the cubin, or the compiler's log.
-pub(crate) type Compiled = Result<Vec<u8>, String>;
+pub(super) type Compiled = Result<Vec<u8>, String>;
 
 /// Returns the process's NVRTC, or why there is none.
-pub(crate) fn nvrtc() -> Result<&'static Nvrtc, CompileError> {
+pub(super) fn nvrtc() -> Result<&'static Nvrtc, CompileError> {
     static NVRTC: OnceLock<Result<Nvrtc, String>> = OnceLock::new();
     NVRTC.get_or_init(Nvrtc::load).as_ref().map_err(|message| CompileError::NoCompiler { message: message.clone() })
 }
@@ -80,12 +80,12 @@ impl Nvrtc {
     }
 
     /// Returns the compiler's version, such as `(13, 0)`.
-    pub(crate) fn version(&self) -> (i32, i32) {
+    pub(super) fn version(&self) -> (i32, i32) {
         self.version
     }
 
     /// Compiles `text` with the named `headers` to a cubin.
-    pub(crate) fn compile(
+    pub(super) fn compile(
         &self,
         name: &CStr,
         text: &CStr,

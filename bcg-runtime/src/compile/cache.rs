@@ -9,45 +9,33 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::{HEADERS, Source};
-
 const MAGIC: &[u8; 8] = b"BCGCUB01";
 const HEADER_BYTES: usize = MAGIC.len() + 16;
 
 /// A folder of entries, each a file: the user's cache.
-///
-/// # Example
-/// ```
-/// # let dir = std::env::temp_dir().join(format!("bcg-doc-{}", std::process::id()));
-/// use bcg_kernels::Cache;
-/// let cache = Cache::new(&dir);
-/// cache.store("answer", b"42");
-/// assert_eq!((cache.load("answer"), cache.load("other")), (Some(b"42".to_vec()), None));
-/// # std::fs::remove_dir_all(&dir).unwrap();
-/// ```
 #[derive(Clone, Debug)]
-pub struct Cache {
+pub(crate) struct Cache {
     dir: PathBuf,
 }
 
 impl Cache {
     /// Makes a cache in a folder, which is made when it is first written to.
-    pub fn new(dir: impl Into<PathBuf>) -> Self {
+    pub(crate) fn new(dir: impl Into<PathBuf>) -> Self {
         Self { dir: dir.into() }
     }
 
     /// Returns the user's cache, if the environment names one: `BCG_CACHE_DIR`, else `$XDG_CACHE_HOME/bcg`, else
     /// `~/.cache/bcg`.
-    pub fn of_user() -> Option<Self> {
+    pub(crate) fn of_user() -> Option<Self> {
         let named = |variable: &str| std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
         let dir = named("BCG_CACHE_DIR")
             .or_else(|| named("XDG_CACHE_HOME").map(|dir| dir.join("bcg")))
             .or_else(|| named("HOME").map(|dir| dir.join(".cache").join("bcg")))?;
-        Some(Self { dir })
+        Some(Self::new(dir))
     }
 
     /// Returns an entry, or `None` if it is absent or damaged.
-    pub fn load(&self, entry: &str) -> Option<Vec<u8>> {
+    pub(crate) fn load(&self, entry: &str) -> Option<Vec<u8>> {
         let path = self.dir.join(entry);
         let bytes = match fs::read(&path) {
             Ok(bytes) => bytes,
@@ -65,7 +53,7 @@ impl Cache {
     }
 
     /// Writes an entry; a failure is a warning.
-    pub fn store(&self, entry: &str, contents: &[u8]) {
+    pub(crate) fn store(&self, entry: &str, contents: &[u8]) {
         let path = self.dir.join(entry);
         if let Err(error) = self.write(&path, contents) {
             tracing::warn!(path = %path.display(), %error, "cache: cannot write");
@@ -102,43 +90,25 @@ fn checksum(bytes: &[u8]) -> [u8; 16] {
 }
 
 /// What an entry depends on, hashed: part of its name.
-///
-/// # Example
-/// ```
-/// use bcg_kernels::Key;
-/// assert_ne!(Key::of(&[b"ab", b"c"]).finish(), Key::of(&[b"a", b"bc"]).finish());
-/// ```
 #[derive(Clone, Debug)]
-pub struct Key(Fnv128);
+pub(crate) struct Key(Fnv128);
 
 impl Key {
     /// Hashes parts, in their order.
-    pub fn of(parts: &[&[u8]]) -> Self {
+    pub(crate) fn of(parts: &[&[u8]]) -> Self {
         let mut key = Self(Fnv128::new());
         parts.iter().for_each(|part| key.add(part));
         key
     }
 
-    /// Hashes the compiler's version, `source` and all headers.
-    pub(crate) fn new(version: (i32, i32), source: &Source) -> Self {
-        let mut key = Self::of(&[format!("nvrtc {}.{}", version.0, version.1).as_bytes()]);
-        key.add(source.name.as_bytes());
-        key.add(source.text.as_bytes());
-        for (name, text) in HEADERS {
-            key.add(name.as_bytes());
-            key.add(text.as_bytes());
-        }
-        key
-    }
-
     /// Adds one more part; its length is hashed too, so that parts cannot run into each other.
-    pub fn add(&mut self, part: &[u8]) {
+    pub(crate) fn add(&mut self, part: &[u8]) {
         self.0.add(&(part.len() as u64).to_le_bytes());
         self.0.add(part);
     }
 
     /// Returns the key in hexadecimal.
-    pub fn finish(&self) -> String {
+    pub(crate) fn finish(&self) -> String {
         format!("{:032x}", self.0.0)
     }
 }
@@ -204,22 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn every_part_of_a_key_counts() {
-        let key = |version, name, text, parts: &[&str]| {
-            let mut key = Key::new(version, &Source::new(name, text));
-            parts.iter().for_each(|part| key.add(part.as_bytes()));
-            key.finish()
-        };
-        let keys = [
-            key((13, 0), "a.cu", "text", &["x", "y"]),
-            key((12, 9), "a.cu", "text", &["x", "y"]),
-            key((13, 0), "b.cu", "text", &["x", "y"]),
-            key((13, 0), "a.cu", "test", &["x", "y"]),
-            key((13, 0), "a.cu", "text", &["xy"]),
-            key((13, 0), "a.cu", "text", &["x", "z"]),
-        ];
-        for (i, a) in keys.iter().enumerate() {
-            assert!(keys[i + 1..].iter().all(|b| a != b), "{i}");
-        }
+    fn the_parts_of_a_key_do_not_run_into_each_other() {
+        assert_ne!(Key::of(&[b"ab", b"c"]).finish(), Key::of(&[b"a", b"bc"]).finish());
     }
 }

@@ -1,9 +1,17 @@
-//! From CUDA source to cubin: disk cache first, NVRTC second.
+//! From CUDA source to cubin: disk cache first, NVRTC second. The lowest layer of the runtime: it imports no other.
 //!
-//! - The same source, headers, options and compiler version give the same cache entry, whatever the process.
+//! - Nothing is built when the crate is built: a cubin is made for the architecture of the device at hand.
+//! - The same source, headers, options and compiler version give the same cache entry, whatever the process. A header
+//!   that a source does not reach changes nothing.
 //! - A machine without NVRTC gets an error that says what was looked for; a cached cubin needs NVRTC only for its version.
 //!
-//! Called by the runtime when a kernel is first used, and by CI for every kernel and architecture.
+//! Called by the CUDA device when a kernel is first used, and by CI for every kernel and architecture. Must never decide
+//! *when* to compile, nor touch a GPU.
+
+mod cache;
+mod library;
+mod nvrtc;
+mod source;
 
 use std::ffi::CString;
 use std::fmt;
@@ -11,9 +19,11 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-use crate::cache::{Cache, Key};
-use crate::nvrtc::{Nvrtc, nvrtc};
-use crate::{HEADERS, Source};
+use nvrtc::{Nvrtc, nvrtc};
+
+pub(crate) use cache::{Cache, Key};
+pub(crate) use library::{library_candidates, open_library};
+pub use source::{Header, Source};
 
 /// A GPU architecture, by its compute capability.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -34,7 +44,7 @@ impl Arch {
     ///
     /// # Example
     /// ```
-    /// use bcg_kernels::Arch;
+    /// use bcg_runtime::Arch;
     /// assert_eq!(Arch::parse("sm_90a"), Some(Arch::new(9, 0)));
     /// assert_eq!(Arch::parse("sm_100a").unwrap().to_string(), "sm_100a");
     /// assert_eq!(Arch::parse("80").unwrap().to_string(), "sm_80");
@@ -65,6 +75,16 @@ pub enum CompileError {
         /// What was looked for.
         message: String,
     },
+    /// The source, or a header of it, includes a header in double quotes that the source does not list.
+    #[error("{source_name}: there is no header \"{header}\", which {file} includes; name it in `with_headers`")]
+    UnknownHeader {
+        /// The source file's name.
+        source_name: &'static str,
+        /// The file with the `#include`: the source or a header.
+        file: &'static str,
+        /// The header's name.
+        header: String,
+    },
     /// NVRTC refused the source.
     #[error("{source_name} for {arch}: {log}")]
     Rejected {
@@ -90,21 +110,35 @@ pub enum CompileError {
 /// Compiles `source` for `arch` to a cubin, or takes it from the cache on disk.
 ///
 /// The cache is the folder `BCG_CACHE_DIR`, else `$XDG_CACHE_HOME/bcg`, else `~/.cache/bcg`. An entry is found by source,
-/// headers, options and compiler version. A cache that cannot be read or written costs a warning and a compilation.
+/// the headers that the source reaches, options and compiler version. A cache that cannot be read or written costs a
+/// warning and a compilation.
 ///
 /// # Errors
+/// [`CompileError::UnknownHeader`] for an `#include` of a header that the source does not list;
 /// [`CompileError::NoCompiler`] without NVRTC; [`CompileError::Rejected`] with the compiler's log for a wrong source.
+///
+/// # Example
+/// ```
+/// use bcg_runtime::{Arch, CompileError, Source, compile};
+///
+/// let source = Source::new("nothing.cu", "extern \"C\" __global__ void nothing(unsigned) {}");
+/// match compile(&source, Arch::new(9, 0)) {
+///     Ok(cubin) => assert!(!cubin.is_empty()),
+///     Err(CompileError::NoCompiler { message }) => println!("a machine without CUDA: {message}"),
+///     Err(error) => panic!("{error}"),
+/// }
+/// ```
 pub fn compile(source: &Source, arch: Arch) -> Result<Vec<u8>, CompileError> {
+    let headers = source.reached()?;
     let nvrtc = nvrtc()?;
     let options = options(arch);
-    let mut key = Key::new(nvrtc.version(), source);
-    options.iter().for_each(|option| key.add(option.as_bytes()));
+    let key = key(nvrtc.version(), source, &headers, &options);
     let cache = Cache::of_user();
     let entry = format!("{}-{arch}-{}.cubin", source.name.trim_end_matches(".cu"), key.finish());
     if let Some(cubin) = cache.as_ref().and_then(|cache| cache.load(&entry)) {
         return Ok(cubin);
     }
-    let cubin = compile_with(nvrtc, source, arch, &options)?;
+    let cubin = compile_with(nvrtc, source, &headers, arch, &options)?;
     if let Some(cache) = cache {
         cache.store(&entry, &cubin);
     }
@@ -116,16 +150,16 @@ pub fn compile(source: &Source, arch: Arch) -> Result<Vec<u8>, CompileError> {
 /// # Errors
 /// Those of [`compile`].
 pub fn compile_uncached(source: &Source, arch: Arch) -> Result<Vec<u8>, CompileError> {
-    compile_with(nvrtc()?, source, arch, &options(arch))
+    compile_with(nvrtc()?, source, &source.reached()?, arch, &options(arch))
 }
 
 /// Compiles many sources for `arch` in parallel, through the cache; the results are in the order of `sources`.
-pub fn compile_all(sources: &[&Source], arch: Arch) -> Vec<Result<Vec<u8>, CompileError>> {
+pub(crate) fn compile_all(sources: &[&Source], arch: Arch) -> Vec<Result<Vec<u8>, CompileError>> {
     parallel(sources, |source| compile(source, arch))
 }
 
 /// Applies `f` to every item on all processors and returns the results in order.
-pub(crate) fn parallel<T: Sync, R: Send>(items: &[T], f: impl Fn(&T) -> R + Sync) -> Vec<R> {
+fn parallel<T: Sync, R: Send>(items: &[T], f: impl Fn(&T) -> R + Sync) -> Vec<R> {
     let next = AtomicUsize::new(0);
     let done = Mutex::new(Vec::with_capacity(items.len()));
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(items.len());
@@ -146,14 +180,29 @@ pub(crate) fn parallel<T: Sync, R: Send>(items: &[T], f: impl Fn(&T) -> R + Sync
     done.into_iter().map(|(_, result)| result).collect()
 }
 
-fn compile_with(nvrtc: &Nvrtc, source: &Source, arch: Arch, options: &[String]) -> Result<Vec<u8>, CompileError> {
+/// What a cubin depends on.
+fn key(version: (i32, i32), source: &Source, headers: &[Header], options: &[String]) -> Key {
+    let mut key = Key::of(&[format!("nvrtc {}.{}", version.0, version.1).as_bytes()]);
+    for (name, text) in [(source.name, source.text)].iter().chain(headers) {
+        key.add(name.as_bytes());
+        key.add(text.as_bytes());
+    }
+    options.iter().for_each(|option| key.add(option.as_bytes()));
+    key
+}
+
+fn compile_with(
+    nvrtc: &Nvrtc,
+    source: &Source,
+    headers: &[Header],
+    arch: Arch,
+    options: &[String],
+) -> Result<Vec<u8>, CompileError> {
     let source_name = source.name;
     let failed = |message: String| CompileError::Nvrtc { source_name, arch, message };
     let text = |value: &str| CString::new(value).map_err(|_| failed("holds a NUL byte".to_owned()));
-    let mut headers = Vec::new();
-    for (name, header) in HEADERS {
-        headers.push((text(name)?, text(header)?));
-    }
+    let headers =
+        headers.iter().map(|(name, header)| Ok((text(name)?, text(header)?))).collect::<Result<Vec<_>, _>>()?;
     let options = options.iter().map(|option| text(option)).collect::<Result<Vec<_>, _>>()?;
     let span = tracing::debug_span!("compile", source = source_name, %arch);
     let _entered = span.enter();
@@ -172,14 +221,14 @@ fn options(arch: Arch) -> Vec<String> {
 }
 
 /// Returns the folders in which CUDA may be installed.
-pub(crate) fn cuda_roots() -> Vec<PathBuf> {
+fn cuda_roots() -> Vec<PathBuf> {
     let named = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(std::env::var_os).map(PathBuf::from);
     named.chain([PathBuf::from("/usr/local/cuda")]).collect()
 }
 
 /// Returns the folders with CUDA's headers: `BCG_CUDA_INCLUDE`, CUDA's folders, and those beside the libraries.
 ///
-/// The kernels of this crate need none of them; kernels of the runtime's users may.
+/// The kernels of bcg need none of them; kernels of the runtime's users may.
 fn include_dirs() -> Vec<PathBuf> {
     if let Some(dirs) = std::env::var_os("BCG_CUDA_INCLUDE") {
         return std::env::split_paths(&dirs).collect();
@@ -214,6 +263,39 @@ mod tests {
         static WRONG: Source = Source::new("wrong.cu", "this is not CUDA");
         let error = compile_uncached(&WRONG, Arch::new(8, 0)).unwrap_err().to_string();
         assert!(error.contains("libnvrtc.so") || error.contains("wrong.cu"), "{error}");
+    }
+
+    #[test]
+    fn every_part_of_a_key_counts() {
+        let key = |version, name, text, options: &[&str]| {
+            let options: Vec<String> = options.iter().map(ToString::to_string).collect();
+            key(version, &Source::new(name, text), &[], &options).finish()
+        };
+        let keys = [
+            key((13, 0), "a.cu", "text", &["x", "y"]),
+            key((12, 9), "a.cu", "text", &["x", "y"]),
+            key((13, 0), "b.cu", "text", &["x", "y"]),
+            key((13, 0), "a.cu", "test", &["x", "y"]),
+            key((13, 0), "a.cu", "text", &["xy"]),
+            key((13, 0), "a.cu", "text", &["x", "z"]),
+        ];
+        for (i, a) in keys.iter().enumerate() {
+            assert!(keys[i + 1..].iter().all(|b| a != b), "{i}");
+        }
+    }
+
+    #[test]
+    fn a_key_covers_the_headers_that_its_source_reaches_and_no_other() {
+        let key_of = |headers: &'static [&'static [Header]]| {
+            let source = Source::new("a.cu", "#include \"near.cuh\"").with_headers(headers);
+            key((13, 0), &source, &source.reached().unwrap(), &[]).finish()
+        };
+        const NEAR: Header = ("near.cuh", "#include \"far.cuh\"");
+        let as_it_was = key_of(&[&[NEAR, ("far.cuh", "1"), ("other.cuh", "1")]]);
+        assert_eq!(key_of(&[&[NEAR, ("far.cuh", "1"), ("other.cuh", "2")]]), as_it_was, "not reached");
+        assert_ne!(key_of(&[&[NEAR, ("far.cuh", "2"), ("other.cuh", "1")]]), as_it_was, "reached by way of another");
+        let touched = key_of(&[&[("near.cuh", "#include \"far.cuh\" // touched"), ("far.cuh", "1")]]);
+        assert_ne!(touched, as_it_was, "reached");
     }
 
     #[test]

@@ -1,0 +1,106 @@
+//! CUDA sources, and the headers that each of them reaches.
+
+use super::CompileError;
+
+/// The header that every source may include: dtypes, conversions, words of 16 bytes, block reductions.
+const BUILT_IN: Header = ("bcg.cuh", include_str!("../../cuda/bcg.cuh"));
+
+/// The name of a header, as sources include it, and its text.
+pub type Header = (&'static str, &'static str);
+
+/// The text of one CUDA source file, and the headers that it may include.
+///
+/// `#include "bcg.cuh"` is always possible. Any other header in double quotes must be among those that
+/// [`with_headers`](Self::with_headers) names; CUDA's own headers stand in angle brackets.
+///
+/// # Example
+/// ```
+/// use bcg_runtime::Source;
+///
+/// const HEADERS: &[(&str, &str)] = &[("scale.cuh", "#include \"bcg.cuh\"\nconst f32 SCALE = 2.0f;")];
+/// static SOURCE: Source = Source::new("scale.cu", "#include \"scale.cuh\"").with_headers(&[HEADERS]);
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Source {
+    /// The file's name, such as `rms_norm.cu`; used in messages and in the cache.
+    pub name: &'static str,
+    /// The file's text.
+    pub text: &'static str,
+    headers: &'static [&'static [Header]],
+}
+
+impl Source {
+    /// Names a CUDA source that includes no header but `bcg.cuh`.
+    pub const fn new(name: &'static str, text: &'static str) -> Self {
+        Self { name, text, headers: &[] }
+    }
+
+    /// Names the lists of headers that the source, and the headers in them, may include, in place of those named before.
+    ///
+    /// What is listed but not included costs nothing: neither the compiler nor the cache sees it.
+    #[must_use]
+    pub const fn with_headers(self, headers: &'static [&'static [Header]]) -> Self {
+        Self { headers, ..self }
+    }
+
+    /// Returns the headers that the source includes, itself or by way of other headers, each once.
+    pub(super) fn reached(&self) -> Result<Vec<Header>, CompileError> {
+        let mut reached: Vec<Header> = Vec::new();
+        let mut unread: Vec<Header> = vec![(self.name, self.text)];
+        while let Some((file, text)) = unread.pop() {
+            for name in text.lines().filter_map(included) {
+                if reached.iter().any(|header| header.0 == name) {
+                    continue;
+                }
+                let header = self.header(name).ok_or_else(|| CompileError::UnknownHeader {
+                    source_name: self.name,
+                    file,
+                    header: name.to_owned(),
+                })?;
+                reached.push(header);
+                unread.push(header);
+            }
+        }
+        Ok(reached)
+    }
+
+    fn header(&self, name: &str) -> Option<Header> {
+        let listed = self.headers.iter().flat_map(|list| list.iter());
+        [BUILT_IN].iter().chain(listed).find(|header| header.0 == name).copied()
+    }
+}
+
+/// Returns the name in a line `#include "name"`.
+fn included(line: &str) -> Option<&str> {
+    let directive = line.trim_start().strip_prefix('#')?.trim_start().strip_prefix("include")?;
+    directive.trim_start().strip_prefix('"')?.split('"').next()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_source_reaches_what_its_headers_include() -> Result<(), CompileError> {
+        const TILES: &[Header] =
+            &[("ring.cuh", "#include \"tile.cuh\""), ("tile.cuh", "  # include  \"bcg.cuh\" // f32")];
+        const OWN: &[Header] = &[("own.cuh", "#include <cuda_fp16.h>\n#include \"ring.cuh\"\n#include \"tile.cuh\"")];
+        let names = |text| -> Result<Vec<&str>, CompileError> {
+            let source = Source::new("a.cu", text).with_headers(&[TILES, OWN]);
+            Ok(source.reached()?.iter().map(|header| header.0).collect())
+        };
+        assert_eq!(names("// #include \"ring.cuh\"")?, [""; 0]);
+        assert_eq!(names("#include \"bcg.cuh\"")?, ["bcg.cuh"]);
+        assert_eq!(names("#include \"tile.cuh\"")?, ["tile.cuh", "bcg.cuh"]);
+        assert_eq!(names("#include \"own.cuh\"")?, ["own.cuh", "ring.cuh", "tile.cuh", "bcg.cuh"]);
+        Ok(())
+    }
+
+    #[test]
+    fn a_header_that_is_not_listed_is_an_error_that_names_it_and_who_includes_it() {
+        const HEADERS: &[Header] = &[("ring.cuh", "#include \"tiles.cuh\"")];
+        let source = Source::new("a.cu", "#include \"ring.cuh\"").with_headers(&[HEADERS]);
+        let error = source.reached().unwrap_err().to_string();
+        assert_eq!(error, "a.cu: there is no header \"tiles.cuh\", which ring.cuh includes; name it in `with_headers`");
+    }
+}
