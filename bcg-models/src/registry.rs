@@ -8,15 +8,15 @@ use bcg_runtime::{Context, OpStream, Tensor};
 use crate::batch::{ForwardBatch, TokenInputs};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::models::{Deepseek, NemotronH, Qwen3, Qwen3Moe};
+use crate::models::{deepseek, nemotron_h, qwen3, qwen3_moe};
 use crate::state::{CacheLayout, Caches};
 use crate::weights::Weights;
 
 /// A language model, loaded.
 pub trait Model: Debug + Send + Sync {
-    /// Runs the layers over the batch's rows and returns the last hidden states, `[T, C]`, or those that
-    /// [`TokenInputs::keep_wanted`] keeps: rows do not mix behind the last attention, so a model may end the others there.
-    /// This is what is captured.
+    /// Runs the layers over the batch's rows and returns the last hidden states: `[T, C]`, or `[Bmax, C]` where the model
+    /// ends the rows that nobody wants after the last layer that mixes rows, with [`TokenInputs::keep_wanted`]. This is
+    /// what is captured.
     ///
     /// # Errors
     /// Those of the ops and breaks.
@@ -27,7 +27,7 @@ pub trait Model: Debug + Send + Sync {
         caches: &Caches,
     ) -> bcg_runtime::Result<Tensor>;
 
-    /// Turns hidden states `[B, C]` into logits `[B, V]` in f32. Runs behind the captured part, on the last rows only.
+    /// Turns hidden states `[B, C]` into logits `[B, V]` in f32. Runs after the captured part, on the last rows only.
     ///
     /// # Errors
     /// Those of the ops.
@@ -40,13 +40,11 @@ type Loader = fn(&ModelConfig, &mut Weights<'_>) -> Result<Arc<dyn Model>>;
 
 /// The supported architectures.
 const MODELS: &[Family] = &[
-    ("Qwen3ForCausalLM", Qwen3::cache_layout, |config, weights| Ok(Arc::new(Qwen3::load(config, weights)?))),
-    ("Qwen3MoeForCausalLM", Qwen3Moe::cache_layout, |config, weights| Ok(Arc::new(Qwen3Moe::load(config, weights)?))),
-    ("NemotronHForCausalLM", NemotronH::cache_layout, |config, weights| {
-        Ok(Arc::new(NemotronH::load(config, weights)?))
-    }),
-    ("DeepseekV3ForCausalLM", Deepseek::cache_layout, |config, weights| Ok(Arc::new(Deepseek::load(config, weights)?))),
-    ("DeepseekV2ForCausalLM", Deepseek::cache_layout, |config, weights| Ok(Arc::new(Deepseek::load(config, weights)?))),
+    ("Qwen3ForCausalLM", qwen3::cache_layout, |c, w| Ok(Arc::new(qwen3::load(c, w)?))),
+    ("Qwen3MoeForCausalLM", qwen3_moe::cache_layout, |c, w| Ok(Arc::new(qwen3_moe::load(c, w)?))),
+    ("NemotronHForCausalLM", nemotron_h::cache_layout, |c, w| Ok(Arc::new(nemotron_h::load(c, w)?))),
+    ("DeepseekV3ForCausalLM", deepseek::cache_layout, |c, w| Ok(Arc::new(deepseek::load(c, w)?))),
+    ("DeepseekV2ForCausalLM", deepseek::cache_layout, |c, w| Ok(Arc::new(deepseek::load(c, w)?))),
 ];
 
 /// The names of the supported architectures.

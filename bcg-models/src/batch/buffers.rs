@@ -90,7 +90,8 @@ impl Sections<'_> {
         decode_plan: DecodePlan,
     ) -> Result<(TokenInputs, Tensor)> {
         let (token_ids, positions, slot_mapping) = (self.next(rows)?, self.next(rows)?, self.next(rows)?);
-        let num_valid = self.next(1)?;
+        let counts = self.next(2)?;
+        let (num_valid, num_sequences) = (counts.rows(0..1)?, counts.rows(1..2)?);
         let last_rows = self.next(rows.min(page_table.dim(0)))?;
         let decode = match phase {
             Phase::Prefill => None,
@@ -103,7 +104,9 @@ impl Sections<'_> {
         };
         let is_less = last_rows.dim(0) < rows;
         let wanted = is_less.then(|| last_rows.clone());
-        Ok((TokenInputs { token_ids, positions, slot_mapping, num_valid, last_rows: wanted, decode }, last_rows))
+        let inputs =
+            TokenInputs { token_ids, positions, slot_mapping, num_valid, num_sequences, last_rows: wanted, decode };
+        Ok((inputs, last_rows))
     }
 }
 
@@ -160,7 +163,7 @@ impl InputBuffers {
         let plan: usize = decode_plan.shape().iter().product();
         let plans = aligned(plan) + 2 * aligned(attention_prefill_plan_len(rows, sequences));
         // Tokens, positions, slots; lengths, states, starts, last rows, and starts and lengths of a mixed batch taken apart;
-        // all plans; the number of valid rows, and a decode's prefill plan without items.
+        // all plans; the numbers of valid rows and of sequences, and a decode's prefill plan without items.
         let sections = 3 * aligned(rows) + 7 * aligned(sequences + 1) + plans + 2 * SECTION_ALIGNMENT;
         let len = sections + sequences * pages_per_sequence;
         Ok(Self {
@@ -279,7 +282,7 @@ impl InputBuffers {
             written.iter().for_each(|s| push_slots(staging, s.pages, page_size, s.past_len..s.kv_len()));
         });
         let valid: usize = batch.iter().map(SequenceInput::num_new).sum();
-        push_section(staging, 1, 0, |staging| staging.push(valid as i32));
+        push_section(staging, 2, 0, |staging| staging.extend([valid as i32, batch.len() as i32]));
         push_section(staging, padded.min(self.page_table.dim(0)), 0, |staging| {
             staging.extend(ends(batch).map(|end| end - 1));
         });
@@ -415,7 +418,7 @@ mod tests {
         assert_eq!(read(&tokens.token_ids), [7, 8, 9, 6, 0, 0]);
         assert_eq!(read(&tokens.positions), [3, 4, 5, 0, 0, 0]);
         assert_eq!(read(&tokens.slot_mapping), [23, 8, 9, 4, -1, -1]);
-        assert_eq!(read(&tokens.num_valid), [4]);
+        assert_eq!((read(&tokens.num_valid), read(&tokens.num_sequences)), (vec![4], vec![2]));
         assert_eq!(read(&live.cu_seqlens_q), [0, 3, 4, 4, 4, 4, 4]);
         assert_eq!(read(&live.kv_lens), [6, 1, 0, 0, 0, 0]);
         assert_eq!(live.page_table.shape(), [6, LIMITS.pages_per_sequence]);

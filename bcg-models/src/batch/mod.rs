@@ -117,7 +117,9 @@ pub struct TokenInputs {
     pub slot_mapping: Tensor,
     /// `[1]` i32: the rows that are not padding.
     pub num_valid: Tensor,
-    /// `[Bmax]` i32: the last row of each sequence, and 0 behind the last sequence. `None` if there are no more rows than that,
+    /// `[1]` i32: the sequences of the batch.
+    pub num_sequences: Tensor,
+    /// `[Bmax]` i32: the last row of each sequence, and 0 after the last sequence. `None` if there are no more rows than that,
     /// or if the hidden states of all rows are wanted.
     pub last_rows: Option<Tensor>,
     /// What attention reads in a decode; in a prefill, the live batch has it.
@@ -134,6 +136,11 @@ impl TokenInputs {
             Some(last_rows) => gather_rows(cx, &x, last_rows),
             None => Ok(x),
         }
+    }
+
+    /// The rows that are not padding among those that [`keep_wanted`](Self::keep_wanted) keeps, `[1]` i32.
+    pub fn num_wanted(&self) -> &Tensor {
+        if self.last_rows.is_some() { &self.num_sequences } else { &self.num_valid }
     }
 }
 

@@ -6,6 +6,7 @@
 //! tokens.
 
 mod fields;
+mod layer_kinds;
 
 use std::path::Path;
 
@@ -16,6 +17,7 @@ use crate::registry;
 use crate::state::CacheLayout;
 
 pub use fields::Fields;
+pub use layer_kinds::LayerKind;
 
 /// The geometry and the constants of one model.
 #[derive(Debug, Clone, PartialEq)]

@@ -3,7 +3,7 @@
 use bcg_runtime::{OpStream, Result, Tensor};
 
 use super::Linear;
-use crate::config::Fields;
+use crate::config::{Fields, ModelConfig};
 use crate::ops;
 use crate::weights::Weights;
 
@@ -24,11 +24,19 @@ impl Mlp {
         fields.count("intermediate_size")
     }
 
+    /// Takes the weights under `name`, of the width that the configuration has for every MLP.
+    ///
+    /// # Errors
+    /// Those of [`Mlp::read_width`] and of [`Weights::take`].
+    pub fn load(weights: &mut Weights<'_>, name: &str, config: &ModelConfig) -> crate::Result<Self> {
+        Self::load_sized(weights, name, config.hidden_size, Self::read_width(&config.fields)?)
+    }
+
     /// Takes `gate_proj` and `up_proj` of `inner` rows, as one matrix, and `down_proj` under `name`.
     ///
     /// # Errors
     /// Those of [`Weights::take`].
-    pub fn load(weights: &mut Weights<'_>, name: &str, hidden: usize, inner: usize) -> crate::Result<Self> {
+    pub fn load_sized(weights: &mut Weights<'_>, name: &str, hidden: usize, inner: usize) -> crate::Result<Self> {
         let gate_up = [(format!("{name}.gate_proj"), inner), (format!("{name}.up_proj"), inner)];
         Ok(Self {
             gate_up_proj: Linear::load_fused(weights, &gate_up, hidden)?,
@@ -65,11 +73,12 @@ impl Relu2Mlp {
         fields.count("intermediate_size")
     }
 
-    /// Takes `up_proj` of `inner` rows and `down_proj` under `name`.
+    /// Takes `up_proj` and `down_proj` under `name`.
     ///
     /// # Errors
-    /// Those of [`Weights::take`].
-    pub fn load(weights: &mut Weights<'_>, name: &str, hidden: usize, inner: usize) -> crate::Result<Self> {
+    /// Those of [`Relu2Mlp::read_width`] and of [`Weights::take`].
+    pub fn load(weights: &mut Weights<'_>, name: &str, config: &ModelConfig) -> crate::Result<Self> {
+        let (hidden, inner) = (config.hidden_size, Self::read_width(&config.fields)?);
         Ok(Self {
             up_proj: Linear::load(weights, &format!("{name}.up_proj"), inner, hidden)?,
             down_proj: Linear::load(weights, &format!("{name}.down_proj"), hidden, inner)?,

@@ -161,7 +161,8 @@ impl Moe {
         };
         let [groups, kept_groups] = moe.groups;
         let (is_renormalised, scale) = (moe.is_renormalised, moe.scale);
-        let shared = moe.shared_inner.map(|inner| Mlp::load(weights, &format!("{name}.shared_experts"), hidden, inner));
+        let shared_experts = format!("{name}.shared_experts");
+        let shared = moe.shared_inner.map(|inner| Mlp::load_sized(weights, &shared_experts, hidden, inner));
         Ok(Self {
             gate,
             scoring: Scoring { scores, chosen: moe.chosen, groups, kept_groups, is_renormalised, scale },
@@ -200,28 +201,6 @@ fn take_experts(
         .collect();
     let parts: Vec<_> = names.iter().map(|name| (name.as_str(), &shape[..])).collect();
     Ok(weights.take_rows(&parts)?.reshape(&[num_experts, matrices.len() * shape[0], shape[1]])?)
-}
-
-/// An MLP, or a mixture of experts in its place: models have either in some layers.
-#[derive(Debug)]
-pub enum FeedForward {
-    /// Every token has the same MLP.
-    Mlp(Mlp),
-    /// Each token has experts of its own.
-    Moe(Box<Moe>),
-}
-
-impl FeedForward {
-    /// `[T, C]` to `[T, C]`; a mixture reads from `num_valid`, `[1]` i32, where padded rows begin.
-    ///
-    /// # Errors
-    /// Those of the ops.
-    pub fn forward(&self, cx: &mut OpStream, x: &Tensor, num_valid: &Tensor) -> Result<Tensor> {
-        match self {
-            Self::Mlp(mlp) => mlp.forward(cx, x),
-            Self::Moe(moe) => moe.forward(cx, x, num_valid),
-        }
-    }
 }
 
 #[cfg(test)]

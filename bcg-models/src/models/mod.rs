@@ -1,11 +1,12 @@
 //! The models: one file of wiring each, over the shared layers.
+//!
+//! Each has a `cache_layout`, which refuses by name what the layers cannot honour, and a `load`, which takes the weights.
+//! The [registry](crate::registry) has one line for each.
 
-mod deepseek;
-mod nemotron_h;
-mod qwen3;
-mod qwen3_moe;
+pub mod deepseek;
+pub mod nemotron_h;
+pub mod qwen3;
+pub mod qwen3_moe;
 
-pub use deepseek::Deepseek;
-pub use nemotron_h::NemotronH;
-pub use qwen3::Qwen3;
-pub use qwen3_moe::Qwen3Moe;
+#[cfg(test)]
+mod tests;

@@ -1,68 +1,46 @@
 //! Qwen3-MoE: Qwen3 with mixtures of experts in place of MLPs.
 
-use bcg_runtime::{Context, OpStream, Result, Tensor};
 use serde_json::Value;
 
-use super::Qwen3;
-use crate::batch::{ForwardBatch, TokenInputs};
+use super::qwen3;
+use crate::Result;
 use crate::config::{Fields, ModelConfig};
-use crate::layers::{FeedForward, Mlp, Moe, MoeConfig};
-use crate::registry::Model;
-use crate::state::{CacheLayout, Caches};
+use crate::layers::{Decoder, Mixer, Mlp, Moe, MoeConfig};
+use crate::state::CacheLayout;
 use crate::weights::Weights;
 
-/// `Qwen3MoeForCausalLM`.
-#[derive(Debug)]
-pub struct Qwen3Moe(Qwen3);
-
-impl Qwen3Moe {
-    /// Keys and values of every layer.
-    ///
-    /// # Errors
-    /// [`Error::Config`](crate::Error::Config) for what the layers cannot honour.
-    pub fn cache_layout(config: &ModelConfig) -> crate::Result<CacheLayout> {
-        MoeConfig::read(config)?;
-        DenseLayers::read(&config.fields)?;
-        Qwen3::cache_layout(config)
-    }
-
-    /// Takes the model's weights.
-    ///
-    /// # Errors
-    /// Those of [`Weights::take`].
-    pub fn load(config: &ModelConfig, weights: &mut Weights<'_>) -> crate::Result<Self> {
-        let dense = DenseLayers::read(&config.fields)?;
-        let load_mlp = |weights: &mut Weights<'_>, layer: usize, name: &str| {
-            if dense.has(layer) {
-                let width = Mlp::read_width(&config.fields)?;
-                return Ok(FeedForward::Mlp(Mlp::load(weights, name, config.hidden_size, width)?));
-            }
-            Ok(FeedForward::Moe(Box::new(Moe::load(weights, name, config)?)))
-        };
-        Ok(Self(Qwen3::load_with(config, weights, load_mlp)?))
-    }
+/// Keys and values of every layer.
+///
+/// # Errors
+/// [`Error::Config`](crate::Error::Config) for what the layers cannot honour.
+pub fn cache_layout(config: &ModelConfig) -> Result<CacheLayout> {
+    MoeConfig::read(config)?;
+    DenseLayers::read(&config.fields)?;
+    qwen3::cache_layout(config)
 }
 
-impl Model for Qwen3Moe {
-    fn forward(&self, cx: &mut Context<'_, ForwardBatch>, inputs: &TokenInputs, caches: &Caches) -> Result<Tensor> {
-        self.0.forward(cx, inputs, caches)
-    }
-
-    fn logits(&self, cx: &mut OpStream, hidden: &Tensor) -> Result<Tensor> {
-        self.0.logits(cx, hidden)
-    }
+/// Takes the model's weights.
+///
+/// # Errors
+/// Those of [`Weights::take`].
+pub fn load(config: &ModelConfig, weights: &mut Weights<'_>) -> Result<Decoder> {
+    let dense = DenseLayers::read(&config.fields)?;
+    qwen3::load_with(config, weights, |weights, layer, name| match dense.has(layer) {
+        true => Mlp::load(weights, name, config).map(Mixer::Mlp),
+        false => Moe::load(weights, name, config).map(|moe| Mixer::Moe(Box::new(moe))),
+    })
 }
 
 /// The layers that have an MLP.
 struct DenseLayers {
     named: Vec<usize>,
-    /// Of the others, every so many have experts.
+    /// Every layer that is not named has experts if its number, counted from 1, is a multiple of this.
     sparse_step: usize,
 }
 
 impl DenseLayers {
     /// Reads `mlp_only_layers` and `decoder_sparse_step`.
-    fn read(fields: &Fields) -> crate::Result<Self> {
+    fn read(fields: &Fields) -> Result<Self> {
         let sparse_step = fields.optional_count("decoder_sparse_step")?.unwrap_or(1);
         let Some(value) = fields.get("mlp_only_layers") else { return Ok(Self { named: vec![], sparse_step }) };
         let number = |layer: &Value| layer.as_u64().map(|layer| layer as usize);
