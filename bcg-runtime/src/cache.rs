@@ -10,7 +10,6 @@
 //! later ones, which find the gaps of dropped ones, are not taken for free.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use crate::graph::GraphOptions;
 use crate::{
@@ -345,15 +344,6 @@ impl<L: LiveBatch, O: Freeze> GraphCache<L, O> {
     pub fn timeline(&mut self, size: usize, runner: &mut Runner, live: &L) -> Result<Timeline> {
         let held = self.graphs.get_mut(&size).ok_or_else(|| not_captured(&self.name, size))?;
         held.graph.timeline(runner, live)
-    }
-
-    /// Times the bare driver calls of a replay of a size; see [`BreakableCudaGraph::relaunch`].
-    ///
-    /// # Errors
-    /// Those of [`BreakableCudaGraph::relaunch`].
-    pub fn relaunch(&mut self, size: usize, runner: &mut Runner, live: &L) -> Result<(usize, Duration)> {
-        let held = self.graphs.get_mut(&size).ok_or_else(|| not_captured(&self.name, size))?;
-        held.graph.relaunch(runner, live)
     }
 
     /// Drops all graphs, such as after a change of what they were captured with, and forgets what failed.

@@ -220,22 +220,6 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
         Ok(output)
     }
 
-    /// Replays, waits, and makes the driver calls of that healed replay once more, with the node of every piece of work in
-    /// its breaks patched to what it does already. Returns the number of those nodes and the host time of those calls: the
-    /// least that such a replay can take, for benches. Breaks that cannot be healed are left out.
-    ///
-    /// # Errors
-    /// Those of [`replay`](Self::replay); the driver's.
-    pub fn relaunch(&mut self, runner: &mut Runner, live: &L) -> Result<(usize, Duration)> {
-        self.replay(runner, live)?;
-        let captured = Self::captured(&mut self.captured, &self.name)?;
-        let Some(recording) = &mut captured.recording else { return Ok((0, Duration::ZERO)) };
-        runner.synchronize()?;
-        let begun = Instant::now();
-        let num_nodes = recording.healer.relaunch(runner.stream_mut().main())?;
-        Ok((num_nodes, begun.elapsed()))
-    }
-
     /// Returns how the last replay that succeeded went, if there was one.
     pub fn last_replay(&self) -> Option<ReplayPath> {
         self.last_replay

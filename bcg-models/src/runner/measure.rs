@@ -68,18 +68,6 @@ impl ModelRunner {
         Ok((phase, size))
     }
 
-    /// Replays a batch, and makes the driver calls of that once more, with every node of its breaks patched and nothing
-    /// around them: the least that such a replay can take. Returns how many nodes that were, and the calls' host time.
-    ///
-    /// # Errors
-    /// As [`step`](Self::step); [`bcg_runtime::Error::NotCaptured`] if no graph is captured for this batch.
-    pub fn relaunch(&mut self, batch: &[SequenceInput<'_>]) -> Result<(usize, Duration)> {
-        let (phase, size) = self.upload_only(batch)?;
-        let live = self.inputs.fill(&mut self.runner, batch, phase, size, true)?;
-        let (graphs, runner) = self.graphs_and_runner(phase);
-        Ok(graphs.relaunch(size, runner, &live)?)
-    }
-
     /// Runs a greedy step and returns for how long the host worked: until all was enqueued, and, once the device had
     /// finished, until the tokens were read.
     ///

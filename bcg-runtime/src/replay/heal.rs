@@ -52,8 +52,6 @@ struct Merged {
     nodes: Vec<NodeHandle>,
     /// What these nodes do.
     holds: Vec<Recorded>,
-    /// By the last replay.
-    was_launched: bool,
 }
 
 /// How the end of a span went.
@@ -96,20 +94,6 @@ impl Healer {
     /// Returns the segments and breaks of each merged executable, in order, with their numbers of kernels.
     pub(crate) fn parts<L>(&self, steps: &[Step<L>]) -> Vec<Vec<timeline::Part>> {
         self.merged.iter().map(|merged| merged.parts(steps)).collect()
-    }
-
-    /// Patches all nodes of the executables that the last replay launched, and launches these again: what the work uses
-    /// must still be there.
-    pub(crate) fn relaunch(&mut self, main: &Stream) -> Result<usize> {
-        let mut num_nodes = 0;
-        for merged in self.merged.iter_mut().filter(|merged| merged.was_launched) {
-            for (held, node) in merged.holds.iter().zip(&merged.nodes) {
-                merged.exec.patch(*node, &held.op)?;
-                num_nodes += 1;
-            }
-            merged.exec.launch(main)?;
-        }
-        Ok(num_nodes)
     }
 
     /// Keeps a merged executable for a span, if there is room, more than one launch to save, and no node that cannot be
@@ -194,15 +178,7 @@ impl Merged {
         let exec = graph.instantiate().map_err(|error| error.in_segment(segments.0))?;
         let captured = span.segments.iter().map(|(_, segment)| segment.nodes.total());
         let num_nodes = captured.sum::<usize>() + span.ops().len();
-        Ok(Some(Self {
-            exec,
-            _graph: graph,
-            segments,
-            num_nodes,
-            nodes,
-            holds: span.ops().to_vec(),
-            was_launched: false,
-        }))
+        Ok(Some(Self { exec, _graph: graph, segments, num_nodes, nodes, holds: span.ops().to_vec() }))
     }
 
     /// Tells whether it does the work of `span`, once it is patched.
@@ -240,7 +216,6 @@ impl Merged {
             patched[step] += 1;
         }
         self.exec.launch(main).map_err(|error| error.in_segment(self.segments.0))?;
-        self.was_launched = true;
         Ok(true)
     }
 }
@@ -254,7 +229,6 @@ pub(crate) fn replay<L: LiveBatch, O: Freeze>(
     let span = tracing::trace_span!("healed replay");
     let _entered = span.enter();
     begin(recording, stream, live)?;
-    recording.healer.merged.iter_mut().for_each(|merged| merged.was_launched = false);
     let record = recording.healer.record.take().unwrap_or_else(|| Record::new(stream.main(), RecordMode::Replay));
     let active = Active::begin(record);
     let result = run_steps(recording, stream, live);

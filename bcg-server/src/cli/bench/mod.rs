@@ -225,7 +225,7 @@ mod tests {
         let replays = rows(&report, "replay");
         assert_eq!(replays.iter().map(|row| &row["tokens"]).collect::<Vec<_>>(), [8, 20]);
         for row in replays {
-            positive(row, &["healed_us_p50", "chain_us_p50", "bare_us_p50", "step_us_p50", "bare_patched_nodes"]);
+            positive(row, &["healed_us_p50", "chain_us_p50", "step_us_p50"]);
             assert_eq!(row["patched_nodes"], 0, "what breaks launch does not depend on the batch: {row}");
         }
     }

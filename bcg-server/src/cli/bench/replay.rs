@@ -33,9 +33,8 @@ const NOTE: &str = "\
 host time in µs, median (p10..p90), of one round each in turns; four batches take turns: one, two and three sequences of \
 different lengths, and one behind a prefix. healed_us, chain_us: upload of the step's inputs, planning of attention, and \
 the replay, until all is enqueued. mixed_us: the same as healed_us for a batch of \
-four decodes and one prompt. upload_us: that upload and planning alone. bare_us: driver calls that patch the node of \
-every break and launch, and nothing else. healed_by_bare: (healed - upload) / bare. patched_nodes: by all replays together. step_us: a whole step with LM head, greedy choice and read-back, without the time that the host waits \
-for the device.";
+four decodes and one prompt. upload_us: that upload and planning alone. patched_nodes: by all replays together. step_us: a whole step with LM head, greedy choice and read-back, without the time that the host waits for the \
+device.";
 
 /// Times replays.
 ///
@@ -85,25 +84,25 @@ fn replay(runner: &mut ModelRunner, model: &str, size: usize, rounds: Rounds, re
     let batches = sequences.each_ref().map(Sequences::inputs);
     let mixed = mixed(runner, size)?;
     let mixed = mixed.inputs();
-    let (mut turn, mut nodes) = (0, 0);
+    let mut turn = 0;
     let times = rounds.run(|| {
-        // Five turns a round, four batches: each contestant meets each batch.
+        // Four turns a round and four batches: shifted by one each round, each contestant meets each batch.
+        let first = turn;
+        turn += 1;
+        let mut step = 0;
         let mut next = || {
-            turn += 1;
-            &batches[turn % batches.len()]
+            step += 1;
+            &batches[(first + step) % batches.len()]
         };
         let healed = host_us(runner, next(), |runner, batch| Ok(runner.forward_only(batch, ForwardPath::Graph)?))?;
-        let bare = runner.relaunch(next())?;
-        runner.synchronize()?;
-        nodes = bare.0;
         let chain = host_us(runner, next(), |runner, batch| Ok(runner.forward_only(batch, ForwardPath::Chain)?))?;
         let upload = host_us(runner, next(), |runner, batch| Ok(runner.upload_only(batch).map(drop)?))?;
         let step = runner.step_host_time(next())?.as_secs_f64() * 1e6;
         let mixed = host_us(runner, &mixed, |runner, batch| Ok(runner.forward_only(batch, ForwardPath::Graph)?))?;
-        Ok([healed, bare.1.as_secs_f64() * 1e6, chain, upload, step, mixed])
+        Ok([healed, chain, upload, step, mixed])
     })?;
     let column = |index: usize| times.iter().map(|round| round[index]).collect::<Vec<f64>>();
-    let pairs = |f: &dyn Fn(&[f64; 6]) -> (f64, f64)| Samples::ratios(&times.iter().map(f).collect::<Vec<_>>());
+    let pairs = |f: &dyn Fn(&[f64; 5]) -> (f64, f64)| Samples::ratios(&times.iter().map(f).collect::<Vec<_>>());
     let breaks = runner.describe(Phase::Prefill, size).unwrap_or_default().breaks;
     let patched: u64 = breaks.iter().map(|one| one.num_patched).sum();
     report.row(
@@ -113,14 +112,11 @@ fn replay(runner: &mut ModelRunner, model: &str, size: usize, rounds: Rounds, re
             ("tokens", size.into()),
             ("breaks", breaks.len().into()),
             ("healed_us", Samples::new(column(0)).into()),
-            ("mixed_us", Samples::new(column(5)).into()),
-            ("upload_us", Samples::new(column(3)).into()),
-            ("bare_us", Samples::new(column(1)).into()),
-            ("bare_patched_nodes", nodes.into()),
-            ("healed_by_bare", pairs(&|round| (round[0] - round[3], round[1])).into()),
-            ("chain_us", Samples::new(column(2)).into()),
-            ("chain_by_healed", pairs(&|round| (round[2], round[0])).into()),
-            ("step_us", Samples::new(column(4)).into()),
+            ("mixed_us", Samples::new(column(4)).into()),
+            ("upload_us", Samples::new(column(2)).into()),
+            ("chain_us", Samples::new(column(1)).into()),
+            ("chain_by_healed", pairs(&|round| (round[1], round[0])).into()),
+            ("step_us", Samples::new(column(3)).into()),
             ("patched_nodes", (patched as usize).into()),
         ],
     );
