@@ -5,14 +5,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::capture::catch_panic;
-use crate::capture::recorder::{CaptureGuard, CaptureMode, Recorder};
+use crate::capture::recorder::{CaptureGuard, Recorder};
+use crate::capture::step::Step;
 use crate::device::PinnedBuffer;
 use crate::freeze::Claims;
 use crate::generation::Stamp;
 use crate::replay::heal::Healer;
 use crate::replay::record::Span;
 use crate::replay::{self, ReplayMode, ReplayPath, record, verify};
-use crate::segment::Step;
 use crate::tensor::{PersistentBuffer, foreign};
 use crate::{BlockLifetime, Context, Error, Freeze, LiveBatch, OpStream, Result, Runner, Timeline, timeline};
 
@@ -33,16 +33,9 @@ pub(crate) type Forward<L, O> = dyn Fn(&mut Context<'_, L>) -> Result<O> + Send 
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct GraphOptions {
-    /// The whole forward is one break: nothing is captured, but everything else takes the path of a replay.
-    pub debug_eager: bool,
     /// The number of breaks that a capture must have; any other number is an error. It catches a function that
     /// somebody forgot to annotate.
     pub expected_breaks: Option<usize>,
-    /// Segments with the same kernels in the same order, such as those of a model's layers, share one executable, which
-    /// is updated before each launch. On an H200 that saves about 0.1 MiB of device memory a segment and costs 0.7 to 5 µs of
-    /// host time a launch (docs/BENCHMARKS.md). It is for graphs whose breaks heal: their segments are launched one by
-    /// one only where a replay falls back to the chain.
-    pub shares_executables: bool,
 }
 
 /// A forward captured as segments with eager breaks between them.
@@ -85,8 +78,7 @@ pub struct BreakableCudaGraph<L: LiveBatch, O: Freeze> {
 /// What a successful capture keeps.
 pub(crate) struct Captured<L, O: Freeze> {
     pub(crate) forward: Box<Forward<L, O>>,
-    /// `None` in debug-eager mode.
-    pub(crate) recording: Option<Box<Recording<L, O>>>,
+    pub(crate) recording: Box<Recording<L, O>>,
 }
 
 /// Steps and what they point at. Field order is teardown order: executables before the memory they use.
@@ -137,13 +129,8 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
         self.captured = Err("its last capture failed");
         let span = tracing::info_span!("capture", graph = %self.name);
         let _entered = span.enter();
-        if self.options.debug_eager {
-            let output = runner.eager(live, &forward)?;
-            self.captured = Ok(Captured { forward: Box::new(forward), recording: None });
-            return Ok(output);
-        }
         let (recording, output) = record(runner.stream_mut(), live, self.options, &forward, false)?;
-        self.captured = Ok(Captured { forward: Box::new(forward), recording: Some(Box::new(recording)) });
+        self.captured = Ok(Captured { forward: Box::new(forward), recording: Box::new(recording) });
         Ok(output)
     }
 
@@ -174,9 +161,6 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
         live: &L,
         forward: impl Fn(&mut Context<'_, L>) -> Result<O> + Send + Sync + 'static,
     ) -> Result<()> {
-        if self.options.debug_eager {
-            return self.capture(runner, live, forward).map(|_| ());
-        }
         self.captured = Err("its last capture failed");
         let span = tracing::info_span!("capture", graph = %self.name);
         let _entered = span.enter();
@@ -187,7 +171,7 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
             }
             recorded => recorded,
         };
-        self.captured = Ok(Captured { forward: Box::new(forward), recording: Some(Box::new(recorded?.0)) });
+        self.captured = Ok(Captured { forward: Box::new(forward), recording: Box::new(recorded?.0) });
         Ok(())
     }
 
@@ -198,7 +182,7 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
     /// replaced; [`Error::Break`] or [`Error::Segment`] for what fails on the way. After an error there is no output.
     pub fn replay(&mut self, runner: &mut Runner, live: &L) -> Result<O> {
         let captured = Self::captured(&mut self.captured, &self.name)?;
-        let Some(recording) = &mut captured.recording else { return runner.eager(live, &captured.forward) };
+        let recording = &mut captured.recording;
         check_arena(&self.name, &recording.arena, runner)?;
         let (output, path) = replay::replay(recording, runner.stream_mut(), live)?;
         self.last_replay = Some(path);
@@ -213,7 +197,6 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
     /// [`Error::Mismatch`] naming the first segment or output that differs; those of both runs.
     pub fn replay_verified(&mut self, runner: &mut Runner, live: &L) -> Result<O> {
         let Captured { forward, recording } = Self::captured(&mut self.captured, &self.name)?;
-        let Some(recording) = recording else { return runner.eager(live, forward) };
         check_arena(&self.name, &recording.arena, runner)?;
         let (output, path) = verify::replay(&self.name, forward, recording, runner, live)?;
         self.last_replay = Some(path);
@@ -228,8 +211,8 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
     /// Returns the nodes of all executables that are there now: what the graph takes of the device is proportional.
     pub(crate) fn num_exec_nodes(&self) -> usize {
         match &self.captured {
-            Ok(Captured { recording: Some(recording), .. }) => recording.num_exec_nodes(),
-            _ => 0,
+            Ok(Captured { recording, .. }) => recording.num_exec_nodes(),
+            Err(_) => 0,
         }
     }
 
@@ -240,7 +223,7 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
     /// As [`replay`](Self::replay).
     pub fn timeline(&mut self, runner: &mut Runner, live: &L) -> Result<Timeline> {
         let mut timeline = timeline::take(runner, &mut |runner| self.replay(runner, live).map(drop))?;
-        if let (Ok(gpu), Ok(Captured { recording: Some(recording), .. })) = (&mut timeline.gpu, &self.captured) {
+        if let (Ok(gpu), Ok(Captured { recording, .. })) = (&mut timeline.gpu, &self.captured) {
             gpu.assign(&recording.healer.parts(&recording.steps));
         }
         Ok(timeline)
@@ -259,7 +242,7 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
     /// Describes segments, breaks and memory.
     pub fn describe(&self) -> Description {
         let mut description = Description { name: self.name.clone(), ..Description::default() };
-        if let Ok(Captured { recording: Some(recording), .. }) = &self.captured {
+        if let Ok(Captured { recording, .. }) = &self.captured {
             recording.describe(&mut description);
         }
         description
@@ -300,7 +283,7 @@ fn record<L: LiveBatch, O: Freeze>(
     let begun = Instant::now();
     stream.begin_forward(live.rows(), 0)?;
     stream.arena().begin_log();
-    let mut guard = CaptureGuard::begin(stream, CaptureMode { is_dry, shares_execs: options.shares_executables })?;
+    let mut guard = CaptureGuard::begin(stream, is_dry)?;
     let run = || {
         let mut cx = Context { stream: guard.stream, live, recorder: Some(&mut guard.recorder) };
         forward(&mut cx)

@@ -1,44 +1,38 @@
-//! A segment: the work captured between two breaks, as one executable graph, its own or one shared with equal segments.
+//! A segment: the work captured between two breaks, as an executable graph that segments with the same kernels share.
+//!
+//! Such as the segments of a model's layers: on an H200 sharing saves about 0.1 MiB of device memory a segment and costs
+//! 0.7 to 5 µs of host time a launch (docs/BENCHMARKS.md). Where breaks heal, a merged executable does the work of many
+//! segments, and theirs are launched one by one only where a replay falls back to the chain.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use crate::arena::{Arena, BlockRecord, FrozenTensor};
-use crate::capture::breaks::BreakSite;
 use crate::device::traits::NodeCounts;
 use crate::device::{Graph, GraphExec, Stream};
-use crate::{Eager, Error, Result};
+use crate::{Error, Result};
 
 /// What was captured between two breaks. Its executable is made at its first launch, which may never come: a merged
 /// executable does the work of many segments.
 #[derive(Debug)]
 pub(crate) struct Segment {
-    /// Among the segments of its graph.
+    /// Its place among the segments of its graph.
     pub(crate) index: usize,
-    /// Nothing if no work was captured: launching that costs nothing.
+    /// The captured work; `None` if there was none, and then a launch costs nothing.
     pub(crate) graph: Option<Graph>,
     pub(crate) nodes: NodeCounts,
     pub(crate) kernels: Vec<&'static str>,
     /// The first piece of work is a kernel that may start before the one ahead of it has ended.
     pub(crate) is_programmatic: bool,
-    /// Where equal segments find each other's executables; `None` if each has its own.
-    pub(crate) pool: Option<Arc<SharedExecs>>,
-    pub(crate) exec: OnceLock<Executable>,
-}
-
-/// What a segment launches.
-#[derive(Debug)]
-pub(crate) enum Executable {
-    /// Its own executable.
-    Own(GraphExec),
-    /// One that equal segments share, and that is updated to this segment's graph before its launch.
-    Shared(Arc<SharedExec>),
+    /// Where the segments of one graph find each other's executables.
+    pub(crate) pool: Arc<SharedExecs>,
+    /// The executable, updated to this segment's graph before a launch if it holds another one.
+    pub(crate) exec: OnceLock<Arc<SharedExec>>,
 }
 
 /// The executables that segments of one graph share.
 pub(crate) type SharedExecs = Mutex<Vec<Arc<SharedExec>>>;
 
-/// An executable of several segments.
+/// An executable of one segment or of several.
 #[derive(Debug)]
 pub(crate) struct SharedExec {
     exec: GraphExec,
@@ -57,29 +51,24 @@ impl Segment {
 
     pub(crate) fn launch(&self, stream: &Stream) -> Result<()> {
         let Some(graph) = &self.graph else { return Ok(()) };
-        match self.executable(graph)? {
-            Executable::Own(exec) => exec.launch(stream),
-            Executable::Shared(shared) => {
-                // Replays of one graph never overlap on the host: they borrow its runner.
-                if shared.holds.load(Ordering::Relaxed) != self.index {
-                    if !shared.exec.update(graph)? {
-                        let what = "the driver no longer updates a shared executable to this segment, as it did before; \
-                                    capture again without GraphOptions::shares_executables";
-                        return Err(Error::other(what));
-                    }
-                    shared.holds.store(self.index, Ordering::Relaxed);
-                }
-                shared.exec.launch(stream)
+        let shared = self.executable(graph)?;
+        // Replays of one graph never overlap on the host: they borrow its runner.
+        if shared.holds.load(Ordering::Relaxed) != self.index {
+            if !shared.exec.update(graph)? {
+                let what = "the driver no longer updates a shared executable to this segment, as it did before; capture \
+                            the graph again";
+                return Err(Error::other(what));
             }
+            shared.holds.store(self.index, Ordering::Relaxed);
         }
+        shared.exec.launch(stream)
     }
 
-    /// Returns the nodes of its own executable, if it is there; the first segment of equal ones owns a shared one.
+    /// Returns the nodes of the executable if it was made for this segment, and 0 if it was made for an equal one.
     pub(crate) fn num_exec_nodes(&self) -> usize {
         match self.exec.get() {
-            Some(Executable::Own(_)) => self.nodes.total(),
-            Some(Executable::Shared(shared)) if shared.made_by == self.index => self.nodes.total(),
-            Some(Executable::Shared(_)) | None => 0,
+            Some(shared) if shared.made_by == self.index => self.nodes.total(),
+            _ => 0,
         }
     }
 
@@ -91,25 +80,20 @@ impl Segment {
     /// Gives the executable up; one that still runs finishes first.
     pub(crate) fn forget_executable(&mut self) {
         self.exec = OnceLock::new();
-        if let Some(pool) = &self.pool {
-            pool.lock().unwrap_or_else(PoisonError::into_inner).clear();
-        }
+        self.pool.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
-    fn executable(&self, graph: &Graph) -> Result<&Executable> {
+    fn executable(&self, graph: &Graph) -> Result<&SharedExec> {
         if let Some(exec) = self.exec.get() {
             return Ok(exec);
         }
-        let exec = match &self.pool {
-            None => Executable::Own(graph.instantiate()?),
-            Some(pool) => Executable::Shared(self.shared(graph, pool)?),
-        };
+        let exec = self.shared(graph)?;
         Ok(self.exec.get_or_init(|| exec))
     }
 
     /// Returns the executable of an equal segment, or a new one.
-    fn shared(&self, graph: &Graph, pool: &SharedExecs) -> Result<Arc<SharedExec>> {
-        let mut pool = pool.lock().unwrap_or_else(PoisonError::into_inner);
+    fn shared(&self, graph: &Graph) -> Result<Arc<SharedExec>> {
+        let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
         for shared in pool.iter().filter(|shared| shared.nodes == self.nodes && shared.kernels == self.kernels) {
             if shared.exec.update(graph)? {
                 shared.holds.store(self.index, Ordering::Relaxed);
@@ -124,29 +108,6 @@ impl Segment {
     }
 }
 
-/// The body of a break with its frozen arguments and outputs.
-pub(crate) type BreakFn<L> = Box<dyn Fn(&mut Eager<'_, L>, &Arena) -> Result<()> + Send + Sync>;
-
-/// One eager break of a captured graph.
-pub(crate) struct Break<L> {
-    pub(crate) site: &'static BreakSite,
-    pub(crate) run: BreakFn<L>,
-    /// The allocations that the body made at capture.
-    pub(crate) blocks: Arc<[BlockRecord]>,
-    pub(crate) args: Vec<FrozenTensor>,
-    pub(crate) outputs: Vec<FrozenTensor>,
-    /// Launches of the body at capture.
-    pub(crate) launches: usize,
-    /// Why its work cannot become nodes of a merged executable, if so.
-    pub(crate) not_healable: Option<&'static str>,
-}
-
-/// One step of a graph.
-pub(crate) enum Step<L> {
-    Segment(Arc<Segment>),
-    Break(Break<L>),
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -157,18 +118,18 @@ mod tests {
     fn a_shared_executable_that_cannot_be_updated_is_never_launched() -> Result<()> {
         let device = Device::host();
         let (stream, memory) = (Stream::new(&device, "main")?, Allocation::new(&device, 4)?);
-        let captured = |index: usize, exec: OnceLock<Executable>| {
+        let captured = |index: usize, exec: OnceLock<Arc<SharedExec>>| {
             device.backend().begin_capture(stream.handle())?;
             (0..=index).try_for_each(|_| device.backend().fill_u8(stream.handle(), memory.ptr(), 1, 4))?;
             let graph = Some(Graph::end_capture(&stream)?);
-            let (nodes, kernels, pool) = (NodeCounts::default(), Vec::new(), Some(Arc::default()));
+            let (nodes, kernels, pool) = (NodeCounts::default(), Vec::new(), Arc::default());
             Ok::<_, Error>(Segment { index, graph, nodes, kernels, is_programmatic: false, pool, exec })
         };
         let one = captured(0, OnceLock::new())?;
         one.launch(&stream)?;
         let two = captured(1, one.exec)?; // has two nodes, and the executable of one
         let refused = two.launch(&stream).expect_err("another structure");
-        assert!(refused.to_string().contains("shares_executables"), "{refused}");
+        assert!(refused.to_string().contains("capture the graph again"), "{refused}");
         Ok(())
     }
 }

@@ -7,8 +7,8 @@
 use std::sync::Arc;
 
 use bcg_runtime::{
-    BreakableCudaGraph, Context, DType, Device, Eager, Error, GraphOptions, LiveObjects, PinnedBuffer, ReplayMode,
-    ReplayPath, Result, Runner, RunnerOptions, Tensor, eager_on_graph,
+    BreakableCudaGraph, Context, DType, Device, Eager, Error, LiveObjects, PinnedBuffer, ReplayMode, ReplayPath,
+    Result, Runner, RunnerOptions, Tensor, eager_on_graph,
 };
 use bcg_tests::conformance::fixture::{Batch, Graph, assert_usable, batch, failure, iota, padded, scaled, step};
 use bcg_tests::conformance::kernels::{axpy, count};
@@ -259,12 +259,11 @@ fn each_call_of_a_capture_with_shared_executables_and_of_its_replay_fails_once()
     fail_each_call(
         "shared",
         |rig| {
-            let options = GraphOptions { shares_executables: true, ..GraphOptions::default() };
             let forward = layers(rig);
             let mut runner = rig.runner();
             runner.set_replay_mode(ReplayMode::Chain);
             runner.eager(&live, &forward).expect("the arena gets its size");
-            (State { runner, graph: BreakableCudaGraph::with_options("shared", options), forward }, rig.device.clone())
+            (State { runner, graph: BreakableCudaGraph::new("shared"), forward }, rig.device.clone())
         },
         |(state, device)| {
             let control = device.host_control().expect("a host device");

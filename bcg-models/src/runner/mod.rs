@@ -146,12 +146,12 @@ impl ModelRunner {
     }
 
     /// Captures all sizes of both phases, the largest first, without running them. Does nothing but in
-    /// [`GraphMode::Ahead`].
+    /// [`GraphMode::Ahead`], and nothing with [`RunnerOptions::debug_graph`].
     ///
     /// # Errors
     /// The first capture that fails.
     pub fn capture(&mut self, progress: &mut dyn FnMut(Progress)) -> Result<CaptureSummary> {
-        if self.options.graph != GraphMode::Ahead {
+        if self.options.graph != GraphMode::Ahead || self.options.debug_graph {
             return Ok(CaptureSummary::default());
         }
         let begun = Instant::now();
@@ -291,6 +291,9 @@ impl ModelRunner {
     fn run(&mut self, batch: &[SequenceInput<'_>]) -> Result<(ForwardBatch, Tensor)> {
         let (phase, rows) = (Phase::of(batch), batch.iter().map(SequenceInput::num_new).sum());
         match self.graphs_and_runner(phase).0.decide(rows) {
+            Decision::Replay { size } | Decision::Capture { size } if self.options.debug_graph => {
+                self.run_eagerly(batch, phase, size)
+            }
             Decision::Replay { size } => {
                 let live = self.inputs.fill(&mut self.runner, batch, phase, size, true)?;
                 let (graphs, runner) = self.graphs_and_runner(phase);

@@ -66,7 +66,8 @@ pub struct RunnerOptions {
     /// The most device memory that the graphs of each phase may take in [`GraphMode::Lazy`], in bytes; the least recently
     /// used one goes first.
     pub lazy_graph_bytes_max: usize,
-    /// Every forward is one break that takes the path of a replay: to tell a bug of a graph from a bug of a model.
+    /// A batch that would replay a graph runs eagerly, with the padded rows of that graph, and nothing is captured: to tell a
+    /// bug of a graph from a bug of a model.
     pub debug_graph: bool,
     /// Every Nth replay is compared with an eager run, bit for bit.
     pub verify_graph: Option<u32>,
@@ -184,12 +185,12 @@ impl RunnerOptions {
         let or_all = |max| if is_lazy { max } else { usize::MAX };
         Ok(CacheOptions {
             ladder: self.ladder(phase)?,
-            lazy: is_lazy,
+            // Nothing is captured ahead for debugging, and each size of the ladder is still used.
+            lazy: is_lazy || self.debug_graph,
             graphs_max: or_all(self.lazy_graphs_max),
             bytes_max: or_all(self.lazy_graph_bytes_max),
             verify_every: self.verify_graph,
-            // The chain is what a healed replay falls back to: it need not be as fast as it can be.
-            graph: GraphOptions { debug_eager: self.debug_graph, shares_executables: true, ..GraphOptions::default() },
+            graph: GraphOptions::default(),
         })
     }
 

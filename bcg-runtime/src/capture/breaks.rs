@@ -4,10 +4,10 @@ use super::catch_panic;
 use super::recorder::{Recorder, place};
 use crate::arena::Arena;
 use crate::bridge::{Bridges, Carrier, scrub, scrub_output};
+use crate::capture::step::Break;
 use crate::freeze::{Claims, Thaw};
 use crate::generation::Stamp;
 use crate::replay::record::{self, Place};
-use crate::segment::Break;
 use crate::{Bridge, Context, Eager, Error, LiveBatch, OpStream, Result};
 
 /// Where an annotated function stands.

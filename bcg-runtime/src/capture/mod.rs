@@ -6,6 +6,7 @@
 pub(crate) mod breaks;
 pub(crate) mod recorder;
 pub(crate) mod state;
+pub(crate) mod step;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 

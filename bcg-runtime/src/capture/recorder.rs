@@ -12,10 +12,11 @@ use std::sync::{Arc, OnceLock};
 
 use super::breaks::BreakSite;
 use super::state::CaptureState;
+use super::step::{Break, Step};
 use crate::device::{Graph, PinnedBuffer};
 use crate::generation::Stamp;
 use crate::replay::record::{self, Active, Record, RecordMode, Span};
-use crate::segment::{Break, Segment, SharedExecs, Step};
+use crate::segment::{Segment, SharedExecs};
 use crate::stream::SegmentLog;
 use crate::tensor::PersistentBuffer;
 use crate::{Error, OpStream, Result};
@@ -31,8 +32,8 @@ pub(crate) struct Recorder<L> {
     pub(crate) steps: Vec<Step<L>>,
     /// Segments among the steps.
     num_segments: usize,
-    /// Where equal segments find each other's executables, if they share them.
-    pool: Option<Arc<SharedExecs>>,
+    /// Where equal segments find each other's executables.
+    pool: Arc<SharedExecs>,
     /// What can be launched as one, in order.
     pub(crate) spans: Vec<Span>,
     pub(crate) retained: Vec<Arc<PersistentBuffer>>,
@@ -46,7 +47,7 @@ impl<L> Recorder<L> {
             state: CaptureState::Idle,
             steps: Vec::new(),
             num_segments: 0,
-            pool: None,
+            pool: Arc::default(),
             spans: Vec::new(),
             retained: Vec::new(),
             pinned: Vec::new(),
@@ -145,7 +146,7 @@ impl<L> Recorder<L> {
             nodes,
             kernels: log.kernels,
             is_programmatic: log.is_programmatic.unwrap_or(false),
-            pool: self.pool.clone(),
+            pool: Arc::clone(&self.pool),
             exec: OnceLock::new(),
         });
         record::pass(&segment);
@@ -168,15 +169,6 @@ impl<L> Recorder<L> {
     }
 }
 
-/// How a capture goes about it.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct CaptureMode {
-    /// Nothing runs until the guard goes.
-    pub(crate) is_dry: bool,
-    /// Equal segments share an executable.
-    pub(crate) shares_execs: bool,
-}
-
 /// Owns an open capture and aborts it on drop.
 pub(crate) struct CaptureGuard<'a, L> {
     pub(crate) stream: &'a mut OpStream,
@@ -185,17 +177,17 @@ pub(crate) struct CaptureGuard<'a, L> {
 }
 
 impl<'a, L> CaptureGuard<'a, L> {
-    pub(crate) fn begin(stream: &'a mut OpStream, mode: CaptureMode) -> Result<Self> {
+    /// Begins a capture; with `is_dry`, nothing runs until the guard goes.
+    pub(crate) fn begin(stream: &'a mut OpStream, is_dry: bool) -> Result<Self> {
         if IS_CAPTURING.replace(true) {
             let state = "another capture is open on this thread";
             return Err(Error::CaptureState { transition: "begin", state });
         }
-        let record_mode = if mode.is_dry { RecordMode::CaptureAhead } else { RecordMode::Capture };
+        let record_mode = if is_dry { RecordMode::CaptureAhead } else { RecordMode::Capture };
         let record = Active::begin(Record::new(stream.main(), record_mode));
         let mut guard = Self { stream, recorder: Recorder::new(), _record: record };
-        guard.recorder.pool = mode.shares_execs.then(Arc::default);
         guard.recorder.begin(guard.stream)?;
-        guard.stream.is_dry = mode.is_dry;
+        guard.stream.is_dry = is_dry;
         Ok(guard)
     }
 

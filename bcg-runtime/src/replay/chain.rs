@@ -4,8 +4,8 @@
 //! body and its vectors of arguments are the model author's.
 
 use super::{begin, run_break, thaw_output};
+use crate::capture::step::Step;
 use crate::graph::Recording;
-use crate::segment::Step;
 use crate::{Freeze, LiveBatch, OpStream, Result, StepKind};
 
 /// Runs the recorded steps and returns the output.

@@ -15,11 +15,12 @@ use std::sync::Arc;
 
 use super::record::{self, Active, Place, Record, RecordMode, Recorded, Span};
 use super::{ChainReason, ReplayPath, begin, run_break, thaw_output};
+use crate::capture::step::Step;
 use crate::device::traits::{NodeHandle, Part};
 use crate::device::{Graph, GraphExec, Stream};
 use crate::graph::Recording;
 use crate::op::Op;
-use crate::segment::{Segment, Step};
+use crate::segment::Segment;
 use crate::timeline;
 use crate::{Error, Freeze, LiveBatch, OpStream, Result, StepKind};
 

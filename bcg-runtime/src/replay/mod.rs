@@ -14,9 +14,9 @@ use crate::arena::Arena;
 use crate::bridge::scrub;
 use crate::capture::catch_panic;
 use crate::capture::recorder::place;
+use crate::capture::step::Break;
 use crate::freeze::Thaw;
 use crate::graph::Recording;
-use crate::segment::Break;
 use crate::{Eager, Freeze, LiveBatch, OpStream, Result};
 
 /// How a runner replays.

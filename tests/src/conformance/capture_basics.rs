@@ -3,8 +3,8 @@
 use std::sync::{Arc, Barrier, Mutex};
 
 use bcg_runtime::{
-    BreakableCudaGraph, Context, DType, Device, Eager, Error, Freeze, GraphOptions, LiveBatch, ReplayMode, ReplayPath,
-    Result, Tensor, eager_on_graph,
+    BreakableCudaGraph, Context, DType, Device, Eager, Error, Freeze, LiveBatch, ReplayMode, ReplayPath, Result,
+    Tensor, eager_on_graph,
 };
 
 use super::fixture::{
@@ -397,8 +397,8 @@ pub fn a_break_that_reads_back_is_captured_ahead_with_a_run(device: &Device) {
     replays_like_eager(&mut runner, &mut graph, &batches(), forward);
 }
 
-/// Segments with the same kernels may share an executable; those with others never do, and all replay like eager runs.
-pub fn equal_segments_may_share_an_executable(device: &Device) {
+/// Segments with the same kernels share an executable; those with others never do, and all replay like eager runs.
+pub fn equal_segments_share_an_executable(device: &Device) {
     let x = iota(device, &[40], 1.0);
     let mut runner = runner(device);
     let forward = move |cx: &mut Context<'_, Batch>| {
@@ -412,11 +412,10 @@ pub fn equal_segments_may_share_an_executable(device: &Device) {
         }
         Ok(y)
     };
-    let mut num_execs = |mode, shares_executables| {
+    let mut num_execs = |mode| {
         runner.set_replay_mode(mode);
         let before = device.live_objects().execs;
-        let options = GraphOptions { shares_executables, ..GraphOptions::default() };
-        let mut graph = Graph::with_options("shared", options);
+        let mut graph = Graph::new("shared");
         let captured = graph.capture(&mut runner, &batch(2.0), forward.clone()).expect("a capture");
         let captured = bits(&mut runner, &captured);
         let eager = runner.eager(&batch(2.0), &forward).expect("an eager run");
@@ -425,8 +424,8 @@ pub fn equal_segments_may_share_an_executable(device: &Device) {
         replays_like_eager(&mut runner, &mut graph, &batches(), &forward);
         device.live_objects().execs - before
     };
-    assert_eq!((num_execs(ReplayMode::Chain, false), num_execs(ReplayMode::Chain, true)), (7, 2));
-    assert_eq!((num_execs(ReplayMode::Healed, false), num_execs(ReplayMode::Healed, true)), (1, 1), "a merged one");
+    assert_eq!(num_execs(ReplayMode::Chain), 2, "seven segments of two kinds");
+    assert_eq!(num_execs(ReplayMode::Healed), 1, "a merged one");
 }
 
 /// `is_capturing` is true in captured code only: not in breaks, not at replay, not in eager runs.

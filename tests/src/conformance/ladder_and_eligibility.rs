@@ -4,7 +4,7 @@ use std::cell::Cell;
 
 use bcg_runtime::{
     BreakableCudaGraph, CacheOptions, Context, Decision, Device, DeviceKind, Eager, EagerReason, Error, GraphCache,
-    GraphOptions, Ladder, ReplayMode, Result, Runner, Tensor, eager_on_graph,
+    Ladder, ReplayMode, Result, Runner, Tensor, eager_on_graph,
 };
 
 use super::fixture::{
@@ -296,15 +296,4 @@ pub fn every_nth_replay_is_verified(device: &Device) {
         cache.replay(4, &mut runner, &padded(index as f32, 4, 4)).expect("a replay");
     }
     assert_eq!((cache.stats().num_replays, cache.stats().num_verified), (7, 2));
-}
-
-/// In debug-eager mode a graph runs its forward eagerly, by the calls of a replay.
-pub fn debug_eager_runs_the_forward_by_the_calls_of_a_replay(device: &Device) {
-    let mut runner = runner(device);
-    let options = GraphOptions { debug_eager: true, ..GraphOptions::default() };
-    let mut graph: Graph = BreakableCudaGraph::with_options("debug", options);
-    let x = iota(device, &[4, 4], 1.0);
-    graph.capture(&mut runner, &batch(1.0), forward_of(&x)).expect("a capture");
-    assert_eq!(graph.describe().segments.len(), 0);
-    super::fixture::replays_like_eager(&mut runner, &mut graph, &batches(), forward_of(&x));
 }

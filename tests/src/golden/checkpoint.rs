@@ -236,6 +236,10 @@ pub fn graphs_give_the_tokens_of_eager_runs(device: &Device, checkpoint: Checkpo
     ] {
         let (got, stats) = tokens(options.clone());
         assert_eq!(got, expected, "{options:?}");
+        if options.debug_graph {
+            assert_eq!((stats.num_replays, stats.num_captures), (0, 0), "{stats:?}");
+            continue;
+        }
         assert!(stats.num_replays >= 60, "decodes replay: {stats:?}");
         assert_eq!(stats.num_capture_failures, 0, "{stats:?}");
         assert!(options.lazy_graphs_max > 1 || stats.num_evictions > 0, "{stats:?}");

@@ -12,9 +12,7 @@ mod run;
 
 use std::sync::Arc;
 
-use bcg_runtime::{
-    BreakableCudaGraph, Context, Device, GraphOptions, Live, ReplayMode, Result, Runner, RunnerOptions, Tensor,
-};
+use bcg_runtime::{BreakableCudaGraph, Context, Device, Live, ReplayMode, Result, Runner, RunnerOptions, Tensor};
 
 use interpret::interpret;
 use program::{PERSISTENT_COLS, Program, ROWS_MAX};
@@ -118,8 +116,7 @@ impl Checker<'_> {
 
     fn capture(&mut self, size: usize) -> Result<Graph, String> {
         let live = Batch { picks_argument: false, ..self.prepare(size)? };
-        let options = GraphOptions { shares_executables: size.is_multiple_of(2), ..GraphOptions::default() };
-        let mut graph = Graph::with_options("random", options);
+        let mut graph = Graph::new("random");
         let (program, world) = (Arc::clone(&self.program), Arc::clone(&self.world));
         let output = graph.capture(&mut self.runner, &live, move |cx| forward(cx, &program, &world, size));
         self.compare("a capture", &live, size, output)?;
