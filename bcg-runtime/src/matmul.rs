@@ -7,48 +7,9 @@
 
 use crate::device::traits::{Matmul, MatmulShape};
 use crate::shape::Shape;
-use crate::{DType, Device, DevicePtr, Error, OpStream, Result, Tensor};
+use crate::{DType, Device, DevicePtr, Error, MatmulTuning, OpStream, Result, Tensor};
 
 const OP: &str = "OpStream::matmul";
-
-/// What [`Device::tune_matmuls`] did.
-///
-/// # Example
-/// ```
-/// let tuning = bcg_runtime::Device::host().tune_matmuls(&[1, 16], &mut |_, _| ())?;
-/// assert!(tuning.timed.is_empty()); // a host device has one way to multiply
-/// # Ok::<(), bcg_runtime::Error>(())
-/// ```
-#[derive(Clone, Debug, Default, PartialEq)]
-#[non_exhaustive]
-pub struct MatmulTuning {
-    /// The products that were timed now.
-    pub timed: Vec<TunedMatmul>,
-    /// Products that were tuned before, by this process or by an earlier one.
-    pub num_known: usize,
-    /// Products that stay as they were, because the time or the memory for tuning was used up.
-    pub num_left: usize,
-}
-
-/// What timing one product gave.
-#[derive(Clone, Copy, Debug, PartialEq)]
-#[non_exhaustive]
-pub struct TunedMatmul {
-    /// T.
-    pub rows: usize,
-    /// N.
-    pub outputs: usize,
-    /// K.
-    pub depth: usize,
-    /// The dtype of both factors.
-    pub dtype: DType,
-    /// How many algorithms there were to choose from.
-    pub num_algorithms: usize,
-    /// The time of the algorithm that was used before, in microseconds.
-    pub first_us: f64,
-    /// The time of the chosen algorithm, in microseconds.
-    pub best_us: f64,
-}
 
 impl OpStream {
     /// Enqueues `out[t, n] = sum_k x[t, k] * weight[n, k]`, summed in f32 and rounded once.

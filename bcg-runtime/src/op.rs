@@ -1,8 +1,7 @@
 //! One piece of device work: what a stream takes, a record keeps, and a merged graph has as a node.
 
-use crate::device::traits::{RowCopy, StreamHandle};
+use crate::DevicePtr;
 use crate::launch::Launch;
-use crate::{Device, DevicePtr, Result};
 
 /// Work that can be enqueued now, or recorded and enqueued later.
 #[derive(Clone, Debug)]
@@ -24,17 +23,6 @@ pub(crate) enum Op {
 }
 
 impl Op {
-    /// Enqueues the work, or adds it to the capture of `stream`.
-    pub(crate) fn enqueue(&self, device: &Device, stream: StreamHandle) -> Result<()> {
-        let backend = device.backend();
-        match self {
-            Self::Launch(launch) => backend.launch(stream, launch),
-            Self::Fill { dst, byte, bytes } => backend.fill_u8(stream, *dst, *byte, *bytes),
-            Self::Copy(copy) => backend.copy_rows(stream, *copy),
-            Self::CopyFromPinned { dst, src, bytes } => backend.copy_from_pinned(stream, *dst, *src, *bytes),
-        }
-    }
-
     /// Tells whether the node of this work can be patched to do `other`: the same kernel with another geometry or other
     /// arguments, another fill, another copy of one row. The driver patches no copy of rows.
     pub(crate) fn is_like(&self, other: &Self) -> bool {
@@ -65,6 +53,29 @@ impl Op {
     /// Tells whether this is a kernel that may start before the one ahead of it has ended.
     pub(crate) fn is_programmatic(&self) -> bool {
         matches!(self, Self::Launch(launch) if launch.kernel.is_programmatic())
+    }
+}
+
+/// A copy of rows within a device, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RowCopy {
+    pub(crate) dst: DevicePtr,
+    pub(crate) dst_pitch: usize,
+    pub(crate) src: DevicePtr,
+    pub(crate) src_pitch: usize,
+    pub(crate) row_bytes: usize,
+    pub(crate) rows: usize,
+}
+
+impl RowCopy {
+    /// Describes a copy of one piece.
+    pub(crate) fn piece(dst: DevicePtr, src: DevicePtr, bytes: usize) -> Self {
+        Self { dst, dst_pitch: bytes, src, src_pitch: bytes, row_bytes: bytes, rows: 1 }
+    }
+
+    /// Tells whether the rows lie one behind the other, on both sides.
+    pub(crate) fn is_one_piece(&self) -> bool {
+        self.rows == 1 || (self.dst_pitch == self.row_bytes && self.src_pitch == self.row_bytes)
     }
 }
 

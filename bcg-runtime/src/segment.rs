@@ -113,6 +113,7 @@ mod tests {
     use super::*;
     use crate::Device;
     use crate::device::Allocation;
+    use crate::op::Op;
 
     #[test]
     fn a_shared_executable_that_cannot_be_updated_is_never_launched() -> Result<()> {
@@ -120,7 +121,9 @@ mod tests {
         let (stream, memory) = (Stream::new(&device, "main")?, Allocation::new(&device, 4)?);
         let captured = |index: usize, exec: OnceLock<Arc<SharedExec>>| {
             device.backend().begin_capture(stream.handle())?;
-            (0..=index).try_for_each(|_| device.backend().fill_u8(stream.handle(), memory.ptr(), 1, 4))?;
+            (0..=index).try_for_each(|_| {
+                device.backend().enqueue(stream.handle(), &Op::Fill { dst: memory.ptr(), byte: 1, bytes: 4 })
+            })?;
             let graph = Some(Graph::end_capture(&stream)?);
             let (nodes, kernels, pool) = (NodeCounts::default(), Vec::new(), Arc::default());
             Ok::<_, Error>(Segment { index, graph, nodes, kernels, is_programmatic: false, pool, exec })

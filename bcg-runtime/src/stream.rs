@@ -7,11 +7,11 @@
 use std::sync::Arc;
 
 use crate::arena::{Arena, FrozenTensor};
-use crate::device::traits::{EventHandle, RowCopy, StreamHandle};
+use crate::device::traits::{EventHandle, StreamHandle};
 use crate::device::{Allocation, PinnedBuffer};
 use crate::generation::Stamp;
 use crate::launch::Launch;
-use crate::op::Op;
+use crate::op::{Op, RowCopy};
 use crate::replay::record;
 use crate::replay::verify::Probe;
 use crate::shape::Shape;
@@ -503,18 +503,18 @@ impl OpStream {
 
     fn enqueue_op(&mut self, op: &Op) -> Result<()> {
         if !Arc::ptr_eq(&self.current, &self.main) {
-            return self.enqueue("work on a side stream", |device, stream| op.enqueue(device, stream));
+            return self.enqueue("work on a side stream", |device, stream| device.backend().enqueue(stream, op));
         }
         match &mut self.segment {
             Some(segment) => {
                 segment.is_programmatic.get_or_insert(op.is_programmatic());
-                let result = op.enqueue(&self.device, self.main.handle());
+                let result = self.device.backend().enqueue(self.main.handle(), op);
                 segment.is_broken |= result.is_err();
                 result
             }
             // A break's work: where nothing runs, it is enqueued at each replay.
             None if self.is_dry => Ok(()),
-            None => op.enqueue(&self.device, self.main.handle()),
+            None => self.device.backend().enqueue(self.main.handle(), op),
         }
     }
 

@@ -12,6 +12,7 @@ use std::sync::mpsc::{Sender, channel};
 
 use crate::capture::catch_panic;
 use crate::device::{Event, PinnedBuffer, Stream};
+use crate::op::Op;
 use crate::{Device, DevicePtr, Error, Result, Tensor};
 
 /// What a thread reads before it writes that to a pinned buffer: small enough to stay in the cache.
@@ -251,7 +252,10 @@ impl Run<'_> {
         }
         let backend = self.uploader.device.backend();
         let dst = piece.item.ptr.offset_bytes(piece.offset);
-        backend.copy_from_pinned(self.stream.handle(), dst, staging.buffer.ptr(), piece.bytes)?;
+        backend.enqueue(
+            self.stream.handle(),
+            &Op::CopyFromPinned { dst, src: staging.buffer.ptr(), bytes: piece.bytes },
+        )?;
         staging.sent.record(self.stream)
     }
 

@@ -16,6 +16,7 @@ pub(crate) use guard::{Allocation, Graph, GraphExec, Reservation, StreamRef};
 pub use guard::{Event, LiveObjects, PinnedBuffer, Stream};
 
 use crate::launch::AnyKernel;
+use crate::op::Op;
 use crate::replay::record::{self, Needs};
 use crate::{Arch, DType, Element, Error, Result, Tensor};
 use guard::OwnStream;
@@ -236,7 +237,8 @@ impl Device {
         let tensor = self.empty(shape, dtype)?;
         if tensor.size_bytes() > 0 {
             let stream = self.own_stream.get()?;
-            self.backend.fill_u8(stream.handle, tensor.persistent_addr(self)?, 0, tensor.size_bytes())?;
+            let dst = tensor.persistent_addr(self)?;
+            self.backend.enqueue(stream.handle, &Op::Fill { dst, byte: 0, bytes: tensor.size_bytes() })?;
             self.backend.synchronize_stream(stream.handle)?;
         }
         Ok(tensor)

@@ -17,8 +17,6 @@ use std::fmt;
 
 use super::KernelTrace;
 use crate::compile::Arch;
-use crate::launch::Launch;
-use crate::matmul::MatmulTuning;
 use crate::op::Op;
 use crate::{DType, DeviceKind, DevicePtr, MemoryInfo, Result};
 
@@ -95,12 +93,9 @@ pub(crate) trait StreamBackend {
     fn synchronize_stream(&self, stream: StreamHandle) -> Result<()>;
     /// Waits until all work of the device has run.
     fn synchronize(&self) -> Result<()>;
-    /// Enqueues a kernel; `launch.dims` is not empty.
-    fn launch(&self, stream: StreamHandle, launch: &Launch) -> Result<()>;
-    fn fill_u8(&self, stream: StreamHandle, dst: DevicePtr, value: u8, bytes: usize) -> Result<()>;
+    /// Enqueues one piece of work, or adds it to the capture of `stream`. The geometry of a launch is not empty.
+    fn enqueue(&self, stream: StreamHandle, op: &Op) -> Result<()>;
     fn fill_u32(&self, stream: StreamHandle, dst: DevicePtr, value: u32, count: usize) -> Result<()>;
-    /// Copies `rows` rows of `row_bytes` within the device; pitches in bytes. One row is a plain copy.
-    fn copy_rows(&self, stream: StreamHandle, copy: RowCopy) -> Result<()>;
     /// Copies pageable host memory to the device; `src` may be reused when the call returns. Refused during a capture.
     fn copy_from_host(&self, stream: StreamHandle, dst: DevicePtr, src: &[u8]) -> Result<()>;
     /// As `copy_from_host`, into rows of `row_bytes` that lie `pitch` bytes apart; `src` holds whole rows.
@@ -114,33 +109,8 @@ pub(crate) trait StreamBackend {
     ) -> Result<()>;
     /// Copies device memory to the host and waits for it. Refused during a capture.
     fn copy_to_host(&self, stream: StreamHandle, dst: &mut [u8], src: DevicePtr) -> Result<()>;
-    /// Copies from pinned memory, read when the work runs; legal during a capture.
-    fn copy_from_pinned(&self, stream: StreamHandle, dst: DevicePtr, src: DevicePtr, bytes: usize) -> Result<()>;
     /// Copies to pinned memory, written when the work runs. Refused during a capture.
     fn copy_to_pinned(&self, stream: StreamHandle, dst: DevicePtr, src: DevicePtr, bytes: usize) -> Result<()>;
-}
-
-/// A copy of rows within a device, in bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct RowCopy {
-    pub(crate) dst: DevicePtr,
-    pub(crate) dst_pitch: usize,
-    pub(crate) src: DevicePtr,
-    pub(crate) src_pitch: usize,
-    pub(crate) row_bytes: usize,
-    pub(crate) rows: usize,
-}
-
-impl RowCopy {
-    /// Describes a copy of one piece.
-    pub(crate) fn piece(dst: DevicePtr, src: DevicePtr, bytes: usize) -> Self {
-        Self { dst, dst_pitch: bytes, src, src_pitch: bytes, row_bytes: bytes, rows: 1 }
-    }
-
-    /// Tells whether the rows lie one behind the other, on both sides.
-    pub(crate) fn is_one_piece(&self) -> bool {
-        self.rows == 1 || (self.dst_pitch == self.row_bytes && self.src_pitch == self.row_bytes)
-    }
 }
 
 /// Matrix products.
@@ -154,6 +124,45 @@ pub(crate) trait MatmulBackend {
     /// Times the plans of every product that was planned so far, for each of `rows` up to the most rows that it was
     /// planned with, and keeps the fastest. `progress` gets the number done and the total.
     fn tune_matmuls(&self, rows: &[usize], progress: &mut dyn FnMut(usize, usize)) -> Result<MatmulTuning>;
+}
+
+/// What [`Device::tune_matmuls`](crate::Device::tune_matmuls) did.
+///
+/// # Example
+/// ```
+/// let tuning = bcg_runtime::Device::host().tune_matmuls(&[1, 16], &mut |_, _| ())?;
+/// assert!(tuning.timed.is_empty()); // a host device has one way to multiply
+/// # Ok::<(), bcg_runtime::Error>(())
+/// ```
+#[derive(Clone, Debug, Default, PartialEq)]
+#[non_exhaustive]
+pub struct MatmulTuning {
+    /// The products that were timed now.
+    pub timed: Vec<TunedMatmul>,
+    /// Products that were tuned before, by this process or by an earlier one.
+    pub num_known: usize,
+    /// Products that stay as they were, because the time or the memory for tuning was used up.
+    pub num_left: usize,
+}
+
+/// What timing one product gave.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct TunedMatmul {
+    /// T.
+    pub rows: usize,
+    /// N.
+    pub outputs: usize,
+    /// K.
+    pub depth: usize,
+    /// The dtype of both factors.
+    pub dtype: DType,
+    /// How many algorithms there were to choose from.
+    pub num_algorithms: usize,
+    /// The time of the algorithm that was used before, in microseconds.
+    pub first_us: f64,
+    /// The time of the chosen algorithm, in microseconds.
+    pub best_us: f64,
 }
 
 /// `out[t, n] = sum_k x[t, k] * weight[n, k]`: all that its algorithm may depend on. Strides in elements.

@@ -21,8 +21,7 @@ use crate::device::{Graph, GraphExec, Stream};
 use crate::graph::Recording;
 use crate::op::Op;
 use crate::segment::Segment;
-use crate::timeline;
-use crate::{Error, Freeze, LiveBatch, OpStream, Result, StepKind};
+use crate::{Error, Freeze, LiveBatch, OpStream, Result, StepKind, timeline};
 
 /// The merged executables that a graph tries to make, one for each span and each sequence of work in it.
 const MERGED_MAX: usize = 16;

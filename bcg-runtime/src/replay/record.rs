@@ -170,7 +170,7 @@ impl Span {
     pub(crate) fn enqueue(&self, main: &Stream) -> Result<()> {
         let enqueue = |ops: &[Recorded]| {
             ops.iter().try_for_each(|Recorded { op, place }| {
-                let enqueued = op.enqueue(main.device(), main.handle());
+                let enqueued = main.device().backend().enqueue(main.handle(), op);
                 enqueued.map_err(|error| error.in_break(place.site, place.segment))
             })
         };

@@ -14,7 +14,7 @@ use super::CudaBackend;
 use super::cublaslt::{CublasLt, Descriptors, Handle};
 use super::plans::PlanFile;
 use crate::compile::Cache;
-use crate::matmul::MatmulTuning;
+use crate::device::traits::MatmulTuning;
 use crate::{Error, Result};
 
 /// The most workspace that an algorithm may ask for; what NVIDIA recommends for Hopper, the largest it names.

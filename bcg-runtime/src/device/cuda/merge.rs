@@ -6,11 +6,11 @@
 
 use std::collections::HashMap;
 
-use super::super::traits::{NodeHandle, Part, RowCopy};
+use super::super::traits::{NodeHandle, Part};
 use super::CudaBackend;
 use super::sys::nodes::{Edge, FULL, KERNEL, KernelNode, PROGRAMMATIC};
 use crate::Result;
-use crate::op::Op;
+use crate::op::{Op, RowCopy};
 
 /// A node, and whether it is a kernel.
 type NodeKind = (u64, bool);

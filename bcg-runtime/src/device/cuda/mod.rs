@@ -320,10 +320,10 @@ mod tests {
     use super::*;
     use crate::DevicePtr;
     use crate::device::traits::{
-        EventBackend, EventHandle, ExecHandle, GraphBackend, GraphHandle, MemoryBackend, NodeHandle, RowCopy,
-        StreamBackend, StreamHandle,
+        EventBackend, EventHandle, ExecHandle, GraphBackend, GraphHandle, MemoryBackend, NodeHandle, StreamBackend,
+        StreamHandle,
     };
-    use crate::op::Op;
+    use crate::op::{Op, RowCopy};
 
     const STREAM: StreamHandle = StreamHandle(1);
 
@@ -358,12 +358,12 @@ mod tests {
             backend.create_stream("s").err(),
             backend.synchronize_stream(STREAM).err(),
             backend.synchronize().err(),
-            backend.fill_u8(STREAM, ptr, 0, 1).err(),
+            backend.enqueue(STREAM, &Op::Fill { dst: ptr, byte: 0, bytes: 1 }).err(),
             backend.fill_u32(STREAM, ptr, 0, 1).err(),
-            backend.copy_rows(STREAM, copy).err(),
+            backend.enqueue(STREAM, &Op::Copy(copy)).err(),
             backend.copy_from_host(STREAM, ptr, &[1]).err(),
             backend.copy_to_host(STREAM, &mut [1], ptr).err(),
-            backend.copy_from_pinned(STREAM, ptr, ptr, 1).err(),
+            backend.enqueue(STREAM, &Op::CopyFromPinned { dst: ptr, src: ptr, bytes: 1 }).err(),
             backend.create_event().err(),
             backend.record_event(EventHandle(1), STREAM).err(),
             backend.wait_event(STREAM, EventHandle(1)).err(),

@@ -3,9 +3,10 @@
 //! Streams never wait for the legacy default stream (`CU_STREAM_NON_BLOCKING`). On the launch path a call is one driver
 //! call: no lock, no allocation, no hashing.
 
-use super::super::traits::{RowCopy, StreamBackend, StreamHandle};
+use super::super::traits::{StreamBackend, StreamHandle};
 use super::CudaBackend;
 use crate::launch::Launch;
+use crate::op::{Op, RowCopy};
 use crate::{DevicePtr, Result};
 
 impl StreamBackend for CudaBackend {
@@ -38,31 +39,13 @@ impl StreamBackend for CudaBackend {
         self.wait_for_all(&gate)
     }
 
-    fn launch(&self, stream: StreamHandle, launch: &Launch) -> Result<()> {
-        self.bind()?;
-        let function = self.launchable(launch)?;
-        // SAFETY: `launchable` establishes that the arguments are as long as the kernel's parameter; their addresses come
-        // from `OpStream::addr`, which checks that their tensors are alive.
-        let launched = unsafe {
-            self.driver.launch(
-                function.raw,
-                &launch.dims,
-                launch.args.as_slice(),
-                stream.0,
-                self.can_overlap && launch.kernel.is_programmatic(),
-            )
-        };
-        launched.inspect_err(|error| {
-            tracing::error!(kernel = launch.kernel.name(), dims = ?launch.dims, %error, "a launch failed");
-        })
-    }
-
-    fn fill_u8(&self, stream: StreamHandle, dst: DevicePtr, value: u8, bytes: usize) -> Result<()> {
-        if bytes == 0 {
-            return Ok(());
+    fn enqueue(&self, stream: StreamHandle, op: &Op) -> Result<()> {
+        match op {
+            Op::Launch(launch) => self.launch(stream, launch),
+            Op::Fill { dst, byte, bytes } => self.fill(stream, *dst, *byte, *bytes),
+            Op::Copy(copy) => self.copy(stream, copy),
+            Op::CopyFromPinned { dst, src, bytes } => self.copy_from_pinned(stream, *dst, *src, *bytes),
         }
-        self.bind()?;
-        self.driver.fill_u8(dst.0, value, bytes, stream.0)
     }
 
     fn fill_u32(&self, stream: StreamHandle, dst: DevicePtr, value: u32, count: usize) -> Result<()> {
@@ -71,18 +54,6 @@ impl StreamBackend for CudaBackend {
         }
         self.bind()?;
         self.driver.fill_u32(dst.0, value, count, stream.0)
-    }
-
-    fn copy_rows(&self, stream: StreamHandle, copy: RowCopy) -> Result<()> {
-        if copy.rows == 0 || copy.row_bytes == 0 {
-            return Ok(());
-        }
-        self.bind()?;
-        let is_dense = copy.dst_pitch == copy.row_bytes && copy.src_pitch == copy.row_bytes;
-        if copy.rows == 1 || is_dense {
-            return self.driver.copy(copy.dst.0, copy.src.0, copy.rows * copy.row_bytes, stream.0);
-        }
-        self.driver.copy_2d(&copy, stream.0)
     }
 
     fn copy_from_host(&self, stream: StreamHandle, dst: DevicePtr, src: &[u8]) -> Result<()> {
@@ -124,19 +95,6 @@ impl StreamBackend for CudaBackend {
         self.driver.synchronize_stream(stream.0)
     }
 
-    fn copy_from_pinned(&self, stream: StreamHandle, dst: DevicePtr, src: DevicePtr, bytes: usize) -> Result<()> {
-        if bytes == 0 {
-            return Ok(());
-        }
-        self.bind()?;
-        // Host and device share the pinned address, and the driver tells from it where the memory lies. A captured copy
-        // reads the buffer at each replay; the graph's owner keeps it alive.
-        let src = std::ptr::with_exposed_provenance::<u8>(src.0 as usize);
-        // SAFETY: `src` is a live pinned buffer of at least `bytes` (its guard checks, contract of `traits`), which stays
-        // allocated until the copy has run: `CudaBackend::release` waits for the device before it frees one.
-        unsafe { self.driver.copy_from_host(dst.0, src, bytes, stream.0) }
-    }
-
     fn copy_to_pinned(&self, stream: StreamHandle, dst: DevicePtr, src: DevicePtr, bytes: usize) -> Result<()> {
         if bytes == 0 {
             return Ok(());
@@ -148,5 +106,60 @@ impl StreamBackend for CudaBackend {
         // until the copy has run: `CudaBackend::release` waits for the device before it frees one. Host code reads it
         // behind an event that follows the copy.
         unsafe { self.driver.copy_to_host(dst, src.0, bytes, stream.0) }
+    }
+}
+
+/// The kinds of work.
+impl CudaBackend {
+    fn launch(&self, stream: StreamHandle, launch: &Launch) -> Result<()> {
+        self.bind()?;
+        let function = self.launchable(launch)?;
+        // SAFETY: `launchable` establishes that the arguments are as long as the kernel's parameter; their addresses come
+        // from `OpStream::addr`, which checks that their tensors are alive.
+        let launched = unsafe {
+            self.driver.launch(
+                function.raw,
+                &launch.dims,
+                launch.args.as_slice(),
+                stream.0,
+                self.can_overlap && launch.kernel.is_programmatic(),
+            )
+        };
+        launched.inspect_err(|error| {
+            tracing::error!(kernel = launch.kernel.name(), dims = ?launch.dims, %error, "a launch failed");
+        })
+    }
+
+    fn fill(&self, stream: StreamHandle, dst: DevicePtr, byte: u8, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        self.driver.fill_u8(dst.0, byte, bytes, stream.0)
+    }
+
+    fn copy(&self, stream: StreamHandle, copy: &RowCopy) -> Result<()> {
+        if copy.rows == 0 || copy.row_bytes == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        let is_dense = copy.dst_pitch == copy.row_bytes && copy.src_pitch == copy.row_bytes;
+        if copy.rows == 1 || is_dense {
+            return self.driver.copy(copy.dst.0, copy.src.0, copy.rows * copy.row_bytes, stream.0);
+        }
+        self.driver.copy_2d(copy, stream.0)
+    }
+
+    fn copy_from_pinned(&self, stream: StreamHandle, dst: DevicePtr, src: DevicePtr, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        // Host and device share the pinned address, and the driver tells from it where the memory lies. A captured copy
+        // reads the buffer at each replay; the graph's owner keeps it alive.
+        let src = std::ptr::with_exposed_provenance::<u8>(src.0 as usize);
+        // SAFETY: `src` is a live pinned buffer of at least `bytes` (its guard checks, contract of `traits`), which stays
+        // allocated until the copy has run: `CudaBackend::release` waits for the device before it frees one.
+        unsafe { self.driver.copy_from_host(dst.0, src, bytes, stream.0) }
     }
 }

@@ -19,7 +19,7 @@ use std::sync::OnceLock;
 
 use cudarc::driver::sys;
 
-use crate::device::traits::RowCopy;
+use crate::op::RowCopy;
 use crate::{Error, Result};
 
 // Handles are opaque pointers that travel as `u64`: the same size, and passed in the same register.

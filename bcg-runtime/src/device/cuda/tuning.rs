@@ -20,7 +20,7 @@ use super::super::traits::{
 use super::CudaBackend;
 use super::cublaslt::{Descriptors, Heuristic};
 use super::matmul::{Known, State, WORKSPACE_BYTES_MAX};
-use crate::matmul::{MatmulTuning, TunedMatmul};
+use crate::device::traits::{MatmulTuning, TunedMatmul};
 use crate::{DType, DevicePtr, Result};
 
 /// Algorithms that are timed for each product.

@@ -162,6 +162,7 @@ mod tests {
     use super::super::testing::Rig;
     use super::*;
     use crate::device::traits::{GraphBackend, MemoryBackend, StreamBackend};
+    use crate::op::Op;
 
     #[test]
     fn an_unjoined_fork_is_an_error_that_names_its_stream() {
@@ -190,7 +191,7 @@ mod tests {
         for call in forbidden {
             rig.backend.begin_capture(stream).unwrap();
             assert!(matches!(call(), Err(Error::CaptureForbidden { .. })));
-            let recorded = rig.backend.fill_u8(stream, ptr, 0, 8);
+            let recorded = rig.backend.enqueue(stream, &Op::Fill { dst: ptr, byte: 0, bytes: 8 });
             assert!(matches!(recorded, Err(Error::Driver { code: 901, .. })));
             assert!(matches!(rig.backend.end_capture(stream), Err(Error::Driver { code: 901, .. })));
             call().unwrap();

@@ -237,7 +237,7 @@ mod tests {
         let (stream, log) = (rig.stream("main"), rig.log());
         rig.backend.begin_capture(stream).unwrap();
         rig.append(stream, log, 1).unwrap();
-        rig.backend.fill_u8(stream, log, 0, 4).unwrap();
+        rig.backend.enqueue(stream, &Op::Fill { dst: log, byte: 0, bytes: 4 }).unwrap();
         rig.copy(stream, log.offset_bytes(4), log, 4).unwrap();
         rig.copy(stream, log.offset_bytes(8), log, 4).unwrap();
         let graph = rig.backend.end_capture(stream).unwrap();
@@ -362,7 +362,9 @@ mod tests {
     fn memory_freed_after_the_capture_is_found_at_the_launch() {
         let rig = Rig::new();
         let (stream, ptr) = (rig.stream("main"), rig.backend.alloc(4).unwrap());
-        let exec = rig.capture(stream, || rig.backend.fill_u8(stream, ptr, 0, 4).unwrap()).unwrap();
+        let exec = rig
+            .capture(stream, || rig.backend.enqueue(stream, &Op::Fill { dst: ptr, byte: 0, bytes: 4 }).unwrap())
+            .unwrap();
         rig.backend.free(ptr);
         rig.backend.launch_graph(exec, stream).unwrap();
         let error = rig.backend.synchronize_stream(stream).unwrap_err();

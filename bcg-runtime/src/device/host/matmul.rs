@@ -13,8 +13,7 @@ use super::HostBackend;
 use super::memory::HostMemory;
 use super::regions::Memory;
 use super::work::Work;
-use crate::device::traits::{Matmul, MatmulBackend, MatmulPlan, MatmulShape, StreamHandle};
-use crate::matmul::MatmulTuning;
+use crate::device::traits::{Matmul, MatmulBackend, MatmulPlan, MatmulShape, MatmulTuning, StreamHandle};
 use crate::{DType, DevicePtr, Error, Result};
 
 const NAME: &str = "matmul";

@@ -192,7 +192,8 @@ mod tests {
     use super::super::HostOptions;
     use super::super::testing::Rig;
     use super::*;
-    use crate::device::traits::{RowCopy, StreamBackend};
+    use crate::device::traits::StreamBackend;
+    use crate::op::{Op, RowCopy};
 
     fn message(result: Result<impl fmt::Debug>) -> String {
         match result.unwrap_err() {
@@ -245,7 +246,7 @@ mod tests {
         let rig = Rig::new();
         let (stream, log) = (rig.stream("main"), rig.log());
         let scratch = rig.backend.alloc(4).unwrap();
-        rig.backend.fill_u8(stream, scratch, 1, 4).unwrap();
+        rig.backend.enqueue(stream, &Op::Fill { dst: scratch, byte: 1, bytes: 4 }).unwrap();
         rig.append(stream, log, 7).unwrap();
         rig.backend.free(scratch);
         assert_eq!(rig.control.num_pending(), 0);
@@ -281,7 +282,7 @@ mod tests {
         rig.backend.map(base, 0, unit).unwrap();
         rig.backend.map(base, unit, 2 * unit).unwrap();
         let across = base.offset_bytes(unit - 2);
-        rig.backend.fill_u8(stream, across, 5, 4).unwrap();
+        rig.backend.enqueue(stream, &Op::Fill { dst: across, byte: 5, bytes: 4 }).unwrap();
         assert_eq!(rig.read::<u8>(stream, across, 5).unwrap(), [5, 5, 5, 5, 0xFF]);
         assert!(message(rig.read::<u8>(stream, base.offset_bytes(3 * unit - 1), 2)).contains("not mapped"));
         rig.backend.unmap(base, unit, 2 * unit);
@@ -328,10 +329,13 @@ mod tests {
         let (stream, dst) = (rig.stream("main"), rig.backend.alloc(4).unwrap());
         let pinned = rig.backend.alloc_pinned(4).unwrap();
         rig.backend.write_pinned(pinned, &[1; 4]).unwrap();
-        rig.backend.copy_from_pinned(stream, dst, pinned, 4).unwrap();
+        rig.backend.enqueue(stream, &Op::CopyFromPinned { dst: dst, src: pinned, bytes: 4 }).unwrap();
         rig.backend.write_pinned(pinned, &[2; 4]).unwrap();
         assert_eq!(rig.read::<u8>(stream, dst, 4).unwrap(), [2; 4]);
-        assert!(message(rig.backend.copy_from_pinned(stream, pinned, dst, 4)).contains("not pinned"));
+        assert!(
+            message(rig.backend.enqueue(stream, &Op::CopyFromPinned { dst: pinned, src: dst, bytes: 4 }))
+                .contains("not pinned")
+        );
         assert!(message(rig.backend.write_pinned(dst, &[1])).contains("not pinned"));
     }
 
@@ -350,11 +354,11 @@ mod tests {
             row_bytes,
             rows: 3,
         };
-        rig.backend.copy_rows(stream, copy(4, 4)).unwrap();
+        rig.backend.enqueue(stream, &Op::Copy(copy(4, 4))).unwrap();
         let data = rig.read::<u8>(stream, ptr, 24).unwrap();
         assert_eq!(data[..16], [0, 1, 2, 3, 0, 1, 2, 3, 8, 9, 10, 11, 8, 9, 10, 11]);
-        rig.backend.copy_rows(stream, copy(4, 5)).unwrap();
+        rig.backend.enqueue(stream, &Op::Copy(copy(4, 5))).unwrap();
         assert!(message(rig.backend.synchronize_stream(stream)).contains("overlap"));
-        assert!(matches!(rig.backend.copy_rows(stream, copy(4, 9)), Err(Error::Driver { code: 1, .. })));
+        assert!(matches!(rig.backend.enqueue(stream, &Op::Copy(copy(4, 9))), Err(Error::Driver { code: 1, .. })));
     }
 }

@@ -6,9 +6,8 @@
 use super::queue::OpRef;
 use super::work::{Work, check_copy, check_dims};
 use super::{HostBackend, State};
-use crate::device::traits::{RowCopy, StreamBackend, StreamHandle};
-use crate::launch::Launch;
-use crate::op::Op;
+use crate::device::traits::{StreamBackend, StreamHandle};
+use crate::op::{Op, RowCopy};
 use crate::{DevicePtr, Error, Result};
 
 #[derive(Debug)]
@@ -109,15 +108,17 @@ impl StreamBackend for HostBackend {
         state.queue.outcome_of_all()
     }
 
-    fn launch(&self, stream: StreamHandle, launch: &Launch) -> Result<()> {
-        let mut state = self.enter("cuLaunchKernel")?;
-        check_dims(&launch.dims)?;
-        state.enqueue("cuLaunchKernel", stream, Work::Launch(launch.clone()))
-    }
-
-    fn fill_u8(&self, stream: StreamHandle, dst: DevicePtr, value: u8, bytes: usize) -> Result<()> {
-        let mut state = self.enter("cuMemsetD8Async")?;
-        state.enqueue("cuMemsetD8Async", stream, Work::Fill { dst, pattern: [value; 4], bytes })
+    fn enqueue(&self, stream: StreamHandle, op: &Op) -> Result<()> {
+        let call = match op {
+            Op::Launch(_) => "cuLaunchKernel",
+            Op::Fill { .. } => "cuMemsetD8Async",
+            Op::Copy(copy) if copy.rows == 1 => "cuMemcpyDtoDAsync",
+            Op::Copy(_) => "cuMemcpy2DAsync",
+            Op::CopyFromPinned { .. } => "cuMemcpyAsync",
+        };
+        let mut state = self.enter(call)?;
+        let work = state.work(op)?;
+        state.enqueue(call, stream, work)
     }
 
     fn fill_u32(&self, stream: StreamHandle, dst: DevicePtr, value: u32, count: usize) -> Result<()> {
@@ -127,13 +128,6 @@ impl StreamBackend for HostBackend {
         }
         let work = Work::Fill { dst, pattern: value.to_ne_bytes(), bytes: count * 4 };
         state.enqueue("cuMemsetD32Async", stream, work)
-    }
-
-    fn copy_rows(&self, stream: StreamHandle, copy: RowCopy) -> Result<()> {
-        let call = if copy.rows == 1 { "cuMemcpyDtoDAsync" } else { "cuMemcpy2DAsync" };
-        let mut state = self.enter(call)?;
-        check_copy(&copy)?;
-        state.enqueue(call, stream, Work::Copy { name: "copy", copy })
     }
 
     fn copy_from_host(&self, stream: StreamHandle, dst: DevicePtr, src: &[u8]) -> Result<()> {
@@ -161,12 +155,6 @@ impl StreamBackend for HostBackend {
         state.memory.read("copy to host", dst, src)
     }
 
-    fn copy_from_pinned(&self, stream: StreamHandle, dst: DevicePtr, src: DevicePtr, bytes: usize) -> Result<()> {
-        let mut state = self.enter("cuMemcpyAsync")?;
-        let work = state.work_from_pinned(dst, src, bytes)?;
-        state.enqueue("cuMemcpyAsync", stream, work)
-    }
-
     fn copy_to_pinned(&self, stream: StreamHandle, dst: DevicePtr, src: DevicePtr, bytes: usize) -> Result<()> {
         let mut state = self.enter("cuMemcpyDtoHAsync")?;
         state.refuse_on_capturing(stream, "a copy to the host; read in a break")?;
@@ -182,6 +170,7 @@ mod tests {
     use super::*;
     use crate::Dims;
     use crate::device::traits::MemoryBackend;
+    use crate::launch::Launch;
 
     #[test]
     fn work_runs_late_and_in_stream_order() {
@@ -322,7 +311,7 @@ mod tests {
     fn a_panic_in_a_host_reference_is_an_error() {
         let rig = Rig::new();
         let stream = rig.stream("main");
-        rig.backend.launch(stream, &Launch::new(&PANIC, Dims::linear(1, 1), &0)).unwrap();
+        rig.backend.enqueue(stream, &Op::Launch(Launch::new(&PANIC, Dims::linear(1, 1), &0))).unwrap();
         let error = rig.backend.synchronize_stream(stream).unwrap_err();
         assert_eq!(error.to_string(), "panicked: host reference of kernel panic: asked for");
         rig.backend.synchronize_stream(stream).unwrap();
@@ -340,7 +329,7 @@ mod tests {
             dims([0, 1, 1], [1, 1, 1], 0),
             dims([1, 1, 1], [1, 1, 1], 1 << 20),
         ] {
-            let launched = rig.backend.launch(stream, &Launch::new(&PANIC, refused, &0));
+            let launched = rig.backend.enqueue(stream, &Op::Launch(Launch::new(&PANIC, refused, &0)));
             assert!(matches!(launched, Err(Error::Driver { code: 1, .. })), "{refused:?}");
         }
         assert_eq!(rig.control.num_pending(), 0);

@@ -3,9 +3,10 @@
 use super::{HostBackend, HostControl, HostOptions};
 use crate::compile::Source;
 use crate::device::traits::{
-    EventBackend, EventHandle, ExecHandle, GraphBackend, MemoryBackend, RowCopy, StreamBackend, StreamHandle,
+    EventBackend, EventHandle, ExecHandle, GraphBackend, MemoryBackend, StreamBackend, StreamHandle,
 };
 use crate::launch::Launch;
+use crate::op::{Op, RowCopy};
 use crate::{DevicePtr, Dims, Kernel, Result};
 
 #[repr(C)]
@@ -62,14 +63,14 @@ impl Rig {
     pub(super) fn log(&self) -> DevicePtr {
         let log = self.backend.alloc(4 * (1 + LOG_LEN)).unwrap();
         let stream = self.stream("log");
-        self.backend.fill_u8(stream, log, 0, 4).unwrap();
+        self.backend.enqueue(stream, &Op::Fill { dst: log, byte: 0, bytes: 4 }).unwrap();
         self.backend.synchronize().unwrap();
         log
     }
 
     pub(super) fn append(&self, stream: StreamHandle, log: DevicePtr, value: i32) -> Result<()> {
         let args = AppendArgs { log, value, pad: 0 };
-        self.backend.launch(stream, &Launch::new(&APPEND, Dims::linear(1, 1), &args))
+        self.backend.enqueue(stream, &Op::Launch(Launch::new(&APPEND, Dims::linear(1, 1), &args)))
     }
 
     /// Runs everything and returns what the log holds.
@@ -88,7 +89,7 @@ impl Rig {
 
     pub(super) fn copy(&self, stream: StreamHandle, dst: DevicePtr, src: DevicePtr, bytes: usize) -> Result<()> {
         let copy = RowCopy { dst, dst_pitch: bytes, src, src_pitch: bytes, row_bytes: bytes, rows: 1 };
-        self.backend.copy_rows(stream, copy)
+        self.backend.enqueue(stream, &Op::Copy(copy))
     }
 
     /// Makes `to` wait for the work that `from` holds now.
@@ -110,6 +111,6 @@ impl Rig {
 
     /// Enqueues work that fails with [`crate::Error::Memory`].
     pub(super) fn fail_later(&self, stream: StreamHandle) {
-        self.backend.fill_u8(stream, DevicePtr::NULL, 0, 1).unwrap();
+        self.backend.enqueue(stream, &Op::Fill { dst: DevicePtr::NULL, byte: 0, bytes: 1 }).unwrap();
     }
 }

@@ -9,8 +9,9 @@ use super::graph::GraphNodes;
 use super::matmul;
 use super::memory::HostMemory;
 use super::regions::Memory;
-use crate::device::traits::{Matmul, NodeCounts, RowCopy};
+use crate::device::traits::{Matmul, NodeCounts};
 use crate::launch::Launch;
+use crate::op::RowCopy;
 use crate::{DevicePtr, Dims, Error, Result};
 
 /// Dynamic shared memory that a block may have on the GPUs that bcg runs on.

@@ -7,7 +7,7 @@ use std::ptr;
 use cudarc::driver::sys;
 
 use super::Driver;
-use crate::device::traits::RowCopy;
+use crate::op::RowCopy;
 use crate::{DevicePtr, Dims, Error, Result};
 
 /// How an edge orders two nodes, in the driver's own bytes.
