@@ -4,7 +4,8 @@ use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::replay::record::{self, Needs};
+use crate::device::watch::Needs;
+use crate::replay::record;
 use crate::tensor::{read_rows, write_rows};
 use crate::{Context, Element, LiveBatch, Result, Runner, Tensor};
 

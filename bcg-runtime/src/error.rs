@@ -1,6 +1,9 @@
 //! What failed, in which segment, at which break, with the driver's code kept.
 
 use std::fmt::Display;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use crate::break_site::BreakSite;
 
 /// A result whose error is [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -245,10 +248,44 @@ impl Error {
         }
     }
 
+    /// Makes the error of a failed driver call.
+    pub(crate) fn driver(call: &'static str, code: i32, name: impl Into<String>) -> Self {
+        Self::Driver { call, code, name: name.into() }
+    }
+
+    /// Makes an [`Error::Foreign`].
+    pub(crate) fn foreign(tensor: &str, current: &str) -> Self {
+        Self::Foreign { tensor: tensor.to_owned(), current: current.to_owned() }
+    }
+
+    /// Says at which break the error happened, unless that is known already.
+    pub(crate) fn in_break(self, site: &'static BreakSite, segment: usize) -> Self {
+        match self {
+            located @ Self::Break { .. } => located,
+            source => {
+                let BreakSite { name, file, line } = *site;
+                Self::Break { name, segment, file, line, source: Box::new(source) }
+            }
+        }
+    }
+
+    /// Says in which segment the error happened, unless a segment or break is known already.
     pub(crate) fn in_segment(self, segment: usize) -> Self {
         match self {
             located @ (Self::Break { .. } | Self::Segment { .. }) => located,
             source => Self::Segment { segment, source: Box::new(source) },
         }
     }
+}
+
+/// Runs `f` and turns a panic into [`Error::Panic`], so that the caller's guards and the first error survive (law L5).
+pub(crate) fn catch_panic<R>(f: impl FnOnce() -> Result<R>) -> Result<R> {
+    catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|payload| {
+        let message = payload
+            .downcast_ref::<&str>()
+            .map(|text| (*text).to_owned())
+            .or_else(|| payload.downcast_ref::<String>().cloned())
+            .unwrap_or_else(|| "a panic without a message".to_owned());
+        Err(Error::Panic { message })
+    })
 }

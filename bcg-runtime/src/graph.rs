@@ -4,16 +4,16 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::capture::catch_panic;
 use crate::capture::recorder::{CaptureGuard, Recorder};
 use crate::capture::step::Step;
 use crate::device::PinnedBuffer;
+use crate::error::catch_panic;
 use crate::freeze::Claims;
 use crate::generation::Stamp;
 use crate::replay::heal::Healer;
 use crate::replay::record::Span;
 use crate::replay::{self, ReplayMode, ReplayPath, record, verify};
-use crate::tensor::{PersistentBuffer, foreign};
+use crate::tensor::PersistentBuffer;
 use crate::{BlockLifetime, Context, Error, Freeze, LiveBatch, OpStream, Result, Runner, Timeline, timeline};
 
 /// The forward that a graph captures.
@@ -261,7 +261,7 @@ fn check_arena(graph: &str, recorded: &crate::arena::Arena, runner: &mut Runner)
     if arena.is(recorded) {
         return Ok(());
     }
-    Err(foreign(&format!("graph `{graph}` on {recorded:?}"), &format!("{arena:?}")))
+    Err(Error::foreign(&format!("graph `{graph}` on {recorded:?}"), &format!("{arena:?}")))
 }
 
 impl<L: LiveBatch, O: Freeze> fmt::Debug for BreakableCudaGraph<L, O> {

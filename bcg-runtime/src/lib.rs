@@ -46,7 +46,9 @@
 //! # Ok::<(), bcg_runtime::Error>(())
 //! ```
 
+mod address;
 mod arena;
+mod break_site;
 mod bridge;
 mod cache;
 mod capture;
@@ -75,6 +77,7 @@ mod tensor;
 mod timeline;
 mod upload;
 
+pub use address::DevicePtr;
 pub use arena::{ArenaStats, BlockLifetime, Moment};
 pub use bcg_macros::{Bridge, Freeze, eager_on_graph};
 pub use bridge::{Bridge, Carrier};
@@ -91,7 +94,7 @@ pub use freeze::{Claims, Freeze, Thaw};
 pub use generation::Generation;
 pub use graph::{BreakDescription, BreakableCudaGraph, Description, GraphOptions, SegmentDescription};
 pub use ladder::{Decision, EagerReason, Ladder};
-pub use launch::{ARG_BYTES_MAX, AnyKernel, ArgBytes, DevicePtr, Dims, HostFn, Kernel, KernelArgs, Launch};
+pub use launch::{ARG_BYTES_MAX, AnyKernel, ArgBytes, Dims, HostFn, Kernel, KernelArgs, Launch};
 pub use readback::Readback;
 pub use replay::{ChainReason, ReplayMode, ReplayPath};
 pub use runner::{Runner, RunnerOptions, RunnerStats};
@@ -107,7 +110,8 @@ pub static SOURCES: &[&Source] = &[&scrub::SOURCE];
 /// What the macros expand to. Not part of the public interface.
 #[doc(hidden)]
 pub mod __private {
-    pub use crate::capture::breaks::{BreakSite, eager_break, eager_break_stubbed, plain_call};
+    pub use crate::break_site::BreakSite;
+    pub use crate::capture::breaks::{eager_break, eager_break_stubbed, plain_call};
 }
 
 /// Runs the README's example as a documentation test.

@@ -1,7 +1,7 @@
 //! A runner: one stream, one arena, one forward at a time.
 
 use crate::arena::ArenaStats;
-use crate::capture::catch_panic;
+use crate::error::catch_panic;
 use crate::tensor::{read_rows, write_rows};
 use crate::{Context, Device, Eager, Element, Error, LiveBatch, OpStream, ReplayMode, Result, Rows, Tensor};
 

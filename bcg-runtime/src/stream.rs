@@ -15,7 +15,7 @@ use crate::op::{Op, RowCopy};
 use crate::replay::record;
 use crate::replay::verify::Probe;
 use crate::shape::Shape;
-use crate::tensor::{PersistentBuffer, Storage, Tensor, foreign};
+use crate::tensor::{PersistentBuffer, Storage, Tensor};
 use crate::timeline::StepLog;
 use crate::{
     DType, Device, DevicePtr, Dims, Error, Event, Kernel, KernelArgs, ReplayMode, Result, RunnerOptions, Stream,
@@ -189,7 +189,7 @@ impl OpStream {
             Storage::Arena(block) => self.arena.check(block)?,
             Storage::Persistent(buffer) => {
                 if !buffer.device().is(&self.device) {
-                    return Err(foreign(buffer.device().name(), self.device.name()));
+                    return Err(Error::foreign(buffer.device().name(), self.device.name()));
                 }
                 if let Some(stamp) = buffer.stamp() {
                     stamp.check()?;
@@ -375,7 +375,7 @@ impl OpStream {
     /// [`Error::Foreign`] if the stream is another device's; those of `f`.
     pub fn on_stream<R>(&mut self, stream: &Arc<Stream>, f: impl FnOnce(&mut Self) -> Result<R>) -> Result<R> {
         if !stream.device().is(&self.device) {
-            return Err(foreign(stream.device().name(), self.device.name()));
+            return Err(Error::foreign(stream.device().name(), self.device.name()));
         }
         let before = std::mem::replace(&mut self.current, Arc::clone(stream));
         let result = f(self);

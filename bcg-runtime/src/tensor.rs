@@ -13,6 +13,7 @@ use std::sync::{Arc, OnceLock};
 use crate::arena::ArenaBlock;
 use crate::device::{Allocation, StreamRef};
 use crate::generation::{Generation, Stamp};
+use crate::op::Op;
 use crate::shape::Shape;
 use crate::{DType, Device, DevicePtr, Element, Error, Result};
 
@@ -203,16 +204,13 @@ impl Tensor {
     pub(crate) fn persistent_addr(&self, device: &Device) -> Result<DevicePtr> {
         match &self.storage {
             Storage::Persistent(buffer) if buffer.device().is(device) => Ok(self.ptr),
-            Storage::Persistent(buffer) => Err(foreign(buffer.device().name(), device.name())),
-            Storage::Arena(_) => {
-                Err(foreign("a runner's arena", &format!("{} outside that runner (use Runner::read)", device.name())))
-            }
+            Storage::Persistent(buffer) => Err(Error::foreign(buffer.device().name(), device.name())),
+            Storage::Arena(_) => Err(Error::foreign(
+                "a runner's arena",
+                &format!("{} outside that runner (use Runner::read)", device.name()),
+            )),
         }
     }
-}
-
-pub(crate) fn foreign(tensor: &str, current: &str) -> Error {
-    Error::Foreign { tensor: tensor.to_owned(), current: current.to_owned() }
 }
 
 impl fmt::Debug for Tensor {
@@ -222,6 +220,80 @@ impl fmt::Debug for Tensor {
             Storage::Arena(_) => "arena",
         };
         write!(f, "Tensor({} {:?} {kind} at {:#x})", self.dtype, self.shape, self.ptr.as_u64())
+    }
+}
+
+/// Tensors of a device, outside of any forward.
+impl Device {
+    /// Allocates a persistent tensor with undefined contents (NaN on the host device).
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]; [`Error::Shape`] for a rank above 4.
+    pub fn empty(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        Tensor::persistent(self, shape, dtype)
+    }
+
+    /// Allocates a persistent tensor of zeros.
+    ///
+    /// # Errors
+    /// As [`Device::empty`].
+    pub fn zeros(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        let tensor = self.empty(shape, dtype)?;
+        if tensor.size_bytes() > 0 {
+            let stream = self.own_stream()?;
+            let dst = tensor.persistent_addr(self)?;
+            stream.backend.enqueue(stream.handle, &Op::Fill { dst, byte: 0, bytes: tensor.size_bytes() })?;
+            stream.backend.synchronize_stream(stream.handle)?;
+        }
+        Ok(tensor)
+    }
+
+    /// Allocates a persistent tensor that holds `data`, in row-major order.
+    ///
+    /// # Errors
+    /// As [`Device::empty`]; [`Error::Shape`] if `data` has another length.
+    pub fn tensor<T: Element>(&self, shape: &[usize], data: &[T]) -> Result<Tensor> {
+        self.tensor_from_bytes(shape, T::DTYPE, bytemuck::cast_slice(data))
+    }
+
+    /// Allocates a persistent tensor from the raw bytes of its elements, in row-major order.
+    ///
+    /// # Errors
+    /// As [`Device::tensor`].
+    pub fn tensor_from_bytes(&self, shape: &[usize], dtype: DType, bytes: &[u8]) -> Result<Tensor> {
+        let tensor = self.empty(shape, dtype)?;
+        self.write_bytes(&tensor, bytes)?;
+        Ok(tensor)
+    }
+
+    /// Reads a persistent tensor, in row-major order, after all work of the device.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if `T` is not its dtype; [`Error::Foreign`] for a tensor of an arena (read that through its
+    /// runner) or of another device; the first error of the work waited for.
+    pub fn read<T: Element>(&self, tensor: &Tensor) -> Result<Vec<T>> {
+        tensor.check_dtype("Device::read", T::DTYPE)?;
+        let ptr = tensor.persistent_addr(self)?;
+        let stream = self.own_stream()?;
+        self.synchronize()?;
+        read_rows(stream, tensor, ptr)
+    }
+
+    /// Writes a persistent tensor, in row-major order, after all work of the device and before any later work.
+    ///
+    /// # Errors
+    /// As [`Device::read`]; [`Error::Shape`] if `data` has another length.
+    pub fn write<T: Element>(&self, tensor: &Tensor, data: &[T]) -> Result<()> {
+        tensor.check_dtype("Device::write", T::DTYPE)?;
+        self.write_bytes(tensor, bytemuck::cast_slice(data))
+    }
+
+    fn write_bytes(&self, tensor: &Tensor, bytes: &[u8]) -> Result<()> {
+        let ptr = tensor.persistent_addr(self)?;
+        let stream = self.own_stream()?;
+        self.synchronize()?;
+        write_rows("Device::write", stream, tensor, ptr, bytes)?;
+        stream.backend.synchronize_stream(stream.handle)
     }
 }
 

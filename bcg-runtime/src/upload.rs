@@ -10,8 +10,8 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
 
-use crate::capture::catch_panic;
 use crate::device::{Event, PinnedBuffer, Stream};
+use crate::error::catch_panic;
 use crate::op::Op;
 use crate::{Device, DevicePtr, Error, Result, Tensor};
 

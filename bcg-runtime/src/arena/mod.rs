@@ -27,7 +27,7 @@ pub use log::{BlockLifetime, Moment};
 
 use crate::device::Reservation;
 use crate::shape::Shape;
-use crate::tensor::{Storage, Tensor, foreign};
+use crate::tensor::{Storage, Tensor};
 use crate::{DType, Device, DevicePtr, Error, Result};
 
 /// The arena grows by at least this much at a time.
@@ -163,7 +163,7 @@ impl Arena {
     /// Checks that a block may be used in the forward that runs now.
     pub(crate) fn check(&self, block: &ArenaBlock) -> Result<()> {
         if !self.is(&block.arena) {
-            return Err(foreign(&format!("{:?}", block.arena), &format!("{self:?}")));
+            return Err(Error::foreign(&format!("{:?}", block.arena), &format!("{self:?}")));
         }
         let current = self.0.forward();
         if block.forward == current { Ok(()) } else { Err(Error::Stale { tensor: block.forward, current }) }

@@ -1,25 +1,15 @@
 //! What a call of an annotated function does: a plain call outside a capture, a break inside of one.
 
-use super::catch_panic;
-use super::recorder::{Recorder, place};
+use super::recorder::Recorder;
 use crate::arena::Arena;
+use crate::break_site::BreakSite;
 use crate::bridge::{Bridges, Carrier, scrub, scrub_output};
 use crate::capture::step::Break;
+use crate::error::catch_panic;
 use crate::freeze::{Claims, Thaw};
 use crate::generation::Stamp;
 use crate::replay::record::{self, Place};
-use crate::{Bridge, Context, Eager, Error, LiveBatch, OpStream, Result};
-
-/// Where an annotated function stands.
-#[derive(Debug)]
-pub struct BreakSite {
-    /// The function's name.
-    pub name: &'static str,
-    /// Its file.
-    pub file: &'static str,
-    /// Its line.
-    pub line: u32,
-}
+use crate::{Bridge, Context, Eager, LiveBatch, OpStream, Result};
 
 /// Calls the body of a function whose annotation is switched off.
 pub fn plain_call<L: LiveBatch, R>(
@@ -77,7 +67,7 @@ fn call<L: LiveBatch, F, R: Bridge>(
         let mut claims = Claims::new(cx.stream);
         freeze(&mut claims)?;
         let args = claims.tensors;
-        probe.snapshot_args(cx.stream, place(site), &args)?;
+        probe.snapshot_args(cx.stream, site.to_string(), &args)?;
     }
     let result = run(&mut Eager::new(cx));
     cx.stream.probe = probe;
@@ -95,7 +85,7 @@ fn record<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
     run: impl FnOnce(&mut Eager<'_, L>) -> Result<R>,
     replay: impl Fn(&mut Eager<'_, L>, &F, &Thaw<'_>) -> Result<R> + Send + Sync + 'static,
 ) -> Result<R> {
-    recorder.begin_break(cx.stream, &place(site))?;
+    recorder.begin_break(cx.stream, &site.to_string())?;
     let segment = recorder.segment_index();
     let span = tracing::debug_span!("break", name = site.name, segment);
     record::begin_break(Place { step: recorder.steps.len(), segment, site }, None);
@@ -128,7 +118,7 @@ fn run_recorded<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
     let output = catch_panic(|| run(&mut Eager::new(cx)));
     let blocks = cx.stream.arena().end_record();
     let output = output?;
-    cx.stream.check_joined(&format!("the end of {}", place(site)))?;
+    cx.stream.check_joined(&format!("the end of {}", site.to_string()))?;
     let mut claims = Claims::new(cx.stream);
     let frozen_output = output.freeze(&mut claims)?;
     let outputs = claims.tensors;
@@ -151,19 +141,6 @@ fn run_recorded<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
 fn check_joined_at_replay(stream: &OpStream, site: &BreakSite) -> Result<()> {
     match stream.check_joined("") {
         Ok(()) => Ok(()),
-        Err(_) => stream.check_joined(&format!("the end of {}", place(site))),
-    }
-}
-
-impl Error {
-    /// Says at which break the error happened.
-    pub(crate) fn in_break(self, site: &'static BreakSite, segment: usize) -> Self {
-        match self {
-            located @ Self::Break { .. } => located,
-            source => {
-                let BreakSite { name, file, line } = *site;
-                Self::Break { name, segment, file, line, source: Box::new(source) }
-            }
-        }
+        Err(_) => stream.check_joined(&format!("the end of {}", site.to_string())),
     }
 }

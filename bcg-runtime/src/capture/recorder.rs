@@ -10,7 +10,6 @@
 use std::cell::Cell;
 use std::sync::{Arc, OnceLock};
 
-use super::breaks::BreakSite;
 use super::state::CaptureState;
 use super::step::{Break, Step};
 use crate::device::{Graph, PinnedBuffer};
@@ -208,9 +207,4 @@ impl<L> Drop for CaptureGuard<'_, L> {
             self.recorder.abort(self.stream);
         }
     }
-}
-
-/// Names a break's place for messages.
-pub(crate) fn place(site: &BreakSite) -> String {
-    format!("break `{}` ({}:{})", site.name, site.file, site.line)
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::arena::{Arena, BlockRecord, FrozenTensor};
-use crate::capture::breaks::BreakSite;
+use crate::break_site::BreakSite;
 use crate::segment::Segment;
 use crate::{Eager, Result};
 

@@ -6,10 +6,9 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::Device;
 use super::traits::{Backend, EventHandle, ExecHandle, GraphHandle, NodeCounts, NodeHandle, Part, StreamHandle};
+use super::{Device, watch};
 use crate::op::Op;
-use crate::replay::record::{self, Needs};
 use crate::{DevicePtr, Element, Error, Result};
 
 /// How many objects of a device are alive.
@@ -100,7 +99,7 @@ impl Allocation {
 
 impl Drop for Allocation {
     fn drop(&mut self) {
-        record::leave_in_drop(&self.device, "freeing device memory");
+        watch::before_free(&self.device, "freeing device memory");
         self.device.backend().free(self.ptr);
         self.device.counters().sub_memory(self.bytes);
     }
@@ -173,7 +172,7 @@ impl PinnedBuffer {
 
 impl Drop for PinnedBuffer {
     fn drop(&mut self) {
-        record::leave_in_drop(&self.device, "freeing page-locked memory");
+        watch::before_free(&self.device, "freeing page-locked memory");
         self.device.backend().free_pinned(self.ptr);
         self.device.counters().sub_memory(self.bytes);
     }
@@ -282,7 +281,7 @@ impl Stream {
     /// # Errors
     /// The first error of that work; [`Error::CaptureForbidden`] (or the driver's) while the stream captures.
     pub fn synchronize(&self) -> Result<()> {
-        record::leave(&self.device, "Stream::synchronize", Needs::Results)?;
+        watch::before_wait(&self.device, "Stream::synchronize")?;
         self.device.backend().synchronize_stream(self.handle)
     }
 
@@ -379,7 +378,7 @@ impl Event {
     /// # Errors
     /// The first error of that work.
     pub fn synchronize(&self) -> Result<()> {
-        record::leave(&self.device, "Event::synchronize", Needs::Results)?;
+        watch::before_wait(&self.device, "Event::synchronize")?;
         self.device.backend().synchronize_event(self.handle)
     }
 

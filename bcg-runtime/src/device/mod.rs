@@ -7,6 +7,7 @@ pub(crate) mod cuda;
 mod guard;
 pub(crate) mod host;
 pub(crate) mod traits;
+pub(crate) mod watch;
 
 use std::fmt;
 use std::sync::Arc;
@@ -16,9 +17,7 @@ pub(crate) use guard::{Allocation, Graph, GraphExec, Reservation, StreamRef};
 pub use guard::{Event, LiveObjects, PinnedBuffer, Stream};
 
 use crate::launch::AnyKernel;
-use crate::op::Op;
-use crate::replay::record::{self, Needs};
-use crate::{Arch, DType, Element, Error, Result, Tensor};
+use crate::{Arch, Error, Result};
 use guard::OwnStream;
 use host::{HostBackend, HostControl, HostOptions};
 use traits::Backend;
@@ -162,7 +161,7 @@ impl Device {
     /// # Errors
     /// The first error of that work.
     pub fn synchronize(&self) -> Result<()> {
-        record::leave(self, "Device::synchronize", Needs::Results)?;
+        watch::before_wait(self, "Device::synchronize")?;
         self.backend.synchronize()
     }
 
@@ -221,75 +220,9 @@ impl Device {
         Ok((result, trace))
     }
 
-    /// Allocates a persistent tensor with undefined contents (NaN on the host device).
-    ///
-    /// # Errors
-    /// [`Error::OutOfMemory`]; [`Error::Shape`] for a rank above 4.
-    pub fn empty(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
-        Tensor::persistent(self, shape, dtype)
-    }
-
-    /// Allocates a persistent tensor of zeros.
-    ///
-    /// # Errors
-    /// As [`Device::empty`].
-    pub fn zeros(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
-        let tensor = self.empty(shape, dtype)?;
-        if tensor.size_bytes() > 0 {
-            let stream = self.own_stream.get()?;
-            let dst = tensor.persistent_addr(self)?;
-            self.backend.enqueue(stream.handle, &Op::Fill { dst, byte: 0, bytes: tensor.size_bytes() })?;
-            self.backend.synchronize_stream(stream.handle)?;
-        }
-        Ok(tensor)
-    }
-
-    /// Allocates a persistent tensor that holds `data`, in row-major order.
-    ///
-    /// # Errors
-    /// As [`Device::empty`]; [`Error::Shape`] if `data` has another length.
-    pub fn tensor<T: Element>(&self, shape: &[usize], data: &[T]) -> Result<Tensor> {
-        self.tensor_from_bytes(shape, T::DTYPE, bytemuck::cast_slice(data))
-    }
-
-    /// Allocates a persistent tensor from the raw bytes of its elements, in row-major order.
-    ///
-    /// # Errors
-    /// As [`Device::tensor`].
-    pub fn tensor_from_bytes(&self, shape: &[usize], dtype: DType, bytes: &[u8]) -> Result<Tensor> {
-        let tensor = self.empty(shape, dtype)?;
-        self.write_bytes(&tensor, bytes)?;
-        Ok(tensor)
-    }
-
-    /// Reads a persistent tensor, in row-major order, after all work of the device.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] if `T` is not its dtype; [`Error::Foreign`] for a tensor of an arena (read that through its
-    /// runner) or of another device; the first error of the work waited for.
-    pub fn read<T: Element>(&self, tensor: &Tensor) -> Result<Vec<T>> {
-        tensor.check_dtype("Device::read", T::DTYPE)?;
-        let ptr = tensor.persistent_addr(self)?;
-        let stream = self.own_stream.get()?;
-        self.synchronize()?;
-        crate::tensor::read_rows(stream, tensor, ptr)
-    }
-
-    /// Writes a persistent tensor, in row-major order, after all work of the device and before any later work.
-    ///
-    /// # Errors
-    /// As [`Device::read`]; [`Error::Shape`] if `data` has another length.
-    pub fn write<T: Element>(&self, tensor: &Tensor, data: &[T]) -> Result<()> {
-        tensor.check_dtype("Device::write", T::DTYPE)?;
-        self.write_bytes(tensor, bytemuck::cast_slice(data))
-    }
-
-    fn write_bytes(&self, tensor: &Tensor, bytes: &[u8]) -> Result<()> {
-        let ptr = tensor.persistent_addr(self)?;
-        let stream = self.own_stream.get()?;
-        self.synchronize()?;
-        crate::tensor::write_rows("Device::write", stream, tensor, ptr, bytes)?;
-        self.backend.synchronize_stream(stream.handle)
+    /// Returns the stream of the device itself, on which its own reads, writes and fills run.
+    pub(crate) fn own_stream(&self) -> Result<StreamRef<'_>> {
+        self.own_stream.get()
     }
 
     pub(crate) fn backend(&self) -> &dyn Backend {
@@ -308,12 +241,5 @@ impl Device {
 impl fmt::Debug for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Device({})", self.name())
-    }
-}
-
-impl Error {
-    /// Makes the error of a failed driver call.
-    pub(crate) fn driver(call: &'static str, code: i32, name: impl Into<String>) -> Self {
-        Self::Driver { call, code, name: name.into() }
     }
 }

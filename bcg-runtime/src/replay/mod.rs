@@ -12,9 +12,8 @@ use std::fmt;
 
 use crate::arena::Arena;
 use crate::bridge::scrub;
-use crate::capture::catch_panic;
-use crate::capture::recorder::place;
 use crate::capture::step::Break;
+use crate::error::catch_panic;
 use crate::freeze::Thaw;
 use crate::graph::Recording;
 use crate::{Eager, Freeze, LiveBatch, OpStream, Result};
@@ -123,7 +122,7 @@ fn run_break<L: LiveBatch>(step: &Break<L>, arena: &Arena, stream: &mut OpStream
     let _entered = span.enter();
     let mut probe = stream.probe.take();
     if let Some(probe) = &mut probe {
-        probe.snapshot_args(stream, place(step.site), &step.args)?;
+        probe.snapshot_args(stream, step.site.to_string(), &step.args)?;
     }
     // Until the next break or the end of the replay, nothing else is allocated.
     arena.begin_recorded(&step.blocks);

@@ -14,8 +14,9 @@
 use std::cell::RefCell;
 use std::sync::Arc;
 
-use crate::capture::breaks::BreakSite;
+use crate::break_site::BreakSite;
 use crate::device::Stream;
+use crate::device::watch::{self, Needs, Watcher};
 use crate::launch::{AnyKernel, Launch};
 use crate::op::Op;
 use crate::segment::Segment;
@@ -61,15 +62,6 @@ pub(crate) enum RecordMode {
     CaptureAhead,
     /// Work is kept back.
     Replay,
-}
-
-/// What a call that leaves the record waits for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Needs {
-    /// Nothing: it enqueues work of a kind that no record holds.
-    Nothing,
-    /// The results of the work so far.
-    Results,
 }
 
 /// The record of one forward.
@@ -197,17 +189,21 @@ fn with<R>(f: impl FnOnce(&mut Record) -> R) -> Option<R> {
 /// Makes a record the thread's until it is dropped; an outer one waits meanwhile.
 #[derive(Debug)]
 pub(crate) struct Active {
-    outer: Option<Option<Record>>,
+    outer: Option<(Option<Record>, Option<Watcher>)>,
 }
+
+/// What the device tells while a record is active.
+const WATCHER: Watcher = Watcher { before_call: leave, before_free: leave_in_drop };
 
 impl Active {
     pub(crate) fn begin(record: Record) -> Self {
-        Self { outer: Some(RECORD.replace(Some(record))) }
+        Self { outer: Some((RECORD.replace(Some(record)), watch::install(Some(WATCHER)))) }
     }
 
     /// Ends the recording and returns the record, empty.
     pub(crate) fn end(mut self) -> Option<Record> {
-        let outer = self.outer.take()?;
+        let (outer, watcher) = self.outer.take()?;
+        watch::install(watcher);
         let mut record = RECORD.replace(outer)?;
         (record.place, record.left, record.error) = (None, None, None);
         record.span.clear();
@@ -217,7 +213,8 @@ impl Active {
 
 impl Drop for Active {
     fn drop(&mut self) {
-        if let Some(outer) = self.outer.take() {
+        if let Some((outer, watcher)) = self.outer.take() {
+            watch::install(watcher);
             RECORD.set(outer);
         }
     }

@@ -10,8 +10,8 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use super::HostBackend;
-use super::memory::HostMemory;
 use super::regions::Memory;
+use super::view::HostMemory;
 use super::work::Work;
 use crate::device::traits::{Matmul, MatmulBackend, MatmulPlan, MatmulShape, MatmulTuning, StreamHandle};
 use crate::{DType, DevicePtr, Error, Result};

@@ -8,7 +8,7 @@
 //! device never run at the same time. A kernel's host reference must therefore not call the device again.
 //!
 //! Files are named by the trait that they implement: `memory`, `stream`, `matmul`, `event`, `graph`. Under them lie `regions`
-//! (addresses), `backing` (bytes), `queue` (order), `work` (one operation) and `capture` (open captures); `fault` is
+//! (addresses), `backing` (bytes), `view` (what kernels see), `queue` (order), `work` (one operation) and `capture` (open captures); `fault` is
 //! the tests' control.
 
 mod backing;
@@ -23,6 +23,7 @@ mod regions;
 mod stream;
 #[cfg(test)]
 mod testing;
+mod view;
 mod work;
 
 use std::collections::HashMap;
@@ -32,7 +33,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::ThreadId;
 
 pub use fault::HostControl;
-pub use memory::HostMemory;
+pub use view::HostMemory;
 
 use super::KernelTrace;
 use super::traits::Backend;

@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use super::graph::GraphNodes;
 use super::matmul;
-use super::memory::HostMemory;
 use super::regions::Memory;
+use super::view::HostMemory;
 use crate::device::traits::{Matmul, NodeCounts};
 use crate::launch::Launch;
 use crate::op::RowCopy;
