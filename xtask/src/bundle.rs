@@ -15,18 +15,20 @@ const BYTES_MAX: u64 = 60 << 20;
 const PROFILE: &str = "bundle";
 
 /// Executables and the packages they come from.
-const EXECUTABLES: [(&str, &str); 4] =
-    [("bcg-tests", "gpu"), ("bcg-server", "bcg"), ("bcg-bench", "replay"), ("bcg-bench", "matmul")];
-
-/// An example of bcg-runtime that travels too.
-const EXAMPLE: &str = "own_kernel";
+const EXECUTABLES: [(&str, &str); 5] = [
+    ("bcg-tests", "gpu"),
+    ("bcg-server", "bcg"),
+    ("bcg-bench", "replay"),
+    ("bcg-bench", "matmul"),
+    ("bcg-examples", "own_kernel"),
+];
 
 /// Folders of the project that travel along.
 const FOLDERS: [&str; 4] = ["models", "tests/data", "tests/geometry", "benches/peers"];
 
 /// Runs `cargo xtask gpu-bundle`.
 pub(crate) fn run() -> Result<()> {
-    let mut build = cargo(["build", "--locked", "--profile", PROFILE, "-p", "bcg-runtime", "--example", EXAMPLE]);
+    let mut build = cargo(["build", "--locked", "--profile", PROFILE]);
     for (package, executable) in EXECUTABLES {
         build.args(["-p", package, "--bin", executable]);
     }
@@ -37,7 +39,6 @@ pub(crate) fn run() -> Result<()> {
     for (_, executable) in EXECUTABLES {
         copy(&target().join(PROFILE).join(executable), &bundle.join("bin").join(executable))?;
     }
-    copy(&target().join(PROFILE).join("examples").join(EXAMPLE), &bundle.join("bin").join(EXAMPLE))?;
     for folder in FOLDERS {
         copy(&root().join(folder), &bundle.join(folder))?;
     }

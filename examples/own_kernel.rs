@@ -1,4 +1,5 @@
-//! A kernel and an eager break of your own, on the host device or on CUDA: `cargo run -p bcg-runtime --example own_kernel`.
+//! A kernel and an eager break of your own, on the host device or on CUDA:
+//! `cargo run -p bcg-examples --bin own_kernel`.
 
 use bcg_runtime::{
     BreakableCudaGraph, Context, Device, DevicePtr, Dims, Eager, Kernel, LiveBatch, Result, Runner, RunnerOptions,
