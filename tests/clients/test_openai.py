@@ -3,6 +3,7 @@
 Starts the server on a free port and prints 'N passed, N failed'; exits with 1 if a test failed.
 """
 import json
+import subprocess
 import sys
 import traceback
 import urllib.request
@@ -331,6 +332,14 @@ def test_tools_stream(client):
     assert calls[0].id and calls[0].function.name in ("count_shells", "count_pens")
     check_arguments("".join(call.function.arguments for call in calls))
     assert chunks[-1].finish_reason == "tool_calls"
+
+
+def test_the_example_without_a_package(client):
+    example = server.ROOT / "examples" / "openai_client.py"
+    command = [sys.executable, str(example), QUESTION, "--base-url", str(client.base_url)]
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
+    assert printed[0].startswith("whole (") and printed[0].endswith(f" tokens): {ANSWER}"), printed
+    assert printed[1] == f"streamed: {ANSWER}", printed
 
 
 def main():
