@@ -51,6 +51,14 @@ fn check_fields(package: &Value) -> Result<()> {
     for field in ["description", "license", "repository", "readme"] {
         ensure!(package[field].is_string(), "crate {} has no `{field}`: add it to its Cargo.toml", name(package));
     }
+    for field in ["keywords", "categories"] {
+        let given = package[field].as_array().map_or(0, Vec::len);
+        ensure!(
+            (1..=5).contains(&given),
+            "crate {} has {given} `{field}`: a registry takes one to five",
+            name(package)
+        );
+    }
     let manifest = package["manifest_path"].as_str().context("a package without manifest")?;
     let folder = Path::new(manifest).parent().context("a manifest without folder")?;
     for file in ["LICENSE-APACHE", "LICENSE-MIT", "README.md"] {
