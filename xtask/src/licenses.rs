@@ -1,4 +1,9 @@
 //! Checks the licence of every dependency, on all platforms, against a list.
+//!
+//! Not cargo-deny, for two reasons. Every fresh machine would build it first, which was given up after five minutes on
+//! two busy cores (2026-11-30), to replace a hundred lines. And what it knows beyond them, security advisories, lies in a
+//! database on the network: with it the gate could not run offline, and could fail today on what passed yesterday. Look
+//! for advisories outside of the gate, with `cargo deny check advisories`.
 
 use std::collections::BTreeMap;
 
