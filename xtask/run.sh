@@ -7,6 +7,9 @@
 #   run.sh bench               every bench at full size, the figures as JSON too, their tables once more last
 #   run.sh bench GEOMETRY…     the same for some geometries only
 #   run.sh serve [GEOMETRY…]   the server under load, over HTTP: throughput, time to first token, rates up to saturation
+#   run.sh standing            the standing figures, in at most STANDING_SECONDS (240): standing.json, which
+#                              `cargo xtask figures` reads. BCG_DEVICE=host runs the same steps with tiny checkpoints and
+#                              without a GPU, to try the script: its figures say nothing
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cd "$here" || exit 1
@@ -19,8 +22,8 @@ log=$out/run.log
 
 export BCG_ROOT=$here BCG_CACHE_DIR=${BCG_CACHE_DIR:-$work/cache} RUST_BACKTRACE=1 RUST_LOG=info,bcg_runtime=warn
 mode=${1:-test}
-case $mode in test | bench | serve) ;; *)
-    echo "run.sh: no mode $mode; there are test (without argument), bench and serve" >&2
+case $mode in test | bench | serve | standing) ;; *)
+    echo "run.sh: no mode $mode; there are test (without argument), bench, serve and standing" >&2
     exit 1
     ;;
 esac
@@ -34,9 +37,21 @@ done
 table=()
 failed=0
 
+# When nothing may run any more, in seconds since 1970; empty without such a time.
+deadline=
+
 step() { # name, seconds at most, command…
-    local name=$1 limit=$2 begun status
+    local name=$1 limit=$2 begun status left
     shift 2
+    if [ -n "$deadline" ]; then
+        left=$((deadline - $(date +%s)))
+        if [ "$left" -le 0 ]; then
+            table+=("FAIL  0 s  $name (no time was left)")
+            failed=1
+            return
+        fi
+        if [ "$left" -lt "$limit" ]; then limit=$left; fi
+    fi
     echo "==> $name: $*" | tee -a "$log"
     begun=$(date +%s.%N)
     timeout --kill-after=5 "$limit" "$@" 2>&1 | tee -a "$log" | tail -n 40
@@ -100,6 +115,7 @@ evaluations() { # checkpoint
     evaluate "$1" chat preempted "${graphs[@]}" --concurrency 64 --kv-cache-tokens 512 --context-length 256 --page-size 1
     # Of this evaluation: the log has those before it too.
     same_tokens "$1" chat eager preempted
+    # shellcheck disable=SC2016 # the inner shell expands it
     step "$1: some were preempted" 10 bash -c 'grep "^accuracy" "$1" | tail -n 1 | grep -Eq " [1-9][0-9]* preemptions"' _ "$log"
 }
 
@@ -114,6 +130,7 @@ correctness() {
         step "own kernel" 60 bin/own_kernel
         step "rules on the GPU" "${GPU_TESTS_SECONDS:-300}" bin/gpu --random "${GPU_RANDOM_PROGRAMS:-1000}"
     fi
+    # shellcheck disable=SC2046 # names without spaces, to be split
     for checkpoint in $(pick $(cd models && echo tiny-*)); do
         evaluations "$checkpoint"
     done
@@ -121,6 +138,7 @@ correctness() {
     # Some layers of real geometries against transformers in float32.
     if python3 -c 'import torch, transformers, safetensors' 2>/dev/null; then
         for geometry in $(pick qwen3-8b qwen3-30b-a3b nemotron-h-8b deepseek-v2-lite deepseek-v3-6-layers); do
+            # shellcheck disable=SC2046 # two words or none
             step "reference $geometry" 120 python3 tests/geometry/reference.py "models/geometries/$geometry" "$work/geometry" \
                 $(case $geometry in qwen3-8b) ;; *) echo --vocab 8192 ;; esac)
             step "geometry $geometry" 120 bin/gpu --geometry "$work/geometry"
@@ -132,10 +150,10 @@ correctness() {
 
     # Fast?
     if [ ${#chosen[@]} = 0 ]; then
-        local model=(--model models/tiny-qwen3 --device cuda)
-        step "inspect" 60 bin/bcg inspect "${model[@]}" --size 64 --html "$out/inspect.html" --trace "$out/inspect.json"
+        local tiny=(--model models/tiny-qwen3 --device cuda)
+        step "inspect" 60 bin/bcg inspect "${tiny[@]}" --size 64 --html "$out/inspect.html" --trace "$out/inspect.json"
         step "inspect: kernels were traced" 10 grep -q '"cat":"kernel"' "$out/inspect.json"
-        step "generate" 60 bin/bcg generate "${model[@]}" "${graphs[@]}" --chat --prompt "Raj has 10 boxes with 12 books in each. How many books is that?"
+        step "generate" 60 bin/bcg generate "${tiny[@]}" "${graphs[@]}" --chat --prompt "Raj has 10 boxes with 12 books in each. How many books is that?"
         step "matmul bench" 60 bin/matmul --json "$out/matmul.json"
         step "replay bench" 180 bin/replay --device cuda --json "$out/replay.json"
     fi
@@ -181,6 +199,7 @@ serving() {
             --port "$port" "${graphs[@]}" --context-length 2048 --max-running-requests 512 --max-queued-requests 1024 \
             --chunked-prefill-size "${CHUNK:-8192}" >>"$out/server-$geometry.log" 2>&1 &
         server=$!
+        # shellcheck disable=SC2016 # the inner shell expands these
         step "start $geometry" 120 bash -c 'until curl -sf "http://127.0.0.1:$0/health" >/dev/null; do kill -0 "$1" || exit 1; sleep 0.2; done' \
             "$port" "$server"
         for tokens in 16 256 1024; do
@@ -199,7 +218,116 @@ serving() {
     done
 }
 
-case $mode in bench) benches ;; serve) serving ;; test) correctness ;; esac
+# Starts of a server, each timed until it answers, but for the first, which fills the caches; then load on the last.
+standing_server() { # model
+    local model=$1 server begun round
+    for round in 0 1 2 3; do
+        begun=$(date +%s.%N)
+        bin/bcg serve --model "$(folder "$model")" "${random[@]}" --port "$port" "${graphs[@]}" --context-length 2048 \
+            --max-running-requests "${burst[0]}" --max-queued-requests 1024 >>"$log" 2>&1 &
+        server=$!
+        # shellcheck disable=SC2016 # the inner shell expands these
+        step "start $model, round $round" 60 bash -c '
+            until curl -sf "http://127.0.0.1:$0/health" >/dev/null; do kill -0 "$1" || exit 1; sleep 0.02; done
+            if [ "$4" != 0 ]; then awk -v a="$2" -v b="$(date +%s.%N)" "BEGIN { print b - a }" >>"$3"; fi' \
+            "$port" "$server" "$begun" "$reports/ready-$model.txt" "$round"
+        if [ "$round" = 3 ]; then standing_load "$model"; fi
+        kill "$server"
+        step "stop $model" 20 tail --pid="$server" --sleep-interval=0.1 -f /dev/null
+        # Where that took too long: nothing may keep the port and the memory.
+        kill -9 "$server" 2>/dev/null
+    done
+}
+
+# First tokens of one request at a time, and three bursts after one that warms up.
+standing_load() { # model
+    local model=$1 tokens round warm=${burst[0]} seed=0
+    local bench=(bin/bcg bench serve --base-url "http://127.0.0.1:$port" --vocab-size "$vocab")
+    for tokens in "${first_tokens[@]}"; do
+        step "first token $model $tokens" 20 "${bench[@]}" --seed "$((seed += 1))" --num-prompts 20 \
+            --max-concurrency 1 --input-len "$tokens" --output-len 4 --json "$reports/first-$model-$tokens.json"
+    done
+    for round in 1 2 3; do
+        step "burst $model, round $round" 30 "${bench[@]}" --seed "$((seed += 1))" --num-prompts "${burst[0]}" \
+            --warmup-requests "$warm" --input-len "${burst[1]}" --output-len "${burst[2]}" \
+            --json "$reports/burst-$model-$round.json"
+        warm=0
+    done
+}
+
+folder() { # model
+    if [ -d "models/geometries/$1" ]; then echo "models/geometries/$1"; else echo "models/$1"; fi
+}
+
+standing() {
+    local device=${BCG_DEVICE:-cuda} reports=$work/standing port=30018 model round tool
+    for tool in python3 curl; do
+        if ! command -v "$tool" >/dev/null; then
+            echo "run.sh: standing needs $tool, which is not here; install it" >&2
+            exit 1
+        fi
+    done
+    deadline=$(($(date +%s) + ${STANDING_SECONDS:-240}))
+    mkdir -p "$reports"
+    # Qwen3 large and small; experts, states and latents; whose experts the kernels have.
+    local models=(qwen3-8b qwen3-0.6b) families=(qwen3-30b-a3b nemotron-h-8b deepseek-v2-lite) experts=qwen3-30b-a3b
+    # Tokens of prompts, and the other families' one; batches, and their one; tokens before a decode; sizes of replays.
+    local prefills=16,256,1024,4096 prefill=256 decodes=1,64,256 decode=64 context=1024 replays=16,128,256
+    # Prompts whose first token is awaited; requests of a burst, tokens of their prompts and answers; known token ids.
+    local first_tokens=(16 256) burst=(128 1024 32) vocab=100000
+    # Batches of the kernels of prefill and decode; flags of the captured sizes.
+    local long=1x4096 wide=64x4096 ladder=()
+    case $device in cuda) ;; host)
+        models=(tiny-qwen3) families=(tiny-qwen3-moe tiny-nemotron-h tiny-deepseek-v3) experts=tiny-deepseek-v3
+        prefills=16,32 prefill=16 decodes=1,4 decode=4 context=32 replays=16,32
+        first_tokens=(16 32) burst=(8 64 8) vocab=500
+        long=1x32 wide=4x32 ladder=(--cuda-graph-sizes "16,32" --cuda-graph-decode-sizes "1,4")
+        ;;
+    *)
+        echo "run.sh: no device $device; there are cuda (without BCG_DEVICE) and host" >&2
+        exit 1
+        ;;
+    esac
+    local random=(--load-format dummy --skip-tokenizer-init --device "$device") few=(--rounds 20 --seconds 2)
+    local kernels=(bin/bcg bench kernels --device "$device" --rounds 12 --seconds 1)
+    local states=${families[1]} latents=${families[2]}
+
+    # The kernels come between the others, because each of these steps measures the ceilings again.
+    step "kernels: attention" 30 "${kernels[@]}" --model "$(folder "${models[0]}")" --op attention --prefill "$long" \
+        --decode "$wide" --json "$reports/kernels-attention.json"
+    for model in "${models[@]}"; do
+        step "prefill $model" 40 bin/bcg bench prefill --model "$(folder "$model")" "${random[@]}" "${few[@]}" \
+            --sizes "$prefills" --json "$reports/prefill-$model.json"
+        step "decode $model" 40 bin/bcg bench decode --model "$(folder "$model")" "${random[@]}" "${few[@]}" \
+            --batches "$decodes" --context "$context" --json "$reports/decode-$model.json"
+    done
+    step "mechanism" 20 bin/replay --device "$device" --breaks 36 --rounds 100 --json "$reports/mechanism.json"
+    step "replay ${models[0]}" 30 bin/bcg bench replay --model "$(folder "${models[0]}")" "${random[@]}" --rounds 60 \
+        --seconds 2 --sizes "$replays" --json "$reports/replay-${models[0]}.json"
+    step "kernels: products" 30 "${kernels[@]}" --model "$(folder "${models[0]}")" --model "$(folder "$experts")" \
+        --op linear --tokens 16,256 --logits 1 --json "$reports/kernels-products.json"
+    for model in "${models[@]}"; do standing_server "$model"; done
+    for model in "${families[@]}"; do
+        step "prefill $model" 40 bin/bcg bench prefill --model "$(folder "$model")" "${random[@]}" "${few[@]}" \
+            --sizes "$prefill" --json "$reports/prefill-$model.json"
+        step "decode $model" 40 bin/bcg bench decode --model "$(folder "$model")" "${random[@]}" "${few[@]}" \
+            --batches "$decode" --context "$context" --json "$reports/decode-$model.json"
+    done
+    for round in 1 2 3; do
+        step "capture ${models[0]}, round $round" 30 bin/bcg bench capture --model "$(folder "${models[0]}")" \
+            "${random[@]}" "${ladder[@]}" --json "$reports/capture-$round.json"
+    done
+    step "kernels: scan" 30 "${kernels[@]}" --model "$(folder "$states")" --op ssd_scan --prefill "$long" \
+        --json "$reports/kernels-scan.json"
+    step "kernels: latents" 30 "${kernels[@]}" --model "$(folder "$latents")" --op mla_decode --decode "$wide" \
+        --json "$reports/kernels-latents.json"
+    echo
+    printf '%s\n' "${table[@]}" | tee -a "$log"
+    python3 standing.py "$reports" "$out/standing.json" 2>&1 | tee -a "$log" || failed=1
+    exit "$failed"
+}
+
+case $mode in bench) benches ;; serve) serving ;; standing) standing ;; test) correctness ;; esac
 
 echo
 awk '/^(ceilings|kernels|prefill|replay|lazy|decode|profile|capture|serve)$/ { shown = 1 } /^$/ { shown = 0 } shown' "$log"

@@ -1,6 +1,7 @@
 //! Everything that a machine with a GPU must run, built on a machine without one.
 //!
-//! `target/gpu-bundle` holds stripped executables, the tiny checkpoints, the data sets and `run.sh`; it needs no Rust.
+//! `target/gpu-bundle` holds stripped executables, the tiny checkpoints, the data sets, `run.sh` and what it calls; it
+//! needs no Rust.
 
 use std::fs;
 use std::path::Path;
@@ -42,7 +43,9 @@ pub(crate) fn run() -> Result<()> {
     for folder in FOLDERS {
         copy(&root().join(folder), &bundle.join(folder))?;
     }
-    copy(&root().join("xtask").join("run.sh"), &bundle.join("run.sh"))?;
+    for script in ["run.sh", "standing.py"] {
+        copy(&root().join("xtask").join(script), &bundle.join(script))?;
+    }
     fs::write(bundle.join("COMMIT"), commit())?;
     let bytes = size_bytes(&bundle)?;
     println!(
