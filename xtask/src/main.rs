@@ -6,6 +6,7 @@
 
 mod bundle;
 mod clients;
+mod figures;
 mod first_token;
 mod fuzz;
 mod kernels;
@@ -35,6 +36,8 @@ cargo xtask <command>
                   [http | chat | safetensors | config] [--seconds 600] [--seed N]
   test-page       open the page of `bcg inspect --html` in a headless browser and use it
   package         package every crate that can be published [--verify builds them too] [--allow-dirty]
+  figures FILE    print what moved from docs/figures.json to the standing.json of a run; an error if anything got slower
+                  [--accept puts FILE in its place] [--quote, without FILE, writes its numbers into the documents]
   plots DIR       draw what `bcg bench … --json` wrote into DIR: docs/plots/*.svg
   gpu-bundle      put everything that a GPU machine must run into target/gpu-bundle
   test-gpu        make the bundle and run it on this machine's GPU; an error without one";
@@ -53,7 +56,7 @@ fn run() -> Result<()> {
     let mut args = std::env::args().skip(1);
     let command = args.next();
     let flags: Vec<String> = args.collect();
-    if !matches!(command.as_deref(), Some("fuzz" | "package" | "plots" | "soak" | "test-clients"))
+    if !matches!(command.as_deref(), Some("figures" | "fuzz" | "package" | "plots" | "soak" | "test-clients"))
         && let Some(flag) = flags.first()
     {
         bail!("unexpected argument `{flag}`\n\n{USAGE}");
@@ -66,6 +69,7 @@ fn run() -> Result<()> {
         Some("soak") => soak::run(&flags),
         Some("first-token") => first_token::run(),
         Some("fuzz") => fuzz::run(&flags),
+        Some("figures") => figures::run(&flags),
         Some("test-page") => page::run(),
         Some("package") => package::run(&flags),
         Some("plots") => plots::run(&flags),

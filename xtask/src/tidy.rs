@@ -62,6 +62,7 @@ pub(crate) fn run() -> Result<()> {
     }
     let num_rules = check_rules(&files, &mut found)?;
     check_readme(&files, &mut found);
+    crate::figures::check_quotes(&mut found)?;
     if !found.is_empty() {
         bail!("{} to tidy:\n  {}", found.len(), found.join("\n  "));
     }
