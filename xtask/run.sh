@@ -155,7 +155,7 @@ correctness() {
         step "inspect: kernels were traced" 10 grep -q '"cat":"kernel"' "$out/inspect.json"
         step "generate" 60 bin/bcg generate "${tiny[@]}" "${graphs[@]}" --chat --prompt "Raj has 10 boxes with 12 books in each. How many books is that?"
         step "matmul bench" 60 bin/matmul --json "$out/matmul.json"
-        step "replay bench" 180 bin/replay --device cuda --json "$out/replay.json"
+        step "mechanism bench" 180 bin/mechanism --device cuda --json "$out/mechanism.json"
     fi
 }
 
@@ -180,7 +180,7 @@ benches() {
     fi
     step "bench kernels" 200 bin/bcg bench kernels "${models[@]}" --device cuda "${peers[@]}" --json "$out/kernels.json"
     if [ ${#chosen[@]} = 0 ]; then
-        step "replay bench" 180 bin/replay --device cuda --json "$out/replay.json"
+        step "mechanism bench" 180 bin/mechanism --device cuda --json "$out/mechanism.json"
     fi
 }
 

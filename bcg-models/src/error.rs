@@ -4,6 +4,8 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::runner::OptionError;
+
 /// The result of loading or running a model.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -79,7 +81,7 @@ pub enum Error {
     #[error("tokenizer: {0}")]
     Tokenizer(String),
     /// Text is wanted of a runner that was loaded without a tokenizer.
-    #[error("the tokenizer was skipped (--skip-tokenizer-init); work with token ids, or load it")]
+    #[error("the tokenizer was skipped (`skip_tokenizer_init`); work with token ids, or load it")]
     NoTokenizer,
     /// The chat template failed or refused the messages.
     #[error("chat template: {0}")]
@@ -94,6 +96,9 @@ pub enum Error {
         /// What was asked for.
         got: String,
     },
+    /// An option of a runner cannot be honoured.
+    #[error(transparent)]
+    Option(#[from] OptionError),
     /// A batch does not fit what the runner was built for.
     #[error("batch: {field}: expected {expected}, got {got}")]
     Batch {

@@ -34,7 +34,7 @@ pub use config::ModelConfig;
 pub use error::{Error, Result};
 pub use runner::{
     CaptureSummary, FinishReason, ForwardPath, GenerateOptions, Generated, GraphMode, GraphStats, LoadFormat,
-    ModelRunner, PendingStep, Progress, RunnerOptions, SampledToken, Stage, StepOutput, TOP_LOGPROBS_MAX,
+    ModelRunner, OptionError, PendingStep, Progress, RunnerOptions, SampledToken, Stage, StepOutput, TOP_LOGPROBS_MAX,
 };
 pub use sampling::SamplingParams;
 pub use tokenizer::{TokenStream, Tokenizer};

@@ -1,4 +1,4 @@
-//! Typed rejections and their OpenAI error JSON.
+//! Typed rejections and their OpenAI error JSON; and what can be wrong with the options of the server.
 //!
 //! Every refusal that a client can meet is a variant here, with the status, `type`, `param` and `code` that OpenAI's
 //! clients expect. Handlers return `Result<_, ApiError>`; nothing else turns errors into HTTP.
@@ -8,13 +8,42 @@ use std::time::Duration;
 use axum::Json;
 use axum::http::{HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use bcg_engine::{OptionError, SubmitError};
 use serde_json::{Value, json};
 
-use crate::engine::SubmitError;
+/// Any error.
+pub(crate) type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Why a server cannot serve as its options say. Names of options stand in backticks.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum HttpError {
+    /// An option cannot work.
+    #[error(transparent)]
+    Option(#[from] OptionError),
+    /// The value of an option cannot be used.
+    #[error("`{option}` {value}")]
+    Value {
+        /// The option.
+        option: &'static str,
+        /// Its value.
+        value: String,
+        /// What is wrong with it.
+        source: BoxError,
+    },
+}
+
+impl HttpError {
+    /// Makes an [`HttpError::Value`].
+    #[cfg(any(feature = "otel", feature = "tls"))]
+    pub(crate) fn value(option: &'static str, value: impl ToString, source: BoxError) -> Self {
+        Self::Value { option, value: value.to_string(), source }
+    }
+}
 
 /// Why a request was refused or failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum ApiError {
+pub(crate) enum ApiError {
     /// A field is missing, has the wrong type, is out of range or is not supported.
     #[error("{message}")]
     InvalidRequest {
@@ -77,17 +106,17 @@ pub enum ApiError {
 
 impl ApiError {
     /// Makes an [`ApiError::InvalidRequest`] about one field.
-    pub fn invalid(param: &'static str, message: impl Into<String>) -> Self {
+    pub(crate) fn invalid(param: &'static str, message: impl Into<String>) -> Self {
         Self::InvalidRequest { message: message.into(), param: Some(param) }
     }
 
     /// Makes an [`ApiError::InvalidRequest`] about the body as a whole.
-    pub fn bad_body(message: impl Into<String>) -> Self {
+    pub(crate) fn bad_body(message: impl Into<String>) -> Self {
         Self::InvalidRequest { message: message.into(), param: None }
     }
 
     /// Returns the HTTP status.
-    pub fn status(&self) -> StatusCode {
+    pub(crate) fn status(&self) -> StatusCode {
         match self {
             Self::InvalidRequest { .. } | Self::ContextLength { .. } => StatusCode::BAD_REQUEST,
             Self::ModelNotFound(..) | Self::UnknownRoute(..) => StatusCode::NOT_FOUND,
@@ -103,7 +132,7 @@ impl ApiError {
     }
 
     /// Returns the error in OpenAI's shape.
-    pub fn body(&self) -> Value {
+    pub(crate) fn body(&self) -> Value {
         let (kind, param, code) = match self {
             Self::InvalidRequest { param, .. } => ("invalid_request_error", *param, None),
             Self::ContextLength { .. } => ("invalid_request_error", None, Some("context_length_exceeded")),
@@ -152,29 +181,9 @@ impl IntoResponse for ApiError {
     }
 }
 
-/// Writes an error and its causes on one line, each cause once.
-pub fn one_line(error: &dyn std::error::Error) -> String {
-    let mut line = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_line = cause.to_string();
-        if !line.contains(&cause_line) {
-            line = format!("{line}: {cause_line}");
-        }
-        source = cause.source();
-    }
-    line
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_cause_that_the_error_already_tells_is_not_told_twice() {
-        let inner = anyhow::anyhow!("no such file").context("config.json: no such file").context("--model x");
-        assert_eq!(one_line(inner.as_ref()), "--model x: config.json: no such file");
-    }
 
     #[test]
     fn errors_have_the_shape_that_openai_clients_read() {

@@ -1,217 +1,66 @@
-//! Prometheus metrics, one list for the engine and the HTTP layer.
-//!
-//! Handles are cheap to clone and lock-free to write, so the worker updates them between steps.
+//! `GET /metrics`: the engine's metrics, and those of HTTP before them.
 
-use std::fmt;
+use std::sync::Arc;
 
-use bcg_runtime::EagerReason;
+use axum::extract::State;
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
 use prometheus_client::encoding::EncodeLabelSet;
-use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::text::{encode_eof, encode_registry};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
-use prometheus_client::registry::{Registry, Unit};
+use prometheus_client::registry::Registry;
 
-use crate::engine::runner::RunnerStats;
+use crate::App;
 
-/// The content type of [`Metrics::render`].
-pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+/// The content type of OpenMetrics text.
+const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// Labels of an HTTP request.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct HttpLabels {
+struct HttpLabels {
     /// The route, not the path: a client cannot make new values.
-    pub route: String,
+    route: String,
     /// The status code.
-    pub code: u16,
+    code: u16,
 }
 
-/// Why something happened.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct ReasonLabel {
-    /// A word from a closed list.
-    pub reason: &'static str,
+/// What is counted of HTTP. Clones count together.
+#[derive(Clone)]
+pub(crate) struct HttpMetrics {
+    registry: Arc<Registry>,
+    requests: Family<HttpLabels, Counter>,
 }
 
-/// What kind of step it is.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct PhaseLabel {
-    /// `prefill`, `mixed` or `decode`.
-    pub phase: &'static str,
-}
-
-/// Everything that is counted.
-pub struct Metrics {
-    registry: Registry,
-    /// HTTP requests by route and status.
-    pub http_requests: Family<HttpLabels, Counter>,
-    /// Requests that wait and have not run yet.
-    pub queue_depth: Gauge,
-    /// Sequences that run.
-    pub running: Gauge,
-    /// KV pages in use.
-    pub kv_pages_used: Gauge,
-    /// KV pages that the prefix cache holds, used by sequences or not.
-    pub kv_pages_cached: Gauge,
-    /// KV pages there are.
-    pub kv_pages: Gauge,
-    /// Prompt tokens of accepted requests.
-    pub prompt_tokens: Counter,
-    /// Those of them that the prefix cache held.
-    pub cached_prompt_tokens: Counter,
-    /// Tokens generated.
-    pub generated_tokens: Counter,
-    /// Requests by how they ended.
-    pub finished: Family<ReasonLabel, Counter>,
-    /// Sequences that gave their pages back.
-    pub preemptions: Counter,
-    /// Steps that failed.
-    pub failed_steps: Counter,
-    /// From arrival to the first token.
-    pub time_to_first_token: Histogram,
-    /// From one token of a request to its next.
-    pub inter_token_latency: Histogram,
-    /// From arrival to the last token.
-    pub request_latency: Histogram,
-    /// Time that a step took, from the end of the one before it if it waited for that.
-    pub step_time: Family<PhaseLabel, Histogram, fn() -> Histogram>,
-    /// Forwards that replayed a graph.
-    pub graph_replays: Counter,
-    /// Replays that were, at least in part, launched segment by segment.
-    pub chained_replays: Family<ReasonLabel, Counter>,
-    /// Forwards that captured a graph.
-    pub graph_captures: Counter,
-    /// Graphs dropped to stay within their budget.
-    pub graph_evictions: Counter,
-    /// Device memory of the graphs held, in bytes.
-    pub graph_memory: Gauge,
-    /// Forwards that ran eagerly.
-    pub eager_forwards: Family<ReasonLabel, Counter>,
-}
-
-fn latency() -> Histogram {
-    Histogram::new(exponential_buckets(0.0005, 2.0, 18))
-}
-
-impl Default for Metrics {
+impl Default for HttpMetrics {
     fn default() -> Self {
-        let mut metrics = Self {
-            registry: Registry::with_prefix("bcg"),
-            http_requests: Family::default(),
-            queue_depth: Gauge::default(),
-            running: Gauge::default(),
-            kv_pages_used: Gauge::default(),
-            kv_pages_cached: Gauge::default(),
-            kv_pages: Gauge::default(),
-            prompt_tokens: Counter::default(),
-            cached_prompt_tokens: Counter::default(),
-            generated_tokens: Counter::default(),
-            finished: Family::default(),
-            preemptions: Counter::default(),
-            failed_steps: Counter::default(),
-            time_to_first_token: latency(),
-            inter_token_latency: latency(),
-            request_latency: latency(),
-            step_time: Family::new_with_constructor(latency),
-            graph_replays: Counter::default(),
-            chained_replays: Family::default(),
-            graph_captures: Counter::default(),
-            graph_evictions: Counter::default(),
-            graph_memory: Gauge::default(),
-            eager_forwards: Family::default(),
-        };
-        metrics.register();
-        metrics
+        let (mut registry, requests) = (Registry::with_prefix("bcg"), Family::default());
+        registry.register("http_requests", "HTTP requests by route and status", requests.clone());
+        Self { registry: Arc::new(registry), requests }
     }
 }
 
-impl Metrics {
-    fn register(&mut self) {
-        let registry = &mut self.registry;
-        registry.register("http_requests", "HTTP requests by route and status", self.http_requests.clone());
-        registry.register("queue_depth", "Requests that wait", self.queue_depth.clone());
-        registry.register("running_requests", "Sequences that run", self.running.clone());
-        registry.register("kv_pages_used", "KV cache pages in use", self.kv_pages_used.clone());
-        registry.register("kv_pages_cached", "KV cache pages in the prefix cache", self.kv_pages_cached.clone());
-        registry.register("kv_pages", "KV cache pages there are", self.kv_pages.clone());
-        registry.register("prompt_tokens", "Prompt tokens of accepted requests", self.prompt_tokens.clone());
-        let help = "Prompt tokens that the prefix cache held";
-        registry.register("cached_prompt_tokens", help, self.cached_prompt_tokens.clone());
-        registry.register("generated_tokens", "Tokens generated", self.generated_tokens.clone());
-        registry.register("requests_finished", "Requests by how they ended", self.finished.clone());
-        registry.register("preemptions", "Sequences that gave their pages back", self.preemptions.clone());
-        registry.register("failed_steps", "Steps that failed", self.failed_steps.clone());
-        registry.register("graph_replays", "Forwards that replayed a graph", self.graph_replays.clone());
-        let help = "Replays that were, at least in part, launched segment by segment, by reason";
-        registry.register("chained_replays", help, self.chained_replays.clone());
-        registry.register("graph_captures", "Forwards that captured a graph", self.graph_captures.clone());
-        let help = "Graphs dropped to stay within their budget";
-        registry.register("graph_evictions", help, self.graph_evictions.clone());
-        let help = "Device memory of the graphs held";
-        registry.register_with_unit("graph_memory", help, Unit::Bytes, self.graph_memory.clone());
-        registry.register("eager_forwards", "Forwards that ran eagerly, by reason", self.eager_forwards.clone());
-        let seconds = [
-            ("time_to_first_token", "From arrival to the first token", self.time_to_first_token.clone()),
-            ("inter_token_latency", "From one token of a request to its next", self.inter_token_latency.clone()),
-            ("request_latency", "From arrival to the last token", self.request_latency.clone()),
-        ];
-        for (name, help, histogram) in seconds {
-            registry.register_with_unit(name, help, Unit::Seconds, histogram);
-        }
-        registry.register_with_unit("step_time", "Time that a step took", Unit::Seconds, self.step_time.clone());
+impl HttpMetrics {
+    /// Counts an answer.
+    pub(crate) fn count(&self, route: &str, code: u16) {
+        self.requests.get_or_create(&HttpLabels { route: route.to_owned(), code }).inc();
     }
 
-    /// Counts an HTTP response.
-    pub fn count_http(&self, route: &str, code: u16) {
-        self.http_requests.get_or_create(&HttpLabels { route: route.to_owned(), code }).inc();
-    }
-
-    /// Counts the end of a request.
-    pub fn count_finished(&self, reason: &'static str) {
-        self.finished.get_or_create(&ReasonLabel { reason }).inc();
-    }
-
-    /// Adds what a runner did since it had done `counted`, which is nothing for a new one, and takes over what its graphs
-    /// take.
-    pub fn take_stats(&self, stats: &RunnerStats, counted: &RunnerStats) {
-        self.graph_replays.inc_by(stats.replays.saturating_sub(counted.replays));
-        self.graph_captures.inc_by(stats.captures.saturating_sub(counted.captures));
-        self.graph_evictions.inc_by(stats.evictions.saturating_sub(counted.evictions));
-        self.graph_memory.set(i64::try_from(stats.graph_bytes).unwrap_or(i64::MAX));
-        let reasons = [
-            (&self.chained_replays, &stats.chained, &counted.chained),
-            (&self.eager_forwards, &stats.eager, &counted.eager),
-        ];
-        for (family, counts, counted) in reasons {
-            for &(reason, count) in counts {
-                let before = counted.iter().find(|(known, _)| *known == reason).map_or(0, |(_, count)| *count);
-                family.get_or_create(&ReasonLabel { reason }).inc_by(count.saturating_sub(before));
-            }
-        }
-    }
-
-    /// Returns how many forwards ran eagerly, for whatever reason.
-    pub fn num_eager(&self) -> u64 {
-        let reasons = EagerReason::ALL.map(|reason| ReasonLabel { reason: reason.name() });
-        reasons.iter().filter_map(|reason| Some(self.eager_forwards.get(reason)?.get())).sum()
-    }
-
-    /// Returns all metrics as OpenMetrics text, see [`CONTENT_TYPE`].
-    pub fn render(&self) -> String {
+    /// Returns OpenMetrics text: these metrics, then those of the engine.
+    fn render(&self, engine: &bcg_engine::Metrics) -> String {
         let mut text = String::new();
+        let encoded = encode_registry(&mut text, &self.registry).and_then(|()| engine.encode(&mut text));
         // Writing to a string cannot fail; half an exposition would be worse than none.
-        if encode(&mut text, &self.registry).is_err() {
+        if encoded.and_then(|()| encode_eof(&mut text)).is_err() {
             text.clear();
         }
         text
     }
 }
 
-impl fmt::Debug for Metrics {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Metrics").field("running", &self.running.get()).finish_non_exhaustive()
-    }
+/// All metrics as OpenMetrics text, which Prometheus reads.
+pub(crate) async fn metrics(State(app): State<App>) -> Response {
+    ([(header::CONTENT_TYPE, CONTENT_TYPE)], app.metrics.render(app.engine.metrics())).into_response()
 }
 
 #[cfg(test)]
@@ -219,30 +68,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn metrics_are_openmetrics_text() {
-        let metrics = Metrics::default();
-        metrics.count_http("/health", 200);
-        metrics.time_to_first_token.observe(0.01);
-        let text = metrics.render();
+    fn metrics_are_one_openmetrics_text() {
+        let (metrics, engine) = (HttpMetrics::default(), bcg_engine::Metrics::default());
+        metrics.count("/health", 200);
+        engine.time_to_first_token.observe(0.01);
+        let text = metrics.render(&engine);
         assert!(text.contains("bcg_http_requests_total{route=\"/health\",code=\"200\"} 1"), "{text}");
         assert!(text.contains("bcg_time_to_first_token_seconds_count 1"), "{text}");
-        assert!(text.ends_with("# EOF\n"));
-    }
-
-    #[test]
-    fn a_runners_counters_are_taken_over_once_and_add_to_those_of_the_one_before() {
-        let metrics = Metrics::default();
-        let (eager, chained) = (vec![("too_large", 3)], vec![("work_changed", 4)]);
-        let stats = RunnerStats { replays: 5, chained, captures: 2, evictions: 1, graph_bytes: 4096, eager };
-        metrics.take_stats(&stats, &RunnerStats::default());
-        metrics.take_stats(&stats, &stats);
-        let anew = RunnerStats { replays: 3, eager: vec![("too_large", 1)], ..RunnerStats::default() };
-        metrics.take_stats(&anew, &RunnerStats::default());
-        let text = metrics.render();
-        assert!(text.contains("bcg_graph_replays_total 8"), "{text}");
-        assert!(text.contains("bcg_graph_evictions_total 1"), "{text}");
-        assert!(text.contains("bcg_graph_memory_bytes 0"), "{text}");
-        assert!(text.contains("bcg_chained_replays_total{reason=\"work_changed\"} 4"), "{text}");
-        assert!(text.contains("bcg_eager_forwards_total{reason=\"too_large\"} 4"), "{text}");
+        assert!(text.ends_with("# EOF\n") && text.matches("# EOF").count() == 1, "{text}");
     }
 }

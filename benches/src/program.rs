@@ -1,4 +1,4 @@
-//! The forward that the replay bench times: segments of small kernels with an eager break between each two.
+//! The forward that the bench of the mechanism times: segments of small kernels with an eager break between each two.
 //!
 //! Every kernel adds one to every element, so the output counts the kernels that ran. The launches in breaks carry a tag of
 //! the live batch among their arguments, so that these can differ from replay to replay.

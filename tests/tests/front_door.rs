@@ -7,9 +7,9 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use bcg_server::api::serve;
-use bcg_server::args::ServerArgs;
-use bcg_server::engine::{Engine, load};
+use bcg_cli::args::{ServerArgs, in_flags};
+use bcg_engine::{Engine, load};
+use bcg_server::serve;
 use clap::Parser;
 use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
 use opentelemetry_proto::tonic::common::v1::any_value::Value as Attribute;
@@ -46,20 +46,20 @@ struct Server {
 impl Server {
     fn start(flags: &[&str]) -> Self {
         let args = parse(flags);
-        let engine = load::start(&args.engine.plan().expect("flags fit"), None).expect("the tiny checkpoint loads");
+        let engine = load::start(&args.engine.options(), |_| ()).expect("the tiny checkpoint loads");
         let engine: Arc<dyn Engine> = Arc::new(engine);
         let (stop, stopped) = oneshot::channel();
         let (ready, address) = mpsc::channel();
         let thread = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
             runtime.expect("a runtime").block_on(async {
-                let options = args.http.options().expect("flags of HTTP fit");
+                let options = args.http.options();
                 let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
                 ready.send(listener.local_addr().expect("an address")).expect("the test waits");
                 let shutdown = async {
                     let _ = stopped.await;
                 };
-                serve(listener, engine, options, shutdown).await;
+                serve(engine, listener, &options, shutdown).await.expect("the options fit");
             });
         });
         Self { address: address.recv().expect("the server starts"), stop: Some(stop), thread: Some(thread) }
@@ -264,7 +264,8 @@ fn tls_files_that_cannot_work_are_named() {
         (CERT, OTHER_KEY, "--tls-cert", "do not go together"),
     ] {
         let args = parse(&["--tls-cert", cert, "--tls-key", key]);
-        let error = format!("{:#}", args.http.options().expect_err("cannot work"));
+        let error = args.http.options().check().expect_err("cannot work");
+        let error = in_flags(&format!("{:#}", anyhow::Error::from(error)));
         assert!(error.starts_with(flag) && error.contains(needle), "{error}");
     }
 }

@@ -3,9 +3,10 @@
 
 use std::path::PathBuf;
 
-use bcg_server::args::ServerArgs;
-use bcg_server::engine::local::LocalEngine;
-use bcg_server::engine::{Engine, Event, EventStream, GenerationRequest, Prompt, load};
+use bcg_cli::args::ServerArgs;
+use bcg_engine::local::LocalEngine;
+use bcg_engine::metrics::PhaseLabel;
+use bcg_engine::{Engine, Event, EventStream, GenerationRequest, Prompt, load};
 use clap::Parser;
 use serde_json::Value;
 
@@ -33,7 +34,7 @@ fn engine(flags: &[&str]) -> LocalEngine {
     let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/tiny-qwen3");
     let line = ["bcg-server", "--model", model, "--device", "host", "--context-length", "640"];
     let args = ServerArgs::try_parse_from(line.iter().chain(flags)).expect("flags parse");
-    load::start(&args.engine.plan().expect("a plan"), None).expect("starts")
+    load::start(&args.engine.options(), |_| ()).expect("starts")
 }
 
 fn submit(engine: &LocalEngine, prompt: &str) -> EventStream {
@@ -77,8 +78,7 @@ fn many_at_once_have_the_tokens_of_one_at_a_time() {
         let cached = metrics.cached_prompt_tokens.get();
         assert_eq!(cached > 0, !flags.contains(&"--disable-radix-cache"), "{flags:?}: {cached} tokens were cached");
         assert_eq!(metrics.preemptions.get() > 0, flags.contains(&"--kv-cache-tokens"), "{flags:?}");
-        let mixed =
-            metrics.render().lines().any(|line| line.starts_with("bcg_step_time_seconds_count{phase=\"mixed\"}"));
+        let mixed = metrics.step_time.get(&PhaseLabel { phase: "mixed" }).is_some();
         assert!(mixed, "{flags:?}: prompts ran beside answers");
     }
 }

@@ -18,9 +18,9 @@ const PROFILE: &str = "bundle";
 /// Executables and the packages they come from.
 const EXECUTABLES: [(&str, &str); 5] = [
     ("bcg-tests", "gpu"),
-    ("bcg-server", "bcg"),
-    ("bcg-bench", "replay"),
-    ("bcg-bench", "matmul"),
+    ("bcg-cli", "bcg"),
+    ("bcg-benches", "mechanism"),
+    ("bcg-benches", "matmul"),
     ("bcg-examples", "own_kernel"),
 ];
 

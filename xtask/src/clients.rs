@@ -26,7 +26,7 @@ pub(crate) fn run(flags: &[String]) -> Result<()> {
         let pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", package];
         run_process(command(python(&venv)).args(pip))?;
     }
-    run_process(&mut cargo(["build", "--quiet", "-p", "bcg-server", "--bin", "bcg-server"]))?;
+    run_process(&mut cargo(["build", "--quiet", "-p", "bcg-cli", "--bin", "bcg-server"]))?;
     run_process(
         command(python(&venv))
             .arg("-u")

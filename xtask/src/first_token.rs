@@ -36,7 +36,7 @@ impl Drop for Server {
 pub(crate) fn run() -> Result<()> {
     let mut medians = Vec::new();
     for (profile, folder) in [("release", "release"), ("dev", "debug")] {
-        run_process(&mut cargo(["build", "--quiet", "--profile", profile, "-p", "bcg-server", "--bin", "bcg-server"]))?;
+        run_process(&mut cargo(["build", "--quiet", "--profile", profile, "-p", "bcg-cli", "--bin", "bcg-server"]))?;
         for graphs in [true, false] {
             let mut all = (0..RUNS).map(|_| measure(folder, graphs)).collect::<Result<Vec<_>>>()?;
             let median = |all: &mut Vec<Times>, time: fn(&Times) -> Duration| {

@@ -21,7 +21,7 @@ pub(crate) fn run() -> Result<()> {
     let bin = venv("page", &read("requirements.txt")?)?.join("bin");
     fs::create_dir_all(&folder)?;
     install(&bin, &source, &folder, &read("package-lock.json")?)?;
-    run_process(&mut cargo(["build", "--quiet", "-p", "bcg-server", "--bin", "bcg"]))?;
+    run_process(&mut cargo(["build", "--quiet", "-p", "bcg-cli", "--bin", "bcg"]))?;
     let (page, inspected) = (folder.join("tiny.html"), folder.join("tiny.json"));
     let inspect = ["inspect", "--model", "models/tiny-qwen3", "--device", "host", "--size", "64", "--json", "--html"];
     let json = output(command(target().join("debug").join("bcg")).args(inspect).arg(&page))?;

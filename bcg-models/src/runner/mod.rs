@@ -39,7 +39,9 @@ use crate::weights::Weights;
 pub use choose::{PendingStep, TOP_LOGPROBS_MAX};
 pub use generate::{FinishReason, GenerateOptions, Generated};
 pub use measure::ForwardPath;
-pub use options::{CaptureSummary, GraphMode, LoadFormat, Progress, RunnerOptions, SampledToken, Stage, StepOutput};
+pub use options::{
+    CaptureSummary, GraphMode, LoadFormat, OptionError, Progress, RunnerOptions, SampledToken, Stage, StepOutput,
+};
 
 /// What a runner's graphs did: replays, captures, and eager forwards by reason.
 pub type GraphStats = GraphCacheStats;

@@ -6,7 +6,7 @@ use bcg_runtime::{CacheOptions, GraphOptions, Ladder};
 
 use crate::batch::{BatchLimits, Phase};
 use crate::config::ModelConfig;
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// Whether and when forwards are captured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -29,6 +29,39 @@ pub enum LoadFormat {
     Auto,
     /// Random numbers made on the device: `config.json` is enough, and the answers mean nothing.
     Dummy,
+}
+
+/// An option, or a combination of options, that cannot work. Names of options stand in backticks.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{option}`: {problem}; {remedy}")]
+pub struct OptionError {
+    /// The option to look at.
+    pub option: &'static str,
+    /// What is wrong with it.
+    pub problem: String,
+    /// What to do about it.
+    pub remedy: &'static str,
+}
+
+impl OptionError {
+    /// Makes an error about one option.
+    pub fn new(option: &'static str, problem: impl Into<String>, remedy: &'static str) -> Self {
+        Self { option, problem: problem.into(), remedy }
+    }
+
+    /// Refuses a count that is 0 or no positive 32-bit number.
+    ///
+    /// # Errors
+    /// The refusal.
+    pub fn positive(option: &'static str, count: usize) -> std::result::Result<(), Self> {
+        match count {
+            0 => Err(Self::new(option, "is 0", "give a number of at least 1")),
+            count if count > i32::MAX as usize => {
+                Err(Self::new(option, format!("is {count}"), "give a number of at most 2147483647"))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// How a [`ModelRunner`](super::ModelRunner) is set up.
@@ -100,36 +133,54 @@ impl Default for RunnerOptions {
 }
 
 impl RunnerOptions {
-    /// Checks the options against the model.
+    /// Checks the options by themselves.
     ///
     /// # Errors
-    /// [`Error::Batch`] names the first option that cannot be honoured.
-    pub fn validate(&self, config: &ModelConfig) -> Result<()> {
-        for (field, value) in [
+    /// [`OptionError`] names the first option that cannot be honoured.
+    pub fn check(&self) -> std::result::Result<(), OptionError> {
+        for (option, value) in [
             ("page_size", self.page_size),
             ("kv_cache_tokens", self.kv_cache_tokens),
             ("max_running_requests", self.max_running_requests),
             ("context_length", self.context_length),
-            ("max_batch_tokens", self.max_batch_tokens),
-            ("lazy_graphs_max", self.lazy_graphs_max),
+            ("chunked_prefill_size", self.max_batch_tokens),
+            ("cuda_graph_lazy_max_graphs", self.lazy_graphs_max),
+            ("cuda_graph_lazy_max_mib", self.lazy_graph_bytes_max.div_ceil(1 << 20)),
         ] {
-            if !(1..=i32::MAX as usize).contains(&value) {
-                return Err(Error::batch(field, "a positive 32-bit number", value));
-            }
+            OptionError::positive(option, value)?;
         }
         if let Some(fraction) = self.mem_fraction_static
             && !(fraction > 0.0 && fraction <= 1.0)
         {
-            return Err(Error::batch("mem_fraction_static", "above 0.0 and at most 1.0", fraction));
+            return Err(OptionError::new("mem_fraction_static", format!("is {fraction}"), "give a part such as 0.9"));
         }
-        if self.context_length > config.max_position_embeddings {
-            let expected = format!("at most max_position_embeddings = {}", config.max_position_embeddings);
-            return Err(Error::batch("context_length", expected, self.context_length));
+        if self.verify_graph == Some(0) {
+            let remedy = "give at least 1, which checks every replay";
+            return Err(OptionError::new("verify_graph", "every 0th replay is none", remedy));
         }
         if self.max_batch_tokens < self.max_running_requests {
-            let expected =
-                format!("at least max_running_requests = {}, for a decode of all", self.max_running_requests);
-            return Err(Error::batch("max_batch_tokens", expected, self.max_batch_tokens));
+            return Err(OptionError::new(
+                "chunked_prefill_size",
+                format!(
+                    "a step of {} tokens cannot hold the {} sequences of `max_running_requests`",
+                    self.max_batch_tokens, self.max_running_requests
+                ),
+                "raise it or lower `max_running_requests`",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Checks the options by themselves and against the model.
+    ///
+    /// # Errors
+    /// [`Error::Option`](crate::Error::Option) names the first option that cannot be honoured.
+    pub fn validate(&self, config: &ModelConfig) -> Result<()> {
+        self.check()?;
+        let (longest, asked) = (config.max_position_embeddings, self.context_length);
+        if asked > longest {
+            let problem = format!("{asked} is above the model's {longest} positions");
+            return Err(OptionError::new("context_length", problem, "lower it or drop it").into());
         }
         Ok(())
     }
@@ -325,8 +376,8 @@ mod tests {
         for (field, options) in [
             ("page_size", RunnerOptions { page_size: 0, ..good.clone() }),
             ("context_length", RunnerOptions { context_length: 5000, ..good.clone() }),
-            ("max_batch_tokens", RunnerOptions { max_batch_tokens: 8, ..good.clone() }),
-            ("lazy_graphs_max", RunnerOptions { lazy_graphs_max: 0, ..good.clone() }),
+            ("chunked_prefill_size", RunnerOptions { max_batch_tokens: 8, ..good.clone() }),
+            ("cuda_graph_lazy_max_graphs", RunnerOptions { lazy_graphs_max: 0, ..good.clone() }),
             ("mem_fraction_static", RunnerOptions { mem_fraction_static: Some(1.5), ..good.clone() }),
         ] {
             let error = options.validate(&config).expect_err(field).to_string();

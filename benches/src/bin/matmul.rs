@@ -6,10 +6,10 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result};
-use bcg_bench::turns::{Contestant, in_turns};
+use bcg_benches::report::{Environment, Report};
+use bcg_benches::timing::Samples;
+use bcg_benches::turns::{Contestant, in_turns};
 use bcg_runtime::{BreakableCudaGraph, Context, DType, Device, Runner, RunnerOptions, Tensor};
-use bcg_server::cli::bench::report::{Environment, Report};
-use bcg_server::cli::bench::timing::Samples;
 use clap::Parser;
 use half::bf16;
 

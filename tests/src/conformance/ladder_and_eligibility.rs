@@ -3,13 +3,11 @@
 use std::cell::Cell;
 
 use bcg_runtime::{
-    BreakableCudaGraph, CacheOptions, Context, Decision, Device, DeviceKind, Eager, EagerReason, Error, GraphCache,
-    Ladder, ReplayMode, Result, Runner, Tensor, eager_on_graph,
+    CacheOptions, Context, Decision, Device, DeviceKind, Eager, EagerReason, Error, GraphCache, Ladder, ReplayMode,
+    Result, Runner, Tensor, eager_on_graph,
 };
 
-use super::fixture::{
-    Batch, Graph, assert_usable, batch, batches, bits, failure, iota, options, padded, runner, scaled, step,
-};
+use super::fixture::{Batch, assert_usable, batch, bits, failure, iota, options, padded, runner, scaled, step};
 use super::kernels::axpy;
 
 /// Above 16 rows, a ladder of relative steps pads by at most an eighth.

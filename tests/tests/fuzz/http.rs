@@ -6,12 +6,12 @@ use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::Duration;
 
-use bcg_server::api::{ApiOptions, serve};
-use bcg_server::engine::{
+use bcg_engine::Metrics;
+use bcg_engine::{
     Delta, Engine, Event, EventStream, FinishReason, GenerationRequest, Health, ModelInfo, Prompt, SubmitError,
     TokenLogprob, TokenText, Usage,
 };
-use bcg_server::metrics::Metrics;
+use bcg_server::{HttpOptions, serve};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
@@ -100,7 +100,7 @@ fn server() -> SocketAddr {
         runtime.expect("a runtime").block_on(async {
             let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
             ready.send(listener.local_addr().expect("an address")).expect("the test waits");
-            serve(listener, engine, ApiOptions::default(), std::future::pending()).await;
+            serve(engine, listener, &HttpOptions::default(), std::future::pending()).await.expect("the options fit");
         });
     });
     address.recv().expect("the server starts")

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use bcg_server::engine::{Event, Grammar, Prompt, SubmitError};
+use bcg_engine::{Event, Grammar, Prompt, SubmitError};
 use serde_json::{Value, json};
 
 use crate::client::Server;

@@ -6,8 +6,8 @@ use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use bcg_server::api::{ApiOptions, serve};
-use bcg_server::engine::Engine;
+use bcg_engine::Engine;
+use bcg_server::{HttpOptions, serve};
 use serde_json::Value;
 use tokio::sync::oneshot;
 
@@ -22,7 +22,7 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    pub(crate) fn start(engine: Arc<dyn Engine>, options: ApiOptions) -> Self {
+    pub(crate) fn start(engine: Arc<dyn Engine>, options: HttpOptions) -> Self {
         let (stop, stopped) = oneshot::channel();
         let (ready, address) = std::sync::mpsc::channel();
         let thread = std::thread::spawn(move || {
@@ -33,7 +33,7 @@ impl Server {
                 let shutdown = async {
                     let _ = stopped.await;
                 };
-                serve(listener, engine, options, shutdown).await;
+                serve(engine, listener, &options, shutdown).await.expect("the options fit");
             });
         });
         let address = address.recv().expect("the server starts");
@@ -42,7 +42,7 @@ impl Server {
 
     pub(crate) fn scripted(scripts: Vec<Script>) -> (Self, Arc<Scripted>) {
         let engine = Scripted::new(scripts);
-        (Self::start(engine.clone(), ApiOptions::default()), engine)
+        (Self::start(engine.clone(), HttpOptions::default()), engine)
     }
 
     pub(crate) fn begin_shutdown(&mut self) {

@@ -12,8 +12,8 @@ use std::net::TcpStream;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use bcg_server::api::ApiOptions;
-use bcg_server::engine::{Delta, Engine, Event, Health, SubmitError, TokenLogprob, TokenText};
+use bcg_engine::{Delta, Engine, Event, Health, SubmitError, TokenLogprob, TokenText};
+use bcg_server::HttpOptions;
 use serde_json::{Value, json};
 
 use self::client::Server;
@@ -227,7 +227,8 @@ fn bad_json_and_unknown_things_have_the_openai_shape() {
 
 #[test]
 fn a_body_above_the_limit_is_413() {
-    let options = ApiOptions { max_body_bytes: 512, ..ApiOptions::default() };
+    let mut options = HttpOptions::default();
+    options.max_body_bytes = 512;
     let server = Server::start(Scripted::new(Vec::new()), options);
     let long = "x".repeat(600);
     server.post("/v1/completions", &completion(&json!({"prompt": long}))).assert_error(413, &Value::Null, "512 bytes");
@@ -265,7 +266,8 @@ fn a_shutdown_lets_running_requests_finish() {
 
 #[test]
 fn a_shutdown_gives_up_at_its_deadline() {
-    let options = ApiOptions { shutdown_deadline: Duration::from_millis(100), ..ApiOptions::default() };
+    let mut options = HttpOptions::default();
+    options.shutdown_deadline = Duration::from_millis(100);
     let mut server = Server::start(Scripted::new(vec![Script::Hang]), options);
     let mut running = server.send("POST", "/v1/completions", &completion(&json!({"stream": true})).to_string());
     while !running.line().contains("first") {}

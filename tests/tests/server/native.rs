@@ -2,9 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use bcg_server::engine::{
-    Delta, Engine, Event, FinishReason, Grammar, Prompt, SubmitError, TokenLogprob, TokenText, Usage,
-};
+use bcg_engine::{Delta, Engine, Event, FinishReason, Grammar, Prompt, SubmitError, TokenLogprob, TokenText, Usage};
 use serde_json::{Value, json};
 
 use crate::client::Server;
@@ -154,6 +152,6 @@ fn health_generate_asks_the_engine_for_a_token() {
     }
     let engine = Scripted::new(Vec::new());
     engine.drain();
-    let server = Server::start(engine, bcg_server::api::ApiOptions::default());
+    let server = Server::start(engine, bcg_server::HttpOptions::default());
     assert_eq!(server.get("/health_generate").status, 503);
 }

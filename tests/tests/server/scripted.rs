@@ -4,10 +4,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use bcg_server::engine::{
+use bcg_engine::Metrics;
+use bcg_engine::{
     Delta, Engine, Event, EventStream, FinishReason, GenerationRequest, Health, ModelInfo, Prompt, SubmitError, Usage,
 };
-use bcg_server::metrics::Metrics;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 

@@ -1,6 +1,6 @@
 //! Functions in the prompt, calls in the answer.
 
-use bcg_server::engine::{Grammar, Prompt};
+use bcg_engine::{Grammar, Prompt};
 use serde_json::{Value, json};
 
 use crate::chat;

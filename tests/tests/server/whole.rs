@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use bcg_server::api::ApiOptions;
-use bcg_server::args::ServerArgs;
-use bcg_server::engine::load;
+use bcg_cli::args::ServerArgs;
+use bcg_engine::load;
+use bcg_server::HttpOptions;
 use clap::Parser;
 use serde_json::{Value, json};
 
@@ -17,8 +17,8 @@ fn tiny_server(more_flags: &[&str]) -> Server {
     flags.extend(["--max-running-requests", "4", "--context-length", "512", "--kv-cache-tokens", "1024"]);
     flags.extend(more_flags);
     let args = ServerArgs::try_parse_from(flags).expect("flags parse");
-    let engine = load::start(&args.engine.plan().expect("flags fit"), None).expect("the tiny checkpoint loads");
-    Server::start(Arc::new(engine), ApiOptions::default())
+    let engine = load::start(&args.engine.options(), |_| ()).expect("the tiny checkpoint loads");
+    Server::start(Arc::new(engine), HttpOptions::default())
 }
 
 #[test]

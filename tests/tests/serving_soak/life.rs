@@ -9,16 +9,16 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use bcg_engine::local::{LocalEngine, LocalOptions};
+use bcg_engine::metrics::{Metrics, ReasonLabel};
+use bcg_engine::prefix_cache::PrefixCache;
+use bcg_engine::runner::{RunnerStats, StepError, StepRunner};
+use bcg_engine::scheduler::{Limits, Scheduler};
+use bcg_engine::{Engine, EventStream, GenerationRequest, Health, ModelInfo, Prompt, SubmitError};
 use bcg_models::state::PagePool;
 use bcg_models::{ChatTemplate, GraphMode, ModelRunner, RunnerOptions, SampledToken, SequenceInput};
 use bcg_runtime::{Device, HostControl, LiveObjects};
-use bcg_server::api::{ApiOptions, serve};
-use bcg_server::engine::local::{LocalEngine, LocalOptions};
-use bcg_server::engine::prefix_cache::PrefixCache;
-use bcg_server::engine::runner::{RunnerStats, StepError, StepRunner};
-use bcg_server::engine::scheduler::{Limits, Scheduler};
-use bcg_server::engine::{Engine, EventStream, GenerationRequest, Health, ModelInfo, Prompt, SubmitError};
-use bcg_server::metrics::{Metrics, ReasonLabel};
+use bcg_server::{HttpOptions, serve};
 use serde_json::Value;
 use tokio::sync::oneshot;
 
@@ -207,7 +207,7 @@ impl Life {
                 let shutdown = async {
                     let _ = stopped.await;
                 };
-                serve(listener, served, ApiOptions::default(), shutdown).await;
+                serve(served, listener, &HttpOptions::default(), shutdown).await.expect("the options fit");
             });
         });
         let address = address.recv().expect("the server starts");

@@ -18,8 +18,8 @@ mod tally;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use bcg_engine::Engine;
 use bcg_runtime::LiveObjects;
-use bcg_server::engine::Engine;
 
 use life::{Life, SETUPS, eventually};
 use phases::{MAX_QUEUED, PHASES, Phase, Soak};

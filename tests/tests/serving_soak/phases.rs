@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use bcg_server::engine::{Engine, Health};
+use bcg_engine::{Engine, Health};
 use bcg_tests::random::rng::Rng;
 use tokio::runtime::Runtime;
 use tokio::task::JoinSet;

@@ -1,0 +1,52 @@
+//! `bcg serve`, which is also `bcg-server`: loads a model and serves it over HTTP.
+
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::Context;
+use bcg_benches::progress::LoadBar;
+use bcg_engine::{Engine, Health, load};
+
+use crate::args::ServerArgs;
+use crate::shutdown;
+
+/// Serves until it is told to stop; `began` is when the process did.
+///
+/// # Errors
+/// What is wrong with the flags, the files, the model or the address; that the engine gave up.
+pub fn run(args: &ServerArgs, began: Instant) -> anyhow::Result<()> {
+    let (mut options, http) = (args.engine.options(), args.http.options());
+    options.served_model_name = args.served_model_name.clone();
+    options.check()?;
+    // Taken before the model is loaded, so that a port in use is known at once.
+    let address = (args.host.as_str(), args.port);
+    let listener = TcpListener::bind(address)
+        .with_context(|| format!("--host {} --port {}: cannot listen", args.host, args.port))?;
+    listener.set_nonblocking(true)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    http.check()?;
+    let engine = Arc::new(load::start(&options, LoadBar::show())?);
+    runtime.block_on(async {
+        let listener = tokio::net::TcpListener::from_std(listener)?;
+        let (address, model) = (listener.local_addr()?, &engine.info().name);
+        let ready_ms = format!("{:.0}", began.elapsed().as_secs_f64() * 1e3);
+        let scheme = if http.tls_cert.is_some() { "https" } else { "http" };
+        tracing::info!(%model, ready_ms, "serving on {scheme}://{address}");
+        let ends = engine.clone();
+        let shutdown = async move {
+            tokio::select! {
+                () = shutdown::signal() => {}
+                () = ends.given_up() => {}
+            }
+        };
+        anyhow::Ok(bcg_server::serve(engine.clone(), listener, &http, shutdown).await?)
+    })?;
+    match engine.health() {
+        Health::Failed(error) => anyhow::bail!("the engine gave up: {error}"),
+        Health::Ready | Health::Draining => {
+            tracing::info!("stopped");
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,343 @@
+//! The engine: takes requests for text, batches them, runs the model and hands out tokens.
+//!
+//! [`Engine`] takes a [`GenerationRequest`] and answers with an [`EventStream`]; nothing above it (HTTP, the command line)
+//! knows of pages, batches or graphs, and nothing in it knows of HTTP or flags. [`local`] is the engine that runs a model in
+//! this process, [`load::start`] makes one from [`EngineOptions`]; tests put a scripted engine in its place.
+//!
+//! Reading order: [`scheduler`] decides what runs next, [`sequence`] is what it moves around, [`prefix_cache`] holds its
+//! pages, [`output`] turns tokens into text, [`worker`] is the thread that ties them to a [`runner::StepRunner`].
+
+#![forbid(unsafe_code)]
+
+use serde_json::{Map, Value};
+use tokio::sync::mpsc;
+
+pub use bcg_models::{ChatMessage, OptionError, Progress, SamplingParams, Stage};
+
+pub use self::metrics::Metrics;
+pub use self::one_line::one_line;
+pub use self::options::{CaptureMode, DeviceChoice, EngineOptions};
+
+pub mod choice;
+pub mod guide;
+pub mod load;
+pub mod local;
+pub mod metrics;
+mod one_line;
+mod options;
+pub mod output;
+pub mod prefix_cache;
+pub mod runner;
+pub mod scheduler;
+pub mod sequence;
+pub mod stop;
+pub mod worker;
+
+/// What a client may know about the served model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelInfo {
+    /// Name in the API.
+    pub name: String,
+    /// Unix seconds at which the model was loaded.
+    pub created: u64,
+    /// Tokens of prompt and answer together at most.
+    pub context_length: usize,
+    /// Entries of the vocabulary.
+    pub vocab_size: usize,
+    /// Whether it reads and writes text; without a tokenizer, prompts and answers are token ids.
+    pub has_tokenizer: bool,
+}
+
+/// What to continue.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Prompt {
+    /// Plain text.
+    Text(String),
+    /// Token ids.
+    Tokens(Vec<u32>),
+    /// A conversation, put through the model's chat template.
+    Chat {
+        /// What was said.
+        messages: Vec<ChatMessage>,
+        /// The functions that the model may call, as the template reads them: an array, or null for none.
+        tools: Value,
+        /// Further values that the template may read, such as `enable_thinking`.
+        template_args: Map<String, Value>,
+    },
+}
+
+/// One request for text.
+#[derive(Debug, Clone)]
+pub struct GenerationRequest {
+    /// What to continue.
+    pub prompt: Prompt,
+    /// How tokens are chosen; its seed is not used.
+    pub sampling: SamplingParams,
+    /// Seeds the random choices; `None` takes another seed for each request.
+    pub seed: Option<u64>,
+    /// Tokens to generate at most; `None` goes to the end of the context.
+    pub max_tokens: Option<usize>,
+    /// Strings that end the answer; no part of one is returned.
+    pub stop: Vec<String>,
+    /// Tokens that end the answer, beside the model's end-of-text tokens.
+    pub stop_token_ids: Vec<u32>,
+    /// What is added to the logits of these tokens at each step; a token appears once.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Subtracted from the logits of tokens that the answer holds already.
+    pub presence_penalty: f32,
+    /// Subtracted from the logits of tokens once for each time that the answer holds them.
+    pub frequency_penalty: f32,
+    /// What the answer must look like; `None` leaves it free.
+    pub grammar: Option<Grammar>,
+    /// Log probabilities: `None` for none, else how many alternatives per token.
+    pub top_logprobs: Option<usize>,
+    /// Go on past the model's end-of-text tokens.
+    pub ignore_eos: bool,
+}
+
+/// What a constrained answer must look like.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Grammar {
+    /// Any JSON object.
+    JsonObject,
+    /// JSON that a schema allows.
+    JsonSchema(Value),
+    /// Text that a regular expression matches.
+    Regex(String),
+    /// A context-free grammar in Lark's notation.
+    Lark(String),
+}
+
+impl Prompt {
+    /// A conversation without functions to call and further template values.
+    pub fn chat(messages: Vec<ChatMessage>) -> Self {
+        Self::Chat { messages, tools: Value::Null, template_args: Map::new() }
+    }
+}
+
+impl GenerationRequest {
+    /// A request with greedy sampling and no limits of its own.
+    pub fn greedy(prompt: Prompt) -> Self {
+        Self {
+            prompt,
+            sampling: SamplingParams::greedy(),
+            seed: None,
+            max_tokens: None,
+            stop: Vec::new(),
+            stop_token_ids: Vec::new(),
+            logit_bias: Vec::new(),
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            grammar: None,
+            top_logprobs: None,
+            ignore_eos: false,
+        }
+    }
+}
+
+/// A token, as text, with its log probability.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenText {
+    /// The token's text; bytes that are no UTF-8 on their own are replaced.
+    pub text: String,
+    /// Natural logarithm of its probability.
+    pub logprob: f32,
+}
+
+/// A generated token with its alternatives.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenLogprob {
+    /// The chosen token.
+    pub token: TokenText,
+    /// The most probable tokens, best first.
+    pub top: Vec<TokenText>,
+    /// Characters of answer before this token.
+    pub text_offset: usize,
+}
+
+/// A piece of the answer.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Delta {
+    /// Text to append; may be empty while text is held back.
+    pub text: String,
+    /// Tokens sampled since the last piece, whether or not their text is shown yet.
+    pub tokens: Vec<u32>,
+    /// Log probabilities of the tokens whose text has been shown.
+    pub logprobs: Vec<TokenLogprob>,
+}
+
+/// Why an answer ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum FinishReason {
+    /// End-of-text token or stop string.
+    Stop,
+    /// `max_tokens` or the end of the context.
+    Length,
+}
+
+impl FinishReason {
+    /// Returns OpenAI's word for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+        }
+    }
+}
+
+/// Tokens read and written for one request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Those of them that the prefix cache held.
+    pub cached_tokens: usize,
+    /// Tokens generated, the end-of-text token included.
+    pub completion_tokens: usize,
+}
+
+/// What an engine reports about one request, in order; `Finished` or `Failed` comes last.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// More of the answer.
+    Delta(Delta),
+    /// The answer is complete.
+    Finished {
+        /// Why it ended.
+        reason: FinishReason,
+        /// What it cost.
+        usage: Usage,
+    },
+    /// The request failed; the engine goes on.
+    Failed(String),
+}
+
+/// The events of one request. Dropping it cancels the request.
+#[derive(Debug)]
+pub struct EventStream {
+    receiver: mpsc::Receiver<Event>,
+    done: bool,
+}
+
+impl EventStream {
+    /// Wraps the receiving end of an engine's channel.
+    pub fn new(receiver: mpsc::Receiver<Event>) -> Self {
+        Self { receiver, done: false }
+    }
+
+    /// Waits for the next event; `None` after the last one.
+    ///
+    /// An engine that goes away without a last event reads as [`Event::Failed`], so no caller waits for ever.
+    pub async fn next(&mut self) -> Option<Event> {
+        if self.done {
+            return None;
+        }
+        let event = self.receiver.recv().await;
+        Some(self.note(event))
+    }
+
+    /// [`EventStream::next`] for threads outside an async runtime.
+    pub fn next_blocking(&mut self) -> Option<Event> {
+        if self.done {
+            return None;
+        }
+        let event = self.receiver.blocking_recv();
+        Some(self.note(event))
+    }
+
+    fn note(&mut self, event: Option<Event>) -> Event {
+        let event = event.unwrap_or_else(|| Event::Failed("the engine stopped before the answer was complete".into()));
+        self.done = !matches!(event, Event::Delta(_));
+        event
+    }
+}
+
+/// Why a request was not accepted.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitError {
+    /// As many requests wait as may wait.
+    #[error("the queue of {max_queued} requests is full")]
+    QueueFull {
+        /// Requests that may wait.
+        max_queued: usize,
+    },
+    /// The engine finishes what it has and takes nothing new.
+    #[error("the engine is shutting down")]
+    ShuttingDown,
+    /// Prompt and answer do not fit.
+    #[error(
+        "This model's maximum context length is {context} tokens. However, you requested {} tokens ({prompt} in the \
+         prompt, {max_tokens} in the completion). Please reduce the length of the prompt or of the completion.",
+        prompt + max_tokens
+    )]
+    ContextLength {
+        /// Tokens in the prompt.
+        prompt: usize,
+        /// Tokens asked for, at least 1.
+        max_tokens: usize,
+        /// Tokens that fit.
+        context: usize,
+    },
+    /// The prompt cannot be used: empty, unknown token ids, refused by the chat template.
+    #[error("{0}")]
+    Prompt(String),
+    /// The engine's thread has ended.
+    #[error("{0}")]
+    Stopped(String),
+}
+
+/// Whether an engine can serve.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Health {
+    /// It serves.
+    Ready,
+    /// It finishes what it has and takes nothing new.
+    Draining,
+    /// It cannot serve, and why.
+    Failed(String),
+}
+
+/// Generates text. The only thing that HTTP and the command line know of the layers below.
+pub trait Engine: Send + Sync + 'static {
+    /// Describes the served model.
+    fn info(&self) -> &ModelInfo;
+
+    /// Accepts a request or says why not. May tokenize, so call it off the async threads.
+    ///
+    /// # Errors
+    /// [`SubmitError`]; a refused request has used nothing.
+    fn submit(&self, request: GenerationRequest) -> Result<EventStream, SubmitError>;
+
+    /// Turns text into tokens, with the special tokens that the tokenizer puts around a text if `add_special_tokens`.
+    ///
+    /// # Errors
+    /// [`SubmitError::Prompt`] without a tokenizer, or for text that it refuses.
+    fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, SubmitError>;
+
+    /// Turns tokens into text, without special tokens if `skip_special_tokens`.
+    ///
+    /// # Errors
+    /// [`SubmitError::Prompt`] without a tokenizer, or for a token that it does not know.
+    fn decode(&self, tokens: &[u32], skip_special_tokens: bool) -> Result<String, SubmitError>;
+
+    /// Turns a prompt into tokens, as [`submit`](Self::submit) does.
+    ///
+    /// # Errors
+    /// [`SubmitError::Prompt`].
+    fn prompt_tokens(&self, prompt: Prompt) -> Result<Vec<u32>, SubmitError>;
+
+    /// Drops what the prefix cache holds and no running request uses, before the next step.
+    fn flush_cache(&self);
+
+    /// Describes how the engine is set up and what it holds, for operators: a JSON object.
+    fn server_info(&self) -> Value;
+
+    /// Says whether the engine can serve.
+    fn health(&self) -> Health;
+
+    /// Returns the engine's metrics; the HTTP layer adds its own to them.
+    fn metrics(&self) -> &Metrics;
+
+    /// Takes nothing new from now on; what runs goes on.
+    fn drain(&self);
+}

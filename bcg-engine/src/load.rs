@@ -1,0 +1,264 @@
+//! From options to a running engine: device, sizes, weights, graphs.
+
+use std::path::Path;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::Context as _;
+use bcg_models::{CaptureSummary, ChatTemplate, GraphMode, ModelConfig, ModelRunner, Phase, Progress, RunnerOptions};
+use bcg_runtime::{Device, DeviceKind};
+use serde_json::{Value, json};
+
+use super::ModelInfo;
+use super::local::{LocalEngine, LocalOptions};
+use super::options::{DeviceChoice, EngineOptions};
+use super::prefix_cache::PrefixCache;
+use super::scheduler::{Limits, Scheduler};
+
+/// The part of a GPU's memory for weights, activations, graphs and KV cache. The rest is left to kernels that are loaded
+/// later, and to other processes.
+const MEM_FRACTION_STATIC: f64 = 0.9;
+
+/// KV cache bytes on the host device when no option says how many tokens it holds.
+const HOST_KV_BYTES: usize = 128 << 20;
+
+/// Loads the model on the engine's thread and returns the engine once it serves. `progress` sees how far the load is; it is
+/// called again if the device is lost and the model loaded once more.
+///
+/// # Errors
+/// [`OptionError`](crate::OptionError) for options that do not fit together or not the model; what is wrong with the checkpoint or the device.
+pub fn start(
+    options: &EngineOptions,
+    mut progress: impl FnMut(Progress) + Send + 'static,
+) -> anyhow::Result<LocalEngine> {
+    options.check()?;
+    let options = options.clone();
+    let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let name = options.served_model_name.clone().unwrap_or_else(|| folder_name(&options.model));
+    LocalEngine::start(move || {
+        let runner = load_runner(&options, &mut progress)?;
+        let chat = if options.skip_tokenizer_init { None } else { ChatTemplate::load(&options.model)? };
+        let limits = Limits {
+            max_running: runner.options().max_running_requests,
+            max_batch_tokens: runner.options().max_batch_tokens,
+            context_length: runner.options().context_length,
+        };
+        // A state stands for all tokens before it and cannot be turned back to where a prefix ends.
+        let has_states = !runner.states().layers().is_empty();
+        let has_prefix_cache = !options.disable_radix_cache && !has_states;
+        if has_states && !options.disable_radix_cache {
+            tracing::info!("no prefix cache: the model has state-space layers");
+        }
+        let info = ModelInfo {
+            name: name.clone(),
+            created,
+            context_length: limits.context_length,
+            vocab_size: runner.config().vocab_size,
+            has_tokenizer: !options.skip_tokenizer_init,
+        };
+        let local = LocalOptions {
+            info,
+            tokenizer: runner.tokenizer().ok().cloned(),
+            chat,
+            eos: runner.config().eos_token_ids.clone(),
+            max_queued: options.max_queued_requests,
+            settings: settings(&options, &runner, has_prefix_cache),
+        };
+        let scheduler = Scheduler::new(limits, PrefixCache::new(runner.pages().clone(), has_prefix_cache));
+        Ok((runner, scheduler, local))
+    })
+}
+
+/// What an operator may want to know of a running engine.
+fn settings(options: &EngineOptions, runner: &ModelRunner, has_prefix_cache: bool) -> Value {
+    let of_runner = runner.options();
+    json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "device": runner.device().name(),
+        "architecture": runner.config().architecture,
+        "model_path": options.model.display().to_string(),
+        "page_size": of_runner.page_size,
+        "kv_cache_pages": runner.pages().num_pages(),
+        "max_running_requests": of_runner.max_running_requests,
+        "chunked_prefill_size": of_runner.max_batch_tokens,
+        "radix_cache": has_prefix_cache,
+        "graph_mode": format!("{:?}", of_runner.graph).to_lowercase(),
+        "prefill_graph_sizes": runner.graph_sizes(Phase::Prefill),
+        "decode_graph_sizes": runner.graph_sizes(Phase::Decode),
+    })
+}
+
+/// Loads the model and captures its graphs, with a log line for each stage and a summary.
+///
+/// # Errors
+/// As [`start`].
+pub fn load_runner(options: &EngineOptions, progress: &mut dyn FnMut(Progress)) -> anyhow::Result<ModelRunner> {
+    let mut runner = load_uncaptured(options, progress)?;
+    if options.graph_mode() == GraphMode::Ahead {
+        let mut stages = Stages::new(progress);
+        let summary = runner.capture(&mut |done| stages.update(done))?;
+        tracing::info!("{}", summary_line(&summary));
+    } else {
+        tracing::info!(mode = ?runner.options().graph, "no graphs captured ahead");
+    }
+    Ok(runner)
+}
+
+/// Loads the model and captures nothing.
+///
+/// # Errors
+/// As [`start`].
+pub fn load_uncaptured(options: &EngineOptions, progress: &mut dyn FnMut(Progress)) -> anyhow::Result<ModelRunner> {
+    options.check()?;
+    let began = Instant::now();
+    let mut stages = Stages::new(progress);
+    let device = open_device(options.device)?;
+    stages.ended("opening the device");
+    let (folder, is_text) = (&options.model, !options.skip_tokenizer_init);
+    let config = ModelConfig::load(folder)
+        .with_context(|| format!("`model` {}: not a usable checkpoint folder", folder.display()))?;
+    anyhow::ensure!(
+        !is_text || folder.join("tokenizer.json").exists(),
+        "`model` {}: has no tokenizer.json; add `skip_tokenizer_init` to work with token ids",
+        folder.display()
+    );
+    let fitted = fit(options, &config, &device)?;
+    let runner = ModelRunner::load(&device, folder, fitted, &mut |done| stages.update(done))?;
+    tracing::info!(
+        device = device.name(),
+        context_length = runner.options().context_length,
+        kv_cache_tokens = runner.options().kv_cache_tokens,
+        seconds = format_args!("{:.2}", began.elapsed().as_secs_f64()),
+        "model loaded"
+    );
+    Ok(runner)
+}
+
+/// Logs how long each stage took, and passes on how far it is.
+struct Stages<'a> {
+    /// When the latest stage ended.
+    began: Instant,
+    progress: &'a mut dyn FnMut(Progress),
+}
+
+impl<'a> Stages<'a> {
+    fn new(progress: &'a mut dyn FnMut(Progress)) -> Self {
+        Self { began: Instant::now(), progress }
+    }
+
+    fn update(&mut self, progress: Progress) {
+        (self.progress)(progress);
+        if progress.done == progress.total {
+            self.ended(progress.stage.name());
+        }
+    }
+
+    /// Logs a stage's time, with all that happened since the stage before.
+    fn ended(&mut self, name: &str) {
+        let ms = self.began.elapsed().as_secs_f64() * 1e3;
+        tracing::info!(ms = format_args!("{ms:.0}"), "{name}");
+        self.began = Instant::now();
+    }
+}
+
+/// Says in one line what was captured.
+fn summary_line(summary: &CaptureSummary) -> String {
+    let range = |sizes: &[usize], unit: &str| match sizes {
+        [] => format!("no size ({unit})"),
+        [only] => format!("1 size ({only} {unit})"),
+        [first, .., last] => format!("{} sizes ({first}..{last} {unit})", sizes.len()),
+    };
+    let mib = |bytes: usize| bytes as f64 / f64::from(1 << 20);
+    format!(
+        "captured prefill: {}, {} segments and {} breaks each; decode: {}; in {:.2} s; {:.1} MiB of activations and \
+         {:.1} MiB of graphs",
+        range(&summary.prefill_sizes, "tokens"),
+        summary.segments,
+        summary.breaks,
+        range(&summary.decode_sizes, "sequences"),
+        summary.capture_time.as_secs_f64(),
+        mib(summary.arena_bytes),
+        mib(summary.graph_bytes),
+    )
+}
+
+/// Opens the device that the option `device` names.
+///
+/// # Errors
+/// If there is no usable GPU and one is asked for.
+pub fn open_device(device: DeviceChoice) -> anyhow::Result<Device> {
+    match device {
+        DeviceChoice::Host => Ok(Device::host()),
+        DeviceChoice::Cuda => Device::cuda(0)
+            .context("`device` cuda: no usable GPU; use `device` auto or `device` host to run without one"),
+        DeviceChoice::Auto => {
+            let (device, line) = Device::auto();
+            tracing::info!("{line}");
+            Ok(device)
+        }
+    }
+}
+
+/// The runner's options: those of the engine, with what the model and the device decide.
+fn fit(options: &EngineOptions, config: &ModelConfig, device: &Device) -> anyhow::Result<RunnerOptions> {
+    let longest = config.max_position_embeddings;
+    let mut context_length = options.context_length.unwrap_or(longest);
+    if let (Some(tokens), None) = (options.kv_cache_tokens, options.context_length) {
+        context_length = context_length.min(tokens);
+    }
+    let (kv_cache_tokens, mem_fraction_static) = kv_cache(options, config, device.kind(), context_length)?;
+    let kv_cache_tokens = kv_cache_tokens.next_multiple_of(options.page_size);
+    let fitted = options.runner_options(context_length, kv_cache_tokens, mem_fraction_static);
+    fitted.validate(config)?;
+    Ok(fitted)
+}
+
+/// Tokens of the KV cache, and the fraction of the memory that bounds them once all else has been measured.
+fn kv_cache(
+    options: &EngineOptions,
+    config: &ModelConfig,
+    device: DeviceKind,
+    context_length: usize,
+) -> anyhow::Result<(usize, Option<f64>)> {
+    if let Some(tokens) = options.kv_cache_tokens {
+        return Ok((tokens, None));
+    }
+    let useful = options.max_running_requests.saturating_mul(context_length);
+    Ok(match (device, options.mem_fraction_static) {
+        (DeviceKind::Host, None) => {
+            let fits = HOST_KV_BYTES / config.cache_layout()?.kv_bytes_per_token(config.dtype).max(1);
+            (fits.min(useful).max(context_length), None)
+        }
+        (_, fraction) => (useful, Some(fraction.unwrap_or(MEM_FRACTION_STATIC))),
+    })
+}
+
+/// Returns the name of a checkpoint's folder.
+pub fn folder_name(dir: &Path) -> String {
+    let full = dir.canonicalize().unwrap_or_else(|_| dir.to_path_buf());
+    full.file_name().map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn the_summary_names_sizes_segments_breaks_time_and_memory() {
+        let summary = CaptureSummary {
+            prefill_sizes: vec![1, 2, 512],
+            decode_sizes: vec![1],
+            segments: 5,
+            breaks: 4,
+            capture_time: Duration::from_millis(830),
+            arena_bytes: 5 << 20,
+            graph_bytes: 3 << 19,
+        };
+        assert_eq!(
+            summary_line(&summary),
+            "captured prefill: 3 sizes (1..512 tokens), 5 segments and 4 breaks each; decode: 1 size (1 sequences); in \
+             0.83 s; 5.0 MiB of activations and 1.5 MiB of graphs"
+        );
+    }
+}

@@ -1,0 +1,90 @@
+//! What the worker needs of a model: run a step, say how it went.
+//!
+//! [`StepRunner`] is implemented for [`ModelRunner`] here, and by fakes in tests, so that batching, cancelling and
+//! failing are tested without a model.
+
+use bcg_models::{ModelRunner, PendingStep, SampledToken, SequenceInput};
+
+use super::one_line;
+
+/// What a runner did since it was made, and what its graphs take.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct RunnerStats {
+    /// Forwards that replayed a graph.
+    pub replays: u64,
+    /// Replays that were, at least in part, launched segment by segment, by reason.
+    pub chained: Vec<(&'static str, u64)>,
+    /// Forwards that captured one.
+    pub captures: u64,
+    /// Graphs dropped to stay within their budget.
+    pub evictions: u64,
+    /// Device memory that the graphs held take now, in bytes.
+    pub graph_bytes: usize,
+    /// Forwards that ran eagerly, by reason.
+    pub eager: Vec<(&'static str, u64)>,
+}
+
+/// Why a step failed. Its sequences are lost.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StepError {
+    /// One line.
+    pub message: String,
+    /// Whether the device is to blame: then no later step can be trusted, and the runner must be made anew.
+    pub is_device_lost: bool,
+}
+
+/// Runs steps of a model. Lives on the worker's thread.
+pub trait StepRunner {
+    /// A step that was launched and not collected.
+    type Pending;
+
+    /// Enqueues one step. It may be launched before the step before it is collected.
+    ///
+    /// # Errors
+    /// [`StepError`]; unless the device is lost, the runner must be usable afterwards.
+    fn launch(&mut self, batch: &[SequenceInput<'_>]) -> Result<Self::Pending, StepError>;
+
+    /// Waits for a step and returns one token for each sequence, in order.
+    ///
+    /// # Errors
+    /// As [`launch`](Self::launch).
+    fn collect(&mut self, step: Self::Pending) -> Result<Vec<SampledToken>, StepError>;
+
+    /// Returns the counters.
+    fn stats(&self) -> RunnerStats;
+}
+
+impl StepRunner for ModelRunner {
+    type Pending = PendingStep;
+
+    fn launch(&mut self, batch: &[SequenceInput<'_>]) -> Result<PendingStep, StepError> {
+        Self::launch(self, batch).map_err(|error| step_error(&error))
+    }
+
+    fn collect(&mut self, step: PendingStep) -> Result<Vec<SampledToken>, StepError> {
+        Self::collect(self, step).map(|output| output.tokens).map_err(|error| step_error(&error))
+    }
+
+    fn stats(&self) -> RunnerStats {
+        let stats = Self::stats(self);
+        RunnerStats {
+            replays: stats.num_replays,
+            chained: stats.chained.iter().map(|(reason, &count)| (reason.name(), count)).collect(),
+            captures: stats.num_captures,
+            evictions: stats.num_evictions,
+            graph_bytes: self.graph_bytes(),
+            eager: stats.eager.iter().map(|(reason, &count)| (reason.name(), count)).collect(),
+        }
+    }
+}
+
+/// An error of the driver, or of memory that a kernel must not touch, is the device's.
+fn step_error(error: &bcg_models::Error) -> StepError {
+    let is_device_lost = match error {
+        bcg_models::Error::Runtime(error) => {
+            matches!(error.root(), bcg_runtime::Error::Driver { .. } | bcg_runtime::Error::Memory { .. })
+        }
+        _ => false,
+    };
+    StepError { message: one_line(error), is_device_lost }
+}

@@ -1,0 +1,507 @@
+//! The thread that owns the runner: takes jobs, asks the scheduler what to run, runs it, hands tokens to the outputs.
+//!
+//! Host and device overlap: while the device runs step k, the host plans and launches step k + 1, then waits for the tokens
+//! of step k and, while the device goes on, turns them into text. An answer that turns out to have ended in step k has a
+//! token of step k + 1 under way, which is dropped.
+//!
+//! Invariants:
+//! - it never waits for a client: every event channel has room for all the events of its answer;
+//! - it sleeps only when nothing waits, runs or is under way;
+//! - a step that fails, by an error or by a panic, ends the requests that are under way and no other;
+//! - after an error of the device the runner is made anew, once; requests that had not begun are kept.
+
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use bcg_models::{SampledToken, SamplingParams, SequenceInput};
+use tokio::sync::{Notify, OwnedSemaphorePermit};
+
+use super::choice::Choice;
+use super::metrics::{Metrics, PhaseLabel};
+use super::output::Output;
+use super::runner::{RunnerStats, StepError, StepRunner};
+use super::scheduler::{Scheduler, StepPlan};
+use super::sequence::{Sequence, SequenceId};
+
+/// Failed steps in a row after which the device is held to be lost, whatever they say.
+const FAILED_STEPS_MAX: u32 = 3;
+
+/// How long an idle worker sleeps before it looks whether it must stop.
+const IDLE_TICK: Duration = Duration::from_millis(200);
+
+/// An accepted request on its way to the worker.
+#[derive(Debug)]
+pub struct Job {
+    /// Token ids, at least one.
+    pub prompt: Vec<u32>,
+    /// How tokens are chosen.
+    pub sampling: SamplingParams,
+    /// What is asked of their logits before.
+    pub choice: Choice,
+    /// Log probabilities: `None` for none, else how many alternatives.
+    pub top_logprobs: Option<usize>,
+    /// Where tokens go.
+    pub output: Output,
+    /// Its place in the queue, given back when it runs first.
+    pub slot: OwnedSemaphorePermit,
+    /// When it was accepted.
+    pub arrived: Instant,
+}
+
+/// What the worker shares with the engine's handle.
+#[derive(Debug, Default)]
+pub struct Shared {
+    /// Counters and gauges.
+    pub metrics: Metrics,
+    /// Ends the worker at once; what runs fails.
+    pub stop: AtomicBool,
+    /// Asks the worker to empty the prefix cache.
+    pub flush_cache: AtomicBool,
+    failure: Mutex<Option<String>>,
+    /// Held while a job is sent, so that none comes behind those that the end of the engine fails.
+    gave_up: RwLock<bool>,
+    failed: Notify,
+}
+
+impl Shared {
+    /// Returns why the engine cannot serve any more, or not now.
+    pub fn failure(&self) -> Option<String> {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Says why the engine cannot serve, or that it can again.
+    pub fn set_failure(&self, failure: Option<String>) {
+        *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = failure;
+    }
+
+    /// Sends a job to the worker; `false` if there is none any more.
+    pub fn send(&self, jobs: &SyncSender<Job>, job: Job) -> bool {
+        let gave_up = self.gave_up.read().unwrap_or_else(PoisonError::into_inner);
+        !*gave_up && jobs.try_send(job).is_ok()
+    }
+
+    /// Says that the engine will never serve again. No job is sent from now on.
+    pub fn give_up(&self, why: String) {
+        *self.gave_up.write().unwrap_or_else(PoisonError::into_inner) = true;
+        self.set_failure(Some(why));
+        self.failed.notify_one();
+    }
+
+    /// Resolves when the engine will never serve again. For one waiter.
+    pub async fn given_up(&self) {
+        self.failed.notified().await;
+    }
+}
+
+/// A request that the worker has taken.
+#[derive(Debug)]
+struct Active {
+    sampling: SamplingParams,
+    choice: Choice,
+    top_logprobs: Option<usize>,
+    output: Output,
+    slot: Option<OwnedSemaphorePermit>,
+    arrived: Instant,
+    last_token: Option<Instant>,
+}
+
+/// A step on the device.
+#[derive(Debug)]
+struct InFlight<P> {
+    plan: StepPlan,
+    pending: P,
+    launched: Instant,
+}
+
+/// Why a worker ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Exit {
+    /// It was told to, or no more jobs can come.
+    Stopped,
+    /// The device is lost, and why.
+    DeviceLost(String),
+}
+
+/// The requests of a worker, which outlive its runner.
+#[derive(Debug)]
+pub struct Requests {
+    jobs: Receiver<Job>,
+    active: HashMap<SequenceId, Active>,
+    /// Those that had not begun when the runner was lost.
+    kept: Vec<Sequence>,
+    next_id: u64,
+}
+
+impl Requests {
+    /// Makes one that has nothing to do yet.
+    pub fn new(jobs: Receiver<Job>) -> Self {
+        Self { jobs, active: HashMap::new(), kept: Vec::new(), next_id: 0 }
+    }
+
+    /// Ends every request, those that were not taken yet included.
+    pub fn fail_all(&mut self, metrics: &Metrics, message: &str) {
+        let jobs = self.jobs.try_iter().map(|job| job.output);
+        for output in self.active.drain().map(|(_, active)| active.output).chain(jobs) {
+            output.fail(message);
+            metrics.count_finished("failed");
+        }
+    }
+}
+
+/// The worker's state; [`Worker::run`] is its thread.
+#[derive(Debug)]
+pub struct Worker<'a, R: StepRunner> {
+    runner: R,
+    scheduler: Scheduler,
+    requests: &'a mut Requests,
+    shared: Arc<Shared>,
+    in_flight: Option<InFlight<R::Pending>>,
+    /// What the metrics hold of what the runner did.
+    counted: RunnerStats,
+    /// When the device's last step was collected.
+    last_step: Instant,
+    failed_steps: u32,
+}
+
+impl<'a, R: StepRunner> Worker<'a, R> {
+    /// Makes a worker that goes on with the requests of the one before it.
+    pub fn new(runner: R, mut scheduler: Scheduler, requests: &'a mut Requests, shared: Arc<Shared>) -> Self {
+        shared.metrics.kv_pages.set(gauge(scheduler.cache().pool().num_pages()));
+        requests.kept.drain(..).for_each(|sequence| scheduler.add(sequence));
+        let (counted, last_step) = (RunnerStats::default(), Instant::now());
+        Self { runner, scheduler, requests, shared, in_flight: None, counted, last_step, failed_steps: 0 }
+    }
+
+    /// Works until every handle is gone and nothing is left, until it is told to stop, or until the device is lost.
+    pub fn run(mut self) -> Exit {
+        self.take_stats();
+        while !self.shared.stop.load(Ordering::Relaxed) {
+            let open = self.take_jobs();
+            self.reap_cancelled();
+            if self.shared.flush_cache.swap(false, Ordering::Relaxed) {
+                let pages = self.scheduler.flush_cache();
+                tracing::info!(pages, "emptied the prefix cache");
+            }
+            self.publish();
+            let is_done = !open && self.scheduler.is_idle() && self.in_flight.is_none();
+            if let Err(error) = self.turn() {
+                self.requests.kept = self.scheduler.take_waiting();
+                self.fail_all_but_kept(&format!("the device was lost while it worked on this request: {error}"));
+                return Exit::DeviceLost(error);
+            }
+            if is_done {
+                break;
+            }
+        }
+        self.fail_all_but_kept("the server shut down before the answer was complete");
+        Exit::Stopped
+    }
+
+    /// Launches the next step, then ends the one before. An error means that the device is lost.
+    fn turn(&mut self) -> Result<(), String> {
+        let plan = self.scheduler.plan();
+        let launched = plan.map_or(Ok(None), |plan| {
+            self.note(&plan);
+            self.launch(plan)
+        });
+        let before = self.in_flight.take();
+        match launched {
+            Ok(next) => self.in_flight = next,
+            Err((plan, error)) => self.step_failed(&plan, error)?,
+        }
+        before.map_or(Ok(()), |step| self.collect(step))
+    }
+
+    /// Takes what has arrived, waiting for it only when idle; `false` once no more can come.
+    fn take_jobs(&mut self) -> bool {
+        if self.scheduler.is_idle() && self.in_flight.is_none() {
+            self.publish();
+            match self.requests.jobs.recv_timeout(IDLE_TICK) {
+                Ok(job) => self.accept(job),
+                Err(std::sync::mpsc::RecvTimeoutError::Timeout) => return true,
+                Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => return false,
+            }
+        }
+        loop {
+            match self.requests.jobs.try_recv() {
+                Ok(job) => self.accept(job),
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => return false,
+            }
+        }
+    }
+
+    fn accept(&mut self, job: Job) {
+        self.requests.next_id += 1;
+        let id = SequenceId(self.requests.next_id);
+        self.shared.metrics.prompt_tokens.inc_by(job.prompt.len() as u64);
+        self.scheduler.add(Sequence::new(id, job.prompt, job.output.max_tokens(), job.choice.waits_for_tokens()));
+        let Job { sampling, choice, top_logprobs, output, slot, arrived, .. } = job;
+        let active = Active { sampling, choice, top_logprobs, output, slot: Some(slot), arrived, last_token: None };
+        self.requests.active.insert(id, active);
+    }
+
+    fn reap_cancelled(&mut self) {
+        let active = self.requests.active.iter();
+        let cancelled: Vec<SequenceId> =
+            active.filter(|(_, active)| active.output.is_cancelled()).map(|(&id, _)| id).collect();
+        for id in cancelled {
+            tracing::debug!(request = %id, "cancelled by the client");
+            self.end(id, "cancelled");
+        }
+    }
+
+    /// Counts what a plan did to the queue.
+    fn note(&mut self, plan: &StepPlan) {
+        let metrics = &self.shared.metrics;
+        for id in &plan.admitted {
+            let Some(active) = self.requests.active.get_mut(id) else { continue };
+            // A sequence that comes back from a preemption has given its place in the queue back already.
+            if active.slot.take().is_some()
+                && let Some(sequence) = self.scheduler.running(*id)
+            {
+                active.output.set_cached_tokens(sequence.num_cached());
+                metrics.cached_prompt_tokens.inc_by(sequence.num_cached() as u64);
+            }
+        }
+        metrics.preemptions.inc_by(plan.preempted.len() as u64);
+        for id in &plan.preempted {
+            tracing::debug!(request = %id, "preempted: the KV cache is full");
+        }
+    }
+
+    /// Enqueues a step; nothing if it has no entries.
+    #[allow(clippy::type_complexity)] // what happened, or to whom it did not
+    fn launch(&mut self, plan: StepPlan) -> Result<Option<InFlight<R::Pending>>, (StepPlan, StepError)> {
+        if plan.entries.is_empty() {
+            return Ok(None);
+        }
+        let launched = Instant::now();
+        match self.try_launch(&plan) {
+            Ok(pending) => {
+                self.scheduler.launch(&plan);
+                Ok(Some(InFlight { plan, pending, launched }))
+            }
+            Err(error) => Err((plan, error)),
+        }
+    }
+
+    fn try_launch(&mut self, plan: &StepPlan) -> Result<R::Pending, StepError> {
+        let requests = &*self.requests;
+        let mut inputs = Vec::with_capacity(plan.entries.len());
+        for entry in &plan.entries {
+            let Some((sequence, active)) = self.scheduler.running(entry.id).zip(requests.active.get(&entry.id)) else {
+                let message = format!("sequence {} is planned but not known", entry.id);
+                return Err(StepError { message, is_device_lost: false });
+            };
+            let known = entry.num_tokens - usize::from(entry.chosen_row.is_some());
+            let tokens = &sequence.tokens()[entry.past_len..entry.past_len + known];
+            // What a prompt's chunk before the last one chooses does not count.
+            let choice = entry.samples.then_some(&active.choice);
+            inputs.push(SequenceInput {
+                chosen_row: entry.chosen_row,
+                state: sequence.state(),
+                step: sequence.num_generated() as u64,
+                logit_bias: choice.map_or(&[], Choice::bias),
+                token_mask: choice.and_then(Choice::mask),
+                top_logprobs: active.top_logprobs.filter(|_| entry.samples),
+                ..SequenceInput::new(tokens, entry.past_len, sequence.pages(), &active.sampling)
+            });
+        }
+        let runner = &mut self.runner;
+        caught(|| runner.launch(&inputs))
+    }
+
+    /// Waits for a step and hands out what it chose. An error means that the device is lost.
+    fn collect(&mut self, step: InFlight<R::Pending>) -> Result<(), String> {
+        let InFlight { plan, pending, launched } = step;
+        let runner = &mut self.runner;
+        let sampled = caught(|| runner.collect(pending)).and_then(|sampled| match sampled.len() {
+            len if len == plan.entries.len() => Ok(sampled),
+            len => {
+                let message = format!("{len} tokens for {} sequences", plan.entries.len());
+                Err(StepError { message, is_device_lost: false })
+            }
+        });
+        // A step begins on the device when it was launched, or when the one before it ended.
+        let now = Instant::now();
+        let took = now - launched.max(std::mem::replace(&mut self.last_step, now));
+        let phase = PhaseLabel { phase: plan.phase().as_str() };
+        self.shared.metrics.step_time.get_or_create(&phase).observe(took.as_secs_f64());
+        self.take_stats();
+        match sampled {
+            Ok(sampled) => {
+                self.failed_steps = 0;
+                self.deliver(&plan, &sampled);
+                Ok(())
+            }
+            Err(error) => self.step_failed(&plan, error),
+        }
+    }
+
+    /// Ends the requests that are under way: those of a step that failed, and those of the step behind it, which may have
+    /// read what it left. An error means that the device is lost.
+    fn step_failed(&mut self, plan: &StepPlan, error: StepError) -> Result<(), String> {
+        self.failed_steps += 1;
+        self.shared.metrics.failed_steps.inc();
+        let phase = plan.phase().as_str();
+        tracing::error!(phase, requests = plan.entries.len(), error = error.message, "a step failed");
+        let behind = self.in_flight.take();
+        let message = format!("the {phase} step of this request failed: {}", error.message);
+        for entry in plan.entries.iter().chain(behind.iter().flat_map(|step| &step.plan.entries)) {
+            self.fail(entry.id, &message);
+        }
+        if error.is_device_lost || self.failed_steps >= FAILED_STEPS_MAX { Err(error.message) } else { Ok(()) }
+    }
+
+    fn deliver(&mut self, plan: &StepPlan, sampled: &[SampledToken]) {
+        let ids: Vec<u32> = sampled.iter().map(|sampled| sampled.id).collect();
+        self.scheduler.collect(plan, &ids);
+        let now = Instant::now();
+        for (entry, sampled) in plan.entries.iter().zip(sampled).filter(|(entry, _)| entry.samples) {
+            // One that ended in the step before has a token too many.
+            let Some(active) = self.requests.active.get_mut(&entry.id) else { continue };
+            let metrics = &self.shared.metrics;
+            metrics.generated_tokens.inc();
+            match active.last_token.replace(now) {
+                None => metrics.time_to_first_token.observe((now - active.arrived).as_secs_f64()),
+                Some(last) => metrics.inter_token_latency.observe((now - last).as_secs_f64()),
+            }
+            let pushed = active.output.push(sampled).and_then(|reason| match reason {
+                None => active.choice.accept(sampled.id).map(|()| None),
+                Some(reason) => Ok(Some(reason)),
+            });
+            match pushed {
+                Ok(None) => {}
+                Ok(Some(reason)) => {
+                    metrics.request_latency.observe((now - active.arrived).as_secs_f64());
+                    self.end(entry.id, reason.as_str());
+                }
+                Err(error) => self.fail(entry.id, &error),
+            }
+        }
+    }
+
+    fn fail(&mut self, id: SequenceId, message: &str) {
+        if let Some(active) = self.requests.active.get(&id) {
+            active.output.fail(message);
+        }
+        self.end(id, "failed");
+    }
+
+    fn fail_all_but_kept(&mut self, message: &str) {
+        let is_kept = |id: &SequenceId| self.requests.kept.iter().any(|sequence| sequence.id == *id);
+        let left: Vec<SequenceId> = self.requests.active.keys().copied().filter(|id| !is_kept(id)).collect();
+        left.into_iter().for_each(|id| self.fail(id, message));
+    }
+
+    fn end(&mut self, id: SequenceId, reason: &'static str) {
+        self.scheduler.remove(id);
+        if self.requests.active.remove(&id).is_some() {
+            self.shared.metrics.count_finished(reason);
+        }
+    }
+
+    fn take_stats(&mut self) {
+        let stats = self.runner.stats();
+        self.shared.metrics.take_stats(&stats, &self.counted);
+        self.counted = stats;
+    }
+
+    fn publish(&self) {
+        let (metrics, scheduler) = (&self.shared.metrics, &self.scheduler);
+        metrics.running.set(gauge(scheduler.num_running()));
+        metrics.kv_pages_used.set(gauge(scheduler.num_used_pages()));
+        metrics.kv_pages_cached.set(gauge(scheduler.cache().num_cached()));
+    }
+}
+
+fn gauge(count: usize) -> i64 {
+    i64::try_from(count).unwrap_or(i64::MAX)
+}
+
+/// Calls into a runner, which returns its stream and memory to use when a call unwinds; the thread outlives that.
+fn caught<T>(call: impl FnOnce() -> Result<T, StepError>) -> Result<T, StepError> {
+    catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<&str>().copied();
+        let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message");
+        Err(StepError { message: format!("panicked: {text}"), is_device_lost: false })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use bcg_models::state::PagePool;
+    use serde_json::Value;
+
+    use super::super::local::{LocalEngine, LocalOptions};
+    use super::super::prefix_cache::PrefixCache;
+    use super::super::scheduler::Limits;
+    use super::super::{Engine, GenerationRequest, ModelInfo, Prompt, SubmitError};
+    use super::*;
+    use crate::metrics::ReasonLabel;
+
+    /// Loses its device at every step.
+    struct Lost;
+
+    impl StepRunner for Lost {
+        type Pending = ();
+
+        fn launch(&mut self, _: &[SequenceInput<'_>]) -> Result<(), StepError> {
+            Err(StepError { message: "device lost".into(), is_device_lost: true })
+        }
+
+        fn collect(&mut self, (): ()) -> Result<Vec<SampledToken>, StepError> {
+            Ok(Vec::new())
+        }
+
+        fn stats(&self) -> RunnerStats {
+            RunnerStats::default()
+        }
+    }
+
+    fn engine() -> LocalEngine {
+        let engine = LocalEngine::start(|| {
+            let (name, has_tokenizer) = ("lost".to_owned(), false);
+            let info = ModelInfo { name, created: 0, context_length: 16, vocab_size: 8, has_tokenizer };
+            let (max_queued, settings) = (64, Value::Null);
+            let options = LocalOptions { info, tokenizer: None, chat: None, eos: vec![2], max_queued, settings };
+            let limits = Limits { max_running: 2, max_batch_tokens: 16, context_length: 16 };
+            Ok((Lost, Scheduler::new(limits, PrefixCache::new(PagePool::new(4, 16), true)), options))
+        });
+        engine.expect("starts")
+    }
+
+    #[test]
+    fn requests_that_come_while_the_engine_gives_up_end_too() {
+        for _ in 0..200 {
+            let engine = engine();
+            let submit = || {
+                let mut accepted = 0;
+                loop {
+                    match engine.submit(GenerationRequest::greedy(Prompt::Tokens(vec![1]))) {
+                        Ok(_) => accepted += 1,
+                        Err(SubmitError::QueueFull { .. }) => std::thread::yield_now(),
+                        Err(_) => return accepted,
+                    }
+                }
+            };
+            let accepted: u64 = std::thread::scope(|scope| {
+                let threads = [(); 4].map(|()| scope.spawn(submit));
+                threads.map(|thread| thread.join().expect("no panic")).iter().sum()
+            });
+            let count = |reason| engine.metrics().finished.get_or_create(&ReasonLabel { reason }).get();
+            let ended = || count("failed") + count("cancelled");
+            // The thread may still be telling those that wait.
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while ended() < accepted && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            assert_eq!(ended(), accepted);
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! `POST /generate`: SGLang's own route, for its clients.
+
+use std::time::Instant;
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::State;
+use axum::extract::rejection::BytesRejection;
+use axum::response::{IntoResponse, Response};
+use bcg_engine::{Event, FinishReason, GenerationRequest, Grammar, ModelInfo, Prompt, TokenLogprob};
+use serde_json::{Map, Value, json};
+
+use crate::App;
+use crate::answers::{Answer, collect};
+use crate::completions::prompts;
+use crate::error::ApiError;
+use crate::fields::Fields;
+use crate::request::{check_choices, generation, next_id, num_answers, token_count};
+use crate::sse::{self, Chunks};
+
+/// Tokens of an answer when the request does not say, as in SGLang.
+const MAX_NEW_TOKENS_DEFAULT: usize = 128;
+
+/// What SGLang can do and this server cannot.
+const UNSUPPORTED: &[&str] = &[
+    "input_embeds",
+    "image_data",
+    "audio_data",
+    "video_data",
+    "lora_path",
+    "session_params",
+    "token_ids_logprob",
+    "custom_logit_processor",
+];
+
+/// Continues prompts, at once or in chunks; each chunk has the whole text so far.
+pub(crate) async fn create(State(app): State<App>, body: Result<Bytes, BytesRejection>) -> Result<Response, ApiError> {
+    let began = Instant::now();
+    let fields = Fields::parse(body, app.max_body_bytes)?;
+    let params = Fields::nested(fields.get::<Map<String, Value>>("sampling_params")?.unwrap_or_default());
+    let stream = fields.get("stream")?.unwrap_or(false);
+    let logprobs = logprobs(&fields)?;
+    let n = num_answers(&params)?;
+    let (prompts, is_batch) = read_prompts(&fields)?;
+    check_choices("text", prompts.len(), n)?;
+    let mut requests = read(&fields, &params, app.engine.info(), prompts, logprobs)?;
+    // Chunks say how long their prompt is, so it is needed as tokens before the engine begins.
+    let prompts: Vec<Prompt> =
+        requests.iter_mut().map(|request| std::mem::replace(&mut request.prompt, Prompt::Tokens(Vec::new()))).collect();
+    let tokens = app
+        .with_engine(move |engine| {
+            prompts.into_iter().map(|prompt| engine.prompt_tokens(prompt)).collect::<Result<Vec<_>, _>>()
+        })
+        .await?;
+    let mut shapes = Vec::with_capacity(tokens.len() * n);
+    for (request, tokens) in requests.iter_mut().zip(tokens) {
+        shapes.extend((0..n).map(|_| Shape { id: next_id("gen"), prompt_tokens: tokens.len(), logprobs, began }));
+        request.prompt = Prompt::Tokens(tokens);
+    }
+    let answers = app.submit(requests, n).await?;
+    if stream {
+        let texts = vec![Answer::default(); shapes.len()];
+        return Ok(sse::respond(answers, Cumulative { shapes, texts }));
+    }
+    let answers = collect(answers).await?;
+    let mut whole = shapes.iter().zip(&answers).map(|(shape, answer)| shape.json(answer, Some(answer.reason)));
+    let body = if is_batch || n > 1 { whole.collect() } else { whole.next().unwrap_or_default() };
+    Ok(Json::<Value>(body).into_response())
+}
+
+/// Reads `text` or `input_ids`, and whether it is a list of prompts.
+fn read_prompts(fields: &Fields) -> Result<(Vec<Prompt>, bool), ApiError> {
+    match (fields.get::<Value>("text")?, fields.get::<Value>("input_ids")?) {
+        (Some(text), None) => {
+            let is_batch = text.is_array();
+            Ok((prompts("text", text)?, is_batch))
+        }
+        (None, Some(ids)) => {
+            let is_batch = ids.get(0).is_some_and(Value::is_array);
+            Ok((prompts("input_ids", ids)?, is_batch))
+        }
+        _ => Err(ApiError::invalid("text", "Give either `text` or `input_ids`.")),
+    }
+}
+
+fn read(
+    fields: &Fields,
+    params: &Fields,
+    info: &ModelInfo,
+    prompts: Vec<Prompt>,
+    logprobs: bool,
+) -> Result<Vec<GenerationRequest>, ApiError> {
+    for name in UNSUPPORTED {
+        fields.refuse(name, &[json!([])], "leave it out")?;
+    }
+    for name in ["return_hidden_states", "return_routed_experts"] {
+        fields.refuse(name, &[json!(false)], "leave it out or set it to false")?;
+    }
+    for name in ["stop_regex", "ebnf", "structural_tag", "custom_params"] {
+        params.refuse(name, &[json!(""), json!([])], "leave it out")?;
+    }
+    params.refuse("min_new_tokens", &[json!(0)], "leave it out or set it to 0")?;
+    params.refuse("skip_special_tokens", &[json!(true)], "leave it out or set it to true")?;
+    params.refuse("no_stop_trim", &[json!(false)], "leave it out or set it to false")?;
+    let max_tokens = token_count(params, "max_new_tokens")?.unwrap_or(MAX_NEW_TOKENS_DEFAULT);
+    let seed = params.get::<i64>("sampling_seed")?.map(i64::cast_unsigned);
+    let schema = json_schema(params)?;
+    let read = |prompt| {
+        let mut request = generation(params, info, prompt, Some(max_tokens), logprobs.then_some(0))?;
+        request.seed = request.seed.or(seed);
+        if schema.is_some() && request.grammar.is_some() {
+            return Err(ApiError::invalid(
+                "json_schema",
+                "`json_schema` and `regex` exclude each other; give one of them.",
+            ));
+        }
+        request.grammar = request.grammar.or_else(|| schema.clone());
+        Ok(request)
+    };
+    prompts.into_iter().map(read).collect()
+}
+
+/// SGLang takes a schema as text.
+fn json_schema(params: &Fields) -> Result<Option<Grammar>, ApiError> {
+    let text = params.get::<String>("json_schema")?.filter(|text| !text.is_empty());
+    let parse = |text: String| match serde_json::from_str(&text) {
+        Ok(schema @ Value::Object(_)) => Ok(Grammar::JsonSchema(schema)),
+        _ => Err(ApiError::invalid("json_schema", "`json_schema` must be the text of a JSON schema, an object.")),
+    };
+    text.map(parse).transpose()
+}
+
+/// Whether log probabilities of the answer are wanted; those of the prompt and of other tokens are refused.
+fn logprobs(fields: &Fields) -> Result<bool, ApiError> {
+    let wanted = fields.get("return_logprob")?.unwrap_or(false);
+    if wanted {
+        let only_answer = "the prompt has no log probabilities, so leave it out or set it to -1";
+        fields.refuse("logprob_start_len", &[json!(-1)], only_answer)?;
+        fields.refuse(
+            "top_logprobs_num",
+            &[json!(0)],
+            "leave it out, or use `top_logprobs` of /v1/chat/completions",
+        )?;
+    }
+    Ok(wanted)
+}
+
+/// What is known of a choice before it begins.
+struct Shape {
+    id: String,
+    prompt_tokens: usize,
+    logprobs: bool,
+    began: Instant,
+}
+
+impl Shape {
+    /// The answer so far, or in full where there is a reason.
+    fn json(&self, answer: &Answer, reason: Option<FinishReason>) -> Value {
+        let completion_tokens = answer.tokens.len();
+        let finish_reason = match reason {
+            None => Value::Null,
+            Some(FinishReason::Stop) => json!({"type": "stop", "matched": null}),
+            Some(FinishReason::Length) => json!({"type": "length", "length": completion_tokens}),
+        };
+        let mut meta = json!({
+            "id": self.id,
+            "finish_reason": finish_reason,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "cached_tokens": answer.usage.cached_tokens,
+        });
+        if reason.is_some() {
+            meta["e2e_latency"] = json!(self.began.elapsed().as_secs_f64());
+        }
+        if self.logprobs {
+            // Tokens that are not shown, such as the last one, have no entry.
+            let entry = |(entry, &id): (&TokenLogprob, &u32)| json!([entry.token.logprob, id, entry.token.text]);
+            meta["input_token_logprobs"] = json!([]);
+            meta["output_token_logprobs"] = answer.logprobs.iter().zip(&answer.tokens).map(entry).collect();
+        }
+        json!({"text": answer.text, "output_ids": answer.tokens, "meta_info": meta})
+    }
+}
+
+/// A stream in SGLang's way: every chunk repeats what came before.
+struct Cumulative {
+    shapes: Vec<Shape>,
+    texts: Vec<Answer>,
+}
+
+impl Chunks for Cumulative {
+    fn opening(&mut self) -> Vec<Value> {
+        Vec::new()
+    }
+
+    fn chunks(&mut self, index: usize, event: Event) -> Vec<Value> {
+        let reason = match &event {
+            Event::Finished { reason, .. } => Some(*reason),
+            _ => None,
+        };
+        let answer = &mut self.texts[index];
+        answer.take(event);
+        let mut chunk = self.shapes[index].json(answer, reason);
+        chunk["index"] = json!(index);
+        vec![chunk]
+    }
+
+    fn closing(&mut self) -> Vec<Value> {
+        Vec::new()
+    }
+}
