@@ -2,7 +2,7 @@
 //!
 //! In the order in which a checkpoint becomes tokens:
 //! 1. [`config`], [`weights`], [`tokenizer`], [`chat`]: what a checkpoint folder holds.
-//! 2. [`ops`], [`layers`], [`models`], [`registry`]: kernels, what models are wired from, the models, and their names.
+//! 2. [`layers`], [`models`], [`registry`]: what models are wired from, the models, and their names.
 //! 3. [`state`], [`batch`]: the KV cache and its pages; the batch of one step.
 //! 4. [`runner`]: a model on a device, one step of a batch through it, with or without graphs.
 //!
@@ -18,7 +18,6 @@ pub mod config;
 mod error;
 pub mod layers;
 pub mod models;
-pub mod ops;
 pub mod registry;
 pub mod runner;
 pub mod sampling;

@@ -1,5 +1,5 @@
 // What every kernel shares: element types that compute in f32, sums over warps and blocks, copies of rows.
-// Needs no CUDA header. Rust twins of the conversions: bcg-models/src/ops/float.rs.
+// Needs no CUDA header. Rust twins of the conversions: kernels/src/float.rs.
 #pragma once
 
 typedef unsigned char u8;

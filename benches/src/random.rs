@@ -1,7 +1,8 @@
 //! Random contents for tensors whose values decide nothing but how much power the chip draws.
 
 use anyhow::Result;
-use bcg_models::{ModelRunner, ops};
+use bcg_kernels as ops;
+use bcg_models::ModelRunner;
 use bcg_runtime::{Runner, RunnerOptions, Tensor};
 
 /// Fills a tensor with nearly normal numbers.

@@ -6,7 +6,6 @@ use std::process::ExitCode;
 use std::sync::Mutex;
 use std::time::Instant;
 
-use bcg_kernels::ALL;
 use bcg_runtime::{Arch, Source, compile_uncached};
 
 fn main() -> ExitCode {
@@ -18,7 +17,7 @@ fn main() -> ExitCode {
             eprintln!("{name}: not an architecture; expected something like sm_90a");
             return ExitCode::FAILURE;
         };
-        jobs.extend(ALL.iter().chain(bcg_runtime::SOURCES).map(|source| (*source, arch)));
+        jobs.extend(bcg_kernels::sources().chain(bcg_runtime::SOURCES.iter().copied()).map(|source| (source, arch)));
     }
     let (start, total, failures) = (Instant::now(), jobs.len(), Mutex::new(0));
     let queue = Mutex::new(jobs.into_iter());

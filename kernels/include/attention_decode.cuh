@@ -1,8 +1,8 @@
-// The arguments of the kernels of attention_decode. Rust twin: bcg-models/src/ops/attention_decode.rs.
+// The arguments of the kernels of attention_decode. Rust twin: kernels/src/attention/decode/mod.rs.
 #pragma once
 #include "paged_attention.cuh"
 
-// A block's share of the work; Rust twin and rules: bcg-models/src/ops/decode_plan.rs.
+// A block's share of the work; Rust twin and rules: kernels/src/attention/decode_plan.rs.
 struct BlockPlan {
     i32 sequence, item, tile, tiles;  // where the block begins, and how much it takes
     i32 first, last;                  // the blocks that the block's first and last item begin and end on

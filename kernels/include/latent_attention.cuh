@@ -7,7 +7,7 @@ constexpr u32 LATENT_PER_LANE = 16;  // L up to 512; lane l holds the elements l
 constexpr u32 ROPE_PER_LANE = 4;     // R up to 128
 constexpr u32 ATTEND_WARPS = 8;
 
-// Rust twin: bcg-models/src/ops/latent_kv.rs.
+// Rust twin: kernels/src/latent/latent_kv.rs.
 struct LatentKv {
     const void* latents;
     const void* rope_keys;

@@ -2,7 +2,7 @@
 #pragma once
 #include "bcg.cuh"
 
-constexpr u32 CLUSTER = 8;  // blocks of a row, as in bcg-models/src/ops/logits.rs
+constexpr u32 CLUSTER = 8;  // blocks of a row, as in kernels/src/choose/logits.rs
 constexpr u32 LOGITS_THREADS = 512;
 
 // Without clusters the first of a row's blocks does all of its work.

@@ -1,5 +1,5 @@
 // Orders (token, k) pairs by the expert that each goes to: a stable counting sort by one block, which has whole warps and
-// at least as many threads as there are experts. Rust twin: bcg-models/src/ops/moe_permute.rs.
+// at least as many threads as there are experts. Rust twin: kernels/src/moe/permute/mod.rs.
 #pragma once
 #include "bcg.cuh"
 

@@ -1,4 +1,4 @@
-// Random bits that depend on a counter alone, by SplitMix64. Rust twin: bcg-models/src/ops/random.rs.
+// Random bits that depend on a counter alone, by SplitMix64. Rust twin: kernels/src/random.rs.
 #pragma once
 #include "bcg.cuh"
 

@@ -11,7 +11,7 @@ BCG_DEVICE float silu(float v) {
     return v * sigmoid;
 }
 
-// SiLU of `gate`, rounded to T, times `up`; the caller rounds the product. Rust twin: bcg-models/src/ops/silu_mul.rs.
+// SiLU of `gate`, rounded to T, times `up`; the caller rounds the product. Rust twin: kernels/src/activation/silu_mul/host.rs.
 template <typename T> BCG_DEVICE float silu_mul(float gate, float up) {
     return round_to<T>(__fdividef(gate, 1.0f + expf(-gate))) * up;
 }

@@ -2,7 +2,7 @@
 #pragma once
 #include "bcg.cuh"
 
-// Host reference, shapes and checks: bcg-models/src/ops/ssd_scan.rs.
+// Host reference, shapes and checks: kernels/src/ssm/ssd_scan.
 struct SsmArgs {
     const void* x;
     const void* b;

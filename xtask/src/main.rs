@@ -8,6 +8,7 @@ mod bundle;
 mod clients;
 mod figures;
 mod first_token;
+mod fmt;
 mod fuzz;
 mod kernels;
 mod licenses;
@@ -27,6 +28,7 @@ const USAGE: &str = "\
 cargo xtask <command>
 
   tidy            check names, lengths, leftovers, links, and that every rule names its test
+  fmt             format everything [--check only tells what is not formatted]
   licenses        check the licence of every dependency
   kernels         compile every kernel for sm_80, sm_90a and sm_100a with NVRTC from its Python wheel; needs no GPU
   test-clients    run the official openai client against the server [--sglang runs SGLang's benchmark client, 350 MB]
@@ -56,13 +58,17 @@ fn run() -> Result<()> {
     let mut args = std::env::args().skip(1);
     let command = args.next();
     let flags: Vec<String> = args.collect();
-    if !matches!(command.as_deref(), Some("figures" | "fuzz" | "package" | "plots" | "soak" | "test-clients"))
+    if !matches!(
+        command.as_deref(),
+        Some("figures" | "fmt" | "fuzz" | "package" | "plots" | "soak" | "test-clients")
+    )
         && let Some(flag) = flags.first()
     {
         bail!("unexpected argument `{flag}`\n\n{USAGE}");
     }
     match command.as_deref() {
         Some("tidy") => tidy::run(),
+        Some("fmt") => fmt::run(&flags),
         Some("licenses") => licenses::run(),
         Some("kernels") => kernels::run(),
         Some("test-clients") => clients::run(&flags),

@@ -2,10 +2,10 @@
 
 use std::ops::Range;
 
+use bcg_kernels::{DecodePlan, StateSlots, attention_prefill_plan, attention_prefill_plan_len, unpack_inputs};
 use bcg_runtime::{DType, Device, Result, Rows, Runner, Staging, Tensor};
 
-use super::{AttentionSplit, DecodeInputs, ForwardBatch, Phase, SequenceInput, StateSlots, TokenInputs};
-use crate::ops::{DecodePlan, attention_prefill_plan, attention_prefill_plan_len, unpack_inputs};
+use super::{AttentionSplit, DecodeInputs, ForwardBatch, Phase, SequenceInput, TokenInputs};
 use crate::sampling::SamplingParams;
 
 /// How large a batch can get.

@@ -13,9 +13,9 @@
 
 mod buffers;
 
-use bcg_runtime::{Freeze, LiveBatch, OpStream, Result, Rows, Tensor};
+use bcg_kernels::{StateSlots, gather_rows};
+use bcg_runtime::{LiveBatch, OpStream, Result, Rows, Tensor};
 
-use crate::ops::gather_rows;
 use crate::sampling::SamplingParams;
 use crate::state::StateLease;
 
@@ -144,15 +144,6 @@ impl TokenInputs {
     }
 }
 
-/// The state slots of a batch's sequences, which state-space layers read and write.
-#[derive(Debug, Clone, Freeze)]
-pub struct StateSlots {
-    /// `[B]` i32: the slot that holds a sequence's state; −1 for one that begins, and behind the last sequence.
-    pub read: Tensor,
-    /// `[B]` i32: the slot that its new state goes to, another than the one it reads; −1 where none is kept.
-    pub write: Tensor,
-}
-
 /// What captured attention reads of a decode.
 #[derive(Debug, Clone)]
 pub struct DecodeInputs {
@@ -160,7 +151,7 @@ pub struct DecodeInputs {
     pub kv_lens: Tensor,
     /// `[T, pages]` i32, as wide as the longest possible sequence needs.
     pub page_table: Tensor,
-    /// How attention is spread over the device; see [`DecodePlan`](crate::ops::DecodePlan).
+    /// How attention is spread over the device; see [`DecodePlan`](bcg_kernels::DecodePlan).
     pub plan: Tensor,
     /// `[T]` slots.
     pub states: StateSlots,
@@ -176,11 +167,11 @@ pub struct DecodeInputs {
 pub struct AttentionSplit {
     /// `[Bmax + 1]` i32: as `cu_seqlens_q`, with sequences at the front that have no rows.
     pub prompt_starts: Tensor,
-    /// The plan of [`attention_prefill`](crate::ops::attention_prefill) for them.
+    /// The plan of [`attention_prefill`](bcg_kernels::attention_prefill) for them.
     pub prompt_plan: Tensor,
     /// `[Bmax]` i32: keys of each sequence at the front; 0 behind the last one of them.
     pub decode_kv_lens: Tensor,
-    /// The plan of [`attention_decode`](crate::ops::attention_decode) for them.
+    /// The plan of [`attention_decode`](bcg_kernels::attention_decode) for them.
     pub decode_plan: Tensor,
 }
 
@@ -203,7 +194,7 @@ pub struct ForwardBatch {
     pub states: StateSlots,
     /// `[B]` i32: the last row of each sequence.
     pub last_rows: Tensor,
-    /// The order of the work of [`mla_prefill`](crate::ops::mla_prefill()), which takes all sequences, with room for the
+    /// The order of the work of [`mla_prefill`](bcg_kernels::mla_prefill()), which takes all sequences, with room for the
     /// longest one; without items in a decode.
     pub prefill_plan: Tensor,
     /// `None` in a decode, and in a prefill that no sequence with one new token leads.

@@ -6,13 +6,13 @@
 //! arguments and geometry for every batch of a padded size. In a decode attention is captured too: what it reads lies in
 //! static buffers.
 
+use bcg_kernels::{self as ops, AttentionPrefill, PagedKv, QkNormRopeKvWrite};
 use bcg_runtime::{Context, Device, Eager, OpStream, Result, Tensor, eager_on_graph};
 use serde_json::Value;
 
 use super::{Linear, RmsNorm};
 use crate::batch::{ForwardBatch, TokenInputs};
 use crate::config::{Fields, ModelConfig};
-use crate::ops::{self, AttentionPrefill, PagedKv, QkNormRopeKvWrite};
 use crate::state::{CacheLayout, LayerKv};
 use crate::weights::Weights;
 

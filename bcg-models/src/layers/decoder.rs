@@ -9,7 +9,7 @@ use bcg_runtime::{Context, OpStream, Result, Tensor};
 use super::{Attention, Linear, Mamba2, Mla, Mlp, Moe, Relu2Mlp, RmsNorm};
 use crate::batch::{ForwardBatch, TokenInputs};
 use crate::config::ModelConfig;
-use crate::ops;
+use bcg_kernels as ops;
 use crate::registry::Model;
 use crate::state::Caches;
 use crate::weights::Weights;

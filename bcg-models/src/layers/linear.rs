@@ -1,8 +1,8 @@
 //! A matrix without bias.
 
+use bcg_kernels as ops;
 use bcg_runtime::{DType, OpStream, Result, Tensor};
 
-use crate::ops;
 use crate::weights::Weights;
 
 /// `y = x Wᵀ`.

@@ -5,13 +5,13 @@
 
 use std::sync::Arc;
 
+use bcg_kernels::{self as ops, CausalConv1d, SsmInputs, StateSlots};
 use bcg_runtime::{Context, DType, Eager, OpStream, Result, Tensor, eager_on_graph};
 use serde_json::Value;
 
 use super::Linear;
-use crate::batch::{ForwardBatch, StateSlots, TokenInputs};
+use crate::batch::{ForwardBatch, TokenInputs};
 use crate::config::{Fields, ModelConfig};
-use crate::ops::{self, CausalConv1d, SsmInputs};
 use crate::state::{LayerState, StateLayout};
 use crate::weights::Weights;
 

@@ -5,12 +5,12 @@
 //! geometry for every batch of a padded size. In a decode the projections are absorbed into the queries and outputs, and
 //! attention runs over the latents themselves, captured too.
 
+use bcg_kernels::{self as ops, LatentKv, MlaKvWrite, MlaPrefill};
 use bcg_runtime::{Context, Eager, Result, Tensor, eager_on_graph};
 
 use super::{Linear, RmsNorm, RotaryScaling};
 use crate::batch::{DecodeInputs, ForwardBatch, TokenInputs};
 use crate::config::ModelConfig;
-use crate::ops::{self, LatentKv, MlaKvWrite, MlaPrefill};
 use crate::state::{CacheLayout, LayerKv};
 use crate::weights::Weights;
 

@@ -4,7 +4,7 @@ use bcg_runtime::{OpStream, Result, Tensor};
 
 use super::Linear;
 use crate::config::{Fields, ModelConfig};
-use crate::ops;
+use bcg_kernels as ops;
 use crate::weights::Weights;
 
 /// `down(silu(gate(x)) * up(x))`.

@@ -3,11 +3,11 @@
 //! Everything is captured: a router's choice stays on the device, and launches depend on the number of padded rows alone.
 //! Padded rows choose no expert.
 
+use bcg_kernels::{self as ops, Scores, Scoring};
 use bcg_runtime::{OpStream, Result, Tensor};
 
 use super::{Linear, Mlp};
 use crate::config::{Fields, ModelConfig};
-use crate::ops::{self, Scores, Scoring};
 use crate::weights::Weights;
 
 /// What the kernels can choose among, and the most experts of a token.

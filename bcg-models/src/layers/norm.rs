@@ -1,8 +1,8 @@
 //! Root-mean-square normalisation.
 
+use bcg_kernels as ops;
 use bcg_runtime::{OpStream, Result, Tensor};
 
-use crate::ops;
 use crate::weights::Weights;
 
 /// `y = x / rms(x) * weight`.

@@ -2,12 +2,12 @@
 
 use std::f64::consts::TAU;
 
+use bcg_kernels as ops;
 use bcg_runtime::{Device, Tensor};
 use serde_json::Value;
 
 use super::attention::rope_base;
 use crate::config::Fields;
-use crate::ops;
 
 /// Rotary frequencies, and what stretched positions do to rotated parts and scores.
 #[derive(Debug, Clone, PartialEq)]

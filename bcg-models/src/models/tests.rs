@@ -10,7 +10,7 @@ use super::deepseek;
 use crate::batch::{BatchLimits, ForwardBatch, InputBuffers, Phase, SequenceInput, TokenInputs};
 use crate::config::{LayerKind, ModelConfig};
 use crate::layers::{Heads, Mamba2Config, MlaDims, MoeConfig, Relu2Mlp, RotaryScaling};
-use crate::ops::DecodePlan;
+use bcg_kernels::DecodePlan;
 use crate::registry::{self, Model};
 use crate::sampling::SamplingParams;
 use crate::state::{CacheLayout, Caches, KvCache, StateCache, StateLayout};

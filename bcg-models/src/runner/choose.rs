@@ -1,10 +1,10 @@
 //! The end of a step: from logits to tokens, and what was asked for about them.
 
+use bcg_kernels::{self as ops, SampleInputs};
 use bcg_runtime::{DType, Eager, Element, Readback, Result, Runner, Tensor};
 
 use super::SampledToken;
 use crate::batch::{ForwardBatch, SamplingBuffers, SequenceInput};
-use crate::ops::{self, SampleInputs};
 
 /// The most alternatives of a token whose log probabilities a step returns.
 pub const TOP_LOGPROBS_MAX: usize = 20;

@@ -22,6 +22,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
+use bcg_kernels as ops;
 use bcg_runtime::{
     Context, Decision, Description, Device, GraphCache, GraphCacheStats, LiveBatch, OpStream, Readback, Runner, Tensor,
 };
@@ -29,7 +30,6 @@ use bcg_runtime::{
 use crate::batch::{ForwardBatch, InputBuffers, Phase, SequenceInput};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::ops;
 use crate::registry::{self, Model};
 use crate::sampling::SamplingParams;
 use crate::state::{Caches, KvCache, PagePool, StateCache};

@@ -1,9 +1,9 @@
 //! Weights that the device makes up.
 
+use bcg_kernels as ops;
 use bcg_runtime::{Device, Runner, RunnerOptions, Tensor};
 
 use crate::error::Result;
-use crate::ops;
 
 /// As new models are initialised; activations of any depth stay finite with it.
 const STD: f32 = 0.02;

@@ -134,7 +134,8 @@ pub fn compile(source: &Source, arch: Arch) -> Result<Vec<u8>, CompileError> {
     let options = options(arch);
     let key = key(nvrtc.version(), source, &headers, &options);
     let cache = Cache::of_user();
-    let entry = format!("{}-{arch}-{}.cubin", source.name.trim_end_matches(".cu"), key.finish());
+    let name = source.name.trim_end_matches(".cu").replace('/', "-");
+    let entry = format!("{name}-{arch}-{}.cubin", key.finish());
     if let Some(cubin) = cache.as_ref().and_then(|cache| cache.load(&entry)) {
         return Ok(cubin);
     }

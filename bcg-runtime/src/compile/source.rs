@@ -22,7 +22,8 @@ pub type Header = (&'static str, &'static str);
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Source {
-    /// The file's name, such as `rms_norm.cu`; used in messages and in the cache.
+    /// The file's name, such as `scale.cu`, or its path, such as `norm/rms_norm/rms_norm.cu`; used in messages and in the
+    /// cache.
     pub name: &'static str,
     /// The file's text.
     pub text: &'static str,
@@ -44,7 +45,10 @@ impl Source {
     }
 
     /// Returns the headers that the source includes, itself or by way of other headers, each once.
-    pub(super) fn reached(&self) -> Result<Vec<Header>, CompileError> {
+    ///
+    /// # Errors
+    /// [`CompileError::UnknownHeader`] if one of them is not listed.
+    pub fn reached(&self) -> Result<Vec<Header>, CompileError> {
         let mut reached: Vec<Header> = Vec::new();
         let mut unread: Vec<Header> = vec![(self.name, self.text)];
         while let Some((file, text)) = unread.pop() {

@@ -4,8 +4,8 @@ use std::fmt;
 use std::str::FromStr;
 
 use anyhow::Result;
+use bcg_kernels::{self as ops, DecodePlan, PagedKv};
 use bcg_models::layers::Heads;
-use bcg_models::ops::{self, DecodePlan, PagedKv};
 use bcg_runtime::{DType, Tensor};
 
 use super::cases::{Case, PAGE, Shapes, each};

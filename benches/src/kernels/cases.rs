@@ -1,9 +1,9 @@
 //! What is timed: each op at each shape, with the bytes and operations that it cannot do without.
 
 use anyhow::Result;
+use bcg_kernels::{self as ops, QkNormRopeKvWrite, SampleInputs};
 use bcg_models::ModelConfig;
 use bcg_models::layers::{Heads, rope_theta};
-use bcg_models::ops::{self, QkNormRopeKvWrite, SampleInputs};
 use bcg_runtime::{DType, DeviceKind, Tensor};
 
 use super::KernelsArgs;

@@ -1,7 +1,7 @@
 //! Latent attention: decode over latents, prefill over what they are decompressed to, and the products between.
 
 use anyhow::Result;
-use bcg_models::ops::{self, DecodePlan, LatentKv, MlaPrefill};
+use bcg_kernels::{self as ops, DecodePlan, LatentKv, MlaPrefill};
 use bcg_runtime::{DType, Tensor};
 
 use super::KernelsArgs;

@@ -1,8 +1,7 @@
 //! Mamba2's mixer and the MLP beside it.
 
 use anyhow::Result;
-use bcg_models::batch::StateSlots;
-use bcg_models::ops::{self, CausalConv1d, SsmInputs};
+use bcg_kernels::{self as ops, CausalConv1d, SsmInputs, StateSlots};
 use bcg_runtime::{DType, Tensor};
 
 use super::KernelsArgs;

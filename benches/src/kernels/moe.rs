@@ -1,7 +1,7 @@
 //! Mixture of experts: the products of the experts, each with the rows that chose it.
 
 use anyhow::Result;
-use bcg_models::ops::{self, ExpertPlan, Routing, Scores, Scoring};
+use bcg_kernels::{self as ops, ExpertPlan, Routing, Scores, Scoring};
 use bcg_runtime::DType;
 
 use super::KernelsArgs;

@@ -1,6 +1,6 @@
 //! `attention_prefill` and `attention_decode`.
 
-use bcg_models::ops::{self, DecodePlan, PagedKv};
+use bcg_kernels::{self as ops, DecodePlan, PagedKv};
 use bcg_runtime::{DType, Device, Tensor};
 use half::bf16;
 

@@ -1,7 +1,7 @@
 //! `grouped_gate_up` and `grouped_linear` in bf16, which have kernels of their own on CUDA: for up to 16 tokens, and for
 //! more.
 
-use bcg_models::ops::{self, ExpertPlan};
+use bcg_kernels::{self as ops, ExpertPlan};
 use bcg_runtime::{DType, Device, Runner, RunnerOptions};
 
 use super::fixture::{Fixture, Known, epsilon};

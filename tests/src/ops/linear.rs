@@ -1,6 +1,6 @@
 //! `linear` and `linear_to`.
 
-use bcg_models::ops;
+use bcg_kernels as ops;
 use bcg_runtime::{BreakableCudaGraph, DType, Device, DeviceKind};
 
 use super::fixture::{FLOATS, Fixture, epsilon};

@@ -1,6 +1,6 @@
 //! `linear` of few rows in bf16, which has a kernel of its own on CUDA.
 
-use bcg_models::ops;
+use bcg_kernels as ops;
 use bcg_runtime::{DType, Device};
 
 use super::fixture::{Fixture, Known, epsilon};

@@ -1,6 +1,6 @@
 //! `logit_bias`, `token_mask` and `top_logprobs`.
 
-use bcg_models::ops;
+use bcg_kernels as ops;
 use bcg_runtime::{DType, Device, Tensor};
 
 use super::fixture::{Fixture, assert_close};

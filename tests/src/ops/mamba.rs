@@ -1,7 +1,6 @@
 //! `causal_conv1d`, `ssd_scan`, `ssm_update`: each against the sequential formula in f64, token by token.
 
-use bcg_models::batch::StateSlots;
-use bcg_models::ops::{self, CausalConv1d, SsmInputs};
+use bcg_kernels::{self as ops, CausalConv1d, SsmInputs, StateSlots};
 use bcg_models::state::{LayerState, StateCache, StateLayout};
 use bcg_runtime::{BreakableCudaGraph, Context, DType, Device, Eager, Error, Result, Tensor, eager_on_graph};
 use half::{bf16, f16};

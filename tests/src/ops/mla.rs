@@ -1,6 +1,6 @@
 //! The ops of latent attention: `mla_kv_write`, `head_linear`, `mla_decode` and `mla_prefill`.
 
-use bcg_models::ops::{self, DecodePlan, LatentKv, MlaKvWrite, MlaPrefill};
+use bcg_kernels::{self as ops, DecodePlan, LatentKv, MlaKvWrite, MlaPrefill};
 use bcg_runtime::{DType, Device, Tensor};
 use half::bf16;
 

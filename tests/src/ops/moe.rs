@@ -1,6 +1,6 @@
 //! `moe_route`, `moe_permute`, `grouped_gate_up`, `grouped_linear` and `moe_combine`.
 
-use bcg_models::ops::{self, ExpertPlan, Routing, Scores, Scoring};
+use bcg_kernels::{self as ops, ExpertPlan, Routing, Scores, Scoring};
 use bcg_runtime::{BreakableCudaGraph, DType, Device, OpStream, Result, Tensor};
 
 use super::fixture::{FLOATS, Fixture, Known, epsilon};

@@ -1,6 +1,6 @@
 //! `rms_norm`, `add_rms_norm`, `silu_mul`, `gated_rms_norm`, `relu2`.
 
-use bcg_models::ops;
+use bcg_kernels as ops;
 use bcg_runtime::Device;
 
 use super::fixture::{FLOATS, Fixture, assert_close, rms_norm};

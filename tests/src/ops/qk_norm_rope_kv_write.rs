@@ -1,6 +1,6 @@
 //! `qk_norm_rope_kv_write`, `kv_write`.
 
-use bcg_models::ops::{self, QkNormRopeKvWrite};
+use bcg_kernels::{self as ops, QkNormRopeKvWrite};
 use bcg_runtime::{DType, Device};
 
 use super::fixture::{FLOATS, Fixture, assert_close, rms_norm};

@@ -1,6 +1,6 @@
 //! `gather_rows`, `unpack_inputs`, `copy_rows`, `fill`, `fill_random`, `scrub_tail`.
 
-use bcg_models::ops;
+use bcg_kernels as ops;
 use bcg_runtime::{DType, Device, LiveBatch, Rows, Runner, RunnerOptions};
 
 use super::fixture::{FLOATS, Fixture, assert_close};

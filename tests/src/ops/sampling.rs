@@ -1,6 +1,6 @@
 //! `argmax` and `sample`.
 
-use bcg_models::ops::{self, SampleInputs};
+use bcg_kernels::{self as ops, SampleInputs};
 use bcg_runtime::{DType, Device, Tensor};
 
 use super::fixture::Fixture;

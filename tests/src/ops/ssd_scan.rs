@@ -1,7 +1,6 @@
 //! `ssd_scan` in bf16 of published sizes, which has a kernel on tensor cores on CUDA.
 
-use bcg_models::batch::StateSlots;
-use bcg_models::ops;
+use bcg_kernels::{self as ops, StateSlots};
 use bcg_runtime::{DType, Device};
 
 use super::fixture::{Fixture, assert_close};

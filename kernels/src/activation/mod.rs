@@ -1,0 +1,6 @@
+//! Activations of gated and plain layers.
+
+ops! {
+    relu2,
+    silu_mul,
+}

@@ -1,0 +1,8 @@
+//! What architectures of GPUs can, where the choice of a kernel depends on it.
+
+use bcg_runtime::Arch;
+
+/// Tells whether a block can have as much shared memory as data-centre GPUs give.
+pub(crate) fn is_large(arch: Arch) -> bool {
+    matches!((arch.major, arch.minor), (8, 0) | (9 | 10, _))
+}

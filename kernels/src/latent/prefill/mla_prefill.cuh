@@ -1,0 +1,65 @@
+// What the kernels of mla_prefill share: the arguments and the items of the plan. Rust twin:
+// mod.rs.
+#pragma once
+#include "latent_attention.cuh"
+
+struct MlaPrefillArgs {
+    const void* q;       // [T, H (Dn + R)]
+    const void* q_pe;    // [T, H R]
+    const void* weight;  // [H, Dn + Dv, L]
+    void* out;           // [T, H Dv]
+    const i32* cu_seqlens_q;
+    const i32* kv_lens;
+    const i32* plan;
+    void* workspace;  // [workspace_rows, Dn + Dv]: keys and values of some sequences and heads
+    u32* arrivals;    // 0 before the launch
+    LatentKv kv;
+    i64 q_stride;
+    u32 rows;
+    u32 sequences;
+    u32 heads;
+    u32 plan_items;
+    u32 nope_dim;
+    u32 value_dim;
+    u32 workspace_rows;
+    float scale;
+};
+
+constexpr u32 PLAN_ROWS = 128;  // query rows of an item of the plan
+
+// One item of the plan: up to PLAN_ROWS query rows of one sequence.
+struct PlanItem {
+    u32 sequence;
+    i32 row;      // the first query row
+    i32 row_end;  // behind the last one
+    i32 shift;    // a row's position in its sequence is row + shift
+    i32 keys;     // that the last row sees
+};
+
+BCG_DEVICE u32 num_items(const MlaPrefillArgs& a) {
+    i32 items = a.plan[0];
+    return items < 0 ? 0 : min((u32)items, a.plan_items);
+}
+
+// The keys of a sequence, as far as its page table goes.
+BCG_DEVICE i32 num_keys(const MlaPrefillArgs& a, u32 sequence) {
+    return (i32)max(min((i64)a.kv_lens[sequence], (i64)a.kv.max_pages * a.kv.page_size), (i64)0);
+}
+
+BCG_DEVICE PlanItem load_item(const MlaPrefillArgs& a, u32 index) {
+    const i32* item = a.plan + 1 + 2 * index;
+    PlanItem p;
+    p.sequence = (u32)item[0];
+    i32 end = a.cu_seqlens_q[p.sequence + 1];
+    p.row = item[1];
+    p.row_end = min(min(p.row + (i32)PLAN_ROWS, end), (i32)a.rows);
+    p.shift = a.kv_lens[p.sequence] - end;
+    p.keys = max(min(p.row_end + p.shift, num_keys(a, p.sequence)), 0);
+    return p;
+}
+
+// The item of this block's turn, if there is one: back and forth over the blocks, so that each gets as much work.
+BCG_DEVICE bool next_turn(u32 turn, u64 total, u64& index) {
+    index = (u64)turn * gridDim.x + (turn % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+    return index < total;
+}

@@ -1,0 +1,81 @@
+//! Products of the rows of many tokens with the matrices of their experts, on compute capability 9.0; CUDA source: `hopper.cu`.
+//!
+//! A row of the output depends on that row of `x` and the expert's matrix alone, and the order of its sums on nothing else.
+//!
+//! Called by `grouped_linear` and `grouped_gate_up`, which check the shapes. Never picked on the host device.
+
+use bcg_runtime::{Arch, DType, Device, DevicePtr, Dims, Kernel, OpStream, Result, Source};
+use bytemuck::{AnyBitPattern, NoUninit};
+
+use super::args::GroupedArgs;
+use super::host::{hopper_gate_up, hopper_linear};
+use crate::check::Check;
+
+pub(super) static SOURCE: Source = source!("linear/grouped/hopper.cu", "grouped_linear.cuh");
+
+const CHECK: Check = Check::new("grouped_linear");
+
+/// The most experts: each block sorts them all.
+const EXPERTS_MAX: u32 = 512;
+/// Columns of a block of the weight in shared memory; the kernels take no smaller depth.
+const DEPTH_MIN: u32 = 64;
+/// Bytes of a tensor map.
+const MAP_BYTES: usize = 128;
+/// Slots of the ring in shared memory, each of 384 rows of 128 bytes.
+const RING_BYTES: u32 = 4 * 384 * 128;
+/// What follows the ring: a tensor map and barriers.
+const SMALL_BYTES: u32 = 128 + 64;
+/// Shared memory for each expert.
+const EXPERT_BYTES: u32 = 24;
+const _: () = assert!(RING_BYTES + SMALL_BYTES + EXPERT_BYTES * EXPERTS_MAX <= 227 << 10);
+/// From so many rows of an expert on, on average, the large items serve better: they read less from the cache for each
+/// product, but there are fewer of them to share among the blocks.
+const ROWS_OF_LARGE_ITEMS: u32 = 32;
+
+#[repr(C)]
+#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+pub(super) struct GroupedHopperArgs {
+    pub(super) grouped: GroupedArgs,
+    maps: DevicePtr,
+}
+
+/// The kernels for small and for large items.
+macro_rules! hopper {
+    ($name:literal, $host:ident) => {
+        [
+            Kernel::new(concat!($name, "_hopper_64"), &SOURCE, $host).programmatic(),
+            Kernel::new(concat!($name, "_hopper_128"), &SOURCE, $host).programmatic(),
+        ]
+    };
+}
+
+static GATE_UP: [Kernel<GroupedHopperArgs>; 2] = hopper!("grouped_gate_up", hopper_gate_up);
+static LINEAR: [Kernel<GroupedHopperArgs>; 2] = hopper!("grouped_linear", hopper_linear);
+
+/// Tells whether [`launch`] serves this product of bf16 on a device.
+pub(super) fn applies(device: &Device, is_gated: bool, a: &GroupedArgs) -> bool {
+    let matrix_rows = u64::from(a.outputs) * if is_gated { 2 } else { 1 };
+    device.compute_capability() == Some(Arch::new(9, 0))
+        && (1..=EXPERTS_MAX).contains(&a.experts)
+        && a.depth >= DEPTH_MIN
+        && a.outputs > 0
+        && a.outputs.is_multiple_of(8)
+        && a.places > 0
+        && u64::from(a.experts) * matrix_rows <= i32::MAX as u64
+        && a.is_in_words()
+}
+
+/// Enqueues the product.
+pub(super) fn launch(cx: &mut OpStream, is_gated: bool, grouped: GroupedArgs) -> Result<()> {
+    let blocks = cx.device().num_multiprocessors();
+    // A tensor map for each block.
+    let maps = cx.empty(&[blocks as usize, MAP_BYTES / size_of::<i32>()], DType::I32)?;
+    let is_large = grouped.places > ROWS_OF_LARGE_ITEMS * grouped.experts;
+    let kernels = if is_gated { &GATE_UP } else { &LINEAR };
+    // In eights, because the kernel may read its list of experts in wide words, beyond the last one.
+    let listed = CHECK.u32("E", grouped.experts as usize)?.next_multiple_of(8);
+    let shared_bytes = RING_BYTES + SMALL_BYTES + EXPERT_BYTES * listed;
+    let dims = Dims { shared_bytes, ..Dims::linear(blocks, 3 * 128) };
+    let args = GroupedHopperArgs { grouped, maps: cx.addr(&maps)? };
+    cx.launch(&kernels[usize::from(is_large)], dims, args)
+}

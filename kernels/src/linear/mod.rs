@@ -1,0 +1,7 @@
+//! Products with weights.
+
+ops! {
+    dense,
+    grouped,
+    head,
+}

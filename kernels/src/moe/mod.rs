@@ -1,0 +1,7 @@
+//! Mixtures of experts: which token goes to which expert, and the way back.
+
+ops! {
+    combine,
+    permute,
+    route,
+}

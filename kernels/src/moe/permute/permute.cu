@@ -1,0 +1,19 @@
+// One block orders all pairs. Host reference: host.rs; shapes and geometry: mod.rs.
+#include "moe_permute.cuh"
+
+struct MoePermuteArgs {
+    const i32* experts;
+    PlanOut plan;
+    u32 pairs;
+    u32 num_experts;
+    u32 is_staged;
+    u32 padding;
+};
+
+extern "C" __global__ __launch_bounds__(1024) void moe_permute(MoePermuteArgs a) {
+    extern __shared__ u32 counts[];  // [32, num_experts], then the staged rows
+    wait_for_inputs();
+    release_dependents();
+    u16* staged = a.is_staged ? (u16*)(counts + 32 * a.num_experts) : nullptr;
+    permute(a.plan, a.experts, a.pairs, a.num_experts, counts, staged);
+}

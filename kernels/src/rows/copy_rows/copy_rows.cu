@@ -1,0 +1,17 @@
+// One row for each block in x. Host reference: host.rs; shapes and geometry: mod.rs.
+#include "bcg.cuh"
+
+struct CopyRowsArgs {
+    const u8* src;
+    u8* dst;
+    i64 src_stride_bytes;
+    i64 dst_stride_bytes;
+    i64 row_bytes;
+};
+
+extern "C" __global__ void copy_rows(CopyRowsArgs a) {
+    wait_for_inputs();
+    release_dependents();
+    i64 row = blockIdx.x;
+    copy_row(a.dst + row * a.dst_stride_bytes, a.src + row * a.src_stride_bytes, a.row_bytes);
+}

@@ -1,0 +1,20 @@
+// One output row for each block in x. Host reference: host.rs; shapes and geometry: mod.rs.
+#include "bcg.cuh"
+
+struct GatherRowsArgs {
+    const u8* x;
+    const i32* index;
+    u8* out;
+    i64 x_stride_bytes;
+    i64 row_bytes;
+    i64 x_rows;
+};
+
+extern "C" __global__ void gather_rows(GatherRowsArgs a) {
+    wait_for_inputs();
+    release_dependents();
+    i64 row = a.index[blockIdx.x];
+    u8* out = a.out + (i64)blockIdx.x * a.row_bytes;
+    if (row >= 0 && row < a.x_rows) copy_row(out, a.x + row * a.x_stride_bytes, a.row_bytes);
+    else fill_row(out, a.row_bytes, 0);
+}

@@ -1,0 +1,9 @@
+//! Rows filled, copied and put in order.
+
+ops! {
+    copy_rows,
+    fill,
+    fill_random,
+    gather_rows,
+    unpack_inputs,
+}
