@@ -301,7 +301,7 @@ standing() {
         step "decode $model" 40 bin/bcg bench decode --model "$(folder "$model")" "${random[@]}" "${few[@]}" \
             --batches "$decodes" --context "$context" --json "$reports/decode-$model.json"
     done
-    step "mechanism" 20 bin/replay --device "$device" --breaks 36 --rounds 100 --json "$reports/mechanism.json"
+    step "mechanism" 20 bin/mechanism --device "$device" --breaks 36 --rounds 100 --json "$reports/mechanism.json"
     step "replay ${models[0]}" 30 bin/bcg bench replay --model "$(folder "${models[0]}")" "${random[@]}" --rounds 60 \
         --seconds 2 --sizes "$replays" --json "$reports/replay-${models[0]}.json"
     step "kernels: products" 30 "${kernels[@]}" --model "$(folder "${models[0]}")" --model "$(folder "$experts")" \

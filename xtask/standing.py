@@ -3,7 +3,7 @@
 
     standing.py FOLDER OUT
 
-FOLDER holds the reports of `bcg bench … --json` and `replay --json`, whose names begin with the step's kind
+FOLDER holds the reports of `bcg bench … --json` and `mechanism --json`, whose names begin with the step's kind
 (`prefill-…`, `kernels-…`), and `ready-MODEL.txt` with the seconds of each start. OUT gets one row for each figure:
 name, unit, median, p10, p90, and the ceilings whose speed it follows. `cargo xtask figures` reads that file. Needs
 nothing but Python's own library.
