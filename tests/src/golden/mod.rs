@@ -14,53 +14,63 @@ use std::path::{Path, PathBuf};
 use bcg_models::{GraphMode, ModelRunner, RunnerOptions};
 use bcg_runtime::Device;
 
-pub use ahead::{a_step_launched_ahead_takes_the_tokens_that_nobody_has_read, bias_and_mask_decide_what_is_chosen};
-pub use eval::{Style, accuracy};
+pub use ahead::*;
+pub use checkpoint::*;
+pub use eval::*;
+pub use states::*;
 
 /// A folder in `models`.
 pub type Checkpoint = &'static str;
 
-/// The tiny checkpoints, one for each family. Every rule holds for each.
-pub const CHECKPOINTS: &[Checkpoint] = &["tiny-qwen3", "tiny-qwen3-moe", "tiny-nemotron-h", "tiny-deepseek-v3"];
-
 /// A rule and its name.
 pub type Rule = (&'static str, fn(&Device, Checkpoint));
 
-macro_rules! rules {
-    ($($name:ident),* $(,)?) => { &[$((stringify!($name), $name as fn(&Device, Checkpoint))),*] };
+/// Expands `$then!` over the checkpoints, each with the name of its module of tests, and over the rules. Every rule
+/// holds for every checkpoint. Both lists stand here and nowhere else.
+#[macro_export]
+macro_rules! golden_rules {
+    ($then:ident) => {
+        $then! {
+            checkpoints {
+                qwen3 = "tiny-qwen3",
+                qwen3_moe = "tiny-qwen3-moe",
+                nemotron_h = "tiny-nemotron-h",
+                deepseek_v3 = "tiny-deepseek-v3",
+            }
+            rules {
+                logits_match_the_reference,
+                a_prompt_in_chunks_equals_the_prompt_at_once,
+                chunked_prompts_have_the_answers_of_whole_ones,
+                a_preempted_sequence_goes_on_as_if_it_had_not_been,
+                a_ragged_batch_equals_each_sequence_alone,
+                a_decode_equals_a_prefill_of_the_same_tokens,
+                graphs_give_the_tokens_of_eager_runs,
+                a_step_launched_ahead_takes_the_tokens_that_nobody_has_read,
+                bias_and_mask_decide_what_is_chosen,
+                healed_prefills_patch_no_node,
+                a_step_writes_the_states_of_its_sequences_only,
+                sampled_tokens_depend_on_seed_and_step_alone,
+                log_probabilities_are_of_the_logits,
+                a_batch_that_does_not_fit_is_refused_and_changes_nothing,
+                a_configuration_alone_gives_the_same_finite_logits_each_time,
+                chat_answers_are_right,
+                few_shot_answers_are_right,
+            }
+        }
+    };
 }
 
-/// Rules of this group.
-pub const RULES: &[Rule] = rules![
-    logits_match_the_reference,
-    a_prompt_in_chunks_equals_the_prompt_at_once,
-    chunked_prompts_have_the_answers_of_whole_ones,
-    a_preempted_sequence_goes_on_as_if_it_had_not_been,
-    a_ragged_batch_equals_each_sequence_alone,
-    a_decode_equals_a_prefill_of_the_same_tokens,
-    graphs_give_the_tokens_of_eager_runs,
-    a_step_launched_ahead_takes_the_tokens_that_nobody_has_read,
-    bias_and_mask_decide_what_is_chosen,
-    healed_prefills_patch_no_node,
-    a_step_writes_the_states_of_its_sequences_only,
-    sampled_tokens_depend_on_seed_and_step_alone,
-    log_probabilities_are_of_the_logits,
-    a_batch_that_does_not_fit_is_refused_and_changes_nothing,
-    a_configuration_alone_gives_the_same_finite_logits_each_time,
-    chat_answers_are_right,
-    few_shot_answers_are_right,
-];
+macro_rules! lists {
+    (checkpoints { $($module:ident = $checkpoint:literal,)* } rules { $($rule:ident,)* }) => {
+        /// The tiny checkpoints, one for each family.
+        pub const CHECKPOINTS: &[Checkpoint] = &[$($checkpoint),*];
 
-pub use checkpoint::{
-    a_batch_that_does_not_fit_is_refused_and_changes_nothing,
-    a_configuration_alone_gives_the_same_finite_logits_each_time, a_decode_equals_a_prefill_of_the_same_tokens,
-    a_preempted_sequence_goes_on_as_if_it_had_not_been, a_prompt_in_chunks_equals_the_prompt_at_once,
-    a_ragged_batch_equals_each_sequence_alone, chunked_prompts_have_the_answers_of_whole_ones,
-    graphs_give_the_tokens_of_eager_runs, healed_prefills_patch_no_node, log_probabilities_are_of_the_logits,
-    logits_match_the_reference, sampled_tokens_depend_on_seed_and_step_alone,
-};
-pub use eval::{chat_answers_are_right, few_shot_answers_are_right};
-pub use states::a_step_writes_the_states_of_its_sequences_only;
+        /// The rules of this group.
+        pub const RULES: &[Rule] = &[$((stringify!($rule), $rule as fn(&Device, Checkpoint))),*];
+    };
+}
+
+golden_rules!(lists);
 
 /// The repository's root: `BCG_ROOT` if the tests run elsewhere than they were built.
 pub fn root() -> PathBuf {
