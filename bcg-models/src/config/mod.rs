@@ -26,9 +26,9 @@ pub struct ModelConfig {
     pub architecture: String,
     /// The element type that weights are converted to.
     pub dtype: DType,
-    /// C.
+    /// The width of hidden states, C.
     pub hidden_size: usize,
-    /// V.
+    /// Tokens of the vocabulary, V.
     pub vocab_size: usize,
     /// The longest context that the checkpoint was made for.
     pub max_position_embeddings: usize,
@@ -155,7 +155,7 @@ mod tests {
     #[test]
     fn what_cannot_be_honoured_is_refused() {
         for (field, value) in [
-            ("head_dim", json!(96)),
+            ("head_dim", json!(80)),
             ("num_key_value_heads", json!(3)),
             ("hidden_act", json!("gelu")),
             ("attention_bias", json!(true)),

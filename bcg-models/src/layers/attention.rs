@@ -1,10 +1,10 @@
-//! Self-attention with grouped queries and a paged KV cache; queries and keys are normalised and rotated, or left as they
-//! are.
+//! Self-attention with grouped queries and a paged KV cache; queries and keys are normalised and rotated, or left as
+//! they are.
 //!
 //! Projections, norms, rotation and the KV write are captured: they read positions and slots from static buffers. In a
 //! prefill [`attend`] is a break, because sequences and page table depend on the live batch; its launch has the same
-//! arguments and geometry for every batch of a padded size. In a decode attention is captured too: what it reads lies in
-//! static buffers.
+//! arguments and geometry for every batch of a padded size. In a decode attention is captured too: what it reads lies
+//! in static buffers.
 
 use bcg_kernels::{self as ops, AttentionPrefill, PagedKv, QkNormRopeKvWrite};
 use bcg_runtime::{Context, Device, Eager, OpStream, Result, Tensor, eager_on_graph};
@@ -16,23 +16,20 @@ use crate::config::{Fields, ModelConfig};
 use crate::state::{CacheLayout, LayerKv};
 use crate::weights::Weights;
 
-/// Head dimensions that the attention kernels cover.
-const HEAD_DIMS: [usize; 2] = [64, 128];
-
 /// The heads of grouped-query attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Heads {
-    /// Hq.
+    /// Query heads, Hq.
     pub q: usize,
-    /// Hkv.
+    /// Key-value heads, Hkv.
     pub kv: usize,
-    /// D.
+    /// Dimensions of each head, D.
     pub dim: usize,
 }
 
 impl Heads {
-    /// Reads `num_attention_heads`, `num_key_value_heads` and `head_dim` (or `attention_head_dim`), and refuses attention
-    /// that [`Attention`] does not compute.
+    /// Reads `num_attention_heads`, `num_key_value_heads` and `head_dim` (or `attention_head_dim`), and refuses
+    /// attention that [`Attention`] does not compute.
     ///
     /// # Errors
     /// [`Error::Config`](crate::Error::Config) names the field.
@@ -46,9 +43,9 @@ impl Heads {
             let expected = format!("a divisor of num_attention_heads = {q}");
             return Err(fields.error("num_key_value_heads", expected, kv, "check the checkpoint's conversion"));
         }
-        if !HEAD_DIMS.contains(&dim) {
-            let remedy = "the attention kernels cover no other head dimension yet";
-            return Err(fields.error("head_dim", "64 or 128", dim, remedy));
+        if !ops::takes_head_dim(dim) {
+            let expected = format!("a multiple of 32 up to {}", ops::HEAD_DIM_MAX);
+            return Err(fields.error("head_dim", expected, dim, "the attention kernels take no other head dimension"));
         }
         fields.refuse_flag("use_sliding_window", "sliding-window attention is not implemented")?;
         fields.refuse_flag("attention_bias", "biased projections are not implemented")?;
@@ -68,8 +65,8 @@ impl Heads {
     }
 }
 
-/// Reads the base of the rotary frequencies: `rope_parameters.rope_theta` (transformers 5) or `rope_theta`. Scaled variants
-/// are refused.
+/// Reads the base of the rotary frequencies: `rope_parameters.rope_theta` (transformers 5) or `rope_theta`. Scaled
+/// variants are refused.
 ///
 /// # Errors
 /// [`Error::Config`](crate::Error::Config) names the field.
@@ -94,7 +91,7 @@ pub(super) fn rope_base(fields: &Fields) -> crate::Result<f64> {
 /// The rotary frequencies, shared by all layers.
 #[derive(Debug, Clone)]
 pub struct Rotary {
-    /// `[D / 2]` f32.
+    /// The angle per position of each pair of dimensions, `[D / 2]` f32.
     pub inv_freq: Tensor,
 }
 
@@ -201,7 +198,8 @@ impl Attention {
 }
 
 impl NormRope {
-    /// Normalises and rotates queries and keys of `qkv`, `[T, (Hq + 2 Hkv) D]`, writes keys and values; returns the queries.
+    /// Normalises and rotates queries and keys of `qkv`, `[T, (Hq + 2 Hkv) D]`, writes keys and values; returns the
+    /// queries.
     fn forward(&self, cx: &mut OpStream, qkv: &Tensor, inputs: &TokenInputs, kv: &LayerKv) -> Result<Tensor> {
         let input = QkNormRopeKvWrite {
             qkv,

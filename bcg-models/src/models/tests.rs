@@ -12,6 +12,7 @@ use crate::config::{LayerKind, ModelConfig};
 use crate::layers::{Heads, Mamba2Config, MlaDims, MoeConfig, Relu2Mlp, RotaryScaling};
 use bcg_kernels::DecodePlan;
 use crate::registry::{self, Model};
+use crate::runner::{GraphMode, LoadFormat, ModelRunner};
 use crate::sampling::SamplingParams;
 use crate::state::{CacheLayout, Caches, KvCache, StateCache, StateLayout};
 use crate::testing::TempDir;
@@ -132,7 +133,8 @@ fn the_last_feed_forward_works_on_the_wanted_rows_only() {
     }
 }
 
-/// After the last layer that mixes rows, a row stands for a sequence: those without one are padding and choose no expert.
+/// After the last layer that mixes rows, a row stands for a sequence: those without one are padding and choose no
+/// expert.
 #[test]
 fn a_kept_row_without_a_sequence_chooses_no_expert() {
     for name in ["tiny-qwen3-moe", "tiny-deepseek-v3"] {
@@ -143,6 +145,66 @@ fn a_kept_row_without_a_sequence_chooses_no_expert() {
         // They gather row 0, which is valid and has experts.
         assert_eq!(kept[2..], vec![kept[2].clone(); SEQUENCES - 2], "{name}");
         assert_ne!(kept[2], all[0], "{name}");
+    }
+}
+
+/// A runner of a tiny checkpoint's configuration with other heads, and random weights.
+fn with_head_dim(name: &str, head_dim: usize, graph: GraphMode) -> crate::Result<ModelRunner> {
+    let read = std::fs::read(folder(name).join("config.json")).expect("a configuration");
+    let mut root: Value = serde_json::from_slice(&read).expect("JSON");
+    root["head_dim"] = json!(head_dim);
+    let dir = TempDir::new(&format!("{name}-{head_dim}-{graph:?}"));
+    dir.write("config.json", root.to_string().as_bytes());
+    let options = crate::RunnerOptions {
+        load_format: LoadFormat::Dummy,
+        skip_tokenizer: true,
+        context_length: 64,
+        graph,
+        graph_sizes: Some(vec![8, 16]),
+        ..crate::RunnerOptions::default()
+    };
+    let mut runner = ModelRunner::load(&Device::host(), dir.path(), options, &mut |_| ())?;
+    runner.capture(&mut |_| ())?;
+    Ok(runner)
+}
+
+/// Runs 12 tokens in steps that end at `ends`, and returns the last logits.
+fn last_logits(runner: &mut ModelRunner, ends: &[usize]) -> Vec<f32> {
+    let lease = runner.pages().lease(runner.pages().pages_for(12)).expect("pages");
+    let (sampling, tokens) = (SamplingParams::greedy(), [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]);
+    let (mut begin, mut logits) = (0, None);
+    for &end in ends {
+        let new = SequenceInput::new(&tokens[begin..end], begin, lease.pages(), &sampling);
+        let output = runner.step(&[SequenceInput { state: lease.state(), logits: true, ..new }]).expect("a step");
+        (begin, logits) = (end, output.tokens.into_iter().next().and_then(|token| token.logits));
+    }
+    logits.expect("logits were asked for")
+}
+
+/// Heads that only the kernels for any dimension take: chunks, decodes and graphs give the logits of a prompt at once.
+#[test]
+fn heads_of_every_dimension_that_the_kernels_take_are_served() {
+    for (name, head_dim) in [32, 96, 256].into_iter().flat_map(|dim| [("tiny-qwen3", dim), ("tiny-nemotron-h", dim)]) {
+        let mut eager = with_head_dim(name, head_dim, GraphMode::Off).expect("a runner");
+        let mut graphs = with_head_dim(name, head_dim, GraphMode::Ahead).expect("a runner");
+        let whole = last_logits(&mut eager, &[12]);
+        assert!(whole.iter().all(|logit| logit.is_finite()), "{name}, heads of {head_dim}");
+        assert_eq!(last_logits(&mut eager, &[5, 12]), whole, "{name}, heads of {head_dim}: chunks");
+        assert_eq!(last_logits(&mut graphs, &[5, 12]), whole, "{name}, heads of {head_dim}: graphs");
+        let decoded = last_logits(&mut eager, &[10, 11, 12]);
+        assert_eq!(last_logits(&mut graphs, &[10, 11, 12]), decoded, "{name}, heads of {head_dim}: graphs");
+        let is_near = decoded.iter().zip(&whole).all(|(a, b)| (a - b).abs() <= 0.06 + b.abs() / 64.0);
+        assert!(is_near, "{name}, heads of {head_dim}: decodes");
+        assert!(graphs.stats().num_replays >= 5, "{:?}", graphs.stats());
+    }
+}
+
+#[test]
+fn heads_that_no_kernel_takes_are_refused_with_the_true_reason() {
+    for head_dim in [16, 80, 288] {
+        let error = with_head_dim("tiny-qwen3", head_dim, GraphMode::Off).expect_err("refused").to_string();
+        let says = format!("`head_dim`: expected a multiple of 32 up to 256, got {head_dim}; the attention kernels");
+        assert!(error.contains(&says), "{error}");
     }
 }
 

@@ -4,7 +4,7 @@ pub(crate) mod decode_plan;
 mod paged_kv;
 
 pub use decode_plan::DecodePlan;
-pub use paged_kv::PagedKv;
+pub use paged_kv::{HEAD_DIM_MAX, PagedKv, takes_head_dim};
 
 ops! {
     decode,

@@ -7,7 +7,12 @@ use crate::check::Check;
 use crate::float::{Float, dot, extend_f32};
 
 /// The largest head dim that the kernels hold in registers.
-const HEAD_DIM_MAX: usize = 256;
+pub const HEAD_DIM_MAX: usize = 256;
+
+/// Tells whether the attention kernels take heads of `head_dim` dimensions: multiples of 32 up to [`HEAD_DIM_MAX`].
+pub fn takes_head_dim(head_dim: usize) -> bool {
+    (1..=HEAD_DIM_MAX).contains(&head_dim) && head_dim.is_multiple_of(32)
+}
 
 /// The pages of one layer, and which of them each sequence has.
 ///
@@ -47,7 +52,7 @@ pub(super) fn check_caches(check: Check, k_cache: &Tensor, v_cache: &Tensor, dty
         return Err(check.error(expected, v_cache.row_stride()));
     }
     let head_dim = k_cache.dim(3);
-    if head_dim == 0 || !head_dim.is_multiple_of(32) || head_dim > HEAD_DIM_MAX {
+    if !takes_head_dim(head_dim) {
         return Err(check.error(format!("D a multiple of 32 up to {HEAD_DIM_MAX}"), head_dim));
     }
     if k_cache.dim(1) == 0 || k_cache.dim(2) == 0 {
