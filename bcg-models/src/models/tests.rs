@@ -145,6 +145,8 @@ fn a_kept_row_without_a_sequence_chooses_no_expert() {
         // They gather row 0, which is valid and has experts.
         assert_eq!(kept[2..], vec![kept[2].clone(); SEQUENCES - 2], "{name}");
         assert_ne!(kept[2], all[0], "{name}");
+        let tokens = tiny.hidden(&TokenInputs { num_sequences: wanted.num_valid.clone(), ..wanted });
+        assert_eq!(tokens[2], all[0], "{name}: the number of tokens would make them valid");
     }
 }
 
