@@ -305,7 +305,7 @@ impl<'a, R: StepRunner> Worker<'a, R> {
             inputs.push(SequenceInput {
                 chosen_row: entry.chosen_row,
                 state: sequence.state(),
-                step: sequence.num_generated() as u64,
+                num_drawn: sequence.num_generated() as u64,
                 logit_bias: choice.map_or(&[], Choice::bias),
                 token_mask: choice.and_then(Choice::mask),
                 top_logprobs: active.top_logprobs.filter(|_| entry.samples),

@@ -1,7 +1,8 @@
 //! Chat messages to one prompt, by the checkpoint's own Jinja template.
 //!
-//! Templates are written for transformers; the environment here is its environment: trimmed blocks, loop controls, Python
-//! methods on values, `raise_exception`, `strftime_now`, and a `tojson` that spaces like Python and escapes nothing.
+//! Templates are written for transformers; the environment here is its environment: trimmed blocks, loop controls,
+//! Python methods on values, `raise_exception`, `strftime_now`, and a `tojson` that spaces like Python and escapes
+//! nothing.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;

@@ -14,11 +14,11 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[non_exhaustive]
 pub enum Error {
     /// A file of the checkpoint could not be read.
-    #[error("{}: cannot be read: {source}", file.display())]
+    #[error("{}: cannot be read", file.display())]
     File {
         /// The file.
         file: PathBuf,
-        /// Why.
+        /// Why. The message leaves it to those who print the causes of an error, so that it stands there once.
         source: std::io::Error,
     },
     /// A file of the checkpoint is not what its name says.
@@ -152,5 +152,19 @@ fn listed(names: &[String]) -> String {
     match names.len().saturating_sub(SHOWN) {
         0 => shown,
         more => format!("{shown} and {more} more"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::error::Error as _;
+
+    #[test]
+    fn a_cause_stands_in_the_chain_and_not_in_the_message_too() {
+        let error = read_file(Path::new("/nonexistent/config.json")).expect_err("no such file");
+        let cause = error.source().expect("a cause").to_string();
+        assert_eq!(error.to_string(), "/nonexistent/config.json: cannot be read");
+        assert!(!cause.is_empty() && !error.to_string().contains(&cause));
     }
 }

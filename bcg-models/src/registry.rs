@@ -14,9 +14,9 @@ use crate::weights::Weights;
 
 /// A language model, loaded.
 pub trait Model: Debug + Send + Sync {
-    /// Runs the layers over the batch's rows and returns the last hidden states: `[T, C]`, or `[Bmax, C]` where the model
-    /// ends the rows that nobody wants after the last layer that mixes rows, with [`TokenInputs::keep_wanted`]. This is
-    /// what is captured.
+    /// Runs the layers over the batch's rows and returns the last hidden states: `[T, C]`, or `[Bmax, C]` where the
+    /// model ends the rows that nobody wants after the last layer that mixes rows, with [`TokenInputs::keep_wanted`].
+    /// This is what is captured.
     ///
     /// # Errors
     /// Those of the ops and breaks.

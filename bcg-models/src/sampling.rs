@@ -21,7 +21,8 @@ pub struct SamplingParams {
     pub top_p: f32,
     /// Drops tokens less likely than this fraction of the most likely one; 0 drops none.
     pub min_p: f32,
-    /// Seeds the sequence's random numbers: the same seed and step give the same token.
+    /// Seeds the sequence's random numbers: the same seed and the same number of tokens drawn before choose the same
+    /// token from the same logits.
     pub seed: u64,
 }
 
@@ -32,7 +33,7 @@ impl Default for SamplingParams {
 }
 
 impl SamplingParams {
-    /// Always the most likely token.
+    /// The parameters that always choose the most likely token.
     pub fn greedy() -> Self {
         Self { temperature: 0.0, ..Self::default() }
     }

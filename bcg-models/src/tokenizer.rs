@@ -47,7 +47,8 @@ impl Tokenizer {
         self.encode_with(text, false)
     }
 
-    /// [`encode`](Self::encode), with the special tokens that the tokenizer puts around a plain prompt if `add_special`.
+    /// [`encode`](Self::encode), with the special tokens that the tokenizer puts around a plain prompt if
+    /// `add_special`.
     ///
     /// # Errors
     /// As [`encode`](Self::encode).

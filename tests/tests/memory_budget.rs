@@ -29,11 +29,8 @@ fn load(device: &Device, options: RunnerOptions) -> bcg_models::Result<ModelRunn
 
 /// Runs prompts of some lengths, each with some tokens of answer.
 fn serve(runner: &mut ModelRunner, lens: impl IntoIterator<Item = usize>) {
-    let options = GenerateOptions {
-        max_new_tokens: 3,
-        sampling: SamplingParams { temperature: 1.0, ..SamplingParams::greedy() },
-        ignore_eos: true,
-    };
+    let mut options = GenerateOptions::new(3, SamplingParams { temperature: 1.0, ..SamplingParams::greedy() });
+    options.ignore_eos = true;
     for len in lens {
         let prompt: Vec<u32> = (0..len as u32).map(|token| token % 500).collect();
         runner.generate(&prompt, &options, &mut |_| ControlFlow::Continue(())).expect("an answer");

@@ -58,10 +58,7 @@ fn run() -> Result<()> {
     let mut args = std::env::args().skip(1);
     let command = args.next();
     let flags: Vec<String> = args.collect();
-    if !matches!(
-        command.as_deref(),
-        Some("figures" | "fmt" | "fuzz" | "package" | "plots" | "soak" | "test-clients")
-    )
+    if !matches!(command.as_deref(), Some("figures" | "fmt" | "fuzz" | "package" | "plots" | "soak" | "test-clients"))
         && let Some(flag) = flags.first()
     {
         bail!("unexpected argument `{flag}`\n\n{USAGE}");

@@ -374,7 +374,7 @@ impl InputBuffers {
         let top_k: Vec<i32> = batch.iter().map(top_k).collect();
         let (top_p, min_p) = (floats(|params| params.top_p), floats(|params| params.min_p));
         let seed: Vec<i64> = batch.iter().map(|sequence| sequence.sampling.seed.cast_signed()).collect();
-        let step: Vec<i64> = batch.iter().map(|sequence| sequence.step.cast_signed()).collect();
+        let step: Vec<i64> = batch.iter().map(|sequence| sequence.num_drawn.cast_signed()).collect();
         let parts: [(&Tensor, &[u8]); 6] = [
             (&buffers.temperature, bytemuck::cast_slice(&temperature)),
             (&buffers.top_k, bytemuck::cast_slice(&top_k)),

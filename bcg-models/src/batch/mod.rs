@@ -39,7 +39,7 @@ pub struct SequenceInput<'a> {
     /// How the next token is chosen.
     pub sampling: &'a SamplingParams,
     /// How many tokens the sequence has drawn before; with the seed it fixes the random choice.
-    pub step: u64,
+    pub num_drawn: u64,
     /// Tokens and what is added to their logits; each token once.
     pub logit_bias: &'a [(u32, f32)],
     /// The tokens that may be chosen, those whose bit `token % 32` of word `token / 32` is set; `None` allows all.
@@ -60,7 +60,7 @@ impl<'a> SequenceInput<'a> {
             pages,
             state: None,
             sampling,
-            step: 0,
+            num_drawn: 0,
             logit_bias: &[],
             token_mask: None,
             top_logprobs: None,

@@ -21,7 +21,8 @@ impl LayerKind {
     /// `hybrid_override_pattern`.
     ///
     /// # Errors
-    /// [`Error::Config`](crate::Error::Config) names the field that is absent, has another kind, or another number of them.
+    /// [`Error::Config`](crate::Error::Config) names the field that is absent, or that has another kind or
+    /// number of layers.
     pub fn read_all(fields: &Fields) -> Result<Vec<Self>> {
         let (field, names) = match (fields.get("layers_block_type"), fields.get("hybrid_override_pattern")) {
             (Some(Value::Array(names)), _) => ("layers_block_type", names.clone()),

@@ -1,18 +1,18 @@
-//! The stack that all models share: the embedding table, sublayers along a residual stream, the final norm, the LM head.
+//! The stack that all models share: embedding table, sublayers along a residual stream, final norm, LM head.
 //!
 //! A sublayer reads the stream normalised. What it returns, its branch, is added to the stream by the next norm, in the
-//! same kernel. Rows no longer look at each other after the last sublayer that mixes them: rows whose hidden states nobody
-//! wants end there.
+//! same kernel. Rows no longer look at each other after the last sublayer that mixes them: rows whose hidden states
+//! nobody wants end there.
 
 use bcg_runtime::{Context, OpStream, Result, Tensor};
 
 use super::{Attention, Linear, Mamba2, Mla, Mlp, Moe, Relu2Mlp, RmsNorm};
 use crate::batch::{ForwardBatch, TokenInputs};
 use crate::config::ModelConfig;
-use bcg_kernels as ops;
 use crate::registry::Model;
 use crate::state::Caches;
 use crate::weights::Weights;
+use bcg_kernels as ops;
 
 /// A decoder: from token ids to hidden states, and from these to logits.
 #[derive(Debug)]
@@ -93,8 +93,8 @@ impl Decoder {
         })
     }
 
-    /// Takes the embedding table and the final norm, under these names, the sublayers, and `lm_head`. Where `is_tied`, the
-    /// embedding table is the LM head.
+    /// Takes the embedding table and the final norm, under these names, the sublayers, and `lm_head`. Where `is_tied`,
+    /// the embedding table is the LM head.
     ///
     /// # Errors
     /// Those of `load_sublayers` and of [`Weights::take`].

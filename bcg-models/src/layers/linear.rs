@@ -8,7 +8,7 @@ use crate::weights::Weights;
 /// `y = x Wᵀ`.
 #[derive(Debug, Clone)]
 pub struct Linear {
-    /// `[N, K]`.
+    /// The matrix, `[N, K]`: a row for each output.
     pub weight: Tensor,
 }
 

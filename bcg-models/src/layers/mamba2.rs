@@ -1,7 +1,8 @@
 //! The Mamba2 mixer: a causal convolution and a state-space recurrence between two projections.
 //!
-//! The projections are captured. What lies between them, [`Core`], depends on where the sequences of a batch begin and where
-//! their states lie: in a prefill it is one break, in a decode it is captured too, since both lie in static buffers.
+//! The projections are captured. What lies between them, [`Core`], depends on where the sequences of a batch begin and
+//! where their states lie: in a prefill it is one break, in a decode it is captured too, since both lie in static
+//! buffers.
 
 use std::sync::Arc;
 
@@ -18,15 +19,15 @@ use crate::weights::Weights;
 /// The sizes of a mixer, and how it computes.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Mamba2Config {
-    /// H.
+    /// Heads, H.
     pub heads: usize,
-    /// P.
+    /// Dimensions of each head, P.
     pub head_dim: usize,
-    /// G: groups of heads that share B and C.
+    /// Groups of heads that share B and C; their number is G.
     pub groups: usize,
-    /// N.
+    /// Numbers of the state for each dimension of a head, N.
     pub state_size: usize,
-    /// K.
+    /// Inputs that the convolution looks at, the newest included, K.
     pub conv_kernel: usize,
     /// Whether the convolution has a bias.
     pub use_conv_bias: bool,
@@ -84,12 +85,12 @@ impl Mamba2Config {
         }
     }
 
-    /// H P.
+    /// The width of x, `H P`.
     fn inner(&self) -> usize {
         self.heads * self.head_dim
     }
 
-    /// G N.
+    /// The width of B, and of C, `G N`.
     fn shared(&self) -> usize {
         self.groups * self.state_size
     }

@@ -1,9 +1,10 @@
-//! Multi-head latent attention: all heads share one latent and one rotated rope key per token, which is all that is kept.
+//! Multi-head latent attention: all heads share one latent and one rotated rope key per token, and nothing else
+//! is kept.
 //!
-//! Projections, norms, rotation and the cache write are captured: they read positions and slots from static buffers. In a
-//! prefill [`attend`] is a break, which turns latents back into keys and values; its launches have the same arguments and
-//! geometry for every batch of a padded size. In a decode the projections are absorbed into the queries and outputs, and
-//! attention runs over the latents themselves, captured too.
+//! Projections, norms, rotation and the cache write are captured: they read positions and slots from static buffers. In
+//! a prefill [`attend`] is a break, which turns latents back into keys and values; its launches have the same arguments
+//! and geometry for every batch of a padded size. In a decode the projections are absorbed into the queries and
+//! outputs, and attention runs over the latents themselves, captured too.
 
 use bcg_kernels::{self as ops, LatentKv, MlaKvWrite, MlaPrefill};
 use bcg_runtime::{Context, Eager, Result, Tensor, eager_on_graph};
@@ -22,17 +23,17 @@ const WORKSPACE_BYTES: usize = 128 << 20;
 /// The widths of latent attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MlaDims {
-    /// H.
+    /// Heads, H.
     pub heads: usize,
     /// The width of the compressed queries, if they are compressed.
     pub q_rank: Option<usize>,
-    /// L: the latent.
+    /// The width of the latent, L.
     pub latent: usize,
-    /// Dn: the part of queries and keys without positions.
+    /// The width of the part of queries and keys that has no positions, Dn.
     pub nope: usize,
-    /// R: the rotated part.
+    /// The width of the rotated part, R.
     pub rope: usize,
-    /// Dv: values.
+    /// The width of values, Dv.
     pub value: usize,
 }
 
@@ -109,9 +110,9 @@ pub struct Mla {
     kv_a_layernorm: RmsNorm,
     /// `[H, Dn + Dv, L]`.
     kv_b_proj: Tensor,
-    /// `[H, Dn, L]` of it: keys.
+    /// The keys of `kv_b_proj`, `[H, Dn, L]`.
     k_b_proj: Tensor,
-    /// `[H, Dv, L]` of it: values.
+    /// The values of `kv_b_proj`, `[H, Dv, L]`.
     v_b_proj: Tensor,
     o_proj: Linear,
     shared: MlaShared,
@@ -133,8 +134,8 @@ enum Queries {
 }
 
 impl Mla {
-    /// Takes `q_proj`, or `q_a_proj`, `q_a_layernorm` and `q_b_proj`, then `kv_a_proj_with_mqa`, `kv_a_layernorm`, `kv_b_proj`
-    /// and `o_proj` under `name`.
+    /// Takes `q_proj`, or `q_a_proj`, `q_a_layernorm` and `q_b_proj`, then `kv_a_proj_with_mqa`, `kv_a_layernorm`,
+    /// `kv_b_proj` and `o_proj` under `name`.
     ///
     /// # Errors
     /// Those of [`Weights::take`].

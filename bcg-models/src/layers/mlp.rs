@@ -4,8 +4,8 @@ use bcg_runtime::{OpStream, Result, Tensor};
 
 use super::Linear;
 use crate::config::{Fields, ModelConfig};
-use bcg_kernels as ops;
 use crate::weights::Weights;
+use bcg_kernels as ops;
 
 /// `down(silu(gate(x)) * up(x))`.
 #[derive(Debug)]
@@ -63,7 +63,8 @@ pub struct Relu2Mlp {
 }
 
 impl Relu2Mlp {
-    /// Reads the width of the MLP, `intermediate_size`, and refuses biases and another activation than the squared ReLU.
+    /// Reads the width of the MLP, `intermediate_size`, and refuses biases and another activation than the squared
+    /// ReLU.
     ///
     /// # Errors
     /// [`Error::Config`](crate::Error::Config) names the field.

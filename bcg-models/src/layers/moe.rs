@@ -1,7 +1,7 @@
 //! A mixture of experts in place of an MLP.
 //!
-//! Everything is captured: a router's choice stays on the device, and launches depend on the number of padded rows alone.
-//! Padded rows choose no expert.
+//! Everything is captured: a router's choice stays on the device, and launches depend on the number of padded rows
+//! alone. Padded rows choose no expert.
 
 use bcg_kernels::{self as ops, Scores, Scoring};
 use bcg_runtime::{OpStream, Result, Tensor};
@@ -10,20 +10,20 @@ use super::{Linear, Mlp};
 use crate::config::{Fields, ModelConfig};
 use crate::weights::Weights;
 
-/// What the kernels can choose among, and the most experts of a token.
+/// The most experts that the kernels choose among, and the most that they choose for a token.
 const EXPERTS_MAX: usize = 512;
 const CHOSEN_MAX: usize = 32;
 
 /// A mixture of experts, as a configuration describes it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct MoeConfig {
-    /// E.
+    /// Experts, E.
     pub num_experts: usize,
-    /// K: experts of a token.
+    /// Experts chosen for each token, K.
     pub chosen: usize,
-    /// I: the width of an expert.
+    /// The width of an expert, I.
     pub inner: usize,
-    /// The width of the experts that every token has, as one MLP; `None` without such.
+    /// The width of the experts that every token has, as one MLP; `None` if there are none.
     pub shared_inner: Option<usize>,
     /// Groups of experts, and how many of them a token's experts are chosen from.
     pub groups: [usize; 2],

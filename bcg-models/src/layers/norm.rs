@@ -8,7 +8,7 @@ use crate::weights::Weights;
 /// `y = x / rms(x) * weight`.
 #[derive(Debug, Clone)]
 pub struct RmsNorm {
-    /// `[C]`.
+    /// The factor of each channel, `[C]`.
     pub weight: Tensor,
     eps: f32,
 }
@@ -30,8 +30,8 @@ impl RmsNorm {
         ops::rms_norm(cx, x, &self.weight, self.eps)
     }
 
-    /// Adds the branch of the layer before, if there is one, to the residual stream; returns the normalised stream, and the
-    /// stream.
+    /// Adds the branch of the layer before, if there is one, to the residual stream; returns the normalised stream, and
+    /// the stream.
     ///
     /// # Errors
     /// As [`forward_add`](Self::forward_add).

@@ -27,7 +27,8 @@ struct Yarn<'a> {
 }
 
 impl RotaryScaling {
-    /// Reads `rope_parameters` (transformers 5) or `rope_scaling` for rope parts of `dim` dimensions: no scaling, or `yarn`.
+    /// Reads `rope_parameters` (transformers 5) or `rope_scaling` for rope parts of `dim` dimensions: no scaling, or
+    /// `yarn`.
     ///
     /// # Errors
     /// [`Error::Config`](crate::Error::Config) names the field.
@@ -64,8 +65,8 @@ impl Yarn<'_> {
         if is_zero { Ok(None) } else { self.number(key) }
     }
 
-    /// Pairs that turn often within the original context keep their frequency, those that turn seldom are slowed down by
-    /// `factor`, and a ramp lies between.
+    /// Pairs that turn often within the original context keep their frequency, those that turn seldom are slowed down
+    /// by `factor`, and a ramp lies between.
     fn read(&self, theta: f64, dim: usize) -> crate::Result<RotaryScaling> {
         let longest = self.fields.count("max_position_embeddings")? as f64;
         let original = self.number("original_max_position_embeddings")?.unwrap_or(longest);

@@ -10,13 +10,13 @@ use super::deepseek;
 use crate::batch::{BatchLimits, ForwardBatch, InputBuffers, Phase, SequenceInput, TokenInputs};
 use crate::config::{LayerKind, ModelConfig};
 use crate::layers::{Heads, Mamba2Config, MlaDims, MoeConfig, Relu2Mlp, RotaryScaling};
-use bcg_kernels::DecodePlan;
 use crate::registry::{self, Model};
 use crate::runner::{GraphMode, LoadFormat, ModelRunner};
 use crate::sampling::SamplingParams;
 use crate::state::{CacheLayout, Caches, KvCache, StateCache, StateLayout};
 use crate::testing::TempDir;
 use crate::weights::Weights;
+use bcg_kernels::DecodePlan;
 
 /// A folder in `models`.
 fn folder(name: &str) -> PathBuf {

@@ -86,23 +86,24 @@ pub(super) fn readback_bytes(sequences: usize) -> usize {
 #[derive(Debug)]
 pub struct PendingStep {
     readback: Readback,
-    /// `[B, V]`, if any sequence asks for them; of the forward's arena, so they go with the next launch.
+    /// `[B, V]`, if any sequence asks for them. They lie in the arena of the forward, so the next launch overwrites
+    /// them.
     logits: Option<Tensor>,
-    rows: Vec<Wanted>,
+    rows: Vec<Asked>,
 }
 
 /// What was asked for of a row, beside its token.
 #[derive(Debug, Clone, Copy)]
-struct Wanted {
+struct Asked {
     top_logprobs: Option<usize>,
     logits: bool,
 }
 
 impl PendingStep {
     pub(super) fn new(readback: Readback, logits: Tensor, batch: &[SequenceInput<'_>]) -> Self {
-        let wanted =
-            |sequence: &SequenceInput<'_>| Wanted { top_logprobs: sequence.top_logprobs, logits: sequence.logits };
-        let rows: Vec<Wanted> = batch.iter().map(wanted).collect();
+        let asked =
+            |sequence: &SequenceInput<'_>| Asked { top_logprobs: sequence.top_logprobs, logits: sequence.logits };
+        let rows: Vec<Asked> = batch.iter().map(asked).collect();
         let logits = rows.iter().any(|row| row.logits).then_some(logits);
         Self { readback, logits, rows }
     }
@@ -118,9 +119,9 @@ impl PendingStep {
         let width = top_ids.len() / asking.max(1);
         let mut tops = top_ids.chunks(width.max(1)).zip(top_values.chunks(width.max(1)));
         let mut tokens = Vec::with_capacity(ids.len());
-        for (row, (id, wanted)) in ids.into_iter().zip(&self.rows).enumerate() {
+        for (row, (id, asked)) in ids.into_iter().zip(&self.rows).enumerate() {
             let mut token = SampledToken { id: id.cast_unsigned(), logprob: None, top: Vec::new(), logits: None };
-            if let Some(count) = wanted.top_logprobs
+            if let Some(count) = asked.top_logprobs
                 && let Some((ids, values)) = tops.next()
             {
                 token.logprob = values.first().copied();
@@ -129,7 +130,7 @@ impl PendingStep {
                 let pairs = pairs.filter(|&(&id, &value)| id >= 0 && value > f32::NEG_INFINITY);
                 token.top = pairs.map(|(&id, &value)| (id.cast_unsigned(), value)).collect();
             }
-            if wanted.logits
+            if asked.logits
                 && let Some(logits) = &self.logits
             {
                 token.logits = Some(runner.read::<f32>(&logits.rows(row..row + 1)?)?);

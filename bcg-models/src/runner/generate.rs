@@ -11,18 +11,26 @@ use crate::state::PageLease;
 
 /// How one prompt is answered.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct GenerateOptions {
     /// The most tokens of the answer.
     pub max_new_tokens: usize,
     /// How tokens are chosen.
     pub sampling: SamplingParams,
-    /// Goes on after an end-of-sequence token.
+    /// Whether the answer goes on after an end-of-sequence token.
     pub ignore_eos: bool,
+}
+
+impl GenerateOptions {
+    /// Answers of at most `max_new_tokens` tokens, which end at an end-of-sequence token.
+    pub fn new(max_new_tokens: usize, sampling: SamplingParams) -> Self {
+        Self { max_new_tokens, sampling, ignore_eos: false }
+    }
 }
 
 impl Default for GenerateOptions {
     fn default() -> Self {
-        Self { max_new_tokens: 128, sampling: SamplingParams::greedy(), ignore_eos: false }
+        Self::new(128, SamplingParams::greedy())
     }
 }
 
@@ -39,14 +47,15 @@ pub enum FinishReason {
 
 /// An answer.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Generated {
-    /// Its tokens, without the end-of-sequence token.
+    /// The tokens of the answer, without the end-of-sequence token.
     pub tokens: Vec<u32>,
-    /// Why it ended.
+    /// Why the answer ended.
     pub finish: FinishReason,
-    /// From the start to the first token.
+    /// The time from the call to the first token.
     pub first_token_time: Duration,
-    /// From the start to the last token.
+    /// The time from the call to the last token.
     pub total_time: Duration,
 }
 
@@ -90,8 +99,8 @@ impl ModelRunner {
             if answer.tokens.len() < limit {
                 let past_len = prompt.len() + answer.tokens.len() - 1;
                 lease.reserve_tokens(past_len + 1)?;
-                let step = answer.tokens.len() as u64;
-                token = self.step_one(&[token.id], past_len, &lease, &options.sampling, step)?;
+                let num_drawn = answer.tokens.len() as u64;
+                token = self.step_one(&[token.id], past_len, &lease, &options.sampling, num_drawn)?;
             }
         }
         answer.total_time = begun.elapsed();
@@ -115,10 +124,10 @@ impl ModelRunner {
         past_len: usize,
         lease: &PageLease,
         sampling: &SamplingParams,
-        step: u64,
+        num_drawn: u64,
     ) -> Result<SampledToken> {
         let state = lease.state();
-        let input = SequenceInput { state, step, ..SequenceInput::new(tokens, past_len, lease.pages(), sampling) };
+        let input = SequenceInput { state, num_drawn, ..SequenceInput::new(tokens, past_len, lease.pages(), sampling) };
         let mut output = self.step(&[input])?;
         Ok(output.tokens.remove(0))
     }

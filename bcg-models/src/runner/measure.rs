@@ -1,4 +1,5 @@
-//! Parts of a step, for those who time them. They leave a sequence's state where it was, so that a batch can be run again.
+//! Parts of a step, for those who time them. They leave a sequence's state where it was, so that a batch can be run
+//! again.
 
 use std::time::{Duration, Instant};
 
@@ -11,11 +12,11 @@ use crate::error::Result;
 /// How a forward is run, for [`ModelRunner::forward_only`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ForwardPath {
-    /// As [`ModelRunner::step`] would: with a graph where there is one.
+    /// It is the replay of a graph where there is one, as in [`ModelRunner::step`].
     Graph,
-    /// With a graph where there is one, launched segment by segment.
+    /// It is the replay of a graph where there is one, launched segment by segment.
     Chain,
-    /// Without a graph, whatever is captured.
+    /// It runs eagerly, whatever is captured.
     Eager,
 }
 
@@ -29,9 +30,9 @@ impl ModelRunner {
         match path {
             ForwardPath::Graph => self.run(batch)?,
             ForwardPath::Chain => {
-                self.runner.set_replay_mode(ReplayMode::Chain);
+                self.runtime.set_replay_mode(ReplayMode::Chain);
                 let ran = self.run(batch);
-                self.runner.set_replay_mode(ReplayMode::default());
+                self.runtime.set_replay_mode(ReplayMode::default());
                 ran?
             }
             ForwardPath::Eager => {
@@ -48,9 +49,9 @@ impl ModelRunner {
     /// As [`step`](Self::step); [`bcg_runtime::Error::NotCaptured`] if no graph is captured for this batch.
     pub fn timeline(&mut self, batch: &[SequenceInput<'_>]) -> Result<Timeline> {
         let (phase, size) = self.upload_only(batch)?;
-        let live = self.inputs.fill(&mut self.runner, batch, phase, size, true)?;
-        let (graphs, runner) = self.graphs_and_runner(phase);
-        Ok(graphs.timeline(size, runner, &live)?)
+        let live = self.inputs.fill(&mut self.runtime, batch, phase, size, true)?;
+        let (graphs, runtime) = self.graphs_and_runtime(phase);
+        Ok(graphs.timeline(size, runtime, &live)?)
     }
 
     /// Decides how a batch would be run, uploads it, and returns its phase and padded rows.
@@ -60,11 +61,11 @@ impl ModelRunner {
     pub fn upload_only(&mut self, batch: &[SequenceInput<'_>]) -> Result<(Phase, usize)> {
         self.check(batch)?;
         let (phase, rows) = (Phase::of(batch), batch.iter().map(SequenceInput::num_new).sum());
-        let size = match self.graphs_and_runner(phase).0.decide(rows) {
+        let size = match self.graphs_and_runtime(phase).0.decide(rows) {
             Decision::Replay { size } | Decision::Capture { size } => size,
             Decision::Eager(_) => rows,
         };
-        self.inputs.fill(&mut self.runner, batch, phase, size, true)?;
+        self.inputs.fill(&mut self.runtime, batch, phase, size, true)?;
         Ok((phase, size))
     }
 
@@ -90,6 +91,6 @@ impl ModelRunner {
     /// # Errors
     /// The first error of that work.
     pub fn synchronize(&self) -> Result<()> {
-        Ok(self.runner.synchronize()?)
+        Ok(self.runtime.synchronize()?)
     }
 }

@@ -1,14 +1,16 @@
-//! Who gets which part of the device's memory: all that is not the KV cache is measured first, and the cache gets the rest.
+//! Who gets which part of the device's memory: all that is not the KV cache is measured first, and the cache gets the
+//! rest.
 //!
-//! With [`RunnerOptions::mem_fraction_static`](super::RunnerOptions::mem_fraction_static) a model is loaded in this order:
-//! weights → states, and a KV cache of one page → the largest step that there can be, which gives the arena its size and loads the
-//! kernels → a few graphs, captured and dropped, which tell what one takes → the KV cache with what is left of the fraction.
+//! With [`RunnerOptions::mem_fraction_static`](super::RunnerOptions::mem_fraction_static) a model is loaded in this
+//! order: weights → states, and a KV cache of one page → the largest step that there can be, which gives the arena its
+//! size and loads the kernels → a few graphs, captured and dropped, which tell what one takes → the KV cache with what
+//! is left of the fraction.
 
 use std::sync::Arc;
 
 use bcg_runtime::{CacheOptions, Device, GraphCache};
 
-use super::options::{GraphMode, RunnerOptions};
+use super::options::{GraphMode, OptionError, RunnerOptions};
 use super::{DUMMY_SEQUENCE_TOKENS, ModelRunner, Progress, Stage};
 use crate::batch::Phase;
 use crate::config::ModelConfig;
@@ -18,9 +20,9 @@ use crate::state::{Caches, KvCache, PagePool, StateCache};
 /// What is taken beside weights and KV cache, in bytes.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Measured {
-    /// The arena: activations of the largest step. It is mapped, so no longer free.
+    /// What the arena takes, for the activations of the largest step. It is mapped already, so it counts as used.
     pub(super) arena_bytes: usize,
-    /// All graphs that there will be. None of them is there yet.
+    /// What all graphs will take. None of them is captured yet.
     pub(super) graph_bytes: usize,
 }
 
@@ -37,8 +39,10 @@ pub(super) fn caches(
     let states = StateCache::new(device, config.dtype, layout.states.as_ref(), slots).map_err(|error| match error {
         bcg_runtime::Error::OutOfMemory { .. } => {
             let bytes = layout.states.as_ref().map_or(0, |layout| 2 * layout.bytes_per_slot(config.dtype));
-            let expected = format!("few enough for their states of {} MiB each; lower it ({error})", bytes >> 20);
-            Error::batch("max_running_requests", expected, options.max_running_requests)
+            let sequences = options.max_running_requests;
+            let problem =
+                format!("no room for the states of {sequences} sequences, {} MiB each ({error})", bytes >> 20);
+            Error::from(OptionError::new("max_running_requests", problem, "lower it"))
         }
         error => error.into(),
     })?;
@@ -55,12 +59,12 @@ impl ModelRunner {
     /// Replaces the KV cache by one that takes what is left of the device's memory.
     ///
     /// # Errors
-    /// [`Error::Batch`] names the option that leaves too little; the device's.
+    /// [`Error::Option`] names the option that leaves too little; the device's.
     pub(super) fn fit_kv_cache(&mut self, progress: &mut dyn FnMut(Progress)) -> Result<()> {
         progress(Progress { stage: Stage::KvCache, done: 0, total: 1 });
         let measured =
-            Measured { graph_bytes: self.measure_graphs()?, arena_bytes: self.runner.arena_stats().mapped_bytes };
-        self.runner.synchronize()?; // graphs that still ran are gone then
+            Measured { graph_bytes: self.measure_graphs()?, arena_bytes: self.runtime.arena_stats().mapped_bytes };
+        self.runtime.synchronize()?; // graphs that still ran are gone then
         let device = self.device().clone();
         self.options.fit_kv_cache(&self.config, device.memory_info()?, measured)?;
         let num_pages = self.options.num_pages();
@@ -93,24 +97,24 @@ impl ModelRunner {
         let unbounded =
             CacheOptions { graphs_max: usize::MAX, bytes_max: usize::MAX, ..self.options.graph_cache(phase)? };
         let cache = GraphCache::new(phase.name(), unbounded);
-        let kept = std::mem::replace(self.graphs_and_runner(phase).0, cache);
+        let kept = std::mem::replace(self.graphs_and_runtime(phase).0, cache);
         let captured = self.capture_size(phase, size).and_then(|()| self.replay_padded(phase, size));
-        let measured = std::mem::replace(self.graphs_and_runner(phase).0, kept);
+        let measured = std::mem::replace(self.graphs_and_runtime(phase).0, kept);
         captured.map_err(|error| self.options.without_room(error))?;
         Ok(measured.graph_bytes())
     }
 
-    /// Replays a graph with a padded row, if the ladder has such batches: its breaks then scrub their outputs, which makes
-    /// other executables than those of the capture.
+    /// Replays a graph with a padded row, if the ladder has such batches: its breaks then scrub their outputs, which
+    /// makes other executables than those of the capture.
     fn replay_padded(&mut self, phase: Phase, size: usize) -> Result<()> {
         let ladder = self.graphs(phase).ladder();
         if phase == Phase::Decode || size < 2 || ladder.and_then(|ladder| ladder.size_for(size - 1)) != Some(size) {
             return Ok(());
         }
         self.with_dummy(size - 1, DUMMY_SEQUENCE_TOKENS, |runner, dummy| {
-            let live = runner.inputs.fill(&mut runner.runner, dummy, phase, size, false)?;
-            let (graphs, runner) = runner.graphs_and_runner(phase);
-            graphs.replay(size, runner, &live).map(drop)
+            let live = runner.inputs.fill(&mut runner.runtime, dummy, phase, size, false)?;
+            let (graphs, runtime) = runner.graphs_and_runtime(phase);
+            graphs.replay(size, runtime, &live).map(drop)
         })
     }
 }
@@ -124,7 +128,7 @@ impl RunnerOptions {
     /// Lowers `kv_cache_tokens` to what fits into memory that holds weights and arena already.
     ///
     /// # Errors
-    /// [`Error::Batch`] if not even one sequence of `context_length` fits.
+    /// [`Error::Option`] if not even one sequence of `context_length` fits.
     pub(super) fn fit_kv_cache(
         &mut self,
         config: &ModelConfig,
@@ -138,14 +142,15 @@ impl RunnerOptions {
         let fits =
             memory.free_bytes.saturating_sub(kept_free.saturating_add(graph_bytes)) / page_bytes * self.page_size;
         if fits < self.context_length {
-            let expected = format!(
-                "room for context_length = {} tokens beside the weights, {} MiB of activations and {} MiB of graphs; raise \
-                 it, or lower context_length, max_batch_tokens or the capture sizes",
-                self.context_length,
+            let problem = format!(
+                "{fraction} leaves room for {fits} tokens beside the weights, {} MiB of activations and {} MiB of graphs, \
+                 and context_length = {}",
                 arena_bytes.div_ceil(1 << 20),
                 graph_bytes.div_ceil(1 << 20),
+                self.context_length,
             );
-            return Err(Error::batch("mem_fraction_static", expected, format!("{fraction}, room for {fits}")));
+            let remedy = "raise it, or lower context_length, max_batch_tokens or the capture sizes";
+            return Err(OptionError::new("mem_fraction_static", problem, remedy).into());
         }
         self.kv_cache_tokens = self.kv_cache_tokens.min(fits);
         Ok(())
@@ -155,8 +160,8 @@ impl RunnerOptions {
     fn lazy_graph_bytes(&self, all: usize, most: usize) -> Result<usize> {
         let bytes_max = self.lazy_graph_bytes_max;
         if most > bytes_max {
-            let expected = format!("at least the {most} bytes that one graph takes; raise it");
-            return Err(Error::batch("lazy_graph_bytes_max", expected, bytes_max));
+            let problem = format!("{bytes_max} bytes hold no graph, one takes {most}");
+            return Err(OptionError::new("lazy_graph_bytes_max", problem, "raise it").into());
         }
         // A new graph is there for a moment before the oldest one goes.
         Ok(all.min(bytes_max).min(self.lazy_graphs_max.saturating_mul(most)) + most)
@@ -166,8 +171,9 @@ impl RunnerOptions {
     pub(super) fn without_room(&self, error: Error) -> Error {
         match &error {
             Error::Runtime(runtime) if matches!(runtime.root(), bcg_runtime::Error::OutOfMemory { .. }) => {
-                let expected = format!("few enough for the memory that the weights leave; lower it ({runtime})");
-                Error::batch("max_batch_tokens", expected, self.max_batch_tokens)
+                let tokens = self.max_batch_tokens;
+                let problem = format!("a step of {tokens} tokens needs more memory than the weights leave ({runtime})");
+                OptionError::new("max_batch_tokens", problem, "lower it").into()
             }
             _ => error,
         }

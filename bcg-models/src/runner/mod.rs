@@ -1,14 +1,14 @@
 //! A model on a device, and one step of a batch through it.
 //!
 //! A step: check the batch → decide (replay, capture or eager) → upload its inputs → forward → gather the last rows, LM
-//! head, choose tokens, copy them to the host. The forward is what a graph holds; the rest runs behind it, eagerly. All of
-//! it is enqueued by [`ModelRunner::launch`]; [`ModelRunner::collect`] waits for the tokens, and another step may be
+//! head, choose tokens, copy them to the host. The forward is what a graph holds; the rest runs after it, eagerly. All
+//! of it is enqueued by [`ModelRunner::launch`]; [`ModelRunner::collect`] waits for the tokens, and another step may be
 //! launched in between.
 //!
 //! Invariants:
 //! - captured code reads only what [`InputBuffers`] hold, at addresses that never change;
-//! - a failed step leaves the runner usable: KV slots that it wrote belong to the sequences that failed, and their states
-//!   are still those before it.
+//! - a failed step leaves the runner usable: KV slots that it wrote belong to the sequences that failed, and their
+//!   states are still those before it.
 //!
 //! Which pages a sequence owns, and which sequences run, is decided by the caller; see [`PagePool`].
 
@@ -74,25 +74,26 @@ pub struct ModelRunner {
     inputs: InputBuffers,
     caches: Arc<Caches>,
     model: Arc<dyn Model>,
-    runner: Runner,
+    /// The stream and the memory that forwards run with, eagerly or as graphs.
+    runtime: Runner,
     pages: PagePool,
     tokenizer: Option<Tokenizer>,
     config: ModelConfig,
     options: RunnerOptions,
-    /// Those that no step uses.
+    /// Host memory for chosen tokens that no step uses now.
     readbacks: Vec<Readback>,
-    /// Sequences of the step launched last.
+    /// The number of sequences of the step that was launched last.
     num_chosen: usize,
 }
 
 impl ModelRunner {
-    /// Loads the checkpoint in `dir` and warms up: kernels are compiled, the arena gets its size, and matrix products of the
-    /// sizes to capture are tuned. Where the options name a fraction of the device's memory, the KV cache gets what is left
-    /// of it then.
+    /// Loads the checkpoint in `dir` and warms up: kernels are compiled, the arena gets its size, and matrix products
+    /// of the sizes to capture are tuned. Where the options name a fraction of the device's memory, the KV cache gets
+    /// what is left of it then.
     ///
     /// # Errors
-    /// Those of the checkpoint's files, of the options, and of the device; [`Error::Batch`] names the option to change if
-    /// the device has too little memory.
+    /// Those of the checkpoint's files, of the options, and of the device; [`Error::Option`] names the option to
+    /// change if the device has too little memory.
     pub fn load(
         device: &Device,
         dir: &Path,
@@ -129,7 +130,7 @@ impl ModelRunner {
             pages: memory::page_pool(&caches, &options),
             caches,
             model,
-            runner: Runner::new(device, runtime_options)?,
+            runtime: Runner::new(device, runtime_options)?,
             tokenizer,
             config,
             options,
@@ -157,8 +158,8 @@ impl ModelRunner {
             return Ok(CaptureSummary::default());
         }
         let begun = Instant::now();
-        let free_before = self.runner.device().memory_info()?.free_bytes;
-        let arena_before = self.runner.arena_stats().mapped_bytes;
+        let free_before = self.runtime.device().memory_info()?.free_bytes;
+        let arena_before = self.runtime.arena_stats().mapped_bytes;
         let sizes = Phase::ALL.map(|phase| self.graph_sizes(phase).to_vec());
         let total = sizes.iter().map(Vec::len).sum();
         let mut done = 0;
@@ -169,10 +170,10 @@ impl ModelRunner {
                 done += 1;
             }
         }
-        self.runner.synchronize()?;
+        self.runtime.synchronize()?;
         progress(Progress { stage: Stage::Capture, done: total, total });
-        let free_after = self.runner.device().memory_info()?.free_bytes;
-        let arena = self.runner.arena_stats().mapped_bytes;
+        let free_after = self.runtime.device().memory_info()?.free_bytes;
+        let arena = self.runtime.arena_stats().mapped_bytes;
         let [prefill_sizes, decode_sizes] = sizes;
         let largest = prefill_sizes.last().and_then(|&size| self.describe(Phase::Prefill, size)).unwrap_or_default();
         Ok(CaptureSummary {
@@ -192,10 +193,10 @@ impl ModelRunner {
             Phase::Decode => 1,
         };
         self.with_dummy(size, longest, |runner, dummy| {
-            let batch = runner.inputs.fill(&mut runner.runner, dummy, phase, size, false)?;
-            let forward = runner.forward(phase, size, Wanted::LastRows)?;
-            let (graphs, runner) = runner.graphs_and_runner(phase);
-            graphs.capture_ahead(size, runner, &batch, forward)
+            let batch = runner.inputs.fill(&mut runner.runtime, dummy, phase, size, false)?;
+            let forward = runner.forward(phase, size, HiddenRows::Last)?;
+            let (graphs, runtime) = runner.graphs_and_runtime(phase);
+            graphs.capture_ahead(size, runtime, &batch, forward)
         })
     }
 
@@ -208,8 +209,8 @@ impl ModelRunner {
         self.collect(step)
     }
 
-    /// Enqueues a step and does not wait for it: the host can prepare the next one, which may take the tokens that this one
-    /// chooses ([`SequenceInput::chosen_row`]), while the device works.
+    /// Enqueues a step and does not wait for it: the host can prepare the next one, which may take the tokens that this
+    /// one chooses ([`SequenceInput::chosen_row`]), while the device works.
     ///
     /// # Errors
     /// [`Error::Batch`] or [`Error::Sampling`] for a batch that cannot be run, before anything is; the runtime's.
@@ -227,13 +228,13 @@ impl ModelRunner {
     /// # Errors
     /// The first error of the step's work on the device; [`bcg_runtime::Error::Stale`] for logits after another launch.
     pub fn collect(&mut self, step: PendingStep) -> Result<StepOutput> {
-        let tokens = step.read(&mut self.runner)?;
+        let tokens = step.read(&mut self.runtime)?;
         self.readbacks.push(step.into_readback());
         Ok(StepOutput { tokens })
     }
 
-    /// Enqueues the end of a step: the logits of each sequence's last row, `[B, V]`, its next token, `[B]`, and the copy of
-    /// that to the host.
+    /// Enqueues the end of a step: the logits of each sequence's last row, `[B, V]`, its next token, `[B]`, and the
+    /// copy of that to the host.
     fn choose_tokens(
         &mut self,
         live: &ForwardBatch,
@@ -241,10 +242,10 @@ impl ModelRunner {
         batch: &[SequenceInput<'_>],
     ) -> Result<PendingStep> {
         let is_greedy = batch.iter().all(|sequence| sequence.sampling.is_greedy());
-        let sampling = if is_greedy { None } else { Some(self.inputs.fill_sampling(&mut self.runner, batch)?) };
+        let sampling = if is_greedy { None } else { Some(self.inputs.fill_sampling(&mut self.runtime, batch)?) };
         let model = Arc::clone(&self.model);
         let chosen = self.inputs.chosen().rows(0..batch.len())?;
-        let (logits, logprobs) = self.runner.tail(live, |cx| {
+        let (logits, logprobs) = self.runtime.tail(live, |cx| {
             let last = last_hidden(cx, live, hidden)?; // [B, C]
             let logits = model.logits(cx, &last)?;
             choose::adjust(cx, &logits, batch)?;
@@ -255,11 +256,11 @@ impl ModelRunner {
         self.num_chosen = batch.len();
         let mut readback = match self.readbacks.pop() {
             Some(readback) => readback,
-            None => Readback::new(self.runner.device(), choose::readback_bytes(self.options.limits()?.sequences))?,
+            None => Readback::new(self.runtime.device(), choose::readback_bytes(self.options.limits()?.sequences))?,
         };
         match &logprobs {
-            None => self.runner.read_back(&[&chosen], &mut readback)?,
-            Some((ids, values)) => self.runner.read_back(&[&chosen, ids, values], &mut readback)?,
+            None => self.runtime.read_back(&[&chosen], &mut readback)?,
+            Some((ids, values)) => self.runtime.read_back(&[&chosen, ids, values], &mut readback)?,
         }
         Ok(PendingStep::new(readback, logits, batch))
     }
@@ -272,11 +273,11 @@ impl ModelRunner {
         let batch = std::slice::from_ref(sequence);
         self.check(batch)?;
         let rows = sequence.tokens.len();
-        let live = self.inputs.fill(&mut self.runner, batch, Phase::Prefill, rows, true)?;
-        let forward = self.forward(Phase::Prefill, rows, Wanted::AllRows)?;
-        let hidden = self.runner.eager(&live, forward)?;
+        let live = self.inputs.fill(&mut self.runtime, batch, Phase::Prefill, rows, true)?;
+        let forward = self.forward(Phase::Prefill, rows, HiddenRows::All)?;
+        let hidden = self.runtime.eager(&live, forward)?;
         let (model, vocab) = (Arc::clone(&self.model), self.config.vocab_size);
-        let logits = self.runner.tail(&live, |cx| {
+        let logits = self.runtime.tail(&live, |cx| {
             let mut logits = Vec::with_capacity(rows);
             for first in (0..rows).step_by(DUMMY_SEQUENCE_TOKENS) {
                 let chunk = hidden.rows(first..(first + DUMMY_SEQUENCE_TOKENS).min(rows))?;
@@ -292,21 +293,21 @@ impl ModelRunner {
     /// The forward of a batch: its live state and the hidden states of its rows.
     fn run(&mut self, batch: &[SequenceInput<'_>]) -> Result<(ForwardBatch, Tensor)> {
         let (phase, rows) = (Phase::of(batch), batch.iter().map(SequenceInput::num_new).sum());
-        match self.graphs_and_runner(phase).0.decide(rows) {
+        match self.graphs_and_runtime(phase).0.decide(rows) {
             Decision::Replay { size } | Decision::Capture { size } if self.options.debug_graph => {
                 self.run_eagerly(batch, phase, size)
             }
             Decision::Replay { size } => {
-                let live = self.inputs.fill(&mut self.runner, batch, phase, size, true)?;
-                let (graphs, runner) = self.graphs_and_runner(phase);
-                let hidden = graphs.replay(size, runner, &live)?;
+                let live = self.inputs.fill(&mut self.runtime, batch, phase, size, true)?;
+                let (graphs, runtime) = self.graphs_and_runtime(phase);
+                let hidden = graphs.replay(size, runtime, &live)?;
                 Ok((live, hidden))
             }
             Decision::Capture { size } => {
-                let live = self.inputs.fill(&mut self.runner, batch, phase, size, true)?;
-                let forward = self.forward(phase, size, Wanted::LastRows)?;
-                let (graphs, runner) = self.graphs_and_runner(phase);
-                match graphs.capture(size, runner, &live, forward) {
+                let live = self.inputs.fill(&mut self.runtime, batch, phase, size, true)?;
+                let forward = self.forward(phase, size, HiddenRows::Last)?;
+                let (graphs, runtime) = self.graphs_and_runtime(phase);
+                match graphs.capture(size, runtime, &live, forward) {
                     Ok(hidden) => Ok((live, hidden)),
                     // The cache counted it and does not try this size again; the batch is served all the same.
                     Err(_) => self.run_eagerly(batch, phase, rows),
@@ -322,9 +323,9 @@ impl ModelRunner {
         phase: Phase,
         rows: usize,
     ) -> Result<(ForwardBatch, Tensor)> {
-        let live = self.inputs.fill(&mut self.runner, batch, phase, rows, true)?;
-        let forward = self.forward(phase, rows, Wanted::LastRows)?;
-        let hidden = self.runner.eager(&live, forward)?;
+        let live = self.inputs.fill(&mut self.runtime, batch, phase, rows, true)?;
+        let forward = self.forward(phase, rows, HiddenRows::Last)?;
+        let hidden = self.runtime.eager(&live, forward)?;
         Ok((live, hidden))
     }
 
@@ -335,12 +336,12 @@ impl ModelRunner {
         }
     }
 
-    fn graphs_and_runner(&mut self, phase: Phase) -> (&mut GraphCache<ForwardBatch, Tensor>, &mut Runner) {
+    fn graphs_and_runtime(&mut self, phase: Phase) -> (&mut GraphCache<ForwardBatch, Tensor>, &mut Runner) {
         let graphs = match phase {
             Phase::Prefill => &mut self.prefill_graphs,
             Phase::Decode => &mut self.decode_graphs,
         };
-        (graphs, &mut self.runner)
+        (graphs, &mut self.runtime)
     }
 
     /// What is captured: the model on the input buffers' first `rows` rows.
@@ -348,19 +349,20 @@ impl ModelRunner {
         &self,
         phase: Phase,
         rows: usize,
-        wanted: Wanted,
+        wanted: HiddenRows,
     ) -> bcg_runtime::Result<impl Fn(&mut Context<'_, ForwardBatch>) -> bcg_runtime::Result<Tensor> + Send + Sync + use<>>
     {
         let (model, caches) = (Arc::clone(&self.model), Arc::clone(&self.caches));
         let mut inputs = self.inputs.token_inputs(phase, rows)?;
-        if wanted == Wanted::AllRows {
+        if wanted == HiddenRows::All {
             inputs.last_rows = None;
         }
         Ok(move |cx: &mut Context<'_, ForwardBatch>| model.forward(cx, &inputs, &caches))
     }
 
-    /// Runs every kernel of a step once, at the largest captured size, so that no later capture has to grow the arena; and
-    /// where the KV cache gets what is left of the memory, at the largest size that a step can have, so that none grows it.
+    /// Runs every kernel of a step once, at the largest captured size, so that no later capture has to grow the arena;
+    /// and where the KV cache gets what is left of the memory, at the largest size that a step can have, so that none
+    /// grows it.
     fn warm_up(&mut self) -> Result<()> {
         let options = &self.options;
         let largest = |phase| self.graph_sizes(phase).last().copied();
@@ -375,13 +377,13 @@ impl ModelRunner {
         let decode = largest(Phase::Decode).unwrap_or(0).max(options.max_running_requests);
         for (phase, rows, longest) in [(Phase::Prefill, prefill, longest), (Phase::Decode, decode, 1)] {
             self.with_dummy(rows, longest, |runner, dummy| {
-                let live = runner.inputs.fill(&mut runner.runner, dummy, phase, rows, false)?;
-                let forward = runner.forward(phase, rows, Wanted::LastRows)?;
-                let hidden = runner.runner.eager(&live, forward)?;
-                let sampling = runner.inputs.fill_sampling(&mut runner.runner, dummy)?;
+                let live = runner.inputs.fill(&mut runner.runtime, dummy, phase, rows, false)?;
+                let forward = runner.forward(phase, rows, HiddenRows::Last)?;
+                let hidden = runner.runtime.eager(&live, forward)?;
+                let sampling = runner.inputs.fill_sampling(&mut runner.runtime, dummy)?;
                 let chosen = runner.inputs.chosen().rows(0..dummy.len())?;
                 let model = Arc::clone(&runner.model);
-                runner.runner.tail(&live, |cx| {
+                runner.runtime.tail(&live, |cx| {
                     let last = last_hidden(cx, &live, &hidden)?;
                     let logits = model.logits(cx, &last)?;
                     choose::choose(cx, &logits, None, &chosen)?;
@@ -389,7 +391,7 @@ impl ModelRunner {
                 })
             })?;
         }
-        Ok(self.runner.synchronize()?)
+        Ok(self.runtime.synchronize()?)
     }
 
     /// Calls `f` with a batch of `rows` tokens, in sequences of `longest` where that is few enough sequences. They read
@@ -508,7 +510,7 @@ impl ModelRunner {
 
     /// The device it runs on.
     pub fn device(&self) -> &Device {
-        self.runner.device()
+        self.runtime.device()
     }
 
     /// The KV cache.
@@ -533,7 +535,7 @@ impl ModelRunner {
 
     /// How many launches and copies were enqueued so far.
     pub fn runtime_stats(&self) -> bcg_runtime::RunnerStats {
-        self.runner.stats()
+        self.runtime.stats()
     }
 
     /// The capture sizes of a phase, in rising order; empty without graphs.
@@ -547,13 +549,13 @@ impl ModelRunner {
     }
 }
 
-/// Whose hidden states a forward returns.
+/// The rows whose hidden states a forward returns.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Wanted {
-    /// Those of each sequence's last row, if the model can end the others early.
-    LastRows,
-    /// Those of all rows.
-    AllRows,
+enum HiddenRows {
+    /// Each sequence's last row, if the model can end the others early.
+    Last,
+    /// Every row of the batch.
+    All,
 }
 
 /// The hidden states of each sequence's last row, `[B, C]`.

@@ -1,8 +1,8 @@
 //! The paged KV cache: keys and values of all sequences, in pages of a fixed number of tokens.
 //!
 //! Invariants:
-//! - all tensors of one cache carry its generation: after [`KvCache::recreate`], a graph that was captured with the older
-//!   tensors is refused at replay (law L12);
+//! - all tensors of one cache carry its generation: after [`KvCache::recreate`], a graph that was captured with the
+//!   older tensors is refused at replay (law L12);
 //! - which sequence owns which page is the business of [`PagePool`](super::PagePool), not of this file.
 
 use bcg_runtime::{DType, Device, Freeze, Generation, Result, Tensor};
@@ -65,7 +65,7 @@ impl KvCache {
         &self.layers
     }
 
-    /// Pages.
+    /// The number of pages.
     pub fn num_pages(&self) -> usize {
         self.pages[0]
     }

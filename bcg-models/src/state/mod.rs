@@ -1,4 +1,5 @@
-//! What outlives a forward: the KV cache, the states of state-space layers, and who owns which of their pages and slots.
+//! What outlives a forward: the KV cache, the states of state-space layers, and who owns which of their pages and
+//! slots.
 
 mod kv_cache;
 mod layout;

@@ -1,7 +1,7 @@
 //! Who owns which page of the KV cache and, for models with state-space layers, which state slots.
 //!
-//! Invariants, checked by [`PagePool::check`]: a page or a pair of slots is either free or in exactly one lease; a lease that
-//! drops gives them back. They are handed out lowest first, so that a run is reproducible.
+//! Invariants, checked by [`PagePool::check`]: a page or a pair of slots is either free or in exactly one lease; a
+//! lease that drops gives them back. They are handed out lowest first, so that a run is reproducible.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -145,7 +145,7 @@ impl PageLease {
         self.state.as_ref()
     }
 
-    /// Takes `count` more pages, behind those held.
+    /// Takes `count` more pages, which follow those held.
     ///
     /// # Errors
     /// [`Error::OutOfPages`]; nothing was taken then.

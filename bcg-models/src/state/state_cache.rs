@@ -1,8 +1,8 @@
 //! The states of state-space layers: what a convolution and a scan hand from one step of a sequence to the next.
 //!
 //! Invariants:
-//! - a step reads one slot of a sequence and writes its other one. So a forward changes nothing that it reads: one that is
-//!   repeated, as a verified replay or a failed capture is, gives the same again;
+//! - a step reads one slot of a sequence and writes its other one. So a forward changes nothing that it reads: one that
+//!   is repeated, as a verified replay or a failed capture is, gives the same again;
 //! - all tensors of one cache carry its generation: after [`StateCache::recreate`], a graph that was captured with the
 //!   older tensors is refused at replay (law L12);
 //! - which sequence owns which slots is the business of [`PagePool`](super::PagePool), not of this file.

@@ -1,12 +1,12 @@
 //! The two state slots of one sequence, and which of them holds its state.
 //!
 //! A step reads the slot that holds the state and writes the other one; when the step succeeded, they change places. A
-//! state stands for all tokens before it and cannot be turned back: a step that goes on anywhere else than where the last
-//! one ended, or at token 0, is refused.
+//! state stands for all tokens before it and cannot be turned back: a step that goes on anywhere else than where the
+//! last one ended, or at token 0, is refused.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Slots 2 n and 2 n + 1 of a sequence.
+/// The slots 2 n and 2 n + 1, which belong to one sequence.
 #[derive(Debug)]
 pub struct StateLease {
     pair: u32,
@@ -29,7 +29,7 @@ impl StateLease {
         self.held.load(Ordering::Relaxed) / 2
     }
 
-    /// The slot that a step behind `past_len` tokens reads, none for the first tokens, and the slot that it writes.
+    /// The slot that a step after `past_len` tokens reads, none for the first tokens, and the slot that it writes.
     pub fn slots(&self, past_len: usize) -> (Option<u32>, u32) {
         let current = (self.held.load(Ordering::Relaxed) % 2) as u32;
         ((past_len > 0).then_some(2 * self.pair + current), 2 * self.pair + 1 - current)
@@ -41,7 +41,7 @@ impl StateLease {
         self.held.store(2 * num_tokens + 1 - current, Ordering::Relaxed);
     }
 
-    /// Lets the state, whatever it holds, stand for `num_tokens` tokens: for those who time steps behind a made-up past.
+    /// Lets the state, whatever it holds, stand for `num_tokens` tokens: for those who time steps after a made-up past.
     pub fn assume(&self, num_tokens: usize) {
         let current = self.held.load(Ordering::Relaxed) % 2;
         self.held.store(2 * num_tokens + current, Ordering::Relaxed);

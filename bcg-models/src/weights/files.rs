@@ -22,7 +22,7 @@ pub(super) struct WeightFiles {
 #[derive(Debug)]
 struct Place {
     file: Arc<OpenFile>,
-    /// Of its first byte in the file.
+    /// Where its first byte stands in the file, in bytes.
     offset: u64,
     info: TensorInfo,
 }
@@ -163,9 +163,9 @@ struct Index {
 
 #[allow(unsafe_code)]
 fn map(file: &File) -> std::io::Result<memmap2::Mmap> {
-    // SAFETY: a map may be read as long as nobody changes the file under it. `WeightFiles::add` reads the header through
-    // it, copies what it needs, and drops it; a checkpoint that is overwritten just then is the operator's error, as with
-    // every program that maps weights.
+    // SAFETY: a map may be read as long as nobody changes the file under it. `WeightFiles::add` reads the header
+    // through it, copies what it needs, and drops it; a checkpoint that is overwritten just then is the operator's
+    // error, as with every program that maps weights.
     unsafe { memmap2::Mmap::map(file) }
 }
 

@@ -1,8 +1,8 @@
 //! The tensors of a checkpoint, on their way to a device.
 //!
 //! A model *takes* each tensor once, by name and shape, and gets memory whose elements arrive when the loading ends.
-//! [`Weights::finish`] refuses what is left over, so that a checkpoint of another architecture, or a part that the wiring
-//! forgot, is an error at load and not a wrong answer later.
+//! [`Weights::finish`] refuses what is left over, so that a checkpoint of another architecture, or a part that the
+//! wiring forgot, is an error at load and not a wrong answer later.
 
 mod files;
 mod random;
@@ -43,8 +43,9 @@ impl<'a> Weights<'a> {
     /// Tensors are converted to `dtype` on their way to `device`.
     ///
     /// # Errors
-    /// [`Error::File`](crate::Error::File), [`Error::Format`](crate::Error::Format) for files that are absent or corrupt;
-    /// [`Error::MissingTensors`](crate::Error::MissingTensors) if the index names tensors that its shards do not hold.
+    /// [`Error::File`](crate::Error::File), [`Error::Format`](crate::Error::Format) for files that are absent or
+    /// corrupt; [`Error::MissingTensors`](crate::Error::MissingTensors) if the index names tensors that its shards do
+    /// not hold.
     pub fn open(dir: &Path, device: &'a Device, dtype: DType) -> Result<Self> {
         let uploader = Uploader::new(device, UploadOptions::default());
         let origin = Origin::Files { files: WeightFiles::open(dir)?, uploader };

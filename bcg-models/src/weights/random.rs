@@ -5,14 +5,14 @@ use bcg_runtime::{Device, Runner, RunnerOptions, Tensor};
 
 use crate::error::Result;
 
-/// As new models are initialised; activations of any depth stay finite with it.
+/// The standard deviation that new models are initialised with; activations of any depth stay finite with it.
 const STD: f32 = 0.02;
 
 /// Fills one tensor after the other.
 #[derive(Debug)]
 pub(super) struct RandomWeights {
     runner: Runner,
-    /// Of the next tensor.
+    /// The seed of the next tensor.
     seed: u64,
     bytes: usize,
 }

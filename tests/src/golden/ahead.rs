@@ -43,9 +43,9 @@ fn ahead(runner: &mut ModelRunner, prompts: &[Vec<u32>], late: bool) -> Vec<Vec<
                     _ => (None, &answers[at][answers[at].len() - 1..]),
                 };
                 let past_len = if launched[at] == 0 { 0 } else { prompts[at].len() + launched[at] - 1 };
-                let (state, step) = (leases[at].state(), launched[at] as u64);
+                let (state, num_drawn) = (leases[at].state(), launched[at] as u64);
                 let input = SequenceInput::new(tokens, past_len, leases[at].pages(), &sampling);
-                SequenceInput { chosen_row, state, step, ..input }
+                SequenceInput { chosen_row, state, num_drawn, ..input }
             })
             .collect();
         let pending = runner.launch(&batch).expect("launched");

@@ -28,7 +28,7 @@ pub(super) fn input<'a>(
     SequenceInput { state, logits: true, ..SequenceInput::new(tokens, past_len, pages, sampling) }
 }
 
-/// Runs `tokens` in steps that end at `ends`, and returns the logits behind the last one.
+/// Runs `tokens` in steps that end at `ends`, and returns the logits after the last one.
 fn logits_in_steps(runner: &mut ModelRunner, tokens: &[u32], ends: &[usize]) -> Vec<f32> {
     let pool = runner.pages().clone();
     let lease = pool.lease(pool.pages_for(tokens.len())).expect("free pages");
@@ -113,7 +113,7 @@ pub fn a_prompt_in_chunks_equals_the_prompt_at_once(device: &Device, checkpoint:
         let whole = logits_in_steps(&mut runner, &tokens, &[len]);
         let halves = logits_in_steps(&mut runner, &tokens, &[len / 2, len]);
         assert_same(device, &halves, &whole, &format!("halves of {len} tokens"));
-        // 16 tokens are a page: ends before, on and behind its edge.
+        // 16 tokens are a page: ends before, on and after its edge.
         for edge in [15, 16, 17, 18] {
             let chunks = logits_in_steps(&mut runner, &tokens, &[edge, len]);
             assert_same(device, &chunks, &whole, &format!("{edge} of {len} tokens"));
@@ -212,7 +212,8 @@ pub fn a_decode_equals_a_prefill_of_the_same_tokens(device: &Device, checkpoint:
 }
 
 fn answer(runner: &mut ModelRunner, prompt: &[u32], sampling: SamplingParams) -> Vec<u32> {
-    let options = GenerateOptions { max_new_tokens: 24, sampling, ignore_eos: true };
+    let mut options = GenerateOptions::new(24, sampling);
+    options.ignore_eos = true;
     runner.generate(prompt, &options, &mut |_| ControlFlow::Continue(())).expect("an answer").tokens
 }
 

@@ -45,7 +45,7 @@ fn states(runner: &ModelRunner) -> States {
 }
 
 /// Runs the steps; after each, exactly the slots that its sequences write have changed, in every layer, and hold numbers.
-/// Returns the slots of all layers behind each step.
+/// Returns the slots of all layers after each step.
 fn run_steps(device: &Device, checkpoint: Checkpoint, options: RunnerOptions) -> Vec<States> {
     let what = format!("{options:?}");
     let mut runner = load(device, checkpoint, options);
