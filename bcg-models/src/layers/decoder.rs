@@ -4,6 +4,7 @@
 //! same kernel. Rows no longer look at each other after the last sublayer that mixes them: rows whose hidden states
 //! nobody wants end there.
 
+use bcg_kernels as ops;
 use bcg_runtime::{Context, OpStream, Result, Tensor};
 
 use super::{Attention, Linear, Mamba2, Mla, Mlp, Moe, Relu2Mlp, RmsNorm};
@@ -12,7 +13,6 @@ use crate::config::ModelConfig;
 use crate::registry::Model;
 use crate::state::Caches;
 use crate::weights::Weights;
-use bcg_kernels as ops;
 
 /// A decoder: from token ids to hidden states, and from these to logits.
 #[derive(Debug)]

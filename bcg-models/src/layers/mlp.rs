@@ -1,11 +1,11 @@
 //! The MLPs: gated, and with a squared ReLU.
 
+use bcg_kernels as ops;
 use bcg_runtime::{OpStream, Result, Tensor};
 
 use super::Linear;
 use crate::config::{Fields, ModelConfig};
 use crate::weights::Weights;
-use bcg_kernels as ops;
 
 /// `down(silu(gate(x)) * up(x))`.
 #[derive(Debug)]

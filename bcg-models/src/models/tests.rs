@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use bcg_kernels::DecodePlan;
 use bcg_runtime::{BreakableCudaGraph, Context, DType, Device, Result, Runner, RunnerOptions, Tensor};
 use serde_json::{Value, json};
 
@@ -16,7 +17,6 @@ use crate::sampling::SamplingParams;
 use crate::state::{CacheLayout, Caches, KvCache, StateCache, StateLayout};
 use crate::testing::TempDir;
 use crate::weights::Weights;
-use bcg_kernels::DecodePlan;
 
 /// A folder in `models`.
 fn folder(name: &str) -> PathBuf {
