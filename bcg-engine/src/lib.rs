@@ -256,10 +256,10 @@ impl EventStream {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SubmitError {
     /// As many requests wait as may wait.
-    #[error("the queue of {max_queued} requests is full")]
+    #[error("the queue of {max_queued_requests} requests is full")]
     QueueFull {
         /// Requests that may wait.
-        max_queued: usize,
+        max_queued_requests: usize,
     },
     /// The engine finishes what it has and takes nothing new.
     #[error("the engine is shutting down")]

@@ -4,7 +4,9 @@ use std::path::Path;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
-use bcg_models::{CaptureSummary, ChatTemplate, GraphMode, ModelConfig, ModelRunner, Phase, Progress, RunnerOptions};
+use bcg_models::{
+    CaptureSummary, ChatTemplate, GraphMode, ModelConfig, ModelRunner, ModelRunnerOptions, Phase, Progress,
+};
 use bcg_runtime::{Device, DeviceKind};
 use serde_json::{Value, json};
 
@@ -38,8 +40,8 @@ pub fn start(
         let runner = load_runner(&options, &mut progress)?;
         let chat = if options.skip_tokenizer_init { None } else { ChatTemplate::load(&options.model)? };
         let limits = Limits {
-            max_running: runner.options().max_running_requests,
-            max_batch_tokens: runner.options().max_batch_tokens,
+            max_running_requests: runner.options().max_running_requests,
+            chunked_prefill_size: runner.options().chunked_prefill_size,
             context_length: runner.options().context_length,
         };
         // A state stands for all tokens before it and cannot be turned back to where a prefix ends.
@@ -60,7 +62,7 @@ pub fn start(
             tokenizer: runner.tokenizer().ok().cloned(),
             chat,
             eos: runner.config().eos_token_ids.clone(),
-            max_queued: options.max_queued_requests,
+            max_queued_requests: options.max_queued_requests,
             settings: settings(&options, &runner, has_prefix_cache),
         };
         let scheduler = Scheduler::new(limits, PrefixCache::new(runner.pages().clone(), has_prefix_cache));
@@ -79,7 +81,7 @@ fn settings(options: &EngineOptions, runner: &ModelRunner, has_prefix_cache: boo
         "page_size": of_runner.page_size,
         "kv_cache_pages": runner.pages().num_pages(),
         "max_running_requests": of_runner.max_running_requests,
-        "chunked_prefill_size": of_runner.max_batch_tokens,
+        "chunked_prefill_size": of_runner.chunked_prefill_size,
         "radix_cache": has_prefix_cache,
         "graph_mode": format!("{:?}", of_runner.graph).to_lowercase(),
         "prefill_graph_sizes": runner.graph_sizes(Phase::Prefill),
@@ -199,7 +201,7 @@ pub fn open_device(device: DeviceChoice) -> anyhow::Result<Device> {
 }
 
 /// The runner's options: those of the engine, with what the model and the device decide.
-fn fit(options: &EngineOptions, config: &ModelConfig, device: &Device) -> anyhow::Result<RunnerOptions> {
+fn fit(options: &EngineOptions, config: &ModelConfig, device: &Device) -> anyhow::Result<ModelRunnerOptions> {
     let longest = config.max_position_embeddings;
     let mut context_length = options.context_length.unwrap_or(longest);
     if let (Some(tokens), None) = (options.kv_cache_tokens, options.context_length) {

@@ -31,7 +31,7 @@ pub struct LocalOptions {
     /// Tokens that end an answer.
     pub eos: Vec<u32>,
     /// Requests that may wait.
-    pub max_queued: usize,
+    pub max_queued_requests: usize,
     /// How the engine is set up, for [`Engine::server_info`].
     pub settings: Value,
 }
@@ -80,7 +80,7 @@ impl LocalEngine {
             tokenizer.map(|tokenizer| GuideFactory::new(tokenizer, &options.eos, info.vocab_size)).transpose()?;
         Ok(Self {
             eos: Arc::from(options.eos.as_slice()),
-            slots: Arc::new(Semaphore::new(options.max_queued)),
+            slots: Arc::new(Semaphore::new(options.max_queued_requests)),
             guides,
             options,
             jobs: Some(jobs),
@@ -189,7 +189,7 @@ where
         Err(error) => return drop(ready.send(Err(error))),
     };
     // No more jobs than queue slots are ever on their way, so sending never waits.
-    let (jobs, receiver) = sync_channel(options.max_queued);
+    let (jobs, receiver) = sync_channel(options.max_queued_requests);
     if ready.send(Ok((jobs, options))).is_err() {
         return;
     }
@@ -230,9 +230,9 @@ impl Engine for LocalEngine {
         if self.draining.load(Ordering::Relaxed) {
             return Err(SubmitError::ShuttingDown);
         }
-        let max_queued = self.options.max_queued;
+        let max_queued_requests = self.options.max_queued_requests;
         let Ok(slot) = self.slots.clone().try_acquire_owned() else {
-            return Err(SubmitError::QueueFull { max_queued });
+            return Err(SubmitError::QueueFull { max_queued_requests });
         };
         let prompt = self.tokens(&request.prompt)?;
         let max_tokens = self.max_tokens(prompt.len(), request.max_tokens)?;
@@ -283,7 +283,7 @@ impl Engine for LocalEngine {
             "model": info.name,
             "context_length": info.context_length,
             "vocab_size": info.vocab_size,
-            "max_queued_requests": self.options.max_queued,
+            "max_queued_requests": self.options.max_queued_requests,
             "settings": self.options.settings,
         })
     }
@@ -304,7 +304,7 @@ impl Engine for LocalEngine {
 
     fn metrics(&self) -> &Metrics {
         // A request that waits holds a slot, whether or not the worker has seen it yet.
-        let waiting = self.options.max_queued - self.slots.available_permits();
+        let waiting = self.options.max_queued_requests - self.slots.available_permits();
         self.shared.metrics.queue_depth.set(i64::try_from(waiting).unwrap_or(i64::MAX));
         &self.shared.metrics
     }
@@ -382,11 +382,11 @@ mod tests {
         }
     }
 
-    fn engine(max_queued: usize, gated: bool) -> (LocalEngine, Option<Sender<()>>) {
-        engine_with(max_queued, gated, true)
+    fn engine(max_queued_requests: usize, gated: bool) -> (LocalEngine, Option<Sender<()>>) {
+        engine_with(max_queued_requests, gated, true)
     }
 
-    fn engine_with(max_queued: usize, gated: bool, has_tokenizer: bool) -> (LocalEngine, Option<Sender<()>>) {
+    fn engine_with(max_queued_requests: usize, gated: bool, has_tokenizer: bool) -> (LocalEngine, Option<Sender<()>>) {
         let (open, gate) = channel();
         let gate = gated.then(|| Arc::new(Mutex::new(gate)));
         let engine = LocalEngine::start(move || {
@@ -398,10 +398,10 @@ mod tests {
                 tokenizer: has_tokenizer.then(|| Tokenizer::load(&dir)).transpose()?,
                 chat: ChatTemplate::load(&dir)?,
                 eos: vec![2],
-                max_queued,
+                max_queued_requests,
                 settings: Value::Null,
             };
-            let limits = Limits { max_running: 2, max_batch_tokens: 64, context_length: 64 };
+            let limits = Limits { max_running_requests: 2, chunked_prefill_size: 64, context_length: 64 };
             let scheduler = Scheduler::new(limits, PrefixCache::new(PagePool::new(8, 16), true));
             Ok((Counting { gate: gate.clone(), chosen: Vec::new() }, scheduler, options))
         });
@@ -455,7 +455,10 @@ mod tests {
         eventually("the first request runs", || engine.slots.available_permits() == 2);
         streams.push(engine.submit(request(310, 2)).expect("waits"));
         streams.push(engine.submit(request(320, 2)).expect("waits"));
-        assert_eq!(engine.submit(request(330, 2)).expect_err("full"), SubmitError::QueueFull { max_queued: 2 });
+        assert_eq!(
+            engine.submit(request(330, 2)).expect_err("full"),
+            SubmitError::QueueFull { max_queued_requests: 2 }
+        );
         drop(open);
         for stream in streams {
             assert!(tokens(stream).is_ok());

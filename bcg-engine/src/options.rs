@@ -5,7 +5,7 @@
 
 use std::path::PathBuf;
 
-use bcg_models::{GraphMode, LoadFormat, OptionError, RunnerOptions};
+use bcg_models::{GraphMode, LoadFormat, ModelRunnerOptions, OptionError};
 
 /// Where the model runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -156,28 +156,26 @@ impl EngineOptions {
         context_length: usize,
         kv_cache_tokens: usize,
         mem_fraction_static: Option<f64>,
-    ) -> RunnerOptions {
-        let default = RunnerOptions::default();
-        RunnerOptions {
+    ) -> ModelRunnerOptions {
+        let default = ModelRunnerOptions::default();
+        ModelRunnerOptions {
             load_format: self.load_format,
-            skip_tokenizer: self.skip_tokenizer_init,
+            skip_tokenizer_init: self.skip_tokenizer_init,
             page_size: self.page_size,
             kv_cache_tokens,
             mem_fraction_static,
             max_running_requests: self.max_running_requests,
             context_length,
-            max_batch_tokens: self.chunked_prefill_size,
+            chunked_prefill_size: self.chunked_prefill_size,
             graph: self.graph_mode(),
-            graph_sizes: self.cuda_graph_sizes.clone(),
-            decode_graph_sizes: self.cuda_graph_decode_sizes.clone(),
-            graph_max_tokens: self.cuda_graph_max_tokens.unwrap_or(default.graph_max_tokens),
-            lazy_graphs_max: self.cuda_graph_lazy_max_graphs.unwrap_or(default.lazy_graphs_max),
-            lazy_graph_bytes_max: self
-                .cuda_graph_lazy_max_mib
-                .map_or(default.lazy_graph_bytes_max, |mib| mib.saturating_mul(1 << 20)),
-            debug_graph: self.debug_cuda_graph,
+            cuda_graph_sizes: self.cuda_graph_sizes.clone(),
+            cuda_graph_decode_sizes: self.cuda_graph_decode_sizes.clone(),
+            cuda_graph_max_tokens: self.cuda_graph_max_tokens.unwrap_or(default.cuda_graph_max_tokens),
+            cuda_graph_lazy_max_graphs: self.cuda_graph_lazy_max_graphs.unwrap_or(default.cuda_graph_lazy_max_graphs),
+            cuda_graph_lazy_max_mib: self.cuda_graph_lazy_max_mib.unwrap_or(default.cuda_graph_lazy_max_mib),
+            debug_cuda_graph: self.debug_cuda_graph,
             verify_graph: self.verify_graph,
-            poison: self.poison_graph_memory,
+            poison_graph_memory: self.poison_graph_memory,
         }
     }
 
@@ -205,6 +203,7 @@ impl EngineOptions {
         refuse(is_lazy, &sizes, problem, "drop one of the two options")?;
         let problem = "every size of the ladder is captured ahead and kept";
         refuse(!is_lazy, &budget, problem, "add `capture` lazy or drop it")?;
+        OptionError::positive("cuda_graph_lazy_max_mib", self.cuda_graph_lazy_max_mib.unwrap_or(1))?;
         self.check_sizes()
     }
 

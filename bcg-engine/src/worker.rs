@@ -468,9 +468,10 @@ mod tests {
         let engine = LocalEngine::start(|| {
             let (name, has_tokenizer) = ("lost".to_owned(), false);
             let info = ModelInfo { name, created: 0, context_length: 16, vocab_size: 8, has_tokenizer };
-            let (max_queued, settings) = (64, Value::Null);
-            let options = LocalOptions { info, tokenizer: None, chat: None, eos: vec![2], max_queued, settings };
-            let limits = Limits { max_running: 2, max_batch_tokens: 16, context_length: 16 };
+            let (max_queued_requests, settings) = (64, Value::Null);
+            let options =
+                LocalOptions { info, tokenizer: None, chat: None, eos: vec![2], max_queued_requests, settings };
+            let limits = Limits { max_running_requests: 2, chunked_prefill_size: 16, context_length: 16 };
             Ok((Lost, Scheduler::new(limits, PrefixCache::new(PagePool::new(4, 16), true)), options))
         });
         engine.expect("starts")

@@ -33,7 +33,8 @@ pub use config::ModelConfig;
 pub use error::{Error, Result};
 pub use runner::{
     CaptureSummary, FinishReason, ForwardPath, GenerateOptions, Generated, GraphMode, GraphStats, LoadFormat,
-    ModelRunner, OptionError, PendingStep, Progress, RunnerOptions, SampledToken, Stage, StepOutput, TOP_LOGPROBS_MAX,
+    ModelRunner, ModelRunnerOptions, OptionError, PendingStep, Progress, SampledToken, Stage, StepOutput,
+    TOP_LOGPROBS_MAX,
 };
 pub use sampling::SamplingParams;
 pub use tokenizer::{TokenStream, Tokenizer};

@@ -89,10 +89,10 @@ pub(crate) enum ApiError {
         limit: usize,
     },
     /// The queue is full.
-    #[error("The server's queue of {max_queued} requests is full; try again later.")]
+    #[error("The server's queue of {max_queued_requests} requests is full; try again later.")]
     QueueFull {
         /// Requests that may wait.
-        max_queued: usize,
+        max_queued_requests: usize,
         /// When to try again.
         retry_after: Duration,
     },
@@ -154,8 +154,8 @@ impl ApiError {
 impl From<SubmitError> for ApiError {
     fn from(error: SubmitError) -> Self {
         match error {
-            SubmitError::QueueFull { max_queued } => {
-                Self::QueueFull { max_queued, retry_after: Duration::from_secs(1) }
+            SubmitError::QueueFull { max_queued_requests } => {
+                Self::QueueFull { max_queued_requests, retry_after: Duration::from_secs(1) }
             }
             SubmitError::ShuttingDown => Self::ShuttingDown,
             SubmitError::ContextLength { .. } => Self::ContextLength { message: error.to_string() },
@@ -197,7 +197,7 @@ mod tests {
 
     #[test]
     fn a_full_queue_says_when_to_retry() {
-        let error: ApiError = SubmitError::QueueFull { max_queued: 4 }.into();
+        let error: ApiError = SubmitError::QueueFull { max_queued_requests: 4 }.into();
         let response = error.into_response();
         assert_eq!(response.status(), 429);
         assert_eq!(response.headers()[header::RETRY_AFTER], "1");

@@ -8,7 +8,7 @@
 use std::path::Path;
 
 use bcg_models::state::PageLease;
-use bcg_models::{GraphMode, ModelRunner, RunnerOptions, SamplingParams, SequenceInput};
+use bcg_models::{GraphMode, ModelRunner, ModelRunnerOptions, SamplingParams, SequenceInput};
 use bcg_runtime::Device;
 use serde_json::Value;
 
@@ -73,17 +73,17 @@ impl Session {
     /// # Panics
     /// If a file is absent or broken, or the device cannot hold the model.
     pub fn load(device: &Device, dir: &Path, graph: GraphMode) -> Self {
-        let options = RunnerOptions {
-            skip_tokenizer: true,
+        let options = ModelRunnerOptions {
+            skip_tokenizer_init: true,
             kv_cache_tokens: 4096,
             max_running_requests: 8,
             context_length: 1024,
-            max_batch_tokens: 2048,
+            chunked_prefill_size: 2048,
             graph,
-            graph_sizes: Some(GRAPH_SIZES.to_vec()),
-            decode_graph_sizes: Some(vec![1, 8]),
+            cuda_graph_sizes: Some(GRAPH_SIZES.to_vec()),
+            cuda_graph_decode_sizes: Some(vec![1, 8]),
             verify_graph: (graph == GraphMode::Ahead).then_some(1),
-            ..RunnerOptions::default()
+            ..ModelRunnerOptions::default()
         };
         let mut runner = ModelRunner::load(device, dir, options, &mut |_| ()).expect("the checkpoint loads");
         runner.capture(&mut |_| ()).expect("every size is captured");

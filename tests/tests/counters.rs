@@ -5,7 +5,7 @@
 //! checkpoint: a prefill of two prompts, a mixed batch of two decodes and one prompt, and a decode.
 
 use bcg_models::state::PageLease;
-use bcg_models::{GraphMode, ModelRunner, Phase, RunnerOptions, SamplingParams, SequenceInput};
+use bcg_models::{GraphMode, ModelRunner, ModelRunnerOptions, Phase, SamplingParams, SequenceInput};
 use bcg_runtime::{Device, HostControl};
 use bcg_tests::allocations::{CountingAllocator, num_allocations};
 use bcg_tests::golden::{CHECKPOINTS, Checkpoint, load, options};
@@ -128,9 +128,9 @@ fn a_warm_step_costs_what_it_did() {
     for (checkpoint, steps) in PINNED {
         let device = Device::host();
         let control = device.host_control().expect("a host device");
-        let graphs = RunnerOptions {
-            graph_sizes: Some(vec![SIZE]),
-            decode_graph_sizes: Some(vec![4]),
+        let graphs = ModelRunnerOptions {
+            cuda_graph_sizes: Some(vec![SIZE]),
+            cuda_graph_decode_sizes: Some(vec![4]),
             ..options(GraphMode::Ahead)
         };
         let mut runner = load(&device, checkpoint, graphs);

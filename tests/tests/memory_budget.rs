@@ -2,15 +2,15 @@
 
 use std::ops::ControlFlow;
 
-use bcg_models::{GenerateOptions, GraphMode, ModelRunner, Phase, RunnerOptions, SamplingParams};
+use bcg_models::{GenerateOptions, GraphMode, ModelRunner, ModelRunnerOptions, Phase, SamplingParams};
 use bcg_runtime::{Device, HostOptions};
 use bcg_tests::golden::{self, folder};
 
 const MIB: usize = 1 << 20;
 const FRACTION: f64 = 0.8;
 
-fn options(graph: GraphMode) -> RunnerOptions {
-    RunnerOptions { context_length: 512, max_batch_tokens: 512, ..golden::options(graph) }
+fn options(graph: GraphMode) -> ModelRunnerOptions {
+    ModelRunnerOptions { context_length: 512, chunked_prefill_size: 512, ..golden::options(graph) }
 }
 
 fn small_device(memory_bytes: usize) -> Device {
@@ -22,8 +22,8 @@ fn used_bytes(device: &Device) -> usize {
     memory.total_bytes - memory.free_bytes
 }
 
-fn load(device: &Device, options: RunnerOptions) -> bcg_models::Result<ModelRunner> {
-    let options = RunnerOptions { mem_fraction_static: Some(FRACTION), kv_cache_tokens: 1 << 24, ..options };
+fn load(device: &Device, options: ModelRunnerOptions) -> bcg_models::Result<ModelRunner> {
+    let options = ModelRunnerOptions { mem_fraction_static: Some(FRACTION), kv_cache_tokens: 1 << 24, ..options };
     ModelRunner::load(device, &folder("tiny-qwen3"), options, &mut |_| ())
 }
 
@@ -39,8 +39,12 @@ fn serve(runner: &mut ModelRunner, lens: impl IntoIterator<Item = usize>) {
 
 #[test]
 fn weights_activations_graphs_and_kv_cache_stay_within_the_fraction() {
-    let lazy =
-        RunnerOptions { graph_sizes: None, lazy_graphs_max: 12, lazy_graph_bytes_max: MIB, ..options(GraphMode::Lazy) };
+    let lazy = ModelRunnerOptions {
+        cuda_graph_sizes: None,
+        cuda_graph_lazy_max_graphs: 12,
+        cuda_graph_lazy_max_mib: 1,
+        ..options(GraphMode::Lazy)
+    };
     for options in [options(GraphMode::Off), options(GraphMode::Ahead), lazy] {
         let device = small_device(192 * MIB);
         let fraction_bytes = (FRACTION * 192.0 * MIB as f64) as usize;
@@ -73,17 +77,17 @@ fn the_kv_cache_and_its_pages_have_one_size() {
 
 #[test]
 fn too_little_memory_names_the_option_and_the_remedy() {
-    let error = |memory_bytes: usize, options: RunnerOptions| match load(&small_device(memory_bytes), options) {
+    let error = |memory_bytes: usize, options: ModelRunnerOptions| match load(&small_device(memory_bytes), options) {
         Ok(_) => panic!("{memory_bytes} bytes are too little"),
         Err(error) => error.to_string(),
     };
     let small = error(44 * MIB, options(GraphMode::Ahead));
     assert!(small.contains("mem_fraction_static") && small.contains("or lower context_length"), "{small}");
     let large_steps =
-        RunnerOptions { max_batch_tokens: 1 << 14, max_running_requests: 1024, ..options(GraphMode::Off) };
+        ModelRunnerOptions { chunked_prefill_size: 1 << 14, max_running_requests: 1024, ..options(GraphMode::Off) };
     let error_of_steps = error(44 * MIB, large_steps);
-    assert!(error_of_steps.contains("max_batch_tokens") && error_of_steps.contains("lower it"), "{error_of_steps}");
-    let lazy = RunnerOptions { lazy_graph_bytes_max: 1, ..options(GraphMode::Lazy) };
+    assert!(error_of_steps.contains("chunked_prefill_size") && error_of_steps.contains("lower it"), "{error_of_steps}");
+    let lazy = ModelRunnerOptions { cuda_graph_lazy_max_mib: 0, ..options(GraphMode::Lazy) };
     let lazy = error(192 * MIB, lazy);
-    assert!(lazy.contains("lazy_graph_bytes_max") && lazy.contains("raise it"), "{lazy}");
+    assert!(lazy.contains("cuda_graph_lazy_max_mib") && lazy.contains("raise it"), "{lazy}");
 }

@@ -11,7 +11,7 @@
 //! Invariants, checked by [`Scheduler::check`]:
 //! - no page is written by two sequences, and none is lost (kept by [`PrefixCache`]);
 //! - every running sequence is older than every waiting one, so the oldest always advances and every sequence ends;
-//! - a step has at most `max_batch_tokens` tokens, and at most `max_running` sequences run;
+//! - a step has at most `chunked_prefill_size` tokens, and at most `max_running_requests` sequences run;
 //! - a running sequence that is ready decodes in every step: the tokens of prompts never hold it up.
 //!
 //! Called by [`super::worker`] only. It never sees text, channels or devices.
@@ -25,9 +25,9 @@ use super::sequence::{Sequence, SequenceId};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// Sequences that run together at most.
-    pub max_running: usize,
-    /// Tokens in one step at most; no fewer than `max_running`, so that all can decode.
-    pub max_batch_tokens: usize,
+    pub max_running_requests: usize,
+    /// Tokens in one step at most; no fewer than `max_running_requests`, so that all can decode.
+    pub chunked_prefill_size: usize,
     /// Tokens in one sequence at most.
     pub context_length: usize,
 }
@@ -114,8 +114,11 @@ impl Scheduler {
     /// sequence of the full context: then a sequence could wait for ever.
     pub fn new(limits: Limits, cache: PrefixCache) -> Self {
         let pool = cache.pool();
-        assert!(limits.max_running > 0, "at least one sequence runs");
-        assert!(limits.max_batch_tokens >= limits.max_running, "a step holds the newest token of every sequence");
+        assert!(limits.max_running_requests > 0, "at least one sequence runs");
+        assert!(
+            limits.chunked_prefill_size >= limits.max_running_requests,
+            "a step holds the newest token of every sequence"
+        );
         assert!(pool.pages_for(limits.context_length) <= pool.num_pages(), "the cache holds one full sequence");
         Self { limits, waiting: VecDeque::new(), running: Vec::new(), cache }
     }
@@ -175,7 +178,7 @@ impl Scheduler {
     /// Decides what runs next and reserves its pages; `None` when there is nothing to do before the last step is collected.
     pub fn plan(&mut self) -> Option<StepPlan> {
         let preempted = self.make_room();
-        let mut budget = self.limits.max_batch_tokens;
+        let mut budget = self.limits.chunked_prefill_size;
         let mut entries = Vec::new();
         for is_decode in [true, false] {
             for sequence in self.running.iter().filter(|sequence| sequence.is_ready()) {
@@ -226,7 +229,7 @@ impl Scheduler {
     /// Lets waiting sequences run, in order of arrival, as long as tokens and pages are left.
     fn admit(&mut self, budget: &mut usize, entries: &mut Vec<StepEntry>) -> Vec<SequenceId> {
         let mut admitted = Vec::new();
-        while *budget > 0 && self.running.len() < self.limits.max_running {
+        while *budget > 0 && self.running.len() < self.limits.max_running_requests {
             let Some(sequence) = self.waiting.front_mut().filter(|sequence| sequence.unread == 0) else { break };
             // One token more than it has: a prefill that is preempted at its first decode step is wasted.
             let Some(pages) = self.cache.claim(&sequence.tokens, sequence.tokens.len() + 1) else { break };
@@ -321,7 +324,7 @@ impl Scheduler {
     pub fn check(&self) {
         let ids: Vec<SequenceId> = self.running.iter().chain(&self.waiting).map(|sequence| sequence.id).collect();
         assert!(ids.is_sorted_by(|a, b| a < b), "sequences out of order: {ids:?}");
-        assert!(self.running.len() <= self.limits.max_running, "{} sequences run", self.running.len());
+        assert!(self.running.len() <= self.limits.max_running_requests, "{} sequences run", self.running.len());
         for sequence in &self.running {
             let (id, len) = (sequence.id, sequence.len());
             assert!(sequence.launched <= len, "sequence {id} went too far");

@@ -5,7 +5,7 @@ use bcg_models::state::PagePool;
 use std::collections::HashMap;
 
 fn scheduler(num_pages: usize, context_length: usize) -> Scheduler {
-    let limits = Limits { max_running: 4, max_batch_tokens: 16, context_length };
+    let limits = Limits { max_running_requests: 4, chunked_prefill_size: 16, context_length };
     Scheduler::new(limits, PrefixCache::new(PagePool::new(num_pages, 4), true))
 }
 
@@ -179,8 +179,12 @@ fn every_sequence_ends_right_and_no_page_is_written_by_two_in_random_runs() {
         let page_size = 1 + random.below(5);
         let context_length = 2 + random.below(30);
         let pool = PagePool::new(context_length.div_ceil(page_size) + random.below(12), page_size);
-        let max_running = 1 + random.below(5);
-        let limits = Limits { context_length, max_running, max_batch_tokens: max_running + random.below(40) };
+        let max_running_requests = 1 + random.below(5);
+        let limits = Limits {
+            context_length,
+            max_running_requests,
+            chunked_prefill_size: max_running_requests + random.below(40),
+        };
         Run::new(seed, Scheduler::new(limits, PrefixCache::new(pool, random.below(4) > 0))).go(random);
     }
 }
@@ -240,7 +244,7 @@ impl Run {
 
     fn launch(&mut self, plan: StepPlan) -> (StepPlan, Vec<u32>) {
         let seed = self.seed;
-        assert!(plan.num_tokens() <= self.scheduler.limits().max_batch_tokens, "seed {seed}: step over budget");
+        assert!(plan.num_tokens() <= self.scheduler.limits().chunked_prefill_size, "seed {seed}: step over budget");
         let page_size = self.scheduler.cache().pool().page_size();
         let mut chosen = Vec::new();
         for entry in &plan.entries {

@@ -157,13 +157,13 @@ fn with_head_dim(name: &str, head_dim: usize, graph: GraphMode) -> crate::Result
     root["head_dim"] = json!(head_dim);
     let dir = TempDir::new(&format!("{name}-{head_dim}-{graph:?}"));
     dir.write("config.json", root.to_string().as_bytes());
-    let options = crate::RunnerOptions {
+    let options = crate::ModelRunnerOptions {
         load_format: LoadFormat::Dummy,
-        skip_tokenizer: true,
+        skip_tokenizer_init: true,
         context_length: 64,
         graph,
-        graph_sizes: Some(vec![8, 16]),
-        ..crate::RunnerOptions::default()
+        cuda_graph_sizes: Some(vec![8, 16]),
+        ..crate::ModelRunnerOptions::default()
     };
     let mut runner = ModelRunner::load(&Device::host(), dir.path(), options, &mut |_| ())?;
     runner.capture(&mut |_| ())?;

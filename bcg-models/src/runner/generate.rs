@@ -110,7 +110,7 @@ impl ModelRunner {
     /// Runs a prompt in steps that fit, and returns the first token of the answer.
     fn prefill(&mut self, prompt: &[u32], lease: &mut PageLease, sampling: &SamplingParams) -> Result<SampledToken> {
         lease.reserve_tokens(prompt.len())?;
-        let chunk = self.options.max_batch_tokens;
+        let chunk = self.options.chunked_prefill_size;
         let last = (prompt.len() - 1) / chunk * chunk;
         for first in (0..last).step_by(chunk) {
             self.step_one(&prompt[first..first + chunk], first, lease, sampling, 0)?;

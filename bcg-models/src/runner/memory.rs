@@ -1,7 +1,7 @@
 //! Who gets which part of the device's memory: all that is not the KV cache is measured first, and the cache gets the
 //! rest.
 //!
-//! With [`RunnerOptions::mem_fraction_static`](super::RunnerOptions::mem_fraction_static) a model is loaded in this
+//! With [`ModelRunnerOptions::mem_fraction_static`](super::ModelRunnerOptions::mem_fraction_static) a model is loaded in this
 //! order: weights → states, and a KV cache of one page → the largest step that there can be, which gives the arena its
 //! size and loads the kernels → a few graphs, captured and dropped, which tell what one takes → the KV cache with what
 //! is left of the fraction.
@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use bcg_runtime::{CacheOptions, Device, GraphCache};
 
-use super::options::{GraphMode, OptionError, RunnerOptions};
+use super::options::{GraphMode, ModelRunnerOptions, OptionError};
 use super::{DUMMY_SEQUENCE_TOKENS, ModelRunner, Progress, Stage};
 use crate::batch::Phase;
 use crate::config::ModelConfig;
@@ -30,7 +30,7 @@ pub(super) struct Measured {
 pub(super) fn caches(
     device: &Device,
     config: &ModelConfig,
-    options: &RunnerOptions,
+    options: &ModelRunnerOptions,
     num_pages: usize,
 ) -> Result<Caches> {
     let layout = config.cache_layout()?;
@@ -50,7 +50,7 @@ pub(super) fn caches(
 }
 
 /// Makes the pool of a cache's pages and states.
-pub(super) fn page_pool(caches: &Caches, options: &RunnerOptions) -> PagePool {
+pub(super) fn page_pool(caches: &Caches, options: &ModelRunnerOptions) -> PagePool {
     let num_states = if caches.states.layers().is_empty() { 0 } else { options.max_running_requests };
     PagePool::with_states(caches.kv.num_pages(), options.page_size, num_states)
 }
@@ -119,7 +119,7 @@ impl ModelRunner {
     }
 }
 
-impl RunnerOptions {
+impl ModelRunnerOptions {
     /// Pages of the KV cache.
     pub(super) fn num_pages(&self) -> usize {
         self.kv_cache_tokens.div_ceil(self.page_size)
@@ -149,7 +149,7 @@ impl RunnerOptions {
                 graph_bytes.div_ceil(1 << 20),
                 self.context_length,
             );
-            let remedy = "raise it, or lower context_length, max_batch_tokens or the capture sizes";
+            let remedy = "raise it, or lower context_length, chunked_prefill_size or the capture sizes";
             return Err(OptionError::new("mem_fraction_static", problem, remedy).into());
         }
         self.kv_cache_tokens = self.kv_cache_tokens.min(fits);
@@ -158,22 +158,22 @@ impl RunnerOptions {
 
     /// Returns what the lazily captured graphs of a phase take at most: of all sizes `all`, of one `most` bytes.
     fn lazy_graph_bytes(&self, all: usize, most: usize) -> Result<usize> {
-        let bytes_max = self.lazy_graph_bytes_max;
+        let bytes_max = self.lazy_max_bytes();
         if most > bytes_max {
             let problem = format!("{bytes_max} bytes hold no graph, one takes {most}");
-            return Err(OptionError::new("lazy_graph_bytes_max", problem, "raise it").into());
+            return Err(OptionError::new("cuda_graph_lazy_max_mib", problem, "raise it").into());
         }
         // A new graph is there for a moment before the oldest one goes.
-        Ok(all.min(bytes_max).min(self.lazy_graphs_max.saturating_mul(most)) + most)
+        Ok(all.min(bytes_max).min(self.cuda_graph_lazy_max_graphs.saturating_mul(most)) + most)
     }
 
     /// Names the option that made a step too large for the device.
     pub(super) fn without_room(&self, error: Error) -> Error {
         match &error {
             Error::Runtime(runtime) if matches!(runtime.root(), bcg_runtime::Error::OutOfMemory { .. }) => {
-                let tokens = self.max_batch_tokens;
+                let tokens = self.chunked_prefill_size;
                 let problem = format!("a step of {tokens} tokens needs more memory than the weights leave ({runtime})");
-                OptionError::new("max_batch_tokens", problem, "lower it").into()
+                OptionError::new("chunked_prefill_size", problem, "lower it").into()
             }
             _ => error,
         }
@@ -193,26 +193,32 @@ mod tests {
         // 1,000 pages in all, of which weights and arena took 300, the graphs will take 100, and 200 stay free.
         let memory = MemoryInfo { free_bytes: 700 * page_bytes, total_bytes: 1000 * page_bytes };
         let measured = Measured { arena_bytes: 32 << 20, graph_bytes: 100 * page_bytes };
-        let fitted = |options: RunnerOptions| {
-            let mut options = RunnerOptions { mem_fraction_static: Some(0.8), ..options };
+        let fitted = |options: ModelRunnerOptions| {
+            let mut options = ModelRunnerOptions { mem_fraction_static: Some(0.8), ..options };
             options.fit_kv_cache(&config, memory, measured).map(|()| options.kv_cache_tokens)
         };
-        let tokens = fitted(RunnerOptions { kv_cache_tokens: 1 << 20, ..RunnerOptions::default() }).expect("fits");
+        let tokens =
+            fitted(ModelRunnerOptions { kv_cache_tokens: 1 << 20, ..ModelRunnerOptions::default() }).expect("fits");
         assert!((399 * 16..=400 * 16).contains(&tokens), "{tokens}");
-        let few = RunnerOptions { kv_cache_tokens: 4096, ..RunnerOptions::default() };
+        let few = ModelRunnerOptions { kv_cache_tokens: 4096, ..ModelRunnerOptions::default() };
         assert_eq!(fitted(few).expect("fits"), 4096);
-        let error = fitted(RunnerOptions { context_length: 9000, ..RunnerOptions::default() }).expect_err("too long");
+        let error =
+            fitted(ModelRunnerOptions { context_length: 9000, ..ModelRunnerOptions::default() }).expect_err("too long");
         assert!(error.to_string().contains("context_length = 9000"), "{error}");
         assert!(error.to_string().contains("32 MiB of activations"), "{error}");
     }
 
     #[test]
     fn lazy_graphs_are_counted_up_to_their_budget_and_one_more() {
-        let options = RunnerOptions { lazy_graphs_max: 10, lazy_graph_bytes_max: 1000, ..RunnerOptions::default() };
+        let options = ModelRunnerOptions {
+            cuda_graph_lazy_max_graphs: 10,
+            cuda_graph_lazy_max_mib: 1,
+            ..ModelRunnerOptions::default()
+        };
         assert_eq!(options.lazy_graph_bytes(300, 100).expect("fits"), 400, "all of three sizes");
         assert_eq!(options.lazy_graph_bytes(5000, 50).expect("fits"), 550, "ten graphs");
-        assert_eq!(options.lazy_graph_bytes(50_000, 500).expect("fits"), 1500, "the bytes");
-        let error = options.lazy_graph_bytes(50_000, 1001).expect_err("not one graph fits").to_string();
-        assert!(error.contains("lazy_graph_bytes_max") && error.contains("1001"), "{error}");
+        assert_eq!(options.lazy_graph_bytes(2 << 20, 200_000).expect("fits"), (1 << 20) + 200_000, "the bytes");
+        let error = options.lazy_graph_bytes(2 << 20, 1_048_577).expect_err("not one graph fits").to_string();
+        assert!(error.contains("cuda_graph_lazy_max_mib") && error.contains("1048577"), "{error}");
     }
 }

@@ -40,7 +40,7 @@ pub use choose::{PendingStep, TOP_LOGPROBS_MAX};
 pub use generate::{FinishReason, GenerateOptions, Generated};
 pub use measure::ForwardPath;
 pub use options::{
-    CaptureSummary, GraphMode, LoadFormat, OptionError, Progress, RunnerOptions, SampledToken, Stage, StepOutput,
+    CaptureSummary, GraphMode, LoadFormat, ModelRunnerOptions, OptionError, Progress, SampledToken, Stage, StepOutput,
 };
 
 /// What a runner's graphs did: replays, captures, and eager forwards by reason.
@@ -53,11 +53,11 @@ const DUMMY_SEQUENCE_TOKENS: usize = 128;
 ///
 /// # Example
 /// ```no_run
-/// use bcg_models::{ModelRunner, RunnerOptions, SamplingParams, SequenceInput};
+/// use bcg_models::{ModelRunner, ModelRunnerOptions, SamplingParams, SequenceInput};
 /// use bcg_runtime::Device;
 ///
 /// let dir = std::path::Path::new("models/tiny-qwen3");
-/// let mut runner = ModelRunner::load(&Device::host(), dir, RunnerOptions::default(), &mut |_| ())?;
+/// let mut runner = ModelRunner::load(&Device::host(), dir, ModelRunnerOptions::default(), &mut |_| ())?;
 /// let prompt = runner.tokenizer()?.encode("Question: ")?;
 /// let lease = runner.pages().lease(runner.pages().pages_for(prompt.len()))?;
 /// let sampling = SamplingParams::greedy();
@@ -79,7 +79,7 @@ pub struct ModelRunner {
     pages: PagePool,
     tokenizer: Option<Tokenizer>,
     config: ModelConfig,
-    options: RunnerOptions,
+    options: ModelRunnerOptions,
     /// Host memory for chosen tokens that no step uses now.
     readbacks: Vec<Readback>,
     /// The number of sequences of the step that was launched last.
@@ -97,12 +97,12 @@ impl ModelRunner {
     pub fn load(
         device: &Device,
         dir: &Path,
-        options: RunnerOptions,
+        options: ModelRunnerOptions,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Self> {
         let config = ModelConfig::load(dir)?;
         options.validate(&config)?;
-        let tokenizer = if options.skip_tokenizer { None } else { Some(Tokenizer::load(dir)?) };
+        let tokenizer = if options.skip_tokenizer_init { None } else { Some(Tokenizer::load(dir)?) };
         let mut loaded = |done, total| progress(Progress { stage: Stage::LoadWeights, done, total });
         let weights = match options.load_format {
             LoadFormat::Auto => Weights::open(dir, device, config.dtype)?,
@@ -120,8 +120,11 @@ impl ModelRunner {
         let layout = config.cache_layout()?;
         let decode_plan = ops::DecodePlan::new(device, layout.q_heads, layout.k[0]);
         let inputs = InputBuffers::new(device, options.limits()?, options.page_size, decode_plan)?;
-        let runtime_options =
-            bcg_runtime::RunnerOptions { name: "model".to_owned(), poison: options.poison, ..Default::default() };
+        let runtime_options = bcg_runtime::RunnerOptions {
+            name: "model".to_owned(),
+            poison: options.poison_graph_memory,
+            ..Default::default()
+        };
         let graphs = |phase: Phase| Ok::<_, Error>(GraphCache::new(phase.name(), options.graph_cache(phase)?));
         let mut runner = Self {
             prefill_graphs: graphs(Phase::Prefill)?,
@@ -149,12 +152,12 @@ impl ModelRunner {
     }
 
     /// Captures all sizes of both phases, the largest first, without running them. Does nothing but in
-    /// [`GraphMode::Ahead`], and nothing with [`RunnerOptions::debug_graph`].
+    /// [`GraphMode::Ahead`], and nothing with [`ModelRunnerOptions::debug_cuda_graph`].
     ///
     /// # Errors
     /// The first capture that fails.
     pub fn capture(&mut self, progress: &mut dyn FnMut(Progress)) -> Result<CaptureSummary> {
-        if self.options.graph != GraphMode::Ahead || self.options.debug_graph {
+        if self.options.graph != GraphMode::Ahead || self.options.debug_cuda_graph {
             return Ok(CaptureSummary::default());
         }
         let begun = Instant::now();
@@ -294,7 +297,7 @@ impl ModelRunner {
     fn run(&mut self, batch: &[SequenceInput<'_>]) -> Result<(ForwardBatch, Tensor)> {
         let (phase, rows) = (Phase::of(batch), batch.iter().map(SequenceInput::num_new).sum());
         match self.graphs_and_runtime(phase).0.decide(rows) {
-            Decision::Replay { size } | Decision::Capture { size } if self.options.debug_graph => {
+            Decision::Replay { size } | Decision::Capture { size } if self.options.debug_cuda_graph => {
                 self.run_eagerly(batch, phase, size)
             }
             Decision::Replay { size } => {
@@ -369,7 +372,7 @@ impl ModelRunner {
         let (prefill, longest) = match options.mem_fraction_static {
             None => {
                 let captured = largest(Phase::Prefill).unwrap_or(DUMMY_SEQUENCE_TOKENS);
-                (captured.min(options.max_batch_tokens), DUMMY_SEQUENCE_TOKENS)
+                (captured.min(options.chunked_prefill_size), DUMMY_SEQUENCE_TOKENS)
             }
             // As many sequences as there can be have the most logits.
             Some(_) => (options.largest_step(), options.largest_step().div_ceil(options.max_running_requests)),
@@ -421,8 +424,8 @@ impl ModelRunner {
             return Err(Error::batch("sequences", format!("1 to {}", options.max_running_requests), batch.len()));
         }
         let rows: usize = batch.iter().map(SequenceInput::num_new).sum();
-        if rows > options.max_batch_tokens {
-            return Err(Error::batch("new tokens", format!("at most {}", options.max_batch_tokens), rows));
+        if rows > options.chunked_prefill_size {
+            return Err(Error::batch("new tokens", format!("at most {}", options.chunked_prefill_size), rows));
         }
         for sequence in batch {
             sequence.sampling.validate()?;
@@ -496,7 +499,7 @@ impl ModelRunner {
     }
 
     /// The options it was loaded with.
-    pub fn options(&self) -> &RunnerOptions {
+    pub fn options(&self) -> &ModelRunnerOptions {
         &self.options
     }
 

@@ -17,7 +17,7 @@ pub enum GraphMode {
     /// All sizes are captured by [`ModelRunner::capture`](super::ModelRunner::capture), before serving.
     Ahead,
     /// The size of a batch is captured while it serves the first one that has it: without padding, within
-    /// [`RunnerOptions::lazy_graphs_max`] and [`RunnerOptions::lazy_graph_bytes_max`].
+    /// [`ModelRunnerOptions::cuda_graph_lazy_max_graphs`] and [`ModelRunnerOptions::cuda_graph_lazy_max_mib`].
     Lazy,
 }
 
@@ -66,11 +66,11 @@ impl OptionError {
 
 /// How a [`ModelRunner`](super::ModelRunner) is set up.
 #[derive(Debug, Clone, PartialEq)]
-pub struct RunnerOptions {
+pub struct ModelRunnerOptions {
     /// Where the weights come from.
     pub load_format: LoadFormat,
     /// Runs without a tokenizer: the model takes and gives token ids, and `tokenizer.json` need not exist.
-    pub skip_tokenizer: bool,
+    pub skip_tokenizer_init: bool,
     /// Tokens of one page of the KV cache.
     pub page_size: usize,
     /// Tokens that the KV cache holds, rounded up to pages; at most these with `mem_fraction_static`.
@@ -84,55 +84,55 @@ pub struct RunnerOptions {
     /// The most tokens of one sequence, prompt and answer.
     pub context_length: usize,
     /// The most new tokens in one step.
-    pub max_batch_tokens: usize,
+    pub chunked_prefill_size: usize,
     /// Whether and when forwards are captured.
     pub graph: GraphMode,
-    /// The capture sizes of prefills, in tokens. If `None`, those up to `graph_max_tokens`: a ladder of them in
+    /// The capture sizes of prefills, in tokens. If `None`, those up to `cuda_graph_max_tokens`: a ladder of them in
     /// [`GraphMode::Ahead`], every one in [`GraphMode::Lazy`].
-    pub graph_sizes: Option<Vec<usize>>,
+    pub cuda_graph_sizes: Option<Vec<usize>>,
     /// The capture sizes of decodes, in sequences. If `None`, those up to `max_running_requests`, as for prefills.
-    pub decode_graph_sizes: Option<Vec<usize>>,
-    /// The largest size that is captured if `graph_sizes` is `None`.
-    pub graph_max_tokens: usize,
+    pub cuda_graph_decode_sizes: Option<Vec<usize>>,
+    /// The largest size that is captured if `cuda_graph_sizes` is `None`.
+    pub cuda_graph_max_tokens: usize,
     /// The most graphs of each phase that are held in [`GraphMode::Lazy`]; the least recently used one goes first.
-    pub lazy_graphs_max: usize,
-    /// The most device memory that the graphs of each phase may take in [`GraphMode::Lazy`], in bytes; the least recently
+    pub cuda_graph_lazy_max_graphs: usize,
+    /// The most device memory that the graphs of each phase may take in [`GraphMode::Lazy`], in MiB; the least recently
     /// used one goes first.
-    pub lazy_graph_bytes_max: usize,
+    pub cuda_graph_lazy_max_mib: usize,
     /// A batch that would replay a graph runs eagerly, with the padded rows of that graph, and nothing is captured: to tell a
     /// bug of a graph from a bug of a model.
-    pub debug_graph: bool,
+    pub debug_cuda_graph: bool,
     /// Every Nth replay is compared with an eager run, bit for bit.
     pub verify_graph: Option<u32>,
     /// Dead memory is filled with NaN before each replay.
-    pub poison: bool,
+    pub poison_graph_memory: bool,
 }
 
-impl Default for RunnerOptions {
+impl Default for ModelRunnerOptions {
     fn default() -> Self {
         Self {
             load_format: LoadFormat::Auto,
-            skip_tokenizer: false,
+            skip_tokenizer_init: false,
             page_size: 16,
             kv_cache_tokens: 8192,
             mem_fraction_static: None,
             max_running_requests: 16,
             context_length: 2048,
-            max_batch_tokens: 2048,
+            chunked_prefill_size: 2048,
             graph: GraphMode::Off,
-            graph_sizes: None,
-            decode_graph_sizes: None,
-            graph_max_tokens: 512,
-            lazy_graphs_max: 128,
-            lazy_graph_bytes_max: 256 << 20,
-            debug_graph: false,
+            cuda_graph_sizes: None,
+            cuda_graph_decode_sizes: None,
+            cuda_graph_max_tokens: 512,
+            cuda_graph_lazy_max_graphs: 128,
+            cuda_graph_lazy_max_mib: 256,
+            debug_cuda_graph: false,
             verify_graph: None,
-            poison: false,
+            poison_graph_memory: false,
         }
     }
 }
 
-impl RunnerOptions {
+impl ModelRunnerOptions {
     /// Checks the options by themselves.
     ///
     /// # Errors
@@ -143,9 +143,8 @@ impl RunnerOptions {
             ("kv_cache_tokens", self.kv_cache_tokens),
             ("max_running_requests", self.max_running_requests),
             ("context_length", self.context_length),
-            ("chunked_prefill_size", self.max_batch_tokens),
-            ("cuda_graph_lazy_max_graphs", self.lazy_graphs_max),
-            ("cuda_graph_lazy_max_mib", self.lazy_graph_bytes_max.div_ceil(1 << 20)),
+            ("chunked_prefill_size", self.chunked_prefill_size),
+            ("cuda_graph_lazy_max_graphs", self.cuda_graph_lazy_max_graphs),
         ] {
             OptionError::positive(option, value)?;
         }
@@ -158,12 +157,12 @@ impl RunnerOptions {
             let remedy = "give at least 1, which checks every replay";
             return Err(OptionError::new("verify_graph", "every 0th replay is none", remedy));
         }
-        if self.max_batch_tokens < self.max_running_requests {
+        if self.chunked_prefill_size < self.max_running_requests {
             return Err(OptionError::new(
                 "chunked_prefill_size",
                 format!(
                     "a step of {} tokens cannot hold the {} sequences of `max_running_requests`",
-                    self.max_batch_tokens, self.max_running_requests
+                    self.chunked_prefill_size, self.max_running_requests
                 ),
                 "raise it or lower `max_running_requests`",
             ));
@@ -185,9 +184,14 @@ impl RunnerOptions {
         Ok(())
     }
 
+    /// [`cuda_graph_lazy_max_mib`](Self::cuda_graph_lazy_max_mib) in bytes.
+    pub(super) fn lazy_max_bytes(&self) -> usize {
+        self.cuda_graph_lazy_max_mib.saturating_mul(1 << 20)
+    }
+
     /// The most new tokens that a step can have.
     pub(super) fn largest_step(&self) -> usize {
-        self.max_batch_tokens.min(self.max_running_requests.saturating_mul(self.context_length))
+        self.chunked_prefill_size.min(self.max_running_requests.saturating_mul(self.context_length))
     }
 
     /// The capture sizes of a phase, none above its largest step; `None` without graphs.
@@ -199,9 +203,11 @@ impl RunnerOptions {
             return Ok(None);
         }
         let (sizes, largest, default) = match phase {
-            Phase::Prefill => (&self.graph_sizes, self.largest_step(), self.graph_max_tokens.min(self.largest_step())),
+            Phase::Prefill => {
+                (&self.cuda_graph_sizes, self.largest_step(), self.cuda_graph_max_tokens.min(self.largest_step()))
+            }
             // A decode may be padded beyond the most sequences, but not beyond the rows of a step.
-            Phase::Decode => (&self.decode_graph_sizes, self.max_batch_tokens, self.max_running_requests),
+            Phase::Decode => (&self.cuda_graph_decode_sizes, self.chunked_prefill_size, self.max_running_requests),
         };
         let ladder = match sizes {
             Some(sizes) => Ladder::explicit(sizes.clone())?.clamped(largest)?,
@@ -237,9 +243,9 @@ impl RunnerOptions {
         Ok(CacheOptions {
             ladder: self.ladder(phase)?,
             // Nothing is captured ahead for debugging, and each size of the ladder is still used.
-            lazy: is_lazy || self.debug_graph,
-            graphs_max: or_all(self.lazy_graphs_max),
-            bytes_max: or_all(self.lazy_graph_bytes_max),
+            lazy: is_lazy || self.debug_cuda_graph,
+            graphs_max: or_all(self.cuda_graph_lazy_max_graphs),
+            bytes_max: or_all(self.lazy_max_bytes()),
             verify_every: self.verify_graph,
             graph: GraphOptions::default(),
         })
@@ -249,7 +255,7 @@ impl RunnerOptions {
     pub(super) fn limits(&self) -> Result<BatchLimits> {
         let padded_decode = self.ladder(Phase::Decode)?.map_or(0, |ladder| ladder.largest());
         Ok(BatchLimits {
-            rows: self.max_batch_tokens,
+            rows: self.chunked_prefill_size,
             sequences: self.max_running_requests.max(padded_decode),
             pages_per_sequence: self.context_length.div_ceil(self.page_size),
         })
@@ -341,44 +347,47 @@ mod tests {
 
     #[test]
     fn the_ladder_ends_at_the_largest_step() {
-        let options = RunnerOptions { graph: GraphMode::Ahead, max_batch_tokens: 100, ..RunnerOptions::default() };
-        let ladder = |options: &RunnerOptions, phase| options.ladder(phase).expect("a ladder").expect("graphs are on");
+        let options =
+            ModelRunnerOptions { graph: GraphMode::Ahead, chunked_prefill_size: 100, ..ModelRunnerOptions::default() };
+        let ladder =
+            |options: &ModelRunnerOptions, phase| options.ladder(phase).expect("a ladder").expect("graphs are on");
         assert_eq!(ladder(&options, Phase::Prefill).largest(), 100);
         assert_eq!(ladder(&options, Phase::Decode).largest(), 16);
         let sizes = Some(vec![512, 64, 8]);
-        let explicit = RunnerOptions { graph_sizes: sizes, ..options.clone() };
+        let explicit = ModelRunnerOptions { cuda_graph_sizes: sizes, ..options.clone() };
         assert_eq!(ladder(&explicit, Phase::Prefill).sizes(), [8, 64]);
-        let none_left = RunnerOptions { graph_sizes: Some(vec![512]), ..options };
+        let none_left = ModelRunnerOptions { cuda_graph_sizes: Some(vec![512]), ..options };
         none_left.ladder(Phase::Prefill).expect_err("no size is left");
-        assert!(RunnerOptions::default().ladder(Phase::Prefill).expect("graphs are off").is_none());
+        assert!(ModelRunnerOptions::default().ladder(Phase::Prefill).expect("graphs are off").is_none());
     }
 
     #[test]
     fn lazy_graphs_have_the_exact_sizes_of_their_batches_within_a_budget() {
-        let options = RunnerOptions { graph: GraphMode::Lazy, max_batch_tokens: 100, ..RunnerOptions::default() };
+        let options =
+            ModelRunnerOptions { graph: GraphMode::Lazy, chunked_prefill_size: 100, ..ModelRunnerOptions::default() };
         for (phase, largest) in [(Phase::Prefill, 100), (Phase::Decode, 16)] {
             let cache = options.graph_cache(phase).expect("options");
             assert!(cache.ladder.expect("graphs are on").sizes().iter().copied().eq(1..=largest));
             assert_eq!((cache.graphs_max, cache.bytes_max), (128, 256 << 20));
         }
         let tuned = options.tuned_sizes().expect("sizes");
-        let ahead = RunnerOptions { graph: GraphMode::Ahead, ..options };
+        let ahead = ModelRunnerOptions { graph: GraphMode::Ahead, ..options };
         assert_eq!(tuned, ahead.tuned_sizes().expect("sizes"), "too many to tune each");
         assert_eq!(ahead.graph_cache(Phase::Prefill).expect("options").graphs_max, usize::MAX);
-        assert!(RunnerOptions::default().tuned_sizes().expect("graphs are off").is_empty());
+        assert!(ModelRunnerOptions::default().tuned_sizes().expect("graphs are off").is_empty());
     }
 
     #[test]
     fn an_option_that_cannot_be_honoured_is_named() {
         let config = ModelConfig::load(&crate::testing::tiny_qwen3()).expect("config");
-        let good = RunnerOptions::default();
+        let good = ModelRunnerOptions::default();
         good.validate(&config).expect("defaults fit the tiny model");
         for (field, options) in [
-            ("page_size", RunnerOptions { page_size: 0, ..good.clone() }),
-            ("context_length", RunnerOptions { context_length: 5000, ..good.clone() }),
-            ("chunked_prefill_size", RunnerOptions { max_batch_tokens: 8, ..good.clone() }),
-            ("cuda_graph_lazy_max_graphs", RunnerOptions { lazy_graphs_max: 0, ..good.clone() }),
-            ("mem_fraction_static", RunnerOptions { mem_fraction_static: Some(1.5), ..good.clone() }),
+            ("page_size", ModelRunnerOptions { page_size: 0, ..good.clone() }),
+            ("context_length", ModelRunnerOptions { context_length: 5000, ..good.clone() }),
+            ("chunked_prefill_size", ModelRunnerOptions { chunked_prefill_size: 8, ..good.clone() }),
+            ("cuda_graph_lazy_max_graphs", ModelRunnerOptions { cuda_graph_lazy_max_graphs: 0, ..good.clone() }),
+            ("mem_fraction_static", ModelRunnerOptions { mem_fraction_static: Some(1.5), ..good.clone() }),
         ] {
             let error = options.validate(&config).expect_err(field).to_string();
             assert!(error.contains(field), "{error}");

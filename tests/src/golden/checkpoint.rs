@@ -4,7 +4,8 @@ use std::ops::ControlFlow;
 
 use bcg_models::state::PageLease;
 use bcg_models::{
-    Error, GenerateOptions, GraphMode, LoadFormat, ModelRunner, Phase, RunnerOptions, SamplingParams, SequenceInput,
+    Error, GenerateOptions, GraphMode, LoadFormat, ModelRunner, ModelRunnerOptions, Phase, SamplingParams,
+    SequenceInput,
 };
 use bcg_runtime::{Device, DeviceKind};
 use serde_json::Value;
@@ -125,7 +126,7 @@ pub fn a_prompt_in_chunks_equals_the_prompt_at_once(device: &Device, checkpoint:
 pub fn chunked_prompts_have_the_answers_of_whole_ones(device: &Device, checkpoint: Checkpoint) {
     let prompts: Vec<Vec<u32>> =
         reference(checkpoint).chunks(4).map(|cases| cases.iter().flat_map(tokens_of).collect()).collect();
-    let tokens = |options: RunnerOptions| {
+    let tokens = |options: ModelRunnerOptions| {
         let mut runner = load(device, checkpoint, options);
         let answers: Vec<Vec<u32>> =
             prompts.iter().map(|prompt| answer(&mut runner, prompt, SamplingParams::greedy())).collect();
@@ -133,10 +134,14 @@ pub fn chunked_prompts_have_the_answers_of_whole_ones(device: &Device, checkpoin
     };
     let (whole, _) = tokens(options(GraphMode::Off));
     for chunk in [16, 64] {
-        let chunked =
-            |graph| RunnerOptions { max_batch_tokens: chunk, graph_sizes: Some(vec![16, 64]), ..options(graph) };
+        let chunked = |graph| ModelRunnerOptions {
+            chunked_prefill_size: chunk,
+            cuda_graph_sizes: Some(vec![16, 64]),
+            ..options(graph)
+        };
         assert_eq!(tokens(chunked(GraphMode::Off)).0, whole, "chunks of {chunk}");
-        let verified = RunnerOptions { verify_graph: Some(1), poison: true, ..chunked(GraphMode::Ahead) };
+        let verified =
+            ModelRunnerOptions { verify_graph: Some(1), poison_graph_memory: true, ..chunked(GraphMode::Ahead) };
         for graphs in [chunked(GraphMode::Ahead), verified] {
             let (got, num_replays) = tokens(graphs);
             assert_eq!(got, whole, "chunks of {chunk} with graphs");
@@ -220,7 +225,7 @@ fn answer(runner: &mut ModelRunner, prompt: &[u32], sampling: SamplingParams) ->
 /// Captured ahead or lazily, in debug mode, with poisoned memory, with every replay verified: the tokens are the same.
 pub fn graphs_give_the_tokens_of_eager_runs(device: &Device, checkpoint: Checkpoint) {
     let prompts: Vec<Vec<u32>> = reference(checkpoint).iter().take(3).map(tokens_of).collect();
-    let tokens = |options: RunnerOptions| {
+    let tokens = |options: ModelRunnerOptions| {
         let mut runner = load(device, checkpoint, options);
         let answers: Vec<Vec<u32>> =
             prompts.iter().map(|prompt| answer(&mut runner, prompt, SamplingParams::greedy())).collect();
@@ -231,19 +236,19 @@ pub fn graphs_give_the_tokens_of_eager_runs(device: &Device, checkpoint: Checkpo
     for options in [
         options(GraphMode::Ahead),
         options(GraphMode::Lazy),
-        RunnerOptions { graph_sizes: None, lazy_graphs_max: 1, ..options(GraphMode::Lazy) },
-        RunnerOptions { debug_graph: true, ..options(GraphMode::Ahead) },
-        RunnerOptions { poison: true, verify_graph: Some(1), ..options(GraphMode::Ahead) },
+        ModelRunnerOptions { cuda_graph_sizes: None, cuda_graph_lazy_max_graphs: 1, ..options(GraphMode::Lazy) },
+        ModelRunnerOptions { debug_cuda_graph: true, ..options(GraphMode::Ahead) },
+        ModelRunnerOptions { poison_graph_memory: true, verify_graph: Some(1), ..options(GraphMode::Ahead) },
     ] {
         let (got, stats) = tokens(options.clone());
         assert_eq!(got, expected, "{options:?}");
-        if options.debug_graph {
+        if options.debug_cuda_graph {
             assert_eq!((stats.num_replays, stats.num_captures), (0, 0), "{stats:?}");
             continue;
         }
         assert!(stats.num_replays >= 60, "decodes replay: {stats:?}");
         assert_eq!(stats.num_capture_failures, 0, "{stats:?}");
-        assert!(options.lazy_graphs_max > 1 || stats.num_evictions > 0, "{stats:?}");
+        assert!(options.cuda_graph_lazy_max_graphs > 1 || stats.num_evictions > 0, "{stats:?}");
         assert_eq!(options.verify_graph.map_or(0, |_| stats.num_replays), stats.num_verified);
     }
 }
@@ -251,8 +256,11 @@ pub fn graphs_give_the_tokens_of_eager_runs(device: &Device, checkpoint: Checkpo
 /// Batches of one padded size make the same launches in breaks, so a healed prefill is one launch and patches nothing.
 pub fn healed_prefills_patch_no_node(device: &Device, checkpoint: Checkpoint) {
     let size = 40;
-    let mut runner =
-        load(device, checkpoint, RunnerOptions { graph_sizes: Some(vec![size]), ..options(GraphMode::Ahead) });
+    let mut runner = load(
+        device,
+        checkpoint,
+        ModelRunnerOptions { cuda_graph_sizes: Some(vec![size]), ..options(GraphMode::Ahead) },
+    );
     let (prompt, greedy) = (tokens_of(&reference(checkpoint)[0]).repeat(4), SamplingParams::greedy());
     let pool = runner.pages().clone();
     let leases: Vec<PageLease> = (0..3).map(|_| pool.lease(pool.pages_for(100)).expect("pages")).collect();
@@ -354,9 +362,9 @@ pub fn a_configuration_alone_gives_the_same_finite_logits_each_time(device: &Dev
     let dir = std::env::temp_dir().join(format!("bcg-{checkpoint}-alone-{}-{:?}", std::process::id(), device.kind()));
     std::fs::create_dir_all(&dir).expect("a writable temporary folder");
     std::fs::copy(folder(checkpoint).join("config.json"), dir.join("config.json")).expect("a copy");
-    let options = RunnerOptions {
+    let options = ModelRunnerOptions {
         load_format: LoadFormat::Dummy,
-        skip_tokenizer: true,
+        skip_tokenizer_init: true,
         mem_fraction_static: Some(0.5),
         ..options(GraphMode::Off)
     };

@@ -11,7 +11,7 @@ mod states;
 
 use std::path::{Path, PathBuf};
 
-use bcg_models::{GraphMode, ModelRunner, RunnerOptions};
+use bcg_models::{GraphMode, ModelRunner, ModelRunnerOptions};
 use bcg_runtime::Device;
 
 pub use ahead::*;
@@ -83,20 +83,20 @@ pub fn folder(checkpoint: Checkpoint) -> PathBuf {
 }
 
 /// Options that suit a tiny checkpoint.
-pub fn options(graph: GraphMode) -> RunnerOptions {
-    RunnerOptions {
+pub fn options(graph: GraphMode) -> ModelRunnerOptions {
+    ModelRunnerOptions {
         kv_cache_tokens: 4096,
         max_running_requests: 8,
         context_length: 1024,
-        max_batch_tokens: 1024,
+        chunked_prefill_size: 1024,
         graph,
-        graph_sizes: Some(vec![1, 2, 3, 4, 6, 8, 40, 64, 400, 448]),
-        ..RunnerOptions::default()
+        cuda_graph_sizes: Some(vec![1, 2, 3, 4, 6, 8, 40, 64, 400, 448]),
+        ..ModelRunnerOptions::default()
     }
 }
 
 /// A tiny checkpoint, loaded and, where graphs are captured ahead, captured.
-pub fn load(device: &Device, checkpoint: Checkpoint, options: RunnerOptions) -> ModelRunner {
+pub fn load(device: &Device, checkpoint: Checkpoint, options: ModelRunnerOptions) -> ModelRunner {
     let mut runner =
         ModelRunner::load(device, &folder(checkpoint), options, &mut |_| ()).expect("the tiny checkpoint loads");
     runner.capture(&mut |_| ()).expect("every size is captured");

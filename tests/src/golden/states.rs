@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use bcg_models::state::PageLease;
-use bcg_models::{GraphMode, ModelRunner, RunnerOptions, SamplingParams, SequenceInput};
+use bcg_models::{GraphMode, ModelRunner, ModelRunnerOptions, SamplingParams, SequenceInput};
 use bcg_runtime::{DType, Device, DeviceKind, Tensor};
 use half::bf16;
 
@@ -46,7 +46,7 @@ fn states(runner: &ModelRunner) -> States {
 
 /// Runs the steps; after each, exactly the slots that its sequences write have changed, in every layer, and hold numbers.
 /// Returns the slots of all layers after each step.
-fn run_steps(device: &Device, checkpoint: Checkpoint, options: RunnerOptions) -> Vec<States> {
+fn run_steps(device: &Device, checkpoint: Checkpoint, options: ModelRunnerOptions) -> Vec<States> {
     let what = format!("{options:?}");
     let mut runner = load(device, checkpoint, options);
     let mut before = states(&runner);
@@ -89,14 +89,14 @@ pub fn a_step_writes_the_states_of_its_sequences_only(device: &Device, checkpoin
     }
     drop(runner);
     // Sizes above those of the steps, so that rows are padded.
-    let sizes = |graph| RunnerOptions { graph_sizes: Some(vec![3, 16, 24]), ..options(graph) };
-    let decodes = |graph| RunnerOptions { decode_graph_sizes: Some(vec![1, 4]), ..sizes(graph) };
+    let sizes = |graph| ModelRunnerOptions { cuda_graph_sizes: Some(vec![3, 16, 24]), ..options(graph) };
+    let decodes = |graph| ModelRunnerOptions { cuda_graph_decode_sizes: Some(vec![1, 4]), ..sizes(graph) };
     let eager = run_steps(device, checkpoint, options(GraphMode::Off));
     for options in [
         decodes(GraphMode::Ahead),
         decodes(GraphMode::Lazy),
-        RunnerOptions { debug_graph: true, ..decodes(GraphMode::Ahead) },
-        RunnerOptions { poison: true, verify_graph: Some(1), ..decodes(GraphMode::Ahead) },
+        ModelRunnerOptions { debug_cuda_graph: true, ..decodes(GraphMode::Ahead) },
+        ModelRunnerOptions { poison_graph_memory: true, verify_graph: Some(1), ..decodes(GraphMode::Ahead) },
     ] {
         let got = run_steps(device, checkpoint, options.clone());
         // On CUDA another number of rows may be summed in another order.

@@ -78,7 +78,7 @@ fn the_failure_of_one_choice_fails_the_answer_and_cancels_the_rest() {
 
 #[test]
 fn a_refusal_of_one_choice_takes_back_the_others() {
-    let full = Script::Refuse(SubmitError::QueueFull { max_queued: 1 });
+    let full = Script::Refuse(SubmitError::QueueFull { max_queued_requests: 1 });
     let (server, engine) = Server::scripted(vec![Script::Hang, full]);
     server.post("/v1/chat/completions", &chat(&json!({"n": 2}))).assert_error(429, &Value::Null, "queue of 1");
     eventually("the first is cancelled", || engine.cancelled.load(Ordering::SeqCst) == 1);

@@ -126,7 +126,7 @@ fn a_client_that_leaves_cancels_its_request() {
 
 #[test]
 fn a_full_queue_is_429_with_a_time_to_retry() {
-    let (server, _) = Server::scripted(vec![Script::Refuse(SubmitError::QueueFull { max_queued: 4 })]);
+    let (server, _) = Server::scripted(vec![Script::Refuse(SubmitError::QueueFull { max_queued_requests: 4 })]);
     let response = server.post("/v1/chat/completions", &chat(&json!({"stream": true})));
     response.assert_error(429, &Value::Null, "queue of 4 requests is full");
     assert_eq!(response.headers["retry-after"], "1");

@@ -141,7 +141,7 @@ fn the_server_tells_of_itself() {
 #[test]
 fn health_generate_asks_the_engine_for_a_token() {
     let failed = Script::Answer(vec![text("a"), Event::Failed("device lost".into())]);
-    let full = Script::Refuse(SubmitError::QueueFull { max_queued: 1 });
+    let full = Script::Refuse(SubmitError::QueueFull { max_queued_requests: 1 });
     let (server, engine) = Server::scripted(vec![Script::Answer(answer(&["a"])), failed, full]);
     assert_eq!(server.get("/health_generate").status, 200);
     assert_eq!(engine.last_request().max_tokens, Some(1));

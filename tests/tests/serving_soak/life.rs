@@ -16,7 +16,7 @@ use bcg_engine::runner::{RunnerStats, StepError, StepRunner};
 use bcg_engine::scheduler::{Limits, Scheduler};
 use bcg_engine::{Engine, EventStream, GenerationRequest, Health, ModelInfo, Prompt, SubmitError};
 use bcg_models::state::PagePool;
-use bcg_models::{ChatTemplate, GraphMode, ModelRunner, RunnerOptions, SampledToken, SequenceInput};
+use bcg_models::{ChatTemplate, GraphMode, ModelRunner, ModelRunnerOptions, SampledToken, SequenceInput};
 use bcg_runtime::{Device, HostControl, LiveObjects};
 use bcg_server::{HttpOptions, serve};
 use serde_json::Value;
@@ -34,31 +34,43 @@ pub(crate) struct Setup {
     pub(crate) graph: GraphMode,
     pub(crate) page_size: usize,
     pub(crate) kv_cache_tokens: usize,
-    pub(crate) max_batch_tokens: usize,
+    pub(crate) chunked_prefill_size: usize,
     pub(crate) prefix_cache: bool,
 }
 
 /// The setups, in turn.
 pub(crate) const SETUPS: [Setup; 4] = [
-    Setup { graph: GraphMode::Off, page_size: 2, kv_cache_tokens: 512, max_batch_tokens: 256, prefix_cache: true },
-    Setup { graph: GraphMode::Ahead, page_size: 16, kv_cache_tokens: 768, max_batch_tokens: 64, prefix_cache: true },
-    Setup { graph: GraphMode::Lazy, page_size: 8, kv_cache_tokens: 640, max_batch_tokens: 32, prefix_cache: true },
-    Setup { graph: GraphMode::Ahead, page_size: 1, kv_cache_tokens: 512, max_batch_tokens: 128, prefix_cache: false },
+    Setup { graph: GraphMode::Off, page_size: 2, kv_cache_tokens: 512, chunked_prefill_size: 256, prefix_cache: true },
+    Setup {
+        graph: GraphMode::Ahead,
+        page_size: 16,
+        kv_cache_tokens: 768,
+        chunked_prefill_size: 64,
+        prefix_cache: true,
+    },
+    Setup { graph: GraphMode::Lazy, page_size: 8, kv_cache_tokens: 640, chunked_prefill_size: 32, prefix_cache: true },
+    Setup {
+        graph: GraphMode::Ahead,
+        page_size: 1,
+        kv_cache_tokens: 512,
+        chunked_prefill_size: 128,
+        prefix_cache: false,
+    },
 ];
 
 impl Setup {
-    fn runner_options(self) -> RunnerOptions {
-        RunnerOptions {
+    fn runner_options(self) -> ModelRunnerOptions {
+        ModelRunnerOptions {
             page_size: self.page_size,
             kv_cache_tokens: self.kv_cache_tokens,
             max_running_requests: 8,
             context_length: 512,
-            max_batch_tokens: self.max_batch_tokens,
+            chunked_prefill_size: self.chunked_prefill_size,
             graph: self.graph,
-            graph_sizes: (self.graph == GraphMode::Ahead).then(|| vec![8, 16, 32, 64]),
-            decode_graph_sizes: (self.graph == GraphMode::Ahead).then(|| vec![1, 2, 4, 8]),
-            lazy_graphs_max: 12,
-            ..RunnerOptions::default()
+            cuda_graph_sizes: (self.graph == GraphMode::Ahead).then(|| vec![8, 16, 32, 64]),
+            cuda_graph_decode_sizes: (self.graph == GraphMode::Ahead).then(|| vec![1, 2, 4, 8]),
+            cuda_graph_lazy_max_graphs: 12,
+            ..ModelRunnerOptions::default()
         }
     }
 }
@@ -191,10 +203,11 @@ pub(crate) struct Life {
 }
 
 impl Life {
-    pub(crate) fn start(setup: Setup, max_queued: usize) -> Self {
+    pub(crate) fn start(setup: Setup, max_queued_requests: usize) -> Self {
         let (loaded, faults) = (Arc::new(Mutex::new(Vec::new())), Arc::new(StepFaults::default()));
         let (all, flaky) = (Arc::clone(&loaded), Arc::clone(&faults));
-        let engine = LocalEngine::start(move || load(setup, max_queued, &all, &flaky)).expect("the checkpoint loads");
+        let engine =
+            LocalEngine::start(move || load(setup, max_queued_requests, &all, &flaky)).expect("the checkpoint loads");
         let engine = Arc::new(Counted { engine, accepted: AtomicU64::new(0) });
         let (stop, stopped) = oneshot::channel();
         let (ready, address) = mpsc::channel();
@@ -280,7 +293,7 @@ impl Ending {
 
 fn load(
     setup: Setup,
-    max_queued: usize,
+    max_queued_requests: usize,
     loaded: &Mutex<Vec<Loaded>>,
     faults: &Arc<StepFaults>,
 ) -> anyhow::Result<(Flaky, Scheduler, LocalOptions)> {
@@ -291,8 +304,8 @@ fn load(
     runner.capture(&mut |_| ())?;
     let (options, config) = (runner.options(), runner.config());
     let limits = Limits {
-        max_running: options.max_running_requests,
-        max_batch_tokens: options.max_batch_tokens,
+        max_running_requests: options.max_running_requests,
+        chunked_prefill_size: options.chunked_prefill_size,
         context_length: options.context_length,
     };
     let info = ModelInfo {
@@ -307,7 +320,7 @@ fn load(
         tokenizer: Some(runner.tokenizer()?.clone()),
         chat: ChatTemplate::load(&dir)?,
         eos: config.eos_token_ids.clone(),
-        max_queued,
+        max_queued_requests,
         settings: Value::Null,
     };
     let pages = runner.pages().clone();
