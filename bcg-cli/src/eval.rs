@@ -13,7 +13,7 @@ use std::time::Instant;
 use anyhow::{Context, bail, ensure};
 use bcg_benches::progress::{LoadBar, bar};
 use bcg_engine::local::LocalEngine;
-use bcg_engine::{ChatMessage, Engine, Event, GenerationRequest, Prompt, load};
+use bcg_engine::{ChatMessage, Engine, EngineEvent, GenerationRequest, Prompt, load};
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
@@ -189,12 +189,12 @@ fn answer_one(
     let mut answer = Answer { index, correct: false, text: String::new(), tokens: Vec::new() };
     while let Some(event) = events.next_blocking() {
         match event {
-            Event::Delta(delta) => {
+            EngineEvent::Delta(delta) => {
                 answer.text += &delta.text;
                 answer.tokens.extend(delta.tokens);
             }
-            Event::Finished { .. } => {}
-            Event::Failed(message) => bail!("problem {}: {message}", index + 1),
+            EngineEvent::Finished { .. } => {}
+            EngineEvent::Failed(message) => bail!("problem {}: {message}", index + 1),
         }
     }
     let expected = problem.number.or_else(|| final_number(&problem.answer));

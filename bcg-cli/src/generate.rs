@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::bail;
 use bcg_benches::progress::LoadBar;
-use bcg_engine::{ChatMessage, Engine, Event, GenerationRequest, Prompt, SamplingParams, load};
+use bcg_engine::{ChatMessage, Engine, EngineEvent, GenerationRequest, Prompt, SamplingParams, load};
 use clap::Args;
 
 use crate::args::EngineArgs;
@@ -78,12 +78,12 @@ pub fn run(args: GenerateArgs) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     while let Some(event) = events.next_blocking() {
         match event {
-            Event::Delta(delta) => {
+            EngineEvent::Delta(delta) => {
                 first.get_or_insert_with(|| began.elapsed());
                 write!(out, "{}", delta.text)?;
                 out.flush()?;
             }
-            Event::Finished { reason, usage } => {
+            EngineEvent::Finished { reason, usage } => {
                 writeln!(out)?;
                 let metrics = engine.metrics();
                 eprintln!(
@@ -98,7 +98,7 @@ pub fn run(args: GenerateArgs) -> anyhow::Result<()> {
                     metrics.num_eager(),
                 );
             }
-            Event::Failed(message) => bail!("generation failed: {message}"),
+            EngineEvent::Failed(message) => bail!("generation failed: {message}"),
         }
     }
     Ok(())

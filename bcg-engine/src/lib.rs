@@ -5,14 +5,14 @@
 //! this process, [`load::start`] makes one from [`EngineOptions`]; tests put a scripted engine in its place.
 //!
 //! Reading order: [`scheduler`] decides what runs next, [`sequence`] is what it moves around, [`prefix_cache`] holds its
-//! pages, [`output`] turns tokens into text, [`worker`] is the thread that ties them to a [`runner::StepRunner`].
+//! pages, [`output`] turns tokens into text, [`worker`] is the thread that ties them to a [`model::StepModel`].
 
 #![forbid(unsafe_code)]
 
 use serde_json::{Map, Value};
 use tokio::sync::mpsc;
 
-pub use bcg_models::{ChatMessage, OptionError, Progress, SamplingParams, Stage};
+pub use bcg_models::{ChatMessage, FinishReason, OptionError, Progress, SamplingParams, Stage};
 
 pub use self::metrics::Metrics;
 pub use self::one_line::one_line;
@@ -23,11 +23,11 @@ pub mod guide;
 pub mod load;
 pub mod local;
 pub mod metrics;
+pub mod model;
 mod one_line;
 mod options;
 pub mod output;
 pub mod prefix_cache;
-pub mod runner;
 pub mod scheduler;
 pub mod sequence;
 pub mod stop;
@@ -166,25 +166,6 @@ pub struct Delta {
     pub logprobs: Vec<TokenLogprob>,
 }
 
-/// Why an answer ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum FinishReason {
-    /// End-of-text token or stop string.
-    Stop,
-    /// `max_tokens` or the end of the context.
-    Length,
-}
-
-impl FinishReason {
-    /// Returns OpenAI's word for it.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Stop => "stop",
-            Self::Length => "length",
-        }
-    }
-}
-
 /// Tokens read and written for one request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Usage {
@@ -198,7 +179,7 @@ pub struct Usage {
 
 /// What an engine reports about one request, in order; `Finished` or `Failed` comes last.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Event {
+pub enum EngineEvent {
     /// More of the answer.
     Delta(Delta),
     /// The answer is complete.
@@ -215,20 +196,20 @@ pub enum Event {
 /// The events of one request. Dropping it cancels the request.
 #[derive(Debug)]
 pub struct EventStream {
-    receiver: mpsc::Receiver<Event>,
+    receiver: mpsc::Receiver<EngineEvent>,
     done: bool,
 }
 
 impl EventStream {
     /// Wraps the receiving end of an engine's channel.
-    pub fn new(receiver: mpsc::Receiver<Event>) -> Self {
+    pub fn new(receiver: mpsc::Receiver<EngineEvent>) -> Self {
         Self { receiver, done: false }
     }
 
     /// Waits for the next event; `None` after the last one.
     ///
-    /// An engine that goes away without a last event reads as [`Event::Failed`], so no caller waits for ever.
-    pub async fn next(&mut self) -> Option<Event> {
+    /// An engine that goes away without a last event reads as [`EngineEvent::Failed`], so no caller waits for ever.
+    pub async fn next(&mut self) -> Option<EngineEvent> {
         if self.done {
             return None;
         }
@@ -237,7 +218,7 @@ impl EventStream {
     }
 
     /// [`EventStream::next`] for threads outside an async runtime.
-    pub fn next_blocking(&mut self) -> Option<Event> {
+    pub fn next_blocking(&mut self) -> Option<EngineEvent> {
         if self.done {
             return None;
         }
@@ -245,9 +226,10 @@ impl EventStream {
         Some(self.note(event))
     }
 
-    fn note(&mut self, event: Option<Event>) -> Event {
-        let event = event.unwrap_or_else(|| Event::Failed("the engine stopped before the answer was complete".into()));
-        self.done = !matches!(event, Event::Delta(_));
+    fn note(&mut self, event: Option<EngineEvent>) -> EngineEvent {
+        let event =
+            event.unwrap_or_else(|| EngineEvent::Failed("the engine stopped before the answer was complete".into()));
+        self.done = !matches!(event, EngineEvent::Delta(_));
         event
     }
 }

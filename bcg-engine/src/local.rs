@@ -1,4 +1,4 @@
-//! The engine that runs a model in this process: tokenizes, checks lengths, queues, and hands jobs to the worker.
+//! The engine that runs a model in this process: tokenizes, checks lengths, queues, and hands requests to the worker.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -13,10 +13,10 @@ use tokio::sync::Semaphore;
 use super::choice::Choice;
 use super::guide::GuideFactory;
 use super::metrics::Metrics;
+use super::model::StepModel;
 use super::output::{Output, OutputOptions};
-use super::runner::StepRunner;
 use super::scheduler::Scheduler;
-use super::worker::{Exit, Job, Requests, Shared, Worker};
+use super::worker::{Accepted, Exit, Requests, Shared, Worker};
 use super::{Engine, EventStream, GenerationRequest, Health, ModelInfo, Prompt, SubmitError};
 
 /// What a [`LocalEngine`] knows of its model besides the runner.
@@ -41,7 +41,7 @@ pub struct LocalOptions {
 pub struct LocalEngine {
     options: LocalOptions,
     eos: Arc<[u32]>,
-    jobs: Option<SyncSender<Job>>,
+    worker: Option<SyncSender<Accepted>>,
     slots: Arc<Semaphore>,
     /// `None` without a tokenizer.
     guides: Option<GuideFactory>,
@@ -52,22 +52,22 @@ pub struct LocalEngine {
 }
 
 impl LocalEngine {
-    /// Starts the worker's thread, makes the runner on it with `load`, and waits until it is ready. `load` is called again if
+    /// Starts the worker's thread, makes the model on it with `load`, and waits until it is ready. `load` is called again if
     /// the device is lost.
     ///
     /// # Errors
     /// What `load` returned, or that the thread could not be started.
-    pub fn start<R, F>(load: F) -> anyhow::Result<Self>
+    pub fn start<M, F>(load: F) -> anyhow::Result<Self>
     where
-        R: StepRunner,
-        F: FnMut() -> anyhow::Result<(R, Scheduler, LocalOptions)> + Send + 'static,
+        M: StepModel,
+        F: FnMut() -> anyhow::Result<(M, Scheduler, LocalOptions)> + Send + 'static,
     {
         let shared = Arc::new(Shared::default());
         let (ready, loaded) = sync_channel(1);
         let worker_shared = shared.clone();
         let thread = std::thread::Builder::new().name("bcg-engine".into());
         let thread = thread.spawn(move || work(load, &ready, &worker_shared))?;
-        let (jobs, options) = match loaded.recv() {
+        let (worker, options) = match loaded.recv() {
             Ok(loaded) => loaded?,
             Err(_) => {
                 let _ = thread.join();
@@ -83,7 +83,7 @@ impl LocalEngine {
             slots: Arc::new(Semaphore::new(options.max_queued_requests)),
             guides,
             options,
-            jobs: Some(jobs),
+            worker: Some(worker),
             shared,
             draining: AtomicBool::new(false),
             next_seed: AtomicU64::new(0),
@@ -178,19 +178,22 @@ fn refuse_unknown(tokens: &[u32], vocab_size: usize) -> Result<(), SubmitError> 
     }
 }
 
-/// The worker's thread: makes a runner and works with it, and once more if its device is lost.
-fn work<R, F>(mut load: F, ready: &SyncSender<anyhow::Result<(SyncSender<Job>, LocalOptions)>>, shared: &Arc<Shared>)
-where
-    R: StepRunner,
-    F: FnMut() -> anyhow::Result<(R, Scheduler, LocalOptions)>,
+/// The worker's thread: makes a model and works with it, and once more if its device is lost.
+fn work<M, F>(
+    mut load: F,
+    ready: &SyncSender<anyhow::Result<(SyncSender<Accepted>, LocalOptions)>>,
+    shared: &Arc<Shared>,
+) where
+    M: StepModel,
+    F: FnMut() -> anyhow::Result<(M, Scheduler, LocalOptions)>,
 {
     let (runner, scheduler, options) = match load() {
         Ok(loaded) => loaded,
         Err(error) => return drop(ready.send(Err(error))),
     };
-    // No more jobs than queue slots are ever on their way, so sending never waits.
-    let (jobs, receiver) = sync_channel(options.max_queued_requests);
-    if ready.send(Ok((jobs, options))).is_err() {
+    // No more requests than queue slots are ever on their way, so sending never waits.
+    let (sender, receiver) = sync_channel(options.max_queued_requests);
+    if ready.send(Ok((sender, options))).is_err() {
         return;
     }
     let mut requests = Requests::new(receiver);
@@ -251,8 +254,9 @@ impl Engine for LocalEngine {
         let seed = request.seed.unwrap_or_else(|| fresh_seed(&self.next_seed));
         let sampling = SamplingParams { seed, ..request.sampling };
         let (top_logprobs, arrived) = (request.top_logprobs, Instant::now());
-        let job = Job { prompt, sampling, choice, top_logprobs, output, slot, arrived };
-        if self.jobs.as_ref().is_some_and(|jobs| self.shared.send(jobs, job)) {
+        let (slot, last_token) = (Some(slot), None);
+        let request = Accepted { prompt, sampling, choice, top_logprobs, output, slot, arrived, last_token };
+        if self.worker.as_ref().is_some_and(|worker| self.shared.send(worker, request)) {
             return Ok(EventStream::new(receiver));
         }
         Err(SubmitError::Stopped("The engine has stopped; see the server's log.".into()))
@@ -317,7 +321,7 @@ impl Engine for LocalEngine {
 impl Drop for LocalEngine {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::Relaxed);
-        self.jobs = None;
+        self.worker = None;
         let thread = self.thread.get_mut().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(thread) = thread {
             let _ = thread.join();
@@ -334,10 +338,10 @@ mod tests {
     use bcg_models::state::PagePool;
     use bcg_models::{SampledToken, SequenceInput};
 
+    use super::super::model::{GraphCounters, StepError};
     use super::super::prefix_cache::PrefixCache;
-    use super::super::runner::{RunnerStats, StepError};
     use super::super::scheduler::{Limits, Scheduler};
-    use super::super::{Event, FinishReason};
+    use super::super::{EngineEvent, FinishReason};
     use super::*;
 
     /// Counts upwards from the last token; token 100 makes a step fail, 200 makes it panic, 400 loses the device, and 450
@@ -347,7 +351,7 @@ mod tests {
         chosen: Vec<u32>,
     }
 
-    impl StepRunner for Counting {
+    impl StepModel for Counting {
         type Pending = Vec<u32>;
 
         fn launch(&mut self, batch: &[SequenceInput<'_>]) -> Result<Vec<u32>, StepError> {
@@ -377,8 +381,8 @@ mod tests {
             Ok(step.into_iter().map(|id| SampledToken { id, logprob: None, top: Vec::new(), logits: None }).collect())
         }
 
-        fn stats(&self) -> RunnerStats {
-            RunnerStats::default()
+        fn stats(&self) -> GraphCounters {
+            GraphCounters::default()
         }
     }
 
@@ -418,9 +422,9 @@ mod tests {
         let mut tokens = Vec::new();
         loop {
             match events.next_blocking() {
-                Some(Event::Delta(delta)) => tokens.extend(delta.tokens),
-                Some(Event::Finished { reason, .. }) => return Ok((tokens, reason)),
-                Some(Event::Failed(message)) => return Err(message),
+                Some(EngineEvent::Delta(delta)) => tokens.extend(delta.tokens),
+                Some(EngineEvent::Finished { reason, .. }) => return Ok((tokens, reason)),
+                Some(EngineEvent::Failed(message)) => return Err(message),
                 None => return Err("no last event".to_owned()),
             }
         }

@@ -13,7 +13,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::runner::RunnerStats;
+use crate::model::GraphCounters;
 
 /// Why something happened.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -153,7 +153,7 @@ impl Metrics {
 
     /// Adds what a runner did since it had done `counted`, which is nothing for a new one, and takes over what its graphs
     /// take.
-    pub fn take_stats(&self, stats: &RunnerStats, counted: &RunnerStats) {
+    pub fn take_stats(&self, stats: &GraphCounters, counted: &GraphCounters) {
         self.graph_replays.inc_by(stats.replays.saturating_sub(counted.replays));
         self.graph_captures.inc_by(stats.captures.saturating_sub(counted.captures));
         self.graph_evictions.inc_by(stats.evictions.saturating_sub(counted.evictions));
@@ -214,11 +214,11 @@ mod tests {
     fn a_runners_counters_are_taken_over_once_and_add_to_those_of_the_one_before() {
         let metrics = Metrics::default();
         let (eager, chained) = (vec![("too_large", 3)], vec![("work_changed", 4)]);
-        let stats = RunnerStats { replays: 5, chained, captures: 2, evictions: 1, graph_bytes: 4096, eager };
-        metrics.take_stats(&stats, &RunnerStats::default());
+        let stats = GraphCounters { replays: 5, chained, captures: 2, evictions: 1, graph_bytes: 4096, eager };
+        metrics.take_stats(&stats, &GraphCounters::default());
         metrics.take_stats(&stats, &stats);
-        let anew = RunnerStats { replays: 3, eager: vec![("too_large", 1)], ..RunnerStats::default() };
-        metrics.take_stats(&anew, &RunnerStats::default());
+        let anew = GraphCounters { replays: 3, eager: vec![("too_large", 1)], ..GraphCounters::default() };
+        metrics.take_stats(&anew, &GraphCounters::default());
         let text = text(&metrics);
         assert!(text.contains("bcg_graph_replays_total 8"), "{text}");
         assert!(text.contains("bcg_graph_evictions_total 1"), "{text}");

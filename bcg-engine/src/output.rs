@@ -7,7 +7,7 @@ use bcg_models::{SampledToken, TokenStream, Tokenizer};
 use tokio::sync::mpsc;
 
 use super::stop::StopWatch;
-use super::{Delta, Event, FinishReason, TokenLogprob, TokenText, Usage};
+use super::{Delta, EngineEvent, FinishReason, TokenLogprob, TokenText, Usage};
 
 /// What ends an answer.
 #[derive(Debug, Clone)]
@@ -34,7 +34,7 @@ pub struct Output {
     /// `None` without a tokenizer, and at the end.
     stream: Option<TokenStream>,
     watch: StopWatch,
-    events: mpsc::Sender<Event>,
+    events: mpsc::Sender<EngineEvent>,
     generated: usize,
     cached_tokens: usize,
     /// Characters of text decoded so far, shown or held back.
@@ -45,7 +45,7 @@ pub struct Output {
 
 impl Output {
     /// Makes an output and the receiving end of its events. Without a tokenizer there is no text, only tokens.
-    pub fn new(tokenizer: Option<&Tokenizer>, options: OutputOptions) -> (Self, mpsc::Receiver<Event>) {
+    pub fn new(tokenizer: Option<&Tokenizer>, options: OutputOptions) -> (Self, mpsc::Receiver<EngineEvent>) {
         let (events, receiver) = mpsc::channel(options.max_tokens + 1);
         let output = Self {
             tokenizer: tokenizer.cloned(),
@@ -117,24 +117,24 @@ impl Output {
         let all = reason.is_some() && !self.watch.is_stopped();
         self.shown_chars += text.chars().count();
         let logprobs = self.release_logprobs(all);
-        self.send(Event::Delta(Delta { text, tokens: vec![sampled.id], logprobs }));
+        self.send(EngineEvent::Delta(Delta { text, tokens: vec![sampled.id], logprobs }));
         if let Some(reason) = reason {
             let usage = Usage {
                 prompt_tokens: self.options.prompt_tokens,
                 cached_tokens: self.cached_tokens,
                 completion_tokens: self.generated,
             };
-            self.send(Event::Finished { reason, usage });
+            self.send(EngineEvent::Finished { reason, usage });
         }
         Ok(reason)
     }
 
     /// Ends the answer with an error.
     pub fn fail(&self, message: &str) {
-        self.send(Event::Failed(message.to_owned()));
+        self.send(EngineEvent::Failed(message.to_owned()));
     }
 
-    fn send(&self, event: Event) {
+    fn send(&self, event: EngineEvent) {
         // A closed channel is a cancelled request: the worker sees it before the next step.
         let _ = self.events.try_send(event);
     }
@@ -204,12 +204,12 @@ mod tests {
         while let Some(event) = receiver.blocking_recv() {
             run.events += 1;
             match event {
-                Event::Delta(delta) => {
+                EngineEvent::Delta(delta) => {
                     run.text += &delta.text;
                     run.logprobs.extend(delta.logprobs);
                 }
-                Event::Finished { reason, .. } => run.reason = Some(reason),
-                Event::Failed(message) => panic!("{message}"),
+                EngineEvent::Finished { reason, .. } => run.reason = Some(reason),
+                EngineEvent::Failed(message) => panic!("{message}"),
             }
         }
         run

@@ -1,4 +1,4 @@
-//! The thread that owns the runner: takes jobs, asks the scheduler what to run, runs it, hands tokens to the outputs.
+//! The thread that owns the model: takes requests, asks the scheduler what to run, runs it, hands tokens to the outputs.
 //!
 //! Host and device overlap: while the device runs step k, the host plans and launches step k + 1, then waits for the tokens
 //! of step k and, while the device goes on, turns them into text. An answer that turns out to have ended in step k has a
@@ -8,7 +8,7 @@
 //! - it never waits for a client: every event channel has room for all the events of its answer;
 //! - it sleeps only when nothing waits, runs or is under way;
 //! - a step that fails, by an error or by a panic, ends the requests that are under way and no other;
-//! - after an error of the device the runner is made anew, once; requests that had not begun are kept.
+//! - after an error of the device the model is loaded anew, once; requests that had not begun are kept.
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -22,8 +22,8 @@ use tokio::sync::{Notify, OwnedSemaphorePermit};
 
 use super::choice::Choice;
 use super::metrics::{Metrics, PhaseLabel};
+use super::model::{GraphCounters, StepError, StepModel};
 use super::output::Output;
-use super::runner::{RunnerStats, StepError, StepRunner};
 use super::scheduler::{Scheduler, StepPlan};
 use super::sequence::{Sequence, SequenceId};
 
@@ -33,10 +33,10 @@ const FAILED_STEPS_MAX: u32 = 3;
 /// How long an idle worker sleeps before it looks whether it must stop.
 const IDLE_TICK: Duration = Duration::from_millis(200);
 
-/// An accepted request on its way to the worker.
+/// An accepted request: on its way to the worker, then in its hands until it ends.
 #[derive(Debug)]
-pub struct Job {
-    /// Token ids, at least one.
+pub struct Accepted {
+    /// Token ids, at least one; the worker moves them into the request's sequence.
     pub prompt: Vec<u32>,
     /// How tokens are chosen.
     pub sampling: SamplingParams,
@@ -47,9 +47,11 @@ pub struct Job {
     /// Where tokens go.
     pub output: Output,
     /// Its place in the queue, given back when it runs first.
-    pub slot: OwnedSemaphorePermit,
+    pub slot: Option<OwnedSemaphorePermit>,
     /// When it was accepted.
     pub arrived: Instant,
+    /// When its latest token was chosen; `None` before the first one.
+    pub last_token: Option<Instant>,
 }
 
 /// What the worker shares with the engine's handle.
@@ -62,7 +64,7 @@ pub struct Shared {
     /// Asks the worker to empty the prefix cache.
     pub flush_cache: AtomicBool,
     failure: Mutex<Option<String>>,
-    /// Held while a job is sent, so that none comes behind those that the end of the engine fails.
+    /// Held while a request is sent, so that none comes after those that the end of the engine fails.
     gave_up: RwLock<bool>,
     failed: Notify,
 }
@@ -78,13 +80,13 @@ impl Shared {
         *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = failure;
     }
 
-    /// Sends a job to the worker; `false` if there is none any more.
-    pub fn send(&self, jobs: &SyncSender<Job>, job: Job) -> bool {
+    /// Sends a request to the worker; `false` if there is none any more.
+    pub fn send(&self, worker: &SyncSender<Accepted>, request: Accepted) -> bool {
         let gave_up = self.gave_up.read().unwrap_or_else(PoisonError::into_inner);
-        !*gave_up && jobs.try_send(job).is_ok()
+        !*gave_up && worker.try_send(request).is_ok()
     }
 
-    /// Says that the engine will never serve again. No job is sent from now on.
+    /// Says that the engine will never serve again. No request is sent from now on.
     pub fn give_up(&self, why: String) {
         *self.gave_up.write().unwrap_or_else(PoisonError::into_inner) = true;
         self.set_failure(Some(why));
@@ -95,18 +97,6 @@ impl Shared {
     pub async fn given_up(&self) {
         self.failed.notified().await;
     }
-}
-
-/// A request that the worker has taken.
-#[derive(Debug)]
-struct Active {
-    sampling: SamplingParams,
-    choice: Choice,
-    top_logprobs: Option<usize>,
-    output: Output,
-    slot: Option<OwnedSemaphorePermit>,
-    arrived: Instant,
-    last_token: Option<Instant>,
 }
 
 /// A step on the device.
@@ -120,32 +110,32 @@ struct InFlight<P> {
 /// Why a worker ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Exit {
-    /// It was told to, or no more jobs can come.
+    /// It was told to, or no more requests can come.
     Stopped,
     /// The device is lost, and why.
     DeviceLost(String),
 }
 
-/// The requests of a worker, which outlive its runner.
+/// The requests of a worker, which outlive its model.
 #[derive(Debug)]
 pub struct Requests {
-    jobs: Receiver<Job>,
-    active: HashMap<SequenceId, Active>,
-    /// Those that had not begun when the runner was lost.
+    arriving: Receiver<Accepted>,
+    active: HashMap<SequenceId, Accepted>,
+    /// Those that had not begun when the model was lost.
     kept: Vec<Sequence>,
     next_id: u64,
 }
 
 impl Requests {
     /// Makes one that has nothing to do yet.
-    pub fn new(jobs: Receiver<Job>) -> Self {
-        Self { jobs, active: HashMap::new(), kept: Vec::new(), next_id: 0 }
+    pub fn new(arriving: Receiver<Accepted>) -> Self {
+        Self { arriving, active: HashMap::new(), kept: Vec::new(), next_id: 0 }
     }
 
     /// Ends every request, those that were not taken yet included.
     pub fn fail_all(&mut self, metrics: &Metrics, message: &str) {
-        let jobs = self.jobs.try_iter().map(|job| job.output);
-        for output in self.active.drain().map(|(_, active)| active.output).chain(jobs) {
+        let arriving = self.arriving.try_iter().map(|request| request.output);
+        for output in self.active.drain().map(|(_, active)| active.output).chain(arriving) {
             output.fail(message);
             metrics.count_finished("failed");
         }
@@ -154,33 +144,33 @@ impl Requests {
 
 /// The worker's state; [`Worker::run`] is its thread.
 #[derive(Debug)]
-pub struct Worker<'a, R: StepRunner> {
-    runner: R,
+pub struct Worker<'a, M: StepModel> {
+    model: M,
     scheduler: Scheduler,
     requests: &'a mut Requests,
     shared: Arc<Shared>,
-    in_flight: Option<InFlight<R::Pending>>,
-    /// What the metrics hold of what the runner did.
-    counted: RunnerStats,
+    in_flight: Option<InFlight<M::Pending>>,
+    /// What the metrics hold of what the model did.
+    counted: GraphCounters,
     /// When the device's last step was collected.
     last_step: Instant,
     failed_steps: u32,
 }
 
-impl<'a, R: StepRunner> Worker<'a, R> {
+impl<'a, M: StepModel> Worker<'a, M> {
     /// Makes a worker that goes on with the requests of the one before it.
-    pub fn new(runner: R, mut scheduler: Scheduler, requests: &'a mut Requests, shared: Arc<Shared>) -> Self {
+    pub fn new(model: M, mut scheduler: Scheduler, requests: &'a mut Requests, shared: Arc<Shared>) -> Self {
         shared.metrics.kv_pages.set(gauge(scheduler.cache().pool().num_pages()));
         requests.kept.drain(..).for_each(|sequence| scheduler.add(sequence));
-        let (counted, last_step) = (RunnerStats::default(), Instant::now());
-        Self { runner, scheduler, requests, shared, in_flight: None, counted, last_step, failed_steps: 0 }
+        let (counted, last_step) = (GraphCounters::default(), Instant::now());
+        Self { model, scheduler, requests, shared, in_flight: None, counted, last_step, failed_steps: 0 }
     }
 
     /// Works until every handle is gone and nothing is left, until it is told to stop, or until the device is lost.
     pub fn run(mut self) -> Exit {
         self.take_stats();
         while !self.shared.stop.load(Ordering::Relaxed) {
-            let open = self.take_jobs();
+            let open = self.take_arrived();
             self.reap_cancelled();
             if self.shared.flush_cache.swap(false, Ordering::Relaxed) {
                 let pages = self.scheduler.flush_cache();
@@ -217,32 +207,31 @@ impl<'a, R: StepRunner> Worker<'a, R> {
     }
 
     /// Takes what has arrived, waiting for it only when idle; `false` once no more can come.
-    fn take_jobs(&mut self) -> bool {
+    fn take_arrived(&mut self) -> bool {
         if self.scheduler.is_idle() && self.in_flight.is_none() {
             self.publish();
-            match self.requests.jobs.recv_timeout(IDLE_TICK) {
-                Ok(job) => self.accept(job),
+            match self.requests.arriving.recv_timeout(IDLE_TICK) {
+                Ok(request) => self.take(request),
                 Err(std::sync::mpsc::RecvTimeoutError::Timeout) => return true,
                 Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => return false,
             }
         }
         loop {
-            match self.requests.jobs.try_recv() {
-                Ok(job) => self.accept(job),
+            match self.requests.arriving.try_recv() {
+                Ok(request) => self.take(request),
                 Err(TryRecvError::Empty) => return true,
                 Err(TryRecvError::Disconnected) => return false,
             }
         }
     }
 
-    fn accept(&mut self, job: Job) {
+    fn take(&mut self, mut request: Accepted) {
         self.requests.next_id += 1;
-        let id = SequenceId(self.requests.next_id);
-        self.shared.metrics.prompt_tokens.inc_by(job.prompt.len() as u64);
-        self.scheduler.add(Sequence::new(id, job.prompt, job.output.max_tokens(), job.choice.waits_for_tokens()));
-        let Job { sampling, choice, top_logprobs, output, slot, arrived, .. } = job;
-        let active = Active { sampling, choice, top_logprobs, output, slot: Some(slot), arrived, last_token: None };
-        self.requests.active.insert(id, active);
+        let (id, prompt) = (SequenceId(self.requests.next_id), std::mem::take(&mut request.prompt));
+        self.shared.metrics.prompt_tokens.inc_by(prompt.len() as u64);
+        let (max_tokens, waits_for_tokens) = (request.output.max_tokens(), request.choice.waits_for_tokens());
+        self.scheduler.add(Sequence::new(id, prompt, max_tokens, waits_for_tokens));
+        self.requests.active.insert(id, request);
     }
 
     fn reap_cancelled(&mut self) {
@@ -250,7 +239,7 @@ impl<'a, R: StepRunner> Worker<'a, R> {
         let cancelled: Vec<SequenceId> =
             active.filter(|(_, active)| active.output.is_cancelled()).map(|(&id, _)| id).collect();
         for id in cancelled {
-            tracing::debug!(request = %id, "cancelled by the client");
+            tracing::debug!(sequence = %id, "cancelled by the client");
             self.end(id, "cancelled");
         }
     }
@@ -270,13 +259,13 @@ impl<'a, R: StepRunner> Worker<'a, R> {
         }
         metrics.preemptions.inc_by(plan.preempted.len() as u64);
         for id in &plan.preempted {
-            tracing::debug!(request = %id, "preempted: the KV cache is full");
+            tracing::debug!(sequence = %id, "preempted: the KV cache is full");
         }
     }
 
     /// Enqueues a step; nothing if it has no entries.
     #[allow(clippy::type_complexity)] // what happened, or to whom it did not
-    fn launch(&mut self, plan: StepPlan) -> Result<Option<InFlight<R::Pending>>, (StepPlan, StepError)> {
+    fn launch(&mut self, plan: StepPlan) -> Result<Option<InFlight<M::Pending>>, (StepPlan, StepError)> {
         if plan.entries.is_empty() {
             return Ok(None);
         }
@@ -290,7 +279,7 @@ impl<'a, R: StepRunner> Worker<'a, R> {
         }
     }
 
-    fn try_launch(&mut self, plan: &StepPlan) -> Result<R::Pending, StepError> {
+    fn try_launch(&mut self, plan: &StepPlan) -> Result<M::Pending, StepError> {
         let requests = &*self.requests;
         let mut inputs = Vec::with_capacity(plan.entries.len());
         for entry in &plan.entries {
@@ -312,15 +301,15 @@ impl<'a, R: StepRunner> Worker<'a, R> {
                 ..SequenceInput::new(tokens, entry.past_len, sequence.pages(), &active.sampling)
             });
         }
-        let runner = &mut self.runner;
-        caught(|| runner.launch(&inputs))
+        let model = &mut self.model;
+        caught(|| model.launch(&inputs))
     }
 
     /// Waits for a step and hands out what it chose. An error means that the device is lost.
-    fn collect(&mut self, step: InFlight<R::Pending>) -> Result<(), String> {
+    fn collect(&mut self, step: InFlight<M::Pending>) -> Result<(), String> {
         let InFlight { plan, pending, launched } = step;
-        let runner = &mut self.runner;
-        let sampled = caught(|| runner.collect(pending)).and_then(|sampled| match sampled.len() {
+        let model = &mut self.model;
+        let sampled = caught(|| model.collect(pending)).and_then(|sampled| match sampled.len() {
             len if len == plan.entries.len() => Ok(sampled),
             len => {
                 let message = format!("{len} tokens for {} sequences", plan.entries.len());
@@ -330,7 +319,7 @@ impl<'a, R: StepRunner> Worker<'a, R> {
         // A step begins on the device when it was launched, or when the one before it ended.
         let now = Instant::now();
         let took = now - launched.max(std::mem::replace(&mut self.last_step, now));
-        let phase = PhaseLabel { phase: plan.phase().as_str() };
+        let phase = PhaseLabel { phase: plan.kind().name() };
         self.shared.metrics.step_time.get_or_create(&phase).observe(took.as_secs_f64());
         self.take_stats();
         match sampled {
@@ -343,16 +332,16 @@ impl<'a, R: StepRunner> Worker<'a, R> {
         }
     }
 
-    /// Ends the requests that are under way: those of a step that failed, and those of the step behind it, which may have
+    /// Ends the requests that are under way: those of a step that failed, and those of the step after it, which may have
     /// read what it left. An error means that the device is lost.
     fn step_failed(&mut self, plan: &StepPlan, error: StepError) -> Result<(), String> {
         self.failed_steps += 1;
         self.shared.metrics.failed_steps.inc();
-        let phase = plan.phase().as_str();
+        let phase = plan.kind().name();
         tracing::error!(phase, requests = plan.entries.len(), error = error.message, "a step failed");
-        let behind = self.in_flight.take();
+        let after = self.in_flight.take();
         let message = format!("the {phase} step of this request failed: {}", error.message);
-        for entry in plan.entries.iter().chain(behind.iter().flat_map(|step| &step.plan.entries)) {
+        for entry in plan.entries.iter().chain(after.iter().flat_map(|step| &step.plan.entries)) {
             self.fail(entry.id, &message);
         }
         if error.is_device_lost || self.failed_steps >= FAILED_STEPS_MAX { Err(error.message) } else { Ok(()) }
@@ -407,7 +396,7 @@ impl<'a, R: StepRunner> Worker<'a, R> {
     }
 
     fn take_stats(&mut self) {
-        let stats = self.runner.stats();
+        let stats = self.model.stats();
         self.shared.metrics.take_stats(&stats, &self.counted);
         self.counted = stats;
     }
@@ -424,7 +413,7 @@ fn gauge(count: usize) -> i64 {
     i64::try_from(count).unwrap_or(i64::MAX)
 }
 
-/// Calls into a runner, which returns its stream and memory to use when a call unwinds; the thread outlives that.
+/// Calls into a model, which returns its stream and memory to use when a call unwinds; the thread outlives that.
 fn caught<T>(call: impl FnOnce() -> Result<T, StepError>) -> Result<T, StepError> {
     catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<&str>().copied();
@@ -448,7 +437,7 @@ mod tests {
     /// Loses its device at every step.
     struct Lost;
 
-    impl StepRunner for Lost {
+    impl StepModel for Lost {
         type Pending = ();
 
         fn launch(&mut self, _: &[SequenceInput<'_>]) -> Result<(), StepError> {
@@ -459,8 +448,8 @@ mod tests {
             Ok(Vec::new())
         }
 
-        fn stats(&self) -> RunnerStats {
-            RunnerStats::default()
+        fn stats(&self) -> GraphCounters {
+            GraphCounters::default()
         }
     }
 

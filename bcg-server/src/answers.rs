@@ -3,14 +3,14 @@
 //! Choices are numbered prompt by prompt, as in the OpenAI API: choice `p * n + i` is the `i`-th answer to prompt `p`. One
 //! that fails fails them all; dropping [`Answers`] cancels those that still run.
 
-use bcg_engine::{Event, EventStream, FinishReason, TokenLogprob, Usage};
+use bcg_engine::{EngineEvent, EventStream, FinishReason, TokenLogprob, Usage};
 use futures_util::StreamExt;
 use futures_util::stream::{self, BoxStream, SelectAll};
 
 use crate::error::ApiError;
 
 /// The events of all choices, as they come.
-pub(crate) struct Answers(SelectAll<BoxStream<'static, (usize, Event)>>);
+pub(crate) struct Answers(SelectAll<BoxStream<'static, (usize, EngineEvent)>>);
 
 impl std::fmt::Debug for Answers {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -29,7 +29,7 @@ impl Answers {
     }
 
     /// Waits for the next event of any choice; `None` after the last one of the last choice.
-    pub(crate) async fn next(&mut self) -> Option<(usize, Event)> {
+    pub(crate) async fn next(&mut self) -> Option<(usize, EngineEvent)> {
         self.0.next().await
     }
 }
@@ -53,16 +53,16 @@ impl Default for Answer {
 }
 
 impl Answer {
-    /// Takes the next event; [`Event::Failed`] changes nothing.
-    pub(crate) fn take(&mut self, event: Event) {
+    /// Takes the next event; [`EngineEvent::Failed`] changes nothing.
+    pub(crate) fn take(&mut self, event: EngineEvent) {
         match event {
-            Event::Delta(delta) => {
+            EngineEvent::Delta(delta) => {
                 self.text += &delta.text;
                 self.tokens.extend(delta.tokens);
                 self.logprobs.extend(delta.logprobs);
             }
-            Event::Finished { reason, usage } => (self.reason, self.usage) = (reason, usage),
-            Event::Failed(_) => {}
+            EngineEvent::Finished { reason, usage } => (self.reason, self.usage) = (reason, usage),
+            EngineEvent::Failed(_) => {}
         }
     }
 }
@@ -71,7 +71,7 @@ impl Answer {
 pub(crate) async fn collect(mut answers: Answers) -> Result<Vec<Answer>, ApiError> {
     let mut choices: Vec<Answer> = Vec::new();
     while let Some((index, event)) = answers.next().await {
-        if let Event::Failed(message) = event {
+        if let EngineEvent::Failed(message) = event {
             return Err(ApiError::Engine(message));
         }
         choices.resize(choices.len().max(index + 1), Answer::default());
@@ -111,7 +111,7 @@ mod tests {
     use bcg_engine::Delta;
     use tokio::sync::mpsc;
 
-    fn events(events: Vec<Event>) -> EventStream {
+    fn events(events: Vec<EngineEvent>) -> EventStream {
         let (sender, receiver) = mpsc::channel(8);
         for event in events {
             sender.try_send(event).expect("room");
@@ -119,13 +119,13 @@ mod tests {
         EventStream::new(receiver)
     }
 
-    fn text(text: &str) -> Event {
-        Event::Delta(Delta { text: text.into(), tokens: vec![1], logprobs: Vec::new() })
+    fn text(text: &str) -> EngineEvent {
+        EngineEvent::Delta(Delta { text: text.into(), tokens: vec![1], logprobs: Vec::new() })
     }
 
-    fn finished() -> Event {
+    fn finished() -> EngineEvent {
         let usage = Usage { prompt_tokens: 5, cached_tokens: 3, completion_tokens: 2 };
-        Event::Finished { reason: FinishReason::Stop, usage }
+        EngineEvent::Finished { reason: FinishReason::Stop, usage }
     }
 
     #[tokio::test]
@@ -139,7 +139,7 @@ mod tests {
     #[tokio::test]
     async fn one_failure_fails_all_and_cancels_the_rest() {
         let (sender, receiver) = mpsc::channel(8);
-        let streams = vec![EventStream::new(receiver), events(vec![text("a"), Event::Failed("lost".into())])];
+        let streams = vec![EventStream::new(receiver), events(vec![text("a"), EngineEvent::Failed("lost".into())])];
         let error = collect(Answers::new(streams)).await.expect_err("a failure");
         assert_eq!(error, ApiError::Engine("lost".into()));
         assert!(sender.is_closed());

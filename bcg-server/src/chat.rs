@@ -5,13 +5,15 @@ use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
 use axum::response::{IntoResponse, Response};
-use bcg_engine::{ChatMessage, Event, FinishReason, GenerationRequest, ModelInfo, Prompt, TokenLogprob, TokenText};
+use bcg_engine::{
+    ChatMessage, EngineEvent, FinishReason, GenerationRequest, ModelInfo, Prompt, TokenLogprob, TokenText,
+};
 use serde_json::{Value, json};
 
 use crate::App;
 use crate::answers::{Answer, TotalUsage, collect};
 use crate::error::ApiError;
-use crate::fields::Fields;
+use crate::fields::BodyFields;
 use crate::request::{AnswerShape, check_choices, generation, token_count};
 use crate::sse::{self, Chunks};
 use crate::tools::Tools;
@@ -25,7 +27,7 @@ const CHUNK: &str = "chat.completion.chunk";
 
 /// Answers a conversation, at once or in chunks.
 pub(crate) async fn create(State(app): State<App>, body: Result<Bytes, BytesRejection>) -> Result<Response, ApiError> {
-    let fields = Fields::parse(body, app.max_body_bytes)?;
+    let fields = BodyFields::parse(body, app.max_body_bytes)?;
     let shape = AnswerShape::read(&fields, &app, "chatcmpl")?;
     let tools = Tools::read(&fields)?;
     let request = read(&fields, app.engine.info(), &tools)?;
@@ -45,7 +47,7 @@ pub(crate) async fn create(State(app): State<App>, body: Result<Bytes, BytesReje
 }
 
 /// Turns the fields that say what the conversation is into a prompt.
-pub(crate) fn prompt(fields: &Fields, tools: &Tools) -> Result<Prompt, ApiError> {
+pub(crate) fn prompt(fields: &BodyFields, tools: &Tools) -> Result<Prompt, ApiError> {
     let messages: Vec<ChatMessage> = fields.require("messages")?;
     if messages.is_empty() {
         return Err(ApiError::invalid("messages", "`messages` needs at least one message."));
@@ -54,7 +56,7 @@ pub(crate) fn prompt(fields: &Fields, tools: &Tools) -> Result<Prompt, ApiError>
     Ok(Prompt::Chat { messages, tools: tools.for_template(), template_args })
 }
 
-fn read(fields: &Fields, info: &ModelInfo, tools: &Tools) -> Result<GenerationRequest, ApiError> {
+fn read(fields: &BodyFields, info: &ModelInfo, tools: &Tools) -> Result<GenerationRequest, ApiError> {
     let prompt = prompt(fields, tools)?;
     fields.refuse("functions", &[json!([])], "use `tools`")?;
     fields.refuse("function_call", &[json!("none")], "use `tool_choice`")?;
@@ -67,7 +69,7 @@ fn read(fields: &Fields, info: &ModelInfo, tools: &Tools) -> Result<GenerationRe
     Ok(request)
 }
 
-fn top_logprobs(fields: &Fields) -> Result<Option<usize>, ApiError> {
+fn top_logprobs(fields: &BodyFields) -> Result<Option<usize>, ApiError> {
     let wanted = fields.get::<bool>("logprobs")?.unwrap_or(false);
     let top = fields.number("top_logprobs", 0, TOP_LOGPROBS_MAX)?;
     if top.is_some() && !wanted {
@@ -142,9 +144,9 @@ impl Chunks for ChatChunks {
         (0..self.shape.n).map(|index| self.chunk(index, &delta, &[], None)).collect()
     }
 
-    fn chunks(&mut self, index: usize, event: Event) -> Vec<Value> {
+    fn chunks(&mut self, index: usize, event: EngineEvent) -> Vec<Value> {
         match event {
-            Event::Delta(delta) => {
+            EngineEvent::Delta(delta) => {
                 let pieces = match &mut self.parsers[index] {
                     Some(parser) => parser.push(&delta.text),
                     None if delta.text.is_empty() => Vec::new(),
@@ -152,7 +154,7 @@ impl Chunks for ChatChunks {
                 };
                 self.pieces(index, &pieces, &delta.logprobs)
             }
-            Event::Finished { reason, usage } => {
+            EngineEvent::Finished { reason, usage } => {
                 self.usage.add(index, usage);
                 let pieces = self.parsers[index].as_mut().map(CallParser::finish).unwrap_or_default();
                 let num_calls = self.parsers[index].as_ref().map_or(0, CallParser::num_calls);
@@ -160,7 +162,7 @@ impl Chunks for ChatChunks {
                 chunks.push(self.chunk(index, &json!({}), &[], Some(finish_reason(reason, num_calls))));
                 chunks
             }
-            Event::Failed(_) => Vec::new(),
+            EngineEvent::Failed(_) => Vec::new(),
         }
     }
 

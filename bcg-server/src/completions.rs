@@ -5,13 +5,13 @@ use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
 use axum::response::{IntoResponse, Response};
-use bcg_engine::{Delta, Event, GenerationRequest, ModelInfo, Prompt, TokenLogprob};
+use bcg_engine::{Delta, EngineEvent, GenerationRequest, ModelInfo, Prompt, TokenLogprob};
 use serde_json::{Map, Value, json};
 
 use crate::App;
 use crate::answers::{TotalUsage, collect};
 use crate::error::ApiError;
-use crate::fields::Fields;
+use crate::fields::BodyFields;
 use crate::request::{AnswerShape, check_choices, generation, token_count};
 use crate::sse::{self, Chunks};
 
@@ -25,7 +25,7 @@ const OBJECT: &str = "text_completion";
 
 /// Continues prompts, at once or in chunks.
 pub(crate) async fn create(State(app): State<App>, body: Result<Bytes, BytesRejection>) -> Result<Response, ApiError> {
-    let fields = Fields::parse(body, app.max_body_bytes)?;
+    let fields = BodyFields::parse(body, app.max_body_bytes)?;
     let shape = AnswerShape::read(&fields, &app, "cmpl")?;
     let requests = read(&fields, app.engine.info())?;
     check_choices("prompt", requests.len(), shape.n)?;
@@ -52,7 +52,7 @@ pub(crate) async fn create(State(app): State<App>, body: Result<Bytes, BytesReje
 }
 
 /// Reads one request for each prompt.
-fn read(fields: &Fields, info: &ModelInfo) -> Result<Vec<GenerationRequest>, ApiError> {
+fn read(fields: &BodyFields, info: &ModelInfo) -> Result<Vec<GenerationRequest>, ApiError> {
     fields.refuse("suffix", &[json!("")], "this model continues a text but does not fill it in, so leave it out")?;
     let prompts = prompts("prompt", fields.require("prompt")?)?;
     let top_logprobs = fields.number("logprobs", 0, LOGPROBS_MAX)?;
@@ -153,17 +153,19 @@ impl Chunks for CompletionChunks {
         echoes.filter(|(_, text)| !text.is_empty()).map(echo).collect()
     }
 
-    fn chunks(&mut self, index: usize, event: Event) -> Vec<Value> {
+    fn chunks(&mut self, index: usize, event: EngineEvent) -> Vec<Value> {
         match event {
-            Event::Delta(delta) if !self.shape.token_ids && delta.text.is_empty() && delta.logprobs.is_empty() => {
+            EngineEvent::Delta(delta)
+                if !self.shape.token_ids && delta.text.is_empty() && delta.logprobs.is_empty() =>
+            {
                 Vec::new()
             }
-            Event::Delta(delta) => vec![self.chunk(index, &delta, None)],
-            Event::Finished { reason, usage } => {
+            EngineEvent::Delta(delta) => vec![self.chunk(index, &delta, None)],
+            EngineEvent::Finished { reason, usage } => {
                 self.usage.add(index, usage);
                 vec![self.chunk(index, &Delta::default(), Some(reason.as_str()))]
             }
-            Event::Failed(_) => Vec::new(),
+            EngineEvent::Failed(_) => Vec::new(),
         }
     }
 

@@ -13,9 +13,9 @@ const QUOTED_CHARS_MAX: usize = 200;
 
 /// The fields of a JSON object body.
 #[derive(Debug, Clone)]
-pub(crate) struct Fields(Map<String, Value>);
+pub(crate) struct BodyFields(Map<String, Value>);
 
-impl Fields {
+impl BodyFields {
     /// Takes the fields of an object inside a body.
     pub(crate) fn nested(object: Map<String, Value>) -> Self {
         Self(object)
@@ -111,8 +111,8 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn fields(text: &'static str) -> Result<Fields, ApiError> {
-        Fields::parse(Ok(Bytes::from_static(text.as_bytes())), 100)
+    fn fields(text: &'static str) -> Result<BodyFields, ApiError> {
+        BodyFields::parse(Ok(Bytes::from_static(text.as_bytes())), 100)
     }
 
     #[test]

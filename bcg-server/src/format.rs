@@ -4,10 +4,10 @@ use bcg_engine::Grammar;
 use serde_json::{Map, Value};
 
 use crate::error::ApiError;
-use crate::fields::Fields;
+use crate::fields::BodyFields;
 
 /// Reads `response_format`, `regex` and vLLM's name for the latter; at most one of them.
-pub(crate) fn grammar(fields: &Fields) -> Result<Option<Grammar>, ApiError> {
+pub(crate) fn grammar(fields: &BodyFields) -> Result<Option<Grammar>, ApiError> {
     let regex =
         |name| Ok::<_, ApiError>(fields.get::<String>(name)?.filter(|pattern| !pattern.is_empty()).map(Grammar::Regex));
     let given = [response_format(fields)?, regex("regex")?, regex("guided_regex")?];
@@ -20,7 +20,7 @@ pub(crate) fn grammar(fields: &Fields) -> Result<Option<Grammar>, ApiError> {
     Ok(grammar)
 }
 
-fn response_format(fields: &Fields) -> Result<Option<Grammar>, ApiError> {
+fn response_format(fields: &BodyFields) -> Result<Option<Grammar>, ApiError> {
     const PARAM: &str = "response_format";
     let Some(format) = fields.get::<Map<String, Value>>(PARAM)? else { return Ok(None) };
     match format.get("type").and_then(Value::as_str) {
@@ -43,7 +43,7 @@ mod tests {
 
     fn read(body: Value) -> Result<Option<Grammar>, ApiError> {
         let Value::Object(body) = body else { panic!("an object") };
-        grammar(&Fields::nested(body))
+        grammar(&BodyFields::nested(body))
     }
 
     #[test]

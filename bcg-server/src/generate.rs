@@ -7,14 +7,14 @@ use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
 use axum::response::{IntoResponse, Response};
-use bcg_engine::{Event, FinishReason, GenerationRequest, Grammar, ModelInfo, Prompt, TokenLogprob};
+use bcg_engine::{EngineEvent, FinishReason, GenerationRequest, Grammar, ModelInfo, Prompt, TokenLogprob};
 use serde_json::{Map, Value, json};
 
 use crate::App;
 use crate::answers::{Answer, collect};
 use crate::completions::prompts;
 use crate::error::ApiError;
-use crate::fields::Fields;
+use crate::fields::BodyFields;
 use crate::request::{check_choices, generation, next_id, num_answers, token_count};
 use crate::sse::{self, Chunks};
 
@@ -36,8 +36,8 @@ const UNSUPPORTED: &[&str] = &[
 /// Continues prompts, at once or in chunks; each chunk has the whole text so far.
 pub(crate) async fn create(State(app): State<App>, body: Result<Bytes, BytesRejection>) -> Result<Response, ApiError> {
     let began = Instant::now();
-    let fields = Fields::parse(body, app.max_body_bytes)?;
-    let params = Fields::nested(fields.get::<Map<String, Value>>("sampling_params")?.unwrap_or_default());
+    let fields = BodyFields::parse(body, app.max_body_bytes)?;
+    let params = BodyFields::nested(fields.get::<Map<String, Value>>("sampling_params")?.unwrap_or_default());
     let stream = fields.get("stream")?.unwrap_or(false);
     let logprobs = logprobs(&fields)?;
     let n = num_answers(&params)?;
@@ -69,7 +69,7 @@ pub(crate) async fn create(State(app): State<App>, body: Result<Bytes, BytesReje
 }
 
 /// Reads `text` or `input_ids`, and whether it is a list of prompts.
-fn read_prompts(fields: &Fields) -> Result<(Vec<Prompt>, bool), ApiError> {
+fn read_prompts(fields: &BodyFields) -> Result<(Vec<Prompt>, bool), ApiError> {
     match (fields.get::<Value>("text")?, fields.get::<Value>("input_ids")?) {
         (Some(text), None) => {
             let is_batch = text.is_array();
@@ -84,8 +84,8 @@ fn read_prompts(fields: &Fields) -> Result<(Vec<Prompt>, bool), ApiError> {
 }
 
 fn read(
-    fields: &Fields,
-    params: &Fields,
+    fields: &BodyFields,
+    params: &BodyFields,
     info: &ModelInfo,
     prompts: Vec<Prompt>,
     logprobs: bool,
@@ -121,7 +121,7 @@ fn read(
 }
 
 /// SGLang takes a schema as text.
-fn json_schema(params: &Fields) -> Result<Option<Grammar>, ApiError> {
+fn json_schema(params: &BodyFields) -> Result<Option<Grammar>, ApiError> {
     let text = params.get::<String>("json_schema")?.filter(|text| !text.is_empty());
     let parse = |text: String| match serde_json::from_str(&text) {
         Ok(schema @ Value::Object(_)) => Ok(Grammar::JsonSchema(schema)),
@@ -131,7 +131,7 @@ fn json_schema(params: &Fields) -> Result<Option<Grammar>, ApiError> {
 }
 
 /// Whether log probabilities of the answer are wanted; those of the prompt and of other tokens are refused.
-fn logprobs(fields: &Fields) -> Result<bool, ApiError> {
+fn logprobs(fields: &BodyFields) -> Result<bool, ApiError> {
     let wanted = fields.get("return_logprob")?.unwrap_or(false);
     if wanted {
         let only_answer = "the prompt has no log probabilities, so leave it out or set it to -1";
@@ -193,9 +193,9 @@ impl Chunks for Cumulative {
         Vec::new()
     }
 
-    fn chunks(&mut self, index: usize, event: Event) -> Vec<Value> {
+    fn chunks(&mut self, index: usize, event: EngineEvent) -> Vec<Value> {
         let reason = match &event {
-            Event::Finished { reason, .. } => Some(*reason),
+            EngineEvent::Finished { reason, .. } => Some(*reason),
             _ => None,
         };
         let answer = &mut self.texts[index];

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use crate::App;
 use crate::error::ApiError;
-use crate::fields::Fields;
+use crate::fields::BodyFields;
 use crate::format;
 
 /// The most answers to one prompt, as in the OpenAI API.
@@ -41,7 +41,7 @@ pub(crate) struct AnswerShape {
 
 impl AnswerShape {
     /// Reads the shape and checks the model's name and the fields that no route supports.
-    pub(crate) fn read(fields: &Fields, app: &App, prefix: &str) -> Result<Self, ApiError> {
+    pub(crate) fn read(fields: &BodyFields, app: &App, prefix: &str) -> Result<Self, ApiError> {
         let info = app.engine.info();
         check_model(fields, info)?;
         let n = num_answers(fields)?;
@@ -100,7 +100,7 @@ impl AnswerShape {
 }
 
 /// Refuses a model that is not served; a request that names none means the one that is.
-pub(crate) fn check_model(fields: &Fields, info: &ModelInfo) -> Result<(), ApiError> {
+pub(crate) fn check_model(fields: &BodyFields, info: &ModelInfo) -> Result<(), ApiError> {
     match fields.get::<String>("model")? {
         Some(model) if model != info.name => Err(ApiError::ModelNotFound(model, info.name.clone())),
         _ => Ok(()),
@@ -121,7 +121,7 @@ pub(crate) fn random_hex() -> String {
 }
 
 /// Reads `n`; the engine keeps no answers that it does not return, so `best_of` is the same number.
-pub(crate) fn num_answers(fields: &Fields) -> Result<usize, ApiError> {
+pub(crate) fn num_answers(fields: &BodyFields) -> Result<usize, ApiError> {
     let n = fields.number("n", 1, N_MAX)?.unwrap_or(1);
     fields.refuse("best_of", &[json!(n)], "every answer is returned, so leave it out or set it to the value of `n`")?;
     Ok(n)
@@ -141,7 +141,7 @@ pub(crate) fn check_choices(param: &'static str, prompts: usize, n: usize) -> Re
 
 /// Reads what all routes ask of the engine. `top_logprobs` is read by the route, because the APIs differ.
 pub(crate) fn generation(
-    fields: &Fields,
+    fields: &BodyFields,
     info: &ModelInfo,
     prompt: Prompt,
     max_tokens: Option<usize>,
@@ -176,7 +176,7 @@ fn known_token(param: &'static str, id: u64, info: &ModelInfo) -> Result<u32, Ap
     })
 }
 
-fn stop_token_ids(fields: &Fields, info: &ModelInfo) -> Result<Vec<u32>, ApiError> {
+fn stop_token_ids(fields: &BodyFields, info: &ModelInfo) -> Result<Vec<u32>, ApiError> {
     const PARAM: &str = "stop_token_ids";
     let ids = fields.get::<Vec<u64>>(PARAM)?.unwrap_or_default();
     if ids.len() > STOP_TOKENS_MAX {
@@ -188,7 +188,7 @@ fn stop_token_ids(fields: &Fields, info: &ModelInfo) -> Result<Vec<u32>, ApiErro
     ids.into_iter().map(|id| known_token(PARAM, id, info)).collect()
 }
 
-fn logit_bias(fields: &Fields, info: &ModelInfo) -> Result<Vec<(u32, f32)>, ApiError> {
+fn logit_bias(fields: &BodyFields, info: &ModelInfo) -> Result<Vec<(u32, f32)>, ApiError> {
     const PARAM: &str = "logit_bias";
     let refuse = |what: &str| {
         let accepted = "give an object from token ids, as strings, to numbers between -100 and 100";
@@ -214,11 +214,11 @@ fn logit_bias(fields: &Fields, info: &ModelInfo) -> Result<Vec<(u32, f32)>, ApiE
 }
 
 /// Reads a token count that must be at least 1.
-pub(crate) fn token_count(fields: &Fields, name: &'static str) -> Result<Option<usize>, ApiError> {
+pub(crate) fn token_count(fields: &BodyFields, name: &'static str) -> Result<Option<usize>, ApiError> {
     fields.number::<usize>(name, 1, u32::MAX as usize)
 }
 
-fn sampling(fields: &Fields) -> Result<SamplingParams, ApiError> {
+fn sampling(fields: &BodyFields) -> Result<SamplingParams, ApiError> {
     let default = SamplingParams::default();
     let top_p = fields.number("top_p", 0.0_f32, 1.0)?.unwrap_or(default.top_p);
     let top_k = match fields.number::<i64>("top_k", -1, i64::from(u32::MAX))? {
@@ -238,12 +238,12 @@ fn sampling(fields: &Fields) -> Result<SamplingParams, ApiError> {
     Ok(sampling)
 }
 
-fn seed(fields: &Fields) -> Result<Option<u64>, ApiError> {
+fn seed(fields: &BodyFields) -> Result<Option<u64>, ApiError> {
     // OpenAI's seeds are signed; the bits are what matters.
     Ok(fields.get::<i64>("seed")?.map(i64::cast_unsigned))
 }
 
-fn stop_strings(fields: &Fields) -> Result<Vec<String>, ApiError> {
+fn stop_strings(fields: &BodyFields) -> Result<Vec<String>, ApiError> {
     let refuse = |what: &str| {
         ApiError::invalid("stop", format!("Invalid value for `stop`: {what}; give a string or up to 4 strings."))
     };
@@ -280,8 +280,8 @@ mod tests {
     use super::*;
     use axum::body::Bytes;
 
-    fn fields(value: &Value) -> Fields {
-        Fields::parse(Ok(Bytes::from(value.to_string())), 1000).expect("an object")
+    fn fields(value: &Value) -> BodyFields {
+        BodyFields::parse(Ok(Bytes::from(value.to_string())), 1000).expect("an object")
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use axum::response::sse::{Event as Frame, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use bcg_engine::Event;
+use bcg_engine::EngineEvent;
 use futures_util::stream;
 use serde_json::Value;
 
@@ -21,8 +21,8 @@ pub(crate) trait Chunks: Send + 'static {
     /// Returns what goes out before the first event.
     fn opening(&mut self) -> Vec<Value>;
 
-    /// Returns the chunks of one event of a choice. [`Event::Failed`] does not come here.
-    fn chunks(&mut self, index: usize, event: Event) -> Vec<Value>;
+    /// Returns the chunks of one event of a choice. [`EngineEvent::Failed`] does not come here.
+    fn chunks(&mut self, index: usize, event: EngineEvent) -> Vec<Value>;
 
     /// Returns what goes out when all choices are complete.
     fn closing(&mut self) -> Vec<Value>;
@@ -36,9 +36,9 @@ struct Stream<C> {
 }
 
 impl<C: Chunks> Stream<C> {
-    fn take(&mut self, event: Option<(usize, Event)>) {
+    fn take(&mut self, event: Option<(usize, EngineEvent)>) {
         match event {
-            Some((_, Event::Failed(message))) => {
+            Some((_, EngineEvent::Failed(message))) => {
                 self.ready.push_back(frame(&ApiError::Engine(message).body()));
                 self.end();
             }
@@ -94,9 +94,9 @@ mod tests {
             vec![json!({"open": true})]
         }
 
-        fn chunks(&mut self, _index: usize, event: Event) -> Vec<Value> {
+        fn chunks(&mut self, _index: usize, event: EngineEvent) -> Vec<Value> {
             match event {
-                Event::Delta(delta) => vec![json!({"text": delta.text})],
+                EngineEvent::Delta(delta) => vec![json!({"text": delta.text})],
                 _ => vec![json!({"end": true})],
             }
         }
@@ -106,7 +106,7 @@ mod tests {
         }
     }
 
-    async fn body(events: Vec<Event>) -> String {
+    async fn body(events: Vec<EngineEvent>) -> String {
         let (sender, receiver) = mpsc::channel(8);
         for event in events {
             sender.try_send(event).expect("room");
@@ -120,8 +120,8 @@ mod tests {
 
     #[tokio::test]
     async fn frames_are_data_lines_and_done_comes_last() {
-        let delta = Event::Delta(Delta { text: "a\nb".into(), ..Delta::default() });
-        let finished = Event::Finished { reason: FinishReason::Stop, usage: Usage::default() };
+        let delta = EngineEvent::Delta(Delta { text: "a\nb".into(), ..Delta::default() });
+        let finished = EngineEvent::Finished { reason: FinishReason::Stop, usage: Usage::default() };
         let expected = "data: {\"open\":true}\n\ndata: {\"text\":\"a\\nb\"}\n\ndata: {\"end\":true}\n\n\
                         data: {\"usage\":1}\n\ndata: [DONE]\n\n";
         assert_eq!(body(vec![delta, finished]).await, expected);
@@ -129,7 +129,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_failure_is_an_error_frame_and_the_stream_still_ends() {
-        let text = body(vec![Event::Failed("device lost".into())]).await;
+        let text = body(vec![EngineEvent::Failed("device lost".into())]).await;
         assert!(text.contains("\"message\":\"device lost\""), "{text}");
         assert!(text.ends_with("data: [DONE]\n\n"));
     }

@@ -11,7 +11,7 @@ use crate::App;
 use crate::chat;
 use crate::completions::prompts;
 use crate::error::ApiError;
-use crate::fields::Fields;
+use crate::fields::BodyFields;
 use crate::request::check_model;
 use crate::tools::Tools;
 
@@ -20,7 +20,7 @@ pub(crate) async fn encode(
     State(app): State<App>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Json<Value>, ApiError> {
-    let fields = Fields::parse(body, app.max_body_bytes)?;
+    let fields = BodyFields::parse(body, app.max_body_bytes)?;
     check_model(&fields, app.engine.info())?;
     let add_special = fields.get("add_special_tokens")?.unwrap_or(true);
     let spell = fields.get("return_token_strs")?.unwrap_or(false);
@@ -65,7 +65,7 @@ pub(crate) async fn decode(
     State(app): State<App>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Json<Value>, ApiError> {
-    let fields = Fields::parse(body, app.max_body_bytes)?;
+    let fields = BodyFields::parse(body, app.max_body_bytes)?;
     check_model(&fields, app.engine.info())?;
     let skip_special = fields.get("skip_special_tokens")?.unwrap_or(true);
     let tokens = fields.require::<Value>("tokens")?;

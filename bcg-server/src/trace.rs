@@ -15,7 +15,7 @@ use axum::extract::Request;
 use axum::http::uri::InvalidUri;
 use axum::http::{Response, Uri};
 use bcg_engine::one_line;
-use bcg_engine::{Event, EventStream};
+use bcg_engine::{EngineEvent, EventStream};
 use http_body_util::{BodyExt, Full, Limited};
 use opentelemetry::propagation::TextMapPropagator;
 use opentelemetry::trace::{Span, SpanKind, Status, Tracer as _, TracerProvider};
@@ -174,18 +174,18 @@ struct Open {
 
 impl RequestSpan {
     /// Notes what an event says. One request may have several answers.
-    fn see(&self, event: &Event) {
+    fn see(&self, event: &EngineEvent) {
         let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match event {
-            Event::Delta(_) => {
+            EngineEvent::Delta(_) => {
                 let since = open.began.elapsed();
                 open.first_token.get_or_insert(since);
             }
-            Event::Finished { usage, .. } => {
+            EngineEvent::Finished { usage, .. } => {
                 open.input_tokens = usage.prompt_tokens;
                 open.output_tokens += usage.completion_tokens;
             }
-            Event::Failed(message) => open.failure = Some(message.clone()),
+            EngineEvent::Failed(message) => open.failure = Some(message.clone()),
         }
     }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use bcg_engine::local::LocalEngine;
-use bcg_engine::{Engine, EngineOptions, Event, EventStream, GenerationRequest, Prompt, load};
+use bcg_engine::{Engine, EngineEvent, EngineOptions, EventStream, GenerationRequest, Prompt, load};
 use bcg_runtime::KernelRun;
 use clap::Args;
 
@@ -88,9 +88,9 @@ fn submit(engine: &LocalEngine, input_len: usize, at: usize) -> Result<EventStre
 
 fn first_token(stream: &mut EventStream) -> Result<()> {
     match stream.next_blocking() {
-        Some(Event::Delta(_)) => Ok(()),
-        Some(Event::Failed(message)) => bail!("a request failed: {message}"),
-        Some(Event::Finished { .. }) | None => bail!("--input-len: leaves no room for an answer; lower it"),
+        Some(EngineEvent::Delta(_)) => Ok(()),
+        Some(EngineEvent::Failed(message)) => bail!("a request failed: {message}"),
+        Some(EngineEvent::Finished { .. }) | None => bail!("--input-len: leaves no room for an answer; lower it"),
     }
 }
 

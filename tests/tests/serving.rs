@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use bcg_cli::args::ServerArgs;
 use bcg_engine::local::LocalEngine;
 use bcg_engine::metrics::PhaseLabel;
-use bcg_engine::{Engine, Event, EventStream, GenerationRequest, Prompt, load};
+use bcg_engine::{Engine, EngineEvent, EventStream, GenerationRequest, Prompt, load};
 use clap::Parser;
 use serde_json::Value;
 
@@ -47,9 +47,9 @@ fn tokens(mut stream: EventStream) -> Vec<u32> {
     let mut tokens = Vec::new();
     loop {
         match stream.next_blocking().expect("a last event") {
-            Event::Delta(delta) => tokens.extend(delta.tokens),
-            Event::Finished { .. } => return tokens,
-            Event::Failed(message) => panic!("{message}"),
+            EngineEvent::Delta(delta) => tokens.extend(delta.tokens),
+            EngineEvent::Finished { .. } => return tokens,
+            EngineEvent::Failed(message) => panic!("{message}"),
         }
     }
 }

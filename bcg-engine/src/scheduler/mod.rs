@@ -34,7 +34,7 @@ pub struct Limits {
 
 /// What kind of step runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Phase {
+pub enum PlanKind {
     /// Prompts, or parts of them.
     Prefill,
     /// Prompts beside newest tokens.
@@ -43,9 +43,9 @@ pub enum Phase {
     Decode,
 }
 
-impl Phase {
-    /// Returns the phase's name in logs and metrics.
-    pub fn as_str(self) -> &'static str {
+impl PlanKind {
+    /// Returns the kind's name in logs and metrics.
+    pub fn name(self) -> &'static str {
         match self {
             Self::Prefill => "prefill",
             Self::Mixed => "mixed",
@@ -87,12 +87,12 @@ impl StepPlan {
     }
 
     /// Returns what kind of step it is.
-    pub fn phase(&self) -> Phase {
+    pub fn kind(&self) -> PlanKind {
         let decodes = self.entries.iter().filter(|entry| entry.num_tokens == 1).count();
         match decodes {
-            0 => Phase::Prefill,
-            all if all == self.entries.len() => Phase::Decode,
-            _ => Phase::Mixed,
+            0 => PlanKind::Prefill,
+            all if all == self.entries.len() => PlanKind::Decode,
+            _ => PlanKind::Mixed,
         }
     }
 }

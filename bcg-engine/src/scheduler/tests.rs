@@ -35,14 +35,14 @@ fn prompts_run_beside_the_decodes_of_others() {
     scheduler.add(sequence(1, 3));
     scheduler.add(sequence(2, 5));
     let first = step(&mut scheduler).expect("work");
-    assert_eq!((first.phase(), ids(&first), first.num_tokens()), (Phase::Prefill, vec![1, 2], 8));
+    assert_eq!((first.kind(), ids(&first), first.num_tokens()), (PlanKind::Prefill, vec![1, 2], 8));
     scheduler.add(sequence(3, 20));
     let second = step(&mut scheduler).expect("work");
-    assert_eq!((second.phase(), ids(&second), second.num_tokens()), (Phase::Mixed, vec![1, 2, 3], 16));
+    assert_eq!((second.kind(), ids(&second), second.num_tokens()), (PlanKind::Mixed, vec![1, 2, 3], 16));
     let third = step(&mut scheduler).expect("work");
     assert_eq!((ids(&third), third.num_tokens()), (vec![1, 2, 3], 8), "the rest of the prompt");
     let fourth = step(&mut scheduler).expect("work");
-    assert_eq!((fourth.phase(), fourth.num_tokens()), (Phase::Decode, 3));
+    assert_eq!((fourth.kind(), fourth.num_tokens()), (PlanKind::Decode, 3));
 }
 
 #[test]
@@ -52,7 +52,7 @@ fn a_long_prompt_is_prefilled_in_chunks_and_samples_once() {
     let first = step(&mut scheduler).expect("work");
     assert_eq!((first.entries[0].num_tokens, first.entries[0].samples), (16, false));
     let second = step(&mut scheduler).expect("work");
-    assert_eq!((second.phase(), second.entries[0].num_tokens, second.entries[0].samples), (Phase::Prefill, 4, true));
+    assert_eq!((second.kind(), second.entries[0].num_tokens, second.entries[0].samples), (PlanKind::Prefill, 4, true));
     assert_eq!(scheduler.running(SequenceId(1)).expect("runs").generated(), [7]);
 }
 

@@ -35,14 +35,22 @@ impl Default for GenerateOptions {
 }
 
 /// Why an answer ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum FinishReason {
-    /// The model ended it.
-    EndOfSequence,
-    /// `max_new_tokens` or the context is used up.
+    /// The model ended it with a token that ends texts, or whoever reads the tokens did: a stop string, the callback.
+    Stop,
+    /// The most tokens that it may have or the context is used up.
     Length,
-    /// The callback stopped it.
-    Callback,
+}
+
+impl FinishReason {
+    /// Returns OpenAI's word for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+        }
+    }
 }
 
 /// An answer.
@@ -88,12 +96,12 @@ impl ModelRunner {
         let limit = options.max_new_tokens.min(room);
         while answer.tokens.len() < limit {
             if !options.ignore_eos && self.config.eos_token_ids.contains(&token.id) {
-                answer.finish = FinishReason::EndOfSequence;
+                answer.finish = FinishReason::Stop;
                 break;
             }
             answer.tokens.push(token.id);
             if on_token(&token).is_break() {
-                answer.finish = FinishReason::Callback;
+                answer.finish = FinishReason::Stop;
                 break;
             }
             if answer.tokens.len() < limit {

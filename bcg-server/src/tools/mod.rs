@@ -15,7 +15,7 @@ use bcg_engine::{Grammar, guide};
 use serde_json::{Map, Value, json};
 
 use self::calls::CallParser;
-use super::fields::Fields;
+use super::fields::BodyFields;
 use crate::error::ApiError;
 
 pub(super) mod calls;
@@ -57,7 +57,7 @@ enum Choice {
 
 impl Tools {
     /// Reads `tools`, `tool_choice` and `parallel_tool_calls`.
-    pub(super) fn read(fields: &Fields) -> Result<Self, ApiError> {
+    pub(super) fn read(fields: &BodyFields) -> Result<Self, ApiError> {
         let json = fields.get::<Vec<Value>>("tools")?.unwrap_or_default();
         if json.len() > TOOLS_MAX {
             let message = format!("`tools` may have {TOOLS_MAX} functions, got {}.", json.len());
@@ -147,7 +147,7 @@ fn is_name(name: &str) -> bool {
         && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-".contains(&byte))
 }
 
-fn choice(fields: &Fields, functions: &[Function]) -> Result<Choice, ApiError> {
+fn choice(fields: &BodyFields, functions: &[Function]) -> Result<Choice, ApiError> {
     const PARAM: &str = "tool_choice";
     let named = |object: &Map<String, Value>| {
         let function = object.get("function").filter(|_| object.get("type") == Some(&json!("function")));
@@ -187,7 +187,7 @@ mod tests {
 
     fn read(body: Value) -> Result<Tools, ApiError> {
         let Value::Object(body) = body else { panic!("an object") };
-        Tools::read(&Fields::nested(body))
+        Tools::read(&BodyFields::nested(body))
     }
 
     fn tools(names: &[&str]) -> Value {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bcg_engine::Metrics;
 use bcg_engine::{
-    Delta, Engine, Event, EventStream, FinishReason, GenerationRequest, Health, ModelInfo, Prompt, SubmitError,
+    Delta, Engine, EngineEvent, EventStream, FinishReason, GenerationRequest, Health, ModelInfo, Prompt, SubmitError,
     TokenLogprob, TokenText, Usage,
 };
 use bcg_server::{HttpOptions, serve};
@@ -48,8 +48,8 @@ impl Engine for Echo {
         let usage = Usage { prompt_tokens: tokens.len(), cached_tokens: 0, completion_tokens: 1 };
         let (sender, receiver) = mpsc::channel(2);
         let events = [
-            Event::Delta(Delta { text, tokens: vec![1], logprobs }),
-            Event::Finished { reason: FinishReason::Stop, usage },
+            EngineEvent::Delta(Delta { text, tokens: vec![1], logprobs }),
+            EngineEvent::Finished { reason: FinishReason::Stop, usage },
         ];
         events.into_iter().for_each(|event| sender.try_send(event).expect("room for two"));
         Ok(EventStream::new(receiver))

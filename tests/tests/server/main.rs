@@ -12,7 +12,7 @@ use std::net::TcpStream;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use bcg_engine::{Delta, Engine, Event, Health, SubmitError, TokenLogprob, TokenText};
+use bcg_engine::{Delta, Engine, EngineEvent, Health, SubmitError, TokenLogprob, TokenText};
 use bcg_server::HttpOptions;
 use serde_json::{Value, json};
 
@@ -86,7 +86,7 @@ fn a_completion_streams_text_and_log_probabilities() {
     let token = TokenText { text: "a".into(), logprob: -0.5 };
     let top = vec![token.clone(), TokenText { text: "b".into(), logprob: -1.5 }];
     let logprobs = vec![TokenLogprob { token, top, text_offset: 0 }];
-    let delta = Event::Delta(Delta { text: "a".into(), tokens: vec![1], logprobs });
+    let delta = EngineEvent::Delta(Delta { text: "a".into(), tokens: vec![1], logprobs });
     let mut events = answer(&[]);
     events.insert(0, delta);
     let (server, engine) = Server::scripted(vec![Script::Answer(events.clone()), Script::Answer(events)]);
@@ -103,7 +103,7 @@ fn a_completion_streams_text_and_log_probabilities() {
 
 #[test]
 fn a_failure_in_a_stream_is_an_error_frame() {
-    let events = || vec![text("a"), Event::Failed("device lost".into())];
+    let events = || vec![text("a"), EngineEvent::Failed("device lost".into())];
     let (server, _) = Server::scripted(vec![Script::Answer(events()), Script::Answer(events())]);
     let frames = server.post("/v1/chat/completions", &chat(&json!({"stream": true}))).frames();
     assert_eq!(frames.last().expect("a frame")["error"]["message"], "device lost");

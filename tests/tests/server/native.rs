@@ -2,7 +2,9 @@
 
 use std::sync::atomic::Ordering;
 
-use bcg_engine::{Delta, Engine, Event, FinishReason, Grammar, Prompt, SubmitError, TokenLogprob, TokenText, Usage};
+use bcg_engine::{
+    Delta, Engine, EngineEvent, FinishReason, Grammar, Prompt, SubmitError, TokenLogprob, TokenText, Usage,
+};
 use serde_json::{Value, json};
 
 use crate::client::Server;
@@ -62,9 +64,9 @@ fn generate_reports_log_probabilities_of_the_answer() {
     let logprobs = vec![TokenLogprob { token, top: Vec::new(), text_offset: 0 }];
     let usage = Usage { prompt_tokens: 1, cached_tokens: 0, completion_tokens: 2 };
     let events = vec![
-        Event::Delta(Delta { text: "a".into(), tokens: vec![7], logprobs }),
-        Event::Delta(Delta { tokens: vec![2], ..Delta::default() }),
-        Event::Finished { reason: FinishReason::Length, usage },
+        EngineEvent::Delta(Delta { text: "a".into(), tokens: vec![7], logprobs }),
+        EngineEvent::Delta(Delta { tokens: vec![2], ..Delta::default() }),
+        EngineEvent::Finished { reason: FinishReason::Length, usage },
     ];
     let (server, _) = Server::scripted(vec![Script::Answer(events)]);
     let meta = server.post("/generate", &json!({"text": "x", "return_logprob": true})).json()["meta_info"].clone();
@@ -140,7 +142,7 @@ fn the_server_tells_of_itself() {
 
 #[test]
 fn health_generate_asks_the_engine_for_a_token() {
-    let failed = Script::Answer(vec![text("a"), Event::Failed("device lost".into())]);
+    let failed = Script::Answer(vec![text("a"), EngineEvent::Failed("device lost".into())]);
     let full = Script::Refuse(SubmitError::QueueFull { max_queued_requests: 1 });
     let (server, engine) = Server::scripted(vec![Script::Answer(answer(&["a"])), failed, full]);
     assert_eq!(server.get("/health_generate").status, 200);

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use bcg_engine::Metrics;
 use bcg_engine::{
-    Delta, Engine, Event, EventStream, FinishReason, GenerationRequest, Health, ModelInfo, Prompt, SubmitError, Usage,
+    Delta, Engine, EngineEvent, EventStream, FinishReason, GenerationRequest, Health, ModelInfo, Prompt, SubmitError,
+    Usage,
 };
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
@@ -15,7 +16,7 @@ use tokio::sync::mpsc;
 #[derive(Clone)]
 pub(crate) enum Script {
     /// Sends these events.
-    Answer(Vec<Event>),
+    Answer(Vec<EngineEvent>),
     /// Sends one piece of text and then nothing until the client leaves.
     Hang,
     /// Sends one piece of text now and the rest after a while.
@@ -139,13 +140,13 @@ impl Engine for Scripted {
     }
 }
 
-pub(crate) fn text(text: &str) -> Event {
-    Event::Delta(Delta { text: text.into(), tokens: vec![1], logprobs: Vec::new() })
+pub(crate) fn text(text: &str) -> EngineEvent {
+    EngineEvent::Delta(Delta { text: text.into(), tokens: vec![1], logprobs: Vec::new() })
 }
 
-pub(crate) fn answer(pieces: &[&str]) -> Vec<Event> {
-    let mut events: Vec<Event> = pieces.iter().map(|piece| text(piece)).collect();
+pub(crate) fn answer(pieces: &[&str]) -> Vec<EngineEvent> {
+    let mut events: Vec<EngineEvent> = pieces.iter().map(|piece| text(piece)).collect();
     let usage = Usage { prompt_tokens: 3, cached_tokens: 1, completion_tokens: pieces.len() };
-    events.push(Event::Finished { reason: FinishReason::Stop, usage });
+    events.push(EngineEvent::Finished { reason: FinishReason::Stop, usage });
     events
 }

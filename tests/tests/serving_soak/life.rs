@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use bcg_engine::local::{LocalEngine, LocalOptions};
 use bcg_engine::metrics::{Metrics, ReasonLabel};
+use bcg_engine::model::{GraphCounters, StepError, StepModel};
 use bcg_engine::prefix_cache::PrefixCache;
-use bcg_engine::runner::{RunnerStats, StepError, StepRunner};
 use bcg_engine::scheduler::{Limits, Scheduler};
 use bcg_engine::{Engine, EventStream, GenerationRequest, Health, ModelInfo, Prompt, SubmitError};
 use bcg_models::state::PagePool;
@@ -96,23 +96,23 @@ struct Flaky {
     faults: Arc<StepFaults>,
 }
 
-impl StepRunner for Flaky {
-    type Pending = <ModelRunner as StepRunner>::Pending;
+impl StepModel for Flaky {
+    type Pending = <ModelRunner as StepModel>::Pending;
 
     fn launch(&mut self, batch: &[SequenceInput<'_>]) -> Result<Self::Pending, StepError> {
         strike(&self.faults.launch)?;
-        StepRunner::launch(&mut self.runner, batch)
+        StepModel::launch(&mut self.runner, batch)
     }
 
     fn collect(&mut self, step: Self::Pending) -> Result<Vec<SampledToken>, StepError> {
-        let collected = StepRunner::collect(&mut self.runner, step);
+        let collected = StepModel::collect(&mut self.runner, step);
         strike(&self.faults.collect)?;
         self.faults.num_steps.fetch_add(u64::from(collected.is_ok()), Ordering::Relaxed);
         collected
     }
 
-    fn stats(&self) -> RunnerStats {
-        StepRunner::stats(&self.runner)
+    fn stats(&self) -> GraphCounters {
+        StepModel::stats(&self.runner)
     }
 }
 

@@ -1,15 +1,15 @@
 //! What the worker needs of a model: run a step, say how it went.
 //!
-//! [`StepRunner`] is implemented for [`ModelRunner`] here, and by fakes in tests, so that batching, cancelling and
+//! [`StepModel`] is implemented for [`ModelRunner`] here, and by fakes in tests, so that batching, cancelling and
 //! failing are tested without a model.
 
 use bcg_models::{ModelRunner, PendingStep, SampledToken, SequenceInput};
 
 use super::one_line;
 
-/// What a runner did since it was made, and what its graphs take.
+/// What the graphs of a model did since it was made, and what its graphs take.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct RunnerStats {
+pub struct GraphCounters {
     /// Forwards that replayed a graph.
     pub replays: u64,
     /// Replays that were, at least in part, launched segment by segment, by reason.
@@ -29,19 +29,19 @@ pub struct RunnerStats {
 pub struct StepError {
     /// One line.
     pub message: String,
-    /// Whether the device is to blame: then no later step can be trusted, and the runner must be made anew.
+    /// Whether the device is to blame: then no later step can be trusted, and the model must be loaded anew.
     pub is_device_lost: bool,
 }
 
 /// Runs steps of a model. Lives on the worker's thread.
-pub trait StepRunner {
+pub trait StepModel {
     /// A step that was launched and not collected.
     type Pending;
 
     /// Enqueues one step. It may be launched before the step before it is collected.
     ///
     /// # Errors
-    /// [`StepError`]; unless the device is lost, the runner must be usable afterwards.
+    /// [`StepError`]; unless the device is lost, the model must be usable afterwards.
     fn launch(&mut self, batch: &[SequenceInput<'_>]) -> Result<Self::Pending, StepError>;
 
     /// Waits for a step and returns one token for each sequence, in order.
@@ -51,10 +51,10 @@ pub trait StepRunner {
     fn collect(&mut self, step: Self::Pending) -> Result<Vec<SampledToken>, StepError>;
 
     /// Returns the counters.
-    fn stats(&self) -> RunnerStats;
+    fn stats(&self) -> GraphCounters;
 }
 
-impl StepRunner for ModelRunner {
+impl StepModel for ModelRunner {
     type Pending = PendingStep;
 
     fn launch(&mut self, batch: &[SequenceInput<'_>]) -> Result<PendingStep, StepError> {
@@ -65,9 +65,9 @@ impl StepRunner for ModelRunner {
         Self::collect(self, step).map(|output| output.tokens).map_err(|error| step_error(&error))
     }
 
-    fn stats(&self) -> RunnerStats {
+    fn stats(&self) -> GraphCounters {
         let stats = Self::stats(self);
-        RunnerStats {
+        GraphCounters {
             replays: stats.num_replays,
             chained: stats.chained.iter().map(|(reason, &count)| (reason.name(), count)).collect(),
             captures: stats.num_captures,
