@@ -42,7 +42,7 @@ pub fn measure(engine: &EngineOptions, args: &ReplayArgs) -> Result<Report> {
     let rounds = args.rounds.rounds()?;
     let mut options = with_graphs(engine, &args.sizes, &[1]);
     let context = largest + 2 * PREFIX;
-    make_room(&mut options, largest, context, 8 * context);
+    make_room(&mut options, largest, context, 13 * context);
     let model = load::folder_name(&options.model);
     let mut runner = load::load_runner(&options, &mut LoadBar::show())?;
     let mut report = Report::new(Environment::read(runner.device().name()));
