@@ -1,23 +1,17 @@
 //! A breakable CUDA graph: segments and breaks, in order.
 
 use std::fmt;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use crate::capture::recorder::{CaptureGuard, Recorder};
+use crate::capture::context::Forward;
+use crate::capture::freeze::Claims;
 use crate::capture::step::Step;
-use crate::device::PinnedBuffer;
+use crate::capture::writer::{CaptureGuard, TapeWriter};
 use crate::error::catch_panic;
-use crate::freeze::Claims;
-use crate::generation::Stamp;
-use crate::replay::heal::Healer;
-use crate::replay::record::Span;
-use crate::replay::{self, ReplayMode, ReplayPath, record, verify};
-use crate::tensor::PersistentBuffer;
-use crate::{BlockLifetime, Context, Error, Freeze, LiveBatch, OpStream, Result, Runner, Timeline, timeline};
-
-/// The forward that a graph captures.
-pub(crate) type Forward<L, O> = dyn Fn(&mut Context<'_, L>) -> Result<O> + Send + Sync;
+use crate::replay::tape::{self, Tape};
+use crate::replay::{self, ReplayPath, verify};
+use crate::stream::work_list;
+use crate::{Context, Description, Error, Freeze, LiveBatch, OpStream, Result, Runner, Timeline, timeline};
 
 /// How a graph captures and replays.
 ///
@@ -78,22 +72,7 @@ pub struct BreakableCudaGraph<L: LiveBatch, O: Freeze> {
 /// What a successful capture keeps.
 pub(crate) struct Captured<L, O: Freeze> {
     pub(crate) forward: Box<Forward<L, O>>,
-    pub(crate) recording: Box<Recording<L, O>>,
-}
-
-/// Steps and what they point at. Field order is teardown order: executables before the memory they use.
-pub(crate) struct Recording<L, O: Freeze> {
-    pub(crate) healer: Healer,
-    pub(crate) steps: Vec<Step<L>>,
-    pub(crate) output: O::Frozen,
-    pub(crate) stamps: Vec<Stamp>,
-    pub(crate) extent_bytes: usize,
-    pub(crate) blocks: Vec<BlockLifetime>,
-    /// The stream whose arena the addresses belong to.
-    pub(crate) arena: crate::arena::Arena,
-    pub(crate) capture_time: Duration,
-    _retained: Vec<Arc<PersistentBuffer>>,
-    _pinned: Vec<Arc<PinnedBuffer>>,
+    pub(crate) tape: Box<Tape<L, O>>,
 }
 
 impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
@@ -129,8 +108,8 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
         self.captured = Err("its last capture failed");
         let span = tracing::info_span!("capture", graph = %self.name);
         let _entered = span.enter();
-        let (recording, output) = record(runner.stream_mut(), live, self.options, &forward, false)?;
-        self.captured = Ok(Captured { forward: Box::new(forward), recording: Box::new(recording) });
+        let (tape, output) = capture(runner.stream_mut(), live, self.options, &forward, false)?;
+        self.captured = Ok(Captured { forward: Box::new(forward), tape: Box::new(tape) });
         Ok(output)
     }
 
@@ -164,14 +143,14 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
         self.captured = Err("its last capture failed");
         let span = tracing::info_span!("capture", graph = %self.name);
         let _entered = span.enter();
-        let recorded = match record(runner.stream_mut(), live, self.options, &forward, true) {
+        let taped = match capture(runner.stream_mut(), live, self.options, &forward, true) {
             Err(error @ Error::NeedsRun { .. }) => {
                 tracing::debug!(%error, "captured with a run");
-                record(runner.stream_mut(), live, self.options, &forward, false)
+                capture(runner.stream_mut(), live, self.options, &forward, false)
             }
-            recorded => recorded,
+            taped => taped,
         };
-        self.captured = Ok(Captured { forward: Box::new(forward), recording: Box::new(recorded?.0) });
+        self.captured = Ok(Captured { forward: Box::new(forward), tape: Box::new(taped?.0) });
         Ok(())
     }
 
@@ -182,9 +161,9 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
     /// replaced; [`Error::Break`] or [`Error::Segment`] for what fails on the way. After an error there is no output.
     pub fn replay(&mut self, runner: &mut Runner, live: &L) -> Result<O> {
         let captured = Self::captured(&mut self.captured, &self.name)?;
-        let recording = &mut captured.recording;
-        check_arena(&self.name, &recording.arena, runner)?;
-        let (output, path) = replay::replay(recording, runner.stream_mut(), live)?;
+        let tape = &mut captured.tape;
+        check_arena(&self.name, &tape.arena, runner)?;
+        let (output, path) = replay::replay(tape, runner.stream_mut(), live)?;
         self.last_replay = Some(path);
         Ok(output)
     }
@@ -196,9 +175,9 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
     /// # Errors
     /// [`Error::Mismatch`] naming the first segment or output that differs; those of both runs.
     pub fn replay_verified(&mut self, runner: &mut Runner, live: &L) -> Result<O> {
-        let Captured { forward, recording } = Self::captured(&mut self.captured, &self.name)?;
-        check_arena(&self.name, &recording.arena, runner)?;
-        let (output, path) = verify::replay(&self.name, forward, recording, runner, live)?;
+        let Captured { forward, tape } = Self::captured(&mut self.captured, &self.name)?;
+        check_arena(&self.name, &tape.arena, runner)?;
+        let (output, path) = verify::replay(&self.name, forward, tape, runner, live)?;
         self.last_replay = Some(path);
         Ok(output)
     }
@@ -211,7 +190,7 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
     /// Returns the nodes of all executables that are there now: what the graph takes of the device is proportional.
     pub(crate) fn num_exec_nodes(&self) -> usize {
         match &self.captured {
-            Ok(Captured { recording, .. }) => recording.num_exec_nodes(),
+            Ok(Captured { tape, .. }) => tape.num_exec_nodes(),
             Err(_) => 0,
         }
     }
@@ -223,8 +202,8 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
     /// As [`replay`](Self::replay).
     pub fn timeline(&mut self, runner: &mut Runner, live: &L) -> Result<Timeline> {
         let mut timeline = timeline::take(runner, &mut |runner| self.replay(runner, live).map(drop))?;
-        if let (Ok(gpu), Ok(Captured { recording, .. })) = (&mut timeline.gpu, &self.captured) {
-            gpu.assign(&recording.healer.parts(&recording.steps));
+        if let (Ok(gpu), Ok(Captured { tape, .. })) = (&mut timeline.gpu, &self.captured) {
+            gpu.assign(&tape.healer.parts(&tape.steps));
         }
         Ok(timeline)
     }
@@ -242,8 +221,8 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
     /// Describes segments, breaks and memory.
     pub fn describe(&self) -> Description {
         let mut description = Description { name: self.name.clone(), ..Description::default() };
-        if let Ok(Captured { recording, .. }) = &self.captured {
-            recording.describe(&mut description);
+        if let Ok(Captured { tape, .. }) = &self.captured {
+            tape.describe(&mut description);
         }
         description
     }
@@ -256,12 +235,12 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
     }
 }
 
-fn check_arena(graph: &str, recorded: &crate::arena::Arena, runner: &mut Runner) -> Result<()> {
+fn check_arena(graph: &str, captured_on: &crate::arena::Arena, runner: &mut Runner) -> Result<()> {
     let arena = runner.stream_mut().arena();
-    if arena.is(recorded) {
+    if arena.is(captured_on) {
         return Ok(());
     }
-    Err(Error::foreign(&format!("graph `{graph}` on {recorded:?}"), &format!("{arena:?}")))
+    Err(Error::foreign(&format!("graph `{graph}` on {captured_on:?}"), &format!("{arena:?}")))
 }
 
 impl<L: LiveBatch, O: Freeze> fmt::Debug for BreakableCudaGraph<L, O> {
@@ -273,33 +252,34 @@ impl<L: LiveBatch, O: Freeze> fmt::Debug for BreakableCudaGraph<L, O> {
     }
 }
 
-fn record<L: LiveBatch, O: Freeze>(
+/// Captures a forward; with `is_dry`, nothing of it runs.
+fn capture<L: LiveBatch, O: Freeze>(
     stream: &mut OpStream,
     live: &L,
     options: GraphOptions,
     forward: &Forward<L, O>,
     is_dry: bool,
-) -> Result<(Recording<L, O>, O)> {
+) -> Result<(Tape<L, O>, O)> {
     let begun = Instant::now();
     stream.begin_forward(live.rows(), 0)?;
     stream.arena().begin_log();
     let mut guard = CaptureGuard::begin(stream, is_dry)?;
     let run = || {
-        let mut cx = Context { stream: guard.stream, live, recorder: Some(&mut guard.recorder) };
+        let mut cx = Context { stream: guard.stream, live, writer: Some(&mut guard.writer) };
         forward(&mut cx)
     };
-    let result = catch_panic(run).map_err(|error| error.in_segment(guard.recorder.segment_index()));
-    if let Some(what) = record::needs_run() {
+    let result = catch_panic(run).map_err(|error| error.in_segment(guard.writer.segment_index()));
+    if let Some(what) = work_list::needs_run() {
         return Err(Error::NeedsRun { what });
     }
     let output = result?;
     let mut claims = Claims::new(guard.stream);
-    let frozen_output = output.freeze(&mut claims).map_err(|error| error.in_segment(guard.recorder.segment_index()))?;
+    let frozen_output = output.freeze(&mut claims).map_err(|error| error.in_segment(guard.writer.segment_index()))?;
     let arena = guard.stream.arena().clone();
-    let Recorder { mut steps, spans, retained, pinned, stamps, .. } = guard.seal()?;
+    let TapeWriter { mut steps, spans, retained, pinned, stamps, .. } = guard.seal()?;
     check_census(&steps, options.expected_breaks)?;
-    let healer = prepare(stream, &mut steps, spans)?;
-    let recording = Recording {
+    let healer = tape::prepare(stream, &mut steps, spans)?;
+    let tape = Tape {
         healer,
         blocks: arena.end_log(steps.len()),
         steps,
@@ -312,41 +292,13 @@ fn record<L: LiveBatch, O: Freeze>(
         _pinned: pinned,
     };
     tracing::debug!(
-        steps = recording.steps.len(),
-        micros = recording.capture_time.as_micros() as u64,
-        extent_bytes = recording.extent_bytes,
+        steps = tape.steps.len(),
+        micros = tape.capture_time.as_micros() as u64,
+        extent_bytes = tape.extent_bytes,
         is_dry,
         "captured"
     );
-    Ok((recording, output))
-}
-
-/// Makes what replays launch: a merged executable for each span, and one for each segment that none covers.
-fn prepare<L>(stream: &OpStream, steps: &mut [Step<L>], spans: Vec<Span>) -> Result<Healer> {
-    let is_healed = stream.replay_mode() == ReplayMode::Healed;
-    let healer = Healer::new(stream.main(), steps.len(), if is_healed { &spans } else { &[] })?;
-    drop(spans);
-    for step in &*steps {
-        if let Step::Segment(segment) = step
-            && !healer.covers(segment.index)
-        {
-            segment.prepare().map_err(|error| error.in_segment(segment.index))?;
-        }
-    }
-    forget_covered(steps, &healer);
-    Ok(healer)
-}
-
-/// Gives up the executables of segments whose work a merged one does; they are made again should the chain be needed.
-fn forget_covered<L>(steps: &mut [Step<L>], healer: &Healer) {
-    for step in steps {
-        if let Step::Segment(segment) = step
-            && healer.covers(segment.index)
-            && let Some(segment) = Arc::get_mut(segment)
-        {
-            segment.forget_executable();
-        }
-    }
+    Ok((tape, output))
 }
 
 fn check_census<L>(steps: &[Step<L>], expected: Option<usize>) -> Result<()> {
@@ -363,113 +315,4 @@ fn check_census<L>(steps: &[Step<L>], expected: Option<usize>) -> Result<()> {
         }
         _ => Ok(()),
     }
-}
-
-impl<L: LiveBatch, O: Freeze> Recording<L, O> {
-    /// Tells whether a healed replay may differ from a chain.
-    pub(crate) fn may_heal(&self) -> bool {
-        let mut breaks = self.steps.iter().filter_map(|step| match step {
-            Step::Break(step) => Some(step.not_healable.is_none()),
-            Step::Segment(_) => None,
-        });
-        breaks.clone().count() == 0 || breaks.any(|is_healable| is_healable)
-    }
-
-    pub(crate) fn forget_covered(&mut self) {
-        forget_covered(&mut self.steps, &self.healer);
-    }
-
-    fn num_exec_nodes(&self) -> usize {
-        let segments = self.steps.iter().filter_map(|step| match step {
-            Step::Segment(segment) => Some(segment.num_exec_nodes()),
-            Step::Break(_) => None,
-        });
-        segments.sum::<usize>() + self.healer.num_nodes()
-    }
-
-    fn describe(&self, description: &mut Description) {
-        description.extent_bytes = self.extent_bytes;
-        description.capture_time = self.capture_time;
-        description.num_merged = self.healer.num_merged();
-        description.blocks.clone_from(&self.blocks);
-        for (index, step) in self.steps.iter().enumerate() {
-            match step {
-                Step::Segment(segment) => description.segments.push(SegmentDescription {
-                    is_empty: segment.is_empty(),
-                    num_nodes: segment.nodes.total(),
-                    num_copies: segment.nodes.copies,
-                    num_fills: segment.nodes.fills,
-                    kernels: segment.kernels.clone(),
-                }),
-                Step::Break(step) => description.breaks.push(BreakDescription {
-                    name: step.site.name,
-                    file: step.site.file,
-                    line: step.site.line,
-                    after_segment: description.segments.len() - 1,
-                    num_launches: step.launches,
-                    num_args: step.args.len(),
-                    bridge_bytes: step.outputs.iter().map(crate::arena::FrozenTensor::size_bytes).sum(),
-                    not_healable: step.not_healable,
-                    num_patched: self.healer.num_patched(index),
-                }),
-            }
-        }
-    }
-}
-
-/// What a graph consists of; see [`BreakableCudaGraph`] for an example.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Description {
-    /// The graph's name.
-    pub name: String,
-    /// The segments, in order.
-    pub segments: Vec<SegmentDescription>,
-    /// The breaks, in order.
-    pub breaks: Vec<BreakDescription>,
-    /// Executables that do the work of several segments and the breaks between them.
-    pub num_merged: usize,
-    /// Arena bytes that a replay uses.
-    pub extent_bytes: usize,
-    /// The arena's blocks, in the order in which the forward takes them.
-    pub blocks: Vec<BlockLifetime>,
-    /// Host time of the capture, its run included.
-    pub capture_time: Duration,
-}
-
-/// One segment.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SegmentDescription {
-    /// No work was captured; the segment costs no launch.
-    pub is_empty: bool,
-    /// Graph nodes in all.
-    pub num_nodes: usize,
-    /// Copies among them.
-    pub num_copies: usize,
-    /// Fills among them.
-    pub num_fills: usize,
-    /// The captured kernels, in order.
-    pub kernels: Vec<&'static str>,
-}
-
-/// One eager break.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BreakDescription {
-    /// The annotated function.
-    pub name: &'static str,
-    /// Its file.
-    pub file: &'static str,
-    /// Its line.
-    pub line: u32,
-    /// Index of the segment before it.
-    pub after_segment: usize,
-    /// Kernels that it launched at capture.
-    pub num_launches: usize,
-    /// Frozen tensors among its arguments.
-    pub num_args: usize,
-    /// Bytes of its outputs.
-    pub bridge_bytes: usize,
-    /// What it did that cannot be recorded, so that each replay runs it as a break of its own; `None` if it heals.
-    pub not_healable: Option<&'static str>,
-    /// Nodes of its work that healed replays have patched so far.
-    pub num_patched: u64,
 }

@@ -6,7 +6,6 @@
 //!   same bits, eagerly and at replay.
 
 use crate::device::traits::{Matmul, MatmulShape};
-use crate::shape::Shape;
 use crate::{DType, Device, DevicePtr, Error, MatmulTuning, OpStream, Result, Tensor};
 
 const OP: &str = "OpStream::matmul";
@@ -83,7 +82,7 @@ impl OpStream {
     fn reserve_workspace(&mut self) -> Result<()> {
         let bytes = self.device().backend().matmul_workspace_bytes_max();
         if bytes > 0 && !self.is_capturing() && !self.is_forked() {
-            self.arena().alloc(Shape::new(OP, &[bytes])?, DType::U8)?;
+            self.arena().alloc(bytes)?;
         }
         Ok(())
     }

@@ -3,43 +3,7 @@
 use crate::arena::ArenaStats;
 use crate::error::catch_panic;
 use crate::tensor::{read_rows, write_rows};
-use crate::{Context, Device, Eager, Element, Error, LiveBatch, OpStream, ReplayMode, Result, Rows, Tensor};
-
-/// How a runner is set up.
-///
-/// # Example
-/// ```
-/// use bcg_runtime::{Device, Runner, RunnerOptions};
-/// let options = RunnerOptions { arena_bytes: 1 << 20, poison: true, ..RunnerOptions::default() };
-/// let runner = Runner::new(&Device::host(), options)?;
-/// assert_eq!(runner.arena_stats().mapped_bytes, 1 << 20);
-/// # Ok::<(), bcg_runtime::Error>(())
-/// ```
-#[derive(Clone, Debug)]
-pub struct RunnerOptions {
-    /// The name of its stream, for messages.
-    pub name: String,
-    /// Arena memory mapped from the start, in bytes.
-    pub arena_bytes: usize,
-    /// The most memory that the arena may map, in bytes; the device's memory if `None`.
-    pub arena_bytes_max: Option<usize>,
-    /// Fill dead arena memory with NaN before each replay, and fresh blocks when they are taken.
-    pub poison: bool,
-    /// How graphs are replayed.
-    pub replay: ReplayMode,
-}
-
-impl Default for RunnerOptions {
-    fn default() -> Self {
-        Self {
-            name: "runner".to_owned(),
-            arena_bytes: 32 << 20,
-            arena_bytes_max: None,
-            poison: false,
-            replay: ReplayMode::Healed,
-        }
-    }
-}
+use crate::{Context, Device, Eager, Element, Live, LiveBatch, OpStream, ReplayMode, Result, RunnerOptions, Tensor};
 
 /// How much a runner did.
 ///
@@ -110,7 +74,7 @@ impl Runner {
         self.stream.begin_forward(live.rows(), 0)?;
         let stream = &mut self.stream;
         let result = catch_panic(|| {
-            let output = forward(&mut Context { stream, live, recorder: None })?;
+            let output = forward(&mut Context { stream, live, writer: None })?;
             stream.check_joined("the end of the forward")?;
             Ok(output)
         });
@@ -204,35 +168,22 @@ impl Runner {
     }
 }
 
+/// Values that breaks made, for those who hold the runner.
+impl<T: Clone> Live<T> {
+    /// Returns the value of the run that ended last, outside of any forward.
+    ///
+    /// # Panics
+    /// As [`Live::get`].
+    pub fn get_after(&self, _runner: &Runner) -> T {
+        self.value()
+    }
+}
+
 impl Drop for Runner {
     fn drop(&mut self) {
         // The arena's memory may go only after the work that uses it.
         if let Err(error) = self.stream.device().synchronize() {
             tracing::warn!(%error, "synchronising before a runner is dropped");
         }
-    }
-}
-
-impl OpStream {
-    /// Begins a forward in which the first `extent` bytes of the arena are taken.
-    pub(crate) fn begin_forward(&mut self, rows: Option<Rows>, extent: usize) -> Result<()> {
-        if let Some(Rows { valid, padded }) = rows
-            && valid > padded
-        {
-            let message = format!("{valid} valid rows do not fit into {padded} padded rows");
-            return Err(Error::Option { option: "LiveBatch::rows", message });
-        }
-        self.reset_forks();
-        self.arena().begin_forward(extent)?;
-        self.set_valid_rows(rows.map(|rows| rows.valid))
-    }
-
-    /// In poison mode, fills the arena memory of a replay with NaN: all of it is dead when the replay begins.
-    pub(crate) fn poison_extent(&mut self, extent: usize) -> Result<()> {
-        if !self.is_poisoned() {
-            return Ok(());
-        }
-        let base = self.arena().base();
-        self.fill_range(base, 0xFF, extent)
     }
 }

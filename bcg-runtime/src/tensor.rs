@@ -10,7 +10,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
-use crate::arena::ArenaBlock;
+use crate::arena::{Arena, ArenaBlock};
 use crate::device::{Allocation, StreamRef};
 use crate::generation::{Generation, Stamp};
 use crate::op::Op;
@@ -75,8 +75,10 @@ impl Tensor {
         Ok(Self { ptr, shape, row_stride, dtype, storage: Storage::Persistent(buffer) })
     }
 
-    pub(crate) fn in_arena(ptr: DevicePtr, shape: Shape, dtype: DType, block: ArenaBlock) -> Self {
-        Self { ptr, shape, row_stride: shape.row_elements(), dtype, storage: Storage::Arena(block) }
+    /// Takes memory of an arena for a tensor with undefined contents.
+    pub(crate) fn in_arena(arena: &Arena, shape: Shape, dtype: DType) -> Result<Self> {
+        let (ptr, block) = arena.alloc(shape.num_elements() * dtype.size_bytes())?;
+        Ok(Self { ptr, shape, row_stride: shape.row_elements(), dtype, storage: Storage::Arena(block) })
     }
 
     /// Marks a persistent tensor as belonging to the current generation of a resource.

@@ -1,6 +1,6 @@
 //! The timeline of a replay: what each step cost on the host, and when the GPU ran what.
 //!
-//! - Off the record, a replay pays one test of an `Option` for each step, and allocates nothing.
+//! - While no timeline is taken, a replay pays one test of an `Option` for each step, and allocates nothing.
 //! - The host's times are those of a replay that nothing watched. The GPU's times are of another replay, which CUPTI
 //!   watched and so slowed; they come with the host's times of that same replay, on one clock.
 //!
@@ -9,7 +9,8 @@
 use std::time::Instant;
 
 use crate::device::KernelTrace;
-use crate::{Error, OpStream, Result, Runner};
+use crate::stream::steps::{Part, StepLog};
+use crate::{Error, Result, Runner, StepKind, StepTime};
 
 /// Replays that nothing watches; the median one is kept.
 const REPLAYS: usize = 5;
@@ -57,33 +58,6 @@ pub struct GpuTimeline {
     pub steps: Vec<StepTime>,
     /// The kernels, in the order of their starts.
     pub kernels: Vec<KernelTime>,
-}
-
-/// What the host did in a step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum StepKind {
-    /// Launched the executable of this segment.
-    Segment(usize),
-    /// Ran the body of this break: its work was enqueued, or recorded for a healed launch.
-    Break(usize),
-    /// Patched and launched an executable into which some segments and the breaks between them are merged.
-    Healed {
-        /// The first of the segments.
-        first_segment: usize,
-        /// How many segments.
-        num_segments: usize,
-    },
-}
-
-/// A step on the host.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct StepTime {
-    /// Which one.
-    pub kind: StepKind,
-    /// When it began.
-    pub begin_us: f64,
-    /// How long the host was busy with it.
-    pub duration_us: f64,
 }
 
 /// A kernel on the GPU.
@@ -163,63 +137,10 @@ impl GpuTimeline {
     }
 }
 
-/// A segment or a break, and its number of kernels.
-pub(crate) type Part = (StepKind, usize);
-
 impl KernelTime {
     /// Returns when it had ended.
     pub fn end_us(&self) -> f64 {
         self.begin_us + self.duration_us
-    }
-}
-
-impl StepTime {
-    /// Returns when the host was done with it.
-    pub fn end_us(&self) -> f64 {
-        self.begin_us + self.duration_us
-    }
-}
-
-/// The steps of the replay that runs now, as they happen.
-#[derive(Debug)]
-pub(crate) struct StepLog {
-    begun: Instant,
-    done: Vec<(StepKind, Instant, Instant)>,
-    open: Option<(StepKind, Instant)>,
-}
-
-impl StepLog {
-    fn begin() -> Self {
-        // Room for the steps of most models, so that logging does not allocate either.
-        Self { done: Vec::with_capacity(1024), open: None, begun: Instant::now() }
-    }
-
-    fn steps(&self) -> Vec<StepTime> {
-        let us = |at: Instant| at.duration_since(self.begun).as_secs_f64() * 1e6;
-        let step = |&(kind, begin, end): &(StepKind, Instant, Instant)| StepTime {
-            kind,
-            begin_us: us(begin),
-            duration_us: us(end) - us(begin),
-        };
-        self.done.iter().map(step).collect()
-    }
-}
-
-impl OpStream {
-    /// Says that a replay begins a step.
-    pub(crate) fn begin_step(&mut self, kind: StepKind) {
-        if let Some(log) = &mut self.step_log {
-            log.open = Some((kind, Instant::now()));
-        }
-    }
-
-    /// Says that the step has ended.
-    pub(crate) fn end_step(&mut self) {
-        if let Some(log) = &mut self.step_log
-            && let Some((kind, begin)) = log.open.take()
-        {
-            log.done.push((kind, begin, Instant::now()));
-        }
     }
 }
 

@@ -11,7 +11,8 @@
 //!   recorded order at the recorded addresses (law L3); one that does not fit lies above that extent.
 //! - Inside a segment the arena does not grow (law L7).
 //!
-//! Called by [`crate::OpStream`] alone. The arena never enqueues work.
+//! A [`Tensor`](crate::Tensor) keeps its block; [`OpStream`](crate::OpStream) begins forwards and takes blocks. The arena
+//! never enqueues work.
 
 mod log;
 mod ranges;
@@ -26,9 +27,7 @@ use ranges::{ALIGNMENT, FreeRanges};
 pub use log::{BlockLifetime, Moment};
 
 use crate::device::Reservation;
-use crate::shape::Shape;
-use crate::tensor::{Storage, Tensor};
-use crate::{DType, Device, DevicePtr, Error, Result};
+use crate::{Device, DevicePtr, Error, Result};
 
 /// The arena grows by at least this much at a time.
 const GROWTH_BYTES: usize = 32 << 20;
@@ -145,8 +144,9 @@ impl Arena {
         Ok(())
     }
 
-    pub(crate) fn alloc(&self, shape: Shape, dtype: DType) -> Result<Tensor> {
-        let bytes = (shape.num_elements() * dtype.size_bytes()).max(1).next_multiple_of(ALIGNMENT);
+    /// Takes a block of at least `bytes` and returns where it begins.
+    pub(crate) fn alloc(&self, bytes: usize) -> Result<(DevicePtr, ArenaBlock)> {
+        let bytes = bytes.max(1).next_multiple_of(ALIGNMENT);
         let mut state = self.0.lock();
         state.check_there()?; // a tail may come after a release
         let (offset, recorded) = match state.serve_recorded(bytes) {
@@ -155,9 +155,8 @@ impl Arena {
         };
         let slot = state.add_block(Block { offset, bytes, handles: 1, recorded });
         drop(state);
-        let forward = self.0.forward();
-        let block = ArenaBlock { arena: self.clone(), forward, slot };
-        Ok(Tensor::in_arena(self.0.base.offset_bytes(offset), shape, dtype, block))
+        let block = ArenaBlock { arena: self.clone(), forward: self.0.forward(), slot };
+        Ok((self.0.base.offset_bytes(offset), block))
     }
 
     /// Checks that a block may be used in the forward that runs now.
@@ -171,7 +170,7 @@ impl Arena {
 
     /// Returns a handle to memory that the running replay keeps: dropping it frees nothing, but while it is there, no
     /// recorded allocation is served in its place.
-    fn bridge(&self, ptr: DevicePtr, bytes: usize) -> ArenaBlock {
+    pub(crate) fn bridge(&self, ptr: DevicePtr, bytes: usize) -> ArenaBlock {
         let mut state = self.0.lock();
         let offset = (ptr.as_u64() - self.0.base.as_u64()) as usize;
         let slot = state.add_block(Block { offset, bytes, handles: 1, recorded: true });
@@ -431,53 +430,11 @@ impl Drop for ArenaBlock {
     }
 }
 
-/// A tensor's place, without a claim on its memory. Only a running replay turns it into a tensor again (law L10).
-#[derive(Clone)]
-pub(crate) struct FrozenTensor {
-    pub(crate) ptr: DevicePtr,
-    pub(crate) shape: Shape,
-    pub(crate) row_stride: usize,
-    pub(crate) dtype: DType,
-    persistent: Option<Arc<crate::tensor::PersistentBuffer>>,
-}
-
-impl FrozenTensor {
-    pub(crate) fn new(tensor: &Tensor) -> Self {
-        let persistent = match &tensor.storage {
-            Storage::Persistent(buffer) => Some(Arc::clone(buffer)),
-            Storage::Arena(_) => None,
-        };
-        let Tensor { ptr, shape, row_stride, dtype, .. } = *tensor;
-        Self { ptr, shape, row_stride, dtype, persistent }
-    }
-
-    pub(crate) fn thaw(&self, arena: &Arena) -> Tensor {
-        let storage = match &self.persistent {
-            Some(buffer) => Storage::Persistent(Arc::clone(buffer)),
-            None => Storage::Arena(arena.bridge(self.ptr, self.span_bytes())),
-        };
-        Tensor { ptr: self.ptr, shape: self.shape, row_stride: self.row_stride, dtype: self.dtype, storage }
-    }
-
-    pub(crate) fn is_in_arena(&self) -> bool {
-        self.persistent.is_none()
-    }
-
-    pub(crate) fn size_bytes(&self) -> usize {
-        self.shape.num_elements() * self.dtype.size_bytes()
-    }
-
-    /// Returns the bytes from the first to the last element, gaps between rows included.
-    fn span_bytes(&self) -> usize {
-        let rows = self.shape.dims()[0];
-        (rows.saturating_sub(1) * self.row_stride + self.shape.row_elements()) * self.dtype.size_bytes()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Device;
+    use crate::shape::Shape;
+    use crate::{DType, Tensor};
 
     fn shape(bytes: usize) -> Shape {
         Shape::new("test", &[bytes]).unwrap()
@@ -492,25 +449,29 @@ mod tests {
     #[test]
     fn a_block_is_reused_as_soon_as_its_last_handle_drops() {
         let arena = arena(1 << 20);
-        let a = arena.alloc(shape(1000), DType::U8).unwrap();
+        let a = Tensor::in_arena(&arena, shape(1000), DType::U8).unwrap();
         let at = a.ptr;
         let view = a.rows(10..20).unwrap();
         drop(a);
-        assert_ne!(arena.alloc(shape(1000), DType::U8).unwrap().ptr, at, "a view holds the block");
+        assert_ne!(Tensor::in_arena(&arena, shape(1000), DType::U8).unwrap().ptr, at, "a view holds the block");
         drop(view);
-        assert_eq!(arena.alloc(shape(1000), DType::U8).unwrap().ptr, at);
+        assert_eq!(Tensor::in_arena(&arena, shape(1000), DType::U8).unwrap().ptr, at);
     }
 
     #[test]
     fn handles_of_an_earlier_forward_are_inert() {
         let arena = arena(1 << 20);
-        let old = arena.alloc(shape(100), DType::U8).unwrap();
+        let old = Tensor::in_arena(&arena, shape(100), DType::U8).unwrap();
         arena.begin_forward(0).unwrap();
-        let new = arena.alloc(shape(100), DType::U8).unwrap();
+        let new = Tensor::in_arena(&arena, shape(100), DType::U8).unwrap();
         assert_eq!(new.ptr, old.ptr);
         drop(old.clone());
         drop(old);
-        assert_ne!(arena.alloc(shape(100), DType::U8).unwrap().ptr, new.ptr, "the old handle freed nothing");
+        assert_ne!(
+            Tensor::in_arena(&arena, shape(100), DType::U8).unwrap().ptr,
+            new.ptr,
+            "the old handle freed nothing"
+        );
     }
 
     #[test]
@@ -518,25 +479,26 @@ mod tests {
         let arena = arena(1 << 20);
         arena.set_may_grow(false);
         let before = arena.stats();
-        let refused = arena.alloc(shape(8 << 20), DType::U8);
+        let refused = Tensor::in_arena(&arena, shape(8 << 20), DType::U8);
         assert!(matches!(refused, Err(Error::ArenaFull { .. })));
         assert_eq!(arena.stats(), before);
         arena.set_may_grow(true);
-        arena.alloc(shape(8 << 20), DType::U8).unwrap();
+        Tensor::in_arena(&arena, shape(8 << 20), DType::U8).unwrap();
     }
 
     #[test]
     fn recorded_blocks_return_at_their_addresses_and_misfits_lie_above_the_extent() {
         let arena = arena(1 << 20);
         arena.begin_record();
-        let places: Vec<_> = [512, 256, 256].map(|bytes| arena.alloc(shape(bytes), DType::U8).unwrap()).into();
+        let places: Vec<_> =
+            [512, 256, 256].map(|bytes| Tensor::in_arena(&arena, shape(bytes), DType::U8).unwrap()).into();
         let records = arena.end_record();
         let extent = arena.stats().extent_bytes;
         arena.begin_forward(extent).unwrap();
         arena.begin_recorded(&records);
-        let first = arena.alloc(shape(300), DType::U8).unwrap();
-        let too_big = arena.alloc(shape(1000), DType::U8).unwrap();
-        let third = arena.alloc(shape(256), DType::U8).unwrap();
+        let first = Tensor::in_arena(&arena, shape(300), DType::U8).unwrap();
+        let too_big = Tensor::in_arena(&arena, shape(1000), DType::U8).unwrap();
+        let third = Tensor::in_arena(&arena, shape(256), DType::U8).unwrap();
         arena.end_recorded();
         assert_eq!((first.ptr, third.ptr), (places[0].ptr, places[2].ptr));
         assert!(too_big.ptr >= arena.base().offset_bytes(extent));
@@ -545,10 +507,10 @@ mod tests {
     #[test]
     fn a_released_arena_gives_out_nothing_until_it_is_restored() {
         let arena = arena(1 << 20);
-        let old = arena.alloc(shape(100), DType::U8).unwrap();
+        let old = Tensor::in_arena(&arena, shape(100), DType::U8).unwrap();
         let mapped = arena.stats().mapped_bytes;
         arena.release();
-        assert!(matches!(arena.alloc(shape(1), DType::U8), Err(Error::Option { .. })));
+        assert!(matches!(Tensor::in_arena(&arena, shape(1), DType::U8), Err(Error::Option { .. })));
         assert!(matches!(arena.begin_forward(0), Err(Error::Option { .. })));
         arena.0.device.host_control().unwrap().fail_calls_named("cuMemMap", 1);
         assert!(matches!(arena.restore(), Err(Error::OutOfMemory { .. })));
@@ -558,18 +520,18 @@ mod tests {
             arena.stats(),
             ArenaStats { mapped_bytes: mapped, in_use_bytes: 0, extent_bytes: 0, ..arena.stats() }
         );
-        assert_eq!(arena.alloc(shape(100), DType::U8).unwrap().ptr, old.ptr);
+        assert_eq!(Tensor::in_arena(&arena, shape(100), DType::U8).unwrap().ptr, old.ptr);
     }
 
     #[test]
     fn blocks_freed_while_side_streams_run_are_kept_back() {
         let arena = arena(1 << 20);
-        let a = arena.alloc(shape(100), DType::U8).unwrap();
+        let a = Tensor::in_arena(&arena, shape(100), DType::U8).unwrap();
         let at = a.ptr;
         arena.set_keep_back(true);
         drop(a);
-        assert_ne!(arena.alloc(shape(100), DType::U8).unwrap().ptr, at);
+        assert_ne!(Tensor::in_arena(&arena, shape(100), DType::U8).unwrap().ptr, at);
         arena.set_keep_back(false);
-        assert_eq!(arena.alloc(shape(100), DType::U8).unwrap().ptr, at);
+        assert_eq!(Tensor::in_arena(&arena, shape(100), DType::U8).unwrap().ptr, at);
     }
 }

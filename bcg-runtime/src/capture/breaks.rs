@@ -1,14 +1,14 @@
 //! What a call of an annotated function does: a plain call outside a capture, a break inside of one.
 
-use super::recorder::Recorder;
+use super::writer::TapeWriter;
 use crate::arena::Arena;
 use crate::break_site::BreakSite;
-use crate::bridge::{Bridges, Carrier, scrub, scrub_output};
+use crate::capture::bridge::{Bridges, Carrier, scrub, scrub_output};
+use crate::capture::freeze::{Claims, Thaw};
 use crate::capture::step::Break;
 use crate::error::catch_panic;
-use crate::freeze::{Claims, Thaw};
 use crate::generation::Stamp;
-use crate::replay::record::{self, Place};
+use crate::stream::work_list::Origin;
 use crate::{Bridge, Context, Eager, LiveBatch, OpStream, Result};
 
 /// Calls the body of a function whose annotation is switched off.
@@ -28,11 +28,11 @@ pub fn eager_break<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
     run: impl FnOnce(&mut Eager<'_, L>) -> Result<R>,
     replay: impl Fn(&mut Eager<'_, L>, &F, &Thaw<'_>) -> Result<R> + Send + Sync + 'static,
 ) -> Result<R> {
-    match cx.recorder.take() {
+    match cx.writer.take() {
         None => call(cx, site, freeze, run),
-        Some(recorder) => {
-            let result = record(recorder, cx, site, freeze, run, replay);
-            cx.recorder = Some(recorder);
+        Some(writer) => {
+            let result = capture(writer, cx, site, freeze, run, replay);
+            cx.writer = Some(writer);
             result
         }
     }
@@ -47,7 +47,7 @@ pub fn eager_break_stubbed<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
     stub: impl FnOnce(&mut Eager<'_, L>) -> Result<R>,
     replay: impl Fn(&mut Eager<'_, L>, &F, &Thaw<'_>) -> Result<R> + Send + Sync + 'static,
 ) -> Result<R> {
-    if cx.recorder.is_some() {
+    if cx.writer.is_some() {
         eager_break(cx, site, freeze, stub, replay)
     } else {
         eager_break(cx, site, freeze, run, replay)
@@ -67,7 +67,7 @@ fn call<L: LiveBatch, F, R: Bridge>(
         let mut claims = Claims::new(cx.stream);
         freeze(&mut claims)?;
         let args = claims.tensors;
-        probe.snapshot_args(cx.stream, site.to_string(), &args)?;
+        probe.snapshot_args(cx.stream.main(), site.to_string(), &args)?;
     }
     let result = run(&mut Eager::new(cx));
     cx.stream.probe = probe;
@@ -77,33 +77,33 @@ fn call<L: LiveBatch, F, R: Bridge>(
 }
 
 /// During a capture: ends the segment, runs the body eagerly, keeps what a replay needs, begins the next segment.
-fn record<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
-    recorder: &mut Recorder<L>,
+fn capture<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
+    writer: &mut TapeWriter<L>,
     cx: &mut Context<'_, L>,
     site: &'static BreakSite,
     freeze: impl FnOnce(&mut Claims<'_>) -> Result<F>,
     run: impl FnOnce(&mut Eager<'_, L>) -> Result<R>,
     replay: impl Fn(&mut Eager<'_, L>, &F, &Thaw<'_>) -> Result<R> + Send + Sync + 'static,
 ) -> Result<R> {
-    recorder.begin_break(cx.stream, &site.to_string())?;
-    let segment = recorder.segment_index();
+    writer.begin_break(cx.stream, &site.to_string())?;
+    let segment = writer.segment_index();
     let span = tracing::debug_span!("break", name = site.name, segment);
-    record::begin_break(Place { step: recorder.steps.len(), segment, site }, None);
-    let recorded = span.in_scope(|| run_recorded(cx, site, freeze, run, replay));
-    match recorded {
+    cx.stream.begin_listing(Origin { step: writer.steps.len(), segment, site }, None);
+    let captured = span.in_scope(|| run_captured(cx, site, freeze, run, replay));
+    match captured {
         Ok((output, step, stamps)) => {
-            recorder.stamps.extend(stamps);
-            recorder.end_break(cx.stream, Some(step))?;
+            writer.stamps.extend(stamps);
+            writer.end_break(cx.stream, Some(step))?;
             Ok(output)
         }
         Err(error) => {
-            recorder.abort(cx.stream);
+            writer.abort(cx.stream);
             Err(error.in_break(site, segment))
         }
     }
 }
 
-fn run_recorded<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
+fn run_captured<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
     cx: &mut Context<'_, L>,
     site: &'static BreakSite,
     freeze: impl FnOnce(&mut Claims<'_>) -> Result<F>,

@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use crate::arena::{Arena, BlockRecord, FrozenTensor};
+use crate::arena::{Arena, BlockRecord};
 use crate::break_site::BreakSite;
+use crate::frozen::FrozenTensor;
 use crate::segment::Segment;
 use crate::{Eager, Result};
 

@@ -6,76 +6,23 @@
 pub(crate) mod cuda;
 mod guard;
 pub(crate) mod host;
+mod info;
 pub(crate) mod traits;
 pub(crate) mod watch;
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Instant;
 
 pub(crate) use guard::{Allocation, Graph, GraphExec, Reservation, StreamRef};
 pub use guard::{Event, LiveObjects, PinnedBuffer, Stream};
+pub(crate) use info::KernelTrace;
+pub use info::{DeviceKind, KernelRun, MemoryInfo};
 
 use crate::launch::AnyKernel;
 use crate::{Arch, Error, Result};
 use guard::OwnStream;
 use host::{HostBackend, HostControl, HostOptions};
 use traits::Backend;
-
-/// The two kinds of device.
-///
-/// # Example
-/// ```
-/// use bcg_runtime::{Device, DeviceKind};
-/// assert_eq!(Device::host().kind(), DeviceKind::Host);
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum DeviceKind {
-    /// The emulated device: runs anywhere, stricter than CUDA, the oracle of every test.
-    Host,
-    /// An NVIDIA GPU.
-    Cuda,
-}
-
-/// A device's memory, in bytes.
-///
-/// # Example
-/// ```
-/// let memory = bcg_runtime::Device::host().memory_info()?;
-/// assert!(memory.free_bytes <= memory.total_bytes);
-/// # Ok::<(), bcg_runtime::Error>(())
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MemoryInfo {
-    /// Free now.
-    pub free_bytes: usize,
-    /// In all.
-    pub total_bytes: usize,
-}
-
-/// One kernel that a device ran; see [`Device::trace_kernels`]. Times are in nanoseconds, of one clock.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct KernelRun {
-    /// The kernel's entry point, as the compiler named it.
-    pub name: String,
-    /// When it began. A kernel that was launched early, before its predecessor ended, has begun then.
-    pub start_ns: u64,
-    /// When it had ended.
-    pub end_ns: u64,
-    /// The stream that it ran on, as the driver numbers them.
-    pub stream_id: u32,
-    /// The middle of the host's call that launched it, or the graph that it is part of; known where calls are traced too.
-    pub launch_ns: Option<u64>,
-}
-
-/// What a device saw while its kernels were traced.
-#[derive(Debug)]
-pub(crate) struct KernelTrace {
-    /// In the order of their starts.
-    pub(crate) runs: Vec<KernelRun>,
-    /// One moment on the host's clock and on that of `runs`.
-    pub(crate) clock: (Instant, u64),
-}
 
 /// A handle to one device. Cloning is cheap; all clones mean the same device.
 ///

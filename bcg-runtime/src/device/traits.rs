@@ -15,8 +15,8 @@
 
 use std::fmt;
 
-use super::KernelTrace;
 use crate::compile::Arch;
+use crate::device::KernelTrace;
 use crate::op::Op;
 use crate::{DType, DeviceKind, DevicePtr, MemoryInfo, Result};
 

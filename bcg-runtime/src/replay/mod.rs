@@ -1,41 +1,25 @@
 //! Replay: the segments and breaks of a graph, in order, on the live batch.
 //!
-//! [`heal`] makes one launch of segments and the recorded work of the breaks between them; [`chain`] alternates graph
-//! launches and breaks; [`verify`] compares a replay with an eager run. All three run a break in the same way.
+//! A [`tape::Tape`] is what they are on. [`heal`] makes one launch of segments and the work of the breaks between them, with
+//! the executables of [`healer`]; [`chain`] alternates graph launches and breaks; [`verify`] compares a replay with an eager
+//! run. All three run a break in the same way.
 
-pub(crate) mod chain;
-pub(crate) mod heal;
-pub(crate) mod record;
+mod chain;
+pub(crate) mod description;
+mod heal;
+mod healer;
+pub(crate) mod tape;
 pub(crate) mod verify;
 
 use std::fmt;
 
 use crate::arena::Arena;
-use crate::bridge::scrub;
+use crate::capture::bridge::scrub;
+use crate::capture::freeze::Thaw;
 use crate::capture::step::Break;
 use crate::error::catch_panic;
-use crate::freeze::Thaw;
-use crate::graph::Recording;
-use crate::{Eager, Freeze, LiveBatch, OpStream, Result};
-
-/// How a runner replays.
-///
-/// # Example
-/// ```
-/// use bcg_runtime::{Device, ReplayMode, Runner, RunnerOptions};
-/// let options = RunnerOptions { replay: ReplayMode::Chain, ..RunnerOptions::default() };
-/// let runner = Runner::new(&Device::host(), options)?; // launches segment by segment, break by break
-/// # Ok::<(), bcg_runtime::Error>(())
-/// ```
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum ReplayMode {
-    /// What breaks enqueue is patched into executables that do the work of several segments in one launch, wherever that
-    /// is possible.
-    #[default]
-    Healed,
-    /// Each segment is launched, and each break run, in order.
-    Chain,
-}
+use crate::{Eager, Freeze, LiveBatch, OpStream, ReplayMode, Result};
+use tape::Tape;
 
 /// How one replay went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -44,6 +28,15 @@ pub enum ReplayPath {
     Healed,
     /// At least some of it was launched segment by segment.
     Chain(ChainReason),
+}
+
+impl ReplayPath {
+    /// Keeps the first reason why something was not one launch.
+    fn note(&mut self, chained: Option<ChainReason>) {
+        if let (Self::Healed, Some(reason)) = (*self, chained) {
+            *self = Self::Chain(reason);
+        }
+    }
 }
 
 /// Why a replay was, at least in part, a chain. Closed: a metric counts each of them.
@@ -61,7 +54,7 @@ pub enum ChainReason {
     NoBreakHeals,
     /// The breaks enqueued other kernels, fills or copies than any merged executable holds.
     WorkChanged,
-    /// A break did what cannot be recorded, for the first time.
+    /// A break did what cannot be listed, for the first time.
     BreakLeft,
     /// The driver refused to patch a node.
     PatchRefused,
@@ -89,31 +82,31 @@ impl fmt::Display for ChainReason {
     }
 }
 
-/// Replays a recording in the way that its runner and its breaks allow.
+/// Replays a tape in the way that its runner and its breaks allow.
 pub(crate) fn replay<L: LiveBatch, O: Freeze>(
-    recording: &mut Recording<L, O>,
+    tape: &mut Tape<L, O>,
     stream: &mut OpStream,
     live: &L,
 ) -> Result<(O, ReplayPath)> {
-    match chain_reason(recording, stream) {
-        Some(reason) => Ok((chain::replay(recording, stream, live)?, ReplayPath::Chain(reason))),
-        None => heal::replay(recording, stream, live),
+    match chain_reason(tape, stream) {
+        Some(reason) => Ok((chain::replay(tape, stream, live)?, ReplayPath::Chain(reason))),
+        None => heal::replay(tape, stream, live),
     }
 }
 
 /// Returns why a replay is a chain from its beginning on, if so.
-fn chain_reason<L: LiveBatch, O: Freeze>(recording: &Recording<L, O>, stream: &OpStream) -> Option<ChainReason> {
+fn chain_reason<L: LiveBatch, O: Freeze>(tape: &Tape<L, O>, stream: &OpStream) -> Option<ChainReason> {
     match stream.replay_mode() {
         ReplayMode::Chain => Some(ChainReason::Mode),
-        ReplayMode::Healed => (!recording.may_heal()).then_some(ChainReason::NoBreakHeals),
+        ReplayMode::Healed => (!tape.may_heal()).then_some(ChainReason::NoBreakHeals),
     }
 }
 
-/// Begins a forward at the recorded addresses.
-fn begin<L: LiveBatch, O: Freeze>(recording: &Recording<L, O>, stream: &mut OpStream, live: &L) -> Result<()> {
-    recording.stamps.iter().try_for_each(crate::generation::Stamp::check)?;
-    stream.begin_forward(live.rows(), recording.extent_bytes)?;
-    stream.poison_extent(recording.extent_bytes)
+/// Begins a forward at the addresses of the capture.
+fn begin<L: LiveBatch, O: Freeze>(tape: &Tape<L, O>, stream: &mut OpStream, live: &L) -> Result<()> {
+    tape.stamps.iter().try_for_each(crate::generation::Stamp::check)?;
+    stream.begin_forward(live.rows(), tape.extent_bytes)?;
+    stream.poison_extent(tape.extent_bytes)
 }
 
 /// Runs a break with its frozen arguments, and scrubs the padded rows of its outputs.
@@ -122,7 +115,7 @@ fn run_break<L: LiveBatch>(step: &Break<L>, arena: &Arena, stream: &mut OpStream
     let _entered = span.enter();
     let mut probe = stream.probe.take();
     if let Some(probe) = &mut probe {
-        probe.snapshot_args(stream, step.site.to_string(), &step.args)?;
+        probe.snapshot_args(stream.main(), step.site.to_string(), &step.args)?;
     }
     // Until the next break or the end of the replay, nothing else is allocated.
     arena.begin_recorded(&step.blocks);
@@ -132,6 +125,6 @@ fn run_break<L: LiveBatch>(step: &Break<L>, arena: &Arena, stream: &mut OpStream
     scrub(stream, &step.outputs, live.rows())
 }
 
-fn thaw_output<L, O: Freeze>(recording: &Recording<L, O>) -> O {
-    O::thaw(&recording.output, &Thaw { arena: &recording.arena })
+fn thaw_output<L, O: Freeze>(tape: &Tape<L, O>) -> O {
+    O::thaw(&tape.output, &Thaw { arena: &tape.arena })
 }

@@ -377,7 +377,7 @@ pub fn a_capture_ahead_runs_nothing_and_replays_like_eager(device: &Device) {
     replays_like_eager(&mut runner, &mut graph, &batches(), forward);
 }
 
-/// A break that reads back cannot be recorded without a run, so it is captured with one, even if it hides the refusal.
+/// A break that reads back cannot be captured without a run, so it is captured with one, even if it hides the refusal.
 pub fn a_break_that_reads_back_is_captured_ahead_with_a_run(device: &Device) {
     #[eager_on_graph]
     fn sum_or_zero(cx: &mut Eager<'_, Batch>, x: &Tensor) -> Result<Tensor> {

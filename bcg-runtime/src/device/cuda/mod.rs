@@ -32,9 +32,9 @@ use std::thread::ThreadId;
 
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
 
-use super::KernelTrace;
 use super::traits::Backend;
 use crate::compile::Arch;
+use crate::device::KernelTrace;
 use crate::launch::AnyKernel;
 use crate::{DeviceKind, Error, Result};
 use matmul::Matmuls;

@@ -35,9 +35,9 @@ use std::thread::ThreadId;
 pub use fault::HostControl;
 pub use view::HostMemory;
 
-use super::KernelTrace;
 use super::traits::Backend;
 use crate::compile::Arch;
+use crate::device::KernelTrace;
 use crate::launch::AnyKernel;
 use crate::{DeviceKind, Error, Result};
 use capture::Capture;

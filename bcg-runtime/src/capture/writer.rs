@@ -1,5 +1,5 @@
 //! Drives the device through a capture: one stream capture for each segment, launched as soon as it is instantiated,
-//! unless the capture only records.
+//! unless nothing is to run. What it writes, step by step, becomes the graph's tape.
 //!
 //! Invariants:
 //! - While the state is `Segment`, the main stream captures and [`OpStream::segment`] is there; in every other
@@ -14,9 +14,9 @@ use super::state::CaptureState;
 use super::step::{Break, Step};
 use crate::device::{Graph, PinnedBuffer};
 use crate::generation::Stamp;
-use crate::replay::record::{self, Active, Record, RecordMode, Span};
 use crate::segment::{Segment, SharedExecs};
 use crate::stream::SegmentLog;
+use crate::stream::work_list::{self, Active, ListMode, Span, WorkList};
 use crate::tensor::PersistentBuffer;
 use crate::{Error, OpStream, Result};
 
@@ -25,8 +25,8 @@ thread_local! {
     static IS_CAPTURING: Cell<bool> = const { Cell::new(false) };
 }
 
-/// What a capture has recorded so far.
-pub(crate) struct Recorder<L> {
+/// What a capture has put on its tape so far.
+pub(crate) struct TapeWriter<L> {
     pub(crate) state: CaptureState,
     pub(crate) steps: Vec<Step<L>>,
     /// Segments among the steps.
@@ -40,7 +40,7 @@ pub(crate) struct Recorder<L> {
     pub(crate) stamps: Vec<Stamp>,
 }
 
-impl<L> Recorder<L> {
+impl<L> TapeWriter<L> {
     fn new() -> Self {
         Self {
             state: CaptureState::Idle,
@@ -76,10 +76,10 @@ impl<L> Recorder<L> {
         self.state.end_break()?;
         let segment = self.segment_index();
         if let Some(mut step) = step {
-            let ended = record::end_break().map_err(|error| error.in_break(step.site, segment));
+            let ended = stream.end_listing().map_err(|error| error.in_break(step.site, segment));
             step.not_healable = ended.inspect_err(|_| self.abort(stream))?;
             if step.not_healable.is_some() {
-                self.spans.push(record::take_span());
+                self.spans.push(work_list::take_span());
             }
             self.steps.push(Step::Break(step));
         }
@@ -99,7 +99,7 @@ impl<L> Recorder<L> {
         self.end_segment(stream, "the end of the capture")
             .inspect_err(|_| self.abort(stream))
             .map_err(|error| error.in_segment(segment))?;
-        self.spans.push(record::take_span());
+        self.spans.push(work_list::take_span());
         self.state = sealed;
         Ok(())
     }
@@ -148,7 +148,7 @@ impl<L> Recorder<L> {
             pool: Arc::clone(&self.pool),
             exec: OnceLock::new(),
         });
-        record::pass(&segment);
+        work_list::pass(&segment);
         if !stream.is_dry {
             segment.launch(stream.main())?;
         }
@@ -171,8 +171,8 @@ impl<L> Recorder<L> {
 /// Owns an open capture and aborts it on drop.
 pub(crate) struct CaptureGuard<'a, L> {
     pub(crate) stream: &'a mut OpStream,
-    pub(crate) recorder: Recorder<L>,
-    _record: Active,
+    pub(crate) writer: TapeWriter<L>,
+    _list: Active,
 }
 
 impl<'a, L> CaptureGuard<'a, L> {
@@ -182,20 +182,20 @@ impl<'a, L> CaptureGuard<'a, L> {
             let state = "another capture is open on this thread";
             return Err(Error::CaptureState { transition: "begin", state });
         }
-        let record_mode = if is_dry { RecordMode::CaptureAhead } else { RecordMode::Capture };
-        let record = Active::begin(Record::new(stream.main(), record_mode));
-        let mut guard = Self { stream, recorder: Recorder::new(), _record: record };
-        guard.recorder.begin(guard.stream)?;
+        let list_mode = if is_dry { ListMode::CaptureAhead } else { ListMode::Capture };
+        let list = Active::begin(WorkList::new(stream.main(), list_mode));
+        let mut guard = Self { stream, writer: TapeWriter::new(), _list: list };
+        guard.writer.begin(guard.stream)?;
         guard.stream.is_dry = is_dry;
         Ok(guard)
     }
 
-    /// Ends the capture and returns what it recorded.
-    pub(crate) fn seal(mut self) -> Result<Recorder<L>> {
-        self.recorder.end(self.stream)?;
-        let mut sealed = Recorder::new();
+    /// Ends the capture and returns what is on the tape.
+    pub(crate) fn seal(mut self) -> Result<TapeWriter<L>> {
+        self.writer.end(self.stream)?;
+        let mut sealed = TapeWriter::new();
         sealed.state = CaptureState::Sealed;
-        Ok(std::mem::replace(&mut self.recorder, sealed))
+        Ok(std::mem::replace(&mut self.writer, sealed))
     }
 }
 
@@ -203,8 +203,8 @@ impl<L> Drop for CaptureGuard<'_, L> {
     fn drop(&mut self) {
         IS_CAPTURING.set(false);
         self.stream.is_dry = false;
-        if self.recorder.state != CaptureState::Sealed {
-            self.recorder.abort(self.stream);
+        if self.writer.state != CaptureState::Sealed {
+            self.writer.abort(self.stream);
         }
     }
 }

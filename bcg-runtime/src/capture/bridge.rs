@@ -8,8 +8,8 @@
 //!   tensor, must be the same one again: a copy would overwrite what others still read.
 //! - All outputs are known before the first is copied, so a copy never overwrites an output that is still to be copied.
 
-use crate::arena::FrozenTensor;
-use crate::freeze::{Claims, Freeze};
+use crate::capture::freeze::{Claims, Freeze};
+use crate::frozen::FrozenTensor;
 use crate::{Error, Live, OpStream, Result, Rows, Tensor};
 
 /// A type that an annotated function may return.
@@ -152,8 +152,8 @@ impl<'a> Carrier<'a> {
         let bridges = self.bridges;
         let bridge = |moved: &Moved| &bridges.tensors[moved.number];
         let overwrites = |moved: &Moved| {
-            let place = Place::of_bridge(bridge(moved));
-            self.moved.iter().any(|other| place.overlaps(&Place::of(&other.from)))
+            let place = Footprint::of_bridge(bridge(moved));
+            self.moved.iter().any(|other| place.overlaps(&Footprint::of(&other.from)))
         };
         if self.moved.iter().any(overwrites) {
             // Fresh memory, not that of the break's next recorded allocation.
@@ -178,7 +178,7 @@ impl<'a> Carrier<'a> {
         for moved in &self.moved {
             let bridge = &tensors[moved.number];
             for (number, other) in tensors.iter().enumerate() {
-                if number == moved.number || !Place::of_bridge(bridge).overlaps(&Place::of_bridge(other)) {
+                if number == moved.number || !Footprint::of_bridge(bridge).overlaps(&Footprint::of_bridge(other)) {
                     continue;
                 }
                 let from = self.moved.iter().find(|moved| moved.number == number).map(|moved| &moved.from);
@@ -205,14 +205,14 @@ fn is_shared_alike((bridge, from): (&FrozenTensor, &Tensor), (other, from_other)
 }
 
 /// The bytes of a tensor's rows.
-struct Place {
+struct Footprint {
     start: u64,
     rows: u64,
     row_bytes: u64,
     pitch: u64,
 }
 
-impl Place {
+impl Footprint {
     fn of(tensor: &Tensor) -> Self {
         let pitch = tensor.row_stride() * tensor.dtype().size_bytes();
         Self {

@@ -1,25 +1,40 @@
 //! The queue that ops enqueue on: the same for eager runs, captures and breaks.
 //!
 //! It has no way to synchronise, to read back, to copy from pageable memory or to allocate outside the arena, so
-//! captured code cannot do what a graph cannot hold (law L7). It owns the bookkeeping of side streams: work on a side
-//! stream must be joined before the segment, the break or the forward ends, and a missing join names the stream.
+//! captured code cannot do what a graph cannot hold (law L7).
+//!
+//! [`side`] joins side streams, [`rows`] begins forwards, [`work_list`] holds what breaks enqueue, [`steps`] and [`probe`]
+//! watch a run, [`options`] says how a stream is set up.
+
+mod options;
+pub(crate) mod probe;
+mod rows;
+mod side;
+pub(crate) mod steps;
+pub(crate) mod work_list;
 
 use std::sync::Arc;
 
-use crate::arena::{Arena, FrozenTensor};
-use crate::device::traits::{EventHandle, StreamHandle};
+use crate::arena::Arena;
+use crate::device::traits::StreamHandle;
+use crate::device::watch::Needs;
 use crate::device::{Allocation, PinnedBuffer};
+use crate::frozen::FrozenTensor;
 use crate::generation::Stamp;
 use crate::launch::Launch;
 use crate::op::{Op, RowCopy};
-use crate::replay::record;
-use crate::replay::verify::Probe;
 use crate::shape::Shape;
 use crate::tensor::{PersistentBuffer, Storage, Tensor};
-use crate::timeline::StepLog;
-use crate::{
-    DType, Device, DevicePtr, Dims, Error, Event, Kernel, KernelArgs, ReplayMode, Result, RunnerOptions, Stream,
-};
+use crate::{DType, Device, DevicePtr, Dims, Error, Kernel, KernelArgs, Result, Stream};
+use probe::Probe;
+use side::{Fork, PooledStream};
+use steps::StepLog;
+use work_list::{Destination, Origin};
+
+pub use options::{ReplayMode, RunnerOptions};
+pub use rows::Rows;
+pub use side::SideStream;
+pub use steps::{StepKind, StepTime};
 
 /// The queue of device work that ops take, whether it runs now or is captured.
 ///
@@ -55,6 +70,8 @@ pub struct OpStream {
     /// A capture records and nothing runs: work outside segments is dropped.
     pub(crate) is_dry: bool,
     pub(crate) segment: Option<SegmentLog>,
+    /// Where the main stream's work goes: to the device, or to the list of a break's work.
+    destination: Destination,
     pub(crate) probe: Option<Probe>,
     pub(crate) step_log: Option<StepLog>,
     pub(crate) counts: WorkCounts,
@@ -84,48 +101,6 @@ pub(crate) struct SegmentLog {
     pub(crate) is_broken: bool,
 }
 
-/// A side stream with work that the main stream does not wait for yet.
-#[derive(Debug)]
-struct Fork {
-    stream: StreamHandle,
-    name: Arc<str>,
-    /// The event that covers all its work, if its latest work was to record one.
-    covered_by: Option<EventHandle>,
-}
-
-#[derive(Debug)]
-struct PooledStream {
-    stream: Arc<Stream>,
-    forked: Event,
-    done: Event,
-    /// The scope that uses it now.
-    scope: Option<usize>,
-}
-
-/// A side stream of the scope that opened it.
-///
-/// # Example
-/// ```
-/// use bcg_runtime::{DType, Device, Runner, RunnerOptions};
-/// let mut runner = Runner::new(&Device::host(), RunnerOptions::default())?;
-/// let (a, b) = runner.eager(&(), |cx| {
-///     let (a, b) = (cx.empty(&[2], DType::U8)?, cx.empty(&[2], DType::U8)?);
-///     cx.scope(|cx| {
-///         let side = cx.side_stream("side")?;
-///         cx.on(&side, |cx| cx.fill_bytes(&a, 1))?; // beside …
-///         cx.fill_bytes(&b, 2) // … this; both are done when the scope ends
-///     })?;
-///     Ok((a, b))
-/// })?;
-/// assert_eq!((runner.read::<u8>(&a)?, runner.read::<u8>(&b)?), (vec![1, 1], vec![2, 2]));
-/// # Ok::<(), bcg_runtime::Error>(())
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SideStream {
-    index: usize,
-    scope: usize,
-}
-
 impl OpStream {
     pub(crate) fn new(device: &Device, options: RunnerOptions) -> Result<Self> {
         let main = Arc::new(Stream::new(device, &options.name)?);
@@ -147,6 +122,7 @@ impl OpStream {
             options,
             is_dry: false,
             segment: None,
+            destination: Destination::Device,
             probe: None,
             step_log: None,
             counts: WorkCounts::default(),
@@ -170,7 +146,7 @@ impl OpStream {
     /// [`Error::ArenaFull`] if the arena would have to grow inside a segment or beyond its bound; [`Error::Shape`] for
     /// a rank above 4.
     pub fn empty(&mut self, shape: &[usize], dtype: DType) -> Result<Tensor> {
-        let tensor = self.arena.alloc(Shape::new("OpStream::empty", shape)?, dtype)?;
+        let tensor = Tensor::in_arena(&self.arena, Shape::new("OpStream::empty", shape)?, dtype)?;
         if self.options.poison {
             self.fill_bytes(&tensor, 0xFF)?;
         }
@@ -211,7 +187,7 @@ impl OpStream {
             return Ok(());
         }
         self.count_launch(kernel.name());
-        if self.is_in_break() && record::keep_launch(&self.main, kernel, dims, bytemuck::bytes_of(&args)) {
+        if self.lists_work() && work_list::keep_launch(&self.main, kernel, dims, bytemuck::bytes_of(&args)) {
             return Ok(());
         }
         self.enqueue_op(&Op::Launch(Launch::new(kernel, dims, &args)))
@@ -303,114 +279,6 @@ impl OpStream {
     pub fn fill_zero(&mut self, dst: &Tensor) -> Result<()> {
         self.fill_bytes(dst, 0)
     }
-
-    /// Returns the address of an `i32` on the device: the valid rows of the forward that runs now (law L11). Without
-    /// rows in the live batch it holds `i32::MAX`.
-    pub fn valid_rows_ptr(&self) -> DevicePtr {
-        self.valid_rows.ptr()
-    }
-
-    /// Runs `f` and joins the side streams that it opened, whether it succeeds or fails.
-    ///
-    /// # Errors
-    /// The first error of `f`; the driver's.
-    pub fn scope<R>(&mut self, f: impl FnOnce(&mut Self) -> Result<R>) -> Result<R> {
-        self.scope_depth += 1;
-        let scope = self.scope_depth;
-        let result = f(self);
-        let joined = self.join_scope(scope);
-        self.scope_depth -= 1;
-        self.update_keep_back();
-        let value = result?;
-        joined?;
-        Ok(value)
-    }
-
-    /// Opens a side stream that begins after the work enqueued so far and is joined when the scope ends.
-    ///
-    /// # Errors
-    /// [`Error::Option`] outside a scope; the driver's.
-    pub fn side_stream(&mut self, name: &str) -> Result<SideStream> {
-        if self.scope_depth == 0 {
-            let message = format!("side stream `{name}` needs a scope, which joins it: use OpStream::scope");
-            return Err(Error::Option { option: "OpStream::side_stream", message });
-        }
-        let is_free = |side: &PooledStream| side.scope.is_none() && side.stream.name() == name;
-        let index = match self.side_streams.iter().position(is_free) {
-            Some(index) => index,
-            None => {
-                let stream = Arc::new(Stream::new(&self.device, name)?);
-                let (forked, done) = (Event::new(&self.device)?, Event::new(&self.device)?);
-                self.side_streams.push(PooledStream { stream, forked, done, scope: None });
-                self.side_streams.len() - 1
-            }
-        };
-        let scope = self.scope_depth;
-        self.side_streams[index].scope = Some(scope);
-        let (from, side) = (self.current.handle(), self.side_streams[index].stream.handle());
-        let forked = self.side_streams[index].forked.handle();
-        self.enqueue("a side stream", |device, _| device.backend().record_event(forked, from))?;
-        self.enqueue("a side stream", |device, _| device.backend().wait_event(side, forked))?;
-        self.touch_side(index);
-        Ok(SideStream { index, scope })
-    }
-
-    /// Runs `f` with its work going to a side stream of an open scope.
-    ///
-    /// # Errors
-    /// [`Error::Option`] if the side stream's scope has ended; those of `f`.
-    pub fn on<R>(&mut self, side: &SideStream, f: impl FnOnce(&mut Self) -> Result<R>) -> Result<R> {
-        let Some(stream) = self.side_streams.get(side.index).filter(|pooled| pooled.scope == Some(side.scope)) else {
-            let message = "the side stream's scope has ended; open another one in this scope".to_owned();
-            return Err(Error::Option { option: "OpStream::on", message });
-        };
-        let stream = Arc::clone(&stream.stream);
-        self.on_stream(&stream, f)
-    }
-
-    /// Runs `f` with its work going to a stream of the caller's own, which forks and joins through events:
-    /// [`OpStream::wait`] first, [`OpStream::record`] last.
-    ///
-    /// # Errors
-    /// [`Error::Foreign`] if the stream is another device's; those of `f`.
-    pub fn on_stream<R>(&mut self, stream: &Arc<Stream>, f: impl FnOnce(&mut Self) -> Result<R>) -> Result<R> {
-        if !stream.device().is(&self.device) {
-            return Err(Error::foreign(stream.device().name(), self.device.name()));
-        }
-        let before = std::mem::replace(&mut self.current, Arc::clone(stream));
-        let result = f(self);
-        self.current = before;
-        result
-    }
-
-    /// Records an event after the work enqueued so far on the current stream.
-    ///
-    /// # Errors
-    /// The driver's.
-    pub fn record(&mut self, event: &Event) -> Result<()> {
-        self.enqueue("an event", |device, stream| device.backend().record_event(event.handle(), stream))?;
-        let current = self.current.handle();
-        for fork in &mut self.forks {
-            if fork.stream == current {
-                fork.covered_by = Some(event.handle());
-            } else if fork.covered_by == Some(event.handle()) {
-                fork.covered_by = None;
-            }
-        }
-        Ok(())
-    }
-
-    /// Makes later work of the current stream wait for an event.
-    ///
-    /// # Errors
-    /// The driver's; during a capture, an event that was recorded outside of it.
-    pub fn wait(&mut self, event: &Event) -> Result<()> {
-        self.enqueue("an event", |device, stream| device.backend().wait_event(stream, event.handle()))?;
-        let current = self.current.handle();
-        self.forks.retain(|fork| fork.stream == current || fork.covered_by != Some(event.handle()));
-        self.update_keep_back();
-        Ok(())
-    }
 }
 
 /// For the runtime itself.
@@ -435,50 +303,12 @@ impl OpStream {
         self.options.poison
     }
 
-    /// Fails if a side stream was not joined before `place`.
-    pub(crate) fn check_joined(&self, place: &str) -> Result<()> {
-        match self.forks.first() {
-            None => Ok(()),
-            Some(fork) => Err(Error::UnjoinedStream { stream: fork.name.to_string(), place: place.to_owned() }),
-        }
-    }
-
-    /// Tells whether side streams or scopes are open, so that freed blocks are kept back.
-    pub(crate) fn is_forked(&self) -> bool {
-        self.scope_depth > 0 || !self.forks.is_empty()
-    }
-
     /// Counts a kernel that is about to be enqueued.
     pub(crate) fn count_launch(&mut self, name: &'static str) {
         self.counts.launches += 1;
         if let Some(segment) = &mut self.segment {
             segment.kernels.push(name);
         }
-    }
-
-    /// Forgets what a failed forward left open.
-    pub(crate) fn reset_forks(&mut self) {
-        if self.forks.is_empty() && self.scope_depth == 0 && Arc::ptr_eq(&self.current, &self.main) {
-            return; // the usual case, on the replay path
-        }
-        self.forks.clear();
-        self.scope_depth = 0;
-        self.current = Arc::clone(&self.main);
-        self.side_streams.iter_mut().for_each(|side| side.scope = None);
-        self.arena.set_keep_back(false);
-    }
-
-    /// Tells the device how many rows of the coming forward are valid.
-    pub(crate) fn set_valid_rows(&mut self, valid: Option<usize>) -> Result<()> {
-        let valid = valid.map_or(i32::MAX as u32, |rows| rows as u32);
-        if self.valid_rows_now == Some(valid) {
-            return Ok(());
-        }
-        self.valid_rows_now = None;
-        let ptr = self.valid_rows.ptr();
-        self.device.backend().fill_u32(self.main.handle(), ptr, valid, 1)?;
-        self.valid_rows_now = Some(valid);
-        Ok(())
     }
 
     pub(crate) fn fill_range(&mut self, ptr: DevicePtr, byte: u8, bytes: usize) -> Result<()> {
@@ -490,15 +320,38 @@ impl OpStream {
 
     /// Enqueues work on the current stream, captures it, or keeps it back for a healed replay.
     pub(crate) fn submit(&mut self, op: &Op) -> Result<()> {
-        if self.is_in_break() && record::keep(&self.main, op) {
+        if self.lists_work() && work_list::keep(&self.main, op) {
             return Ok(());
         }
         self.enqueue_op(op)
     }
 
-    /// Tells whether work goes to the main stream, outside of segments: a break may run.
-    fn is_in_break(&self) -> bool {
-        self.segment.is_none() && Arc::ptr_eq(&self.current, &self.main)
+    /// Tells whether work that is enqueued now goes to the work list of this thread.
+    fn lists_work(&self) -> bool {
+        self.destination == Destination::WorkList && self.segment.is_none() && Arc::ptr_eq(&self.current, &self.main)
+    }
+
+    /// Begins a break whose work goes to this thread's list. A break that is not healable keeps nothing back at a replay.
+    pub(crate) fn begin_listing(&mut self, origin: Origin, not_healable: Option<&'static str>) {
+        self.destination = Destination::WorkList;
+        work_list::begin_break(origin, not_healable);
+    }
+
+    /// Ends a break and returns why it cannot be healed, if so.
+    ///
+    /// # Errors
+    /// Those of [`work_list::end_break`].
+    pub(crate) fn end_listing(&mut self) -> Result<Option<&'static str>> {
+        self.destination = Destination::Device;
+        work_list::end_break()
+    }
+
+    /// Leaves the work list before a call that it cannot hold.
+    ///
+    /// # Errors
+    /// Those of [`work_list::leave`].
+    pub(crate) fn leave_list(&self, what: &'static str, needs: Needs) -> Result<()> {
+        work_list::leave(&self.device, what, needs)
     }
 
     fn enqueue_op(&mut self, op: &Op) -> Result<()> {
@@ -518,7 +371,7 @@ impl OpStream {
         }
     }
 
-    /// Makes a driver call of a kind that no record holds, called `what`; it enqueues work on the current stream.
+    /// Makes a driver call of a kind that no work list holds, called `what`; it enqueues work on the current stream.
     pub(crate) fn enqueue(
         &mut self,
         what: &'static str,
@@ -534,46 +387,8 @@ impl OpStream {
             segment.is_broken |= result.is_err();
             return result;
         }
-        record::leave_for_work(&self.main, what)?;
+        work_list::leave_for_work(&self.main, what)?;
         if self.is_dry { Ok(()) } else { call(&self.device, stream) }
-    }
-
-    /// Notes that a side stream has work that nobody waits for.
-    fn touch(&mut self, stream: StreamHandle, name: &Arc<str>) {
-        match self.forks.iter_mut().find(|fork| fork.stream == stream) {
-            Some(fork) => fork.covered_by = None,
-            None => self.forks.push(Fork { stream, name: Arc::clone(name), covered_by: None }),
-        }
-        self.update_keep_back();
-    }
-
-    fn touch_side(&mut self, index: usize) {
-        let stream = Arc::clone(&self.side_streams[index].stream);
-        self.touch(stream.handle(), &stream.shared_name());
-    }
-
-    fn update_keep_back(&self) {
-        self.arena.set_keep_back(self.is_forked());
-    }
-
-    fn join_scope(&mut self, scope: usize) -> Result<()> {
-        let mut first_error = Ok(());
-        for index in 0..self.side_streams.len() {
-            if self.side_streams[index].scope != Some(scope) {
-                continue;
-            }
-            self.side_streams[index].scope = None;
-            let (stream, done) = (self.side_streams[index].stream.handle(), self.side_streams[index].done.handle());
-            let joined =
-                self.enqueue("a side stream", |device, _| device.backend().record_event(done, stream)).and_then(|()| {
-                    self.enqueue("a side stream", |device, current| device.backend().wait_event(current, done))
-                });
-            if joined.is_ok() {
-                self.forks.retain(|fork| fork.stream != stream);
-            }
-            first_error = first_error.and(joined);
-        }
-        first_error
     }
 }
 

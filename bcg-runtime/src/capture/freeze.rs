@@ -6,7 +6,8 @@
 
 use std::sync::Arc;
 
-use crate::arena::{Arena, FrozenTensor};
+use crate::arena::Arena;
+use crate::frozen::FrozenTensor;
 use crate::generation::Stamp;
 use crate::tensor::Storage;
 use crate::{Live, OpStream, Result, Tensor};
@@ -82,12 +83,6 @@ impl<'a> Claims<'a> {
 #[derive(Debug)]
 pub struct Thaw<'a> {
     pub(crate) arena: &'a Arena,
-}
-
-impl std::fmt::Debug for FrozenTensor {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} {:?} at {:#x}", self.dtype, self.shape, self.ptr.as_u64())
-    }
 }
 
 impl Freeze for Tensor {

@@ -5,9 +5,8 @@ use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::device::watch::Needs;
-use crate::replay::record;
 use crate::tensor::{read_rows, write_rows};
-use crate::{Context, Element, LiveBatch, Result, Runner, Tensor};
+use crate::{Context, Element, LiveBatch, Result, Tensor};
 
 /// What the body of an [`eager_on_graph`](crate::eager_on_graph) function sees. Derefs to [`Context`].
 ///
@@ -38,11 +37,11 @@ pub struct Eager<'a, L> {
 impl<'a, L: LiveBatch> Eager<'a, L> {
     /// Wraps a context whose segment is closed, so that nested breaks are plain calls.
     pub(crate) fn new(cx: &'a mut Context<'_, L>) -> Self {
-        Self { cx: Context { stream: cx.stream, live: cx.live, recorder: None } }
+        Self { cx: Context { stream: cx.stream, live: cx.live, writer: None } }
     }
 
     pub(crate) fn from_parts(stream: &'a mut crate::OpStream, live: &'a L) -> Self {
-        Self { cx: Context { stream, live, recorder: None } }
+        Self { cx: Context { stream, live, writer: None } }
     }
 
     /// Returns the batch of *this* run, never the captured one.
@@ -57,7 +56,7 @@ impl<'a, L: LiveBatch> Eager<'a, L> {
     /// work waited for.
     pub fn read<T: Element>(&mut self, tensor: &Tensor) -> Result<Vec<T>> {
         tensor.check_dtype("Eager::read", T::DTYPE)?;
-        record::leave(self.device(), "Eager::read", Needs::Results)?;
+        self.leave_list("Eager::read", Needs::Results)?;
         let ptr = self.addr(tensor)?;
         read_rows(self.stream.main().stream_ref(), tensor, ptr)
     }
@@ -68,7 +67,7 @@ impl<'a, L: LiveBatch> Eager<'a, L> {
     /// [`crate::Error::Shape`] if dtype or length differ; those of [`crate::OpStream::addr`]; the driver's.
     pub fn upload<T: Element>(&mut self, tensor: &Tensor, data: &[T]) -> Result<()> {
         tensor.check_dtype("Eager::upload", T::DTYPE)?;
-        record::leave(self.device(), "Eager::upload", Needs::Results)?;
+        self.leave_list("Eager::upload", Needs::Results)?;
         let ptr = self.addr(tensor)?;
         write_rows("Eager::upload", self.stream.main().stream_ref(), tensor, ptr, bytemuck::cast_slice(data))
     }
@@ -143,15 +142,7 @@ impl<T: Clone> Live<T> {
         self.value()
     }
 
-    /// Returns the value of the run that ended last, outside of any forward.
-    ///
-    /// # Panics
-    /// As [`Live::get`].
-    pub fn get_after(&self, _runner: &Runner) -> T {
-        self.value()
-    }
-
-    fn value(&self) -> T {
+    pub(crate) fn value(&self) -> T {
         let value = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
         value.expect("a break put a value here in this run")
     }

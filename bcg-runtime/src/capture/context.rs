@@ -3,33 +3,12 @@
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 
-use crate::capture::recorder::Recorder;
-use crate::{OpStream, Result};
-
-/// The rows of a forward: how many are real, and how many the tensors have.
-///
-/// # Example
-/// ```
-/// use bcg_runtime::{LiveBatch, Rows};
-/// struct Batch { num_tokens: usize, capture_size: usize }
-/// impl LiveBatch for Batch {
-///     fn rows(&self) -> Option<Rows> {
-///         Some(Rows { valid: self.num_tokens, padded: self.capture_size })
-///     }
-/// }
-/// assert_eq!(Batch { num_tokens: 5, capture_size: 8 }.rows().unwrap().padded, 8);
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Rows {
-    /// Real rows, at most `padded`.
-    pub valid: usize,
-    /// Rows of the tensors: the capture size.
-    pub padded: usize,
-}
+use super::writer::TapeWriter;
+use crate::{OpStream, Result, Rows};
 
 /// The host and device state of the batch being run now; differs at every replay.
 ///
-/// Only breaks can read it, through [`crate::Eager::live`]. See [`Rows`] for an example.
+/// Only breaks can read it, through [`crate::Eager::live`]. See [`Rows`](crate::Rows) for an example.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is not a live batch",
     label = "`impl LiveBatch for {Self} {{}}` makes it one",
@@ -47,6 +26,9 @@ pub trait LiveBatch: 'static {
 
 impl LiveBatch for () {}
 
+/// A forward that can be captured.
+pub(crate) type Forward<L, O> = dyn Fn(&mut Context<'_, L>) -> Result<O> + Send + Sync;
+
 /// What captured code sees: a [`OpStream`], to which it derefs.
 ///
 /// It has no access to the live batch, so a live value cannot be baked into a graph: that does not compile.
@@ -63,7 +45,7 @@ impl LiveBatch for () {}
 pub struct Context<'a, L> {
     pub(crate) stream: &'a mut OpStream,
     pub(crate) live: &'a L,
-    pub(crate) recorder: Option<&'a mut Recorder<L>>,
+    pub(crate) writer: Option<&'a mut TapeWriter<L>>,
 }
 
 impl<L: LiveBatch> Context<'_, L> {
@@ -72,8 +54,8 @@ impl<L: LiveBatch> Context<'_, L> {
     /// # Errors
     /// Those of ending and beginning a segment.
     pub fn break_graph(&mut self) -> Result<()> {
-        match self.recorder.as_deref_mut() {
-            Some(recorder) => recorder.split(self.stream),
+        match self.writer.as_deref_mut() {
+            Some(writer) => writer.split(self.stream),
             None => Ok(()),
         }
     }

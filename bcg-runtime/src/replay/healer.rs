@@ -1,0 +1,204 @@
+//! Merged executables: how they are made, patched and launched.
+//!
+//! A *merged* executable holds the nodes of some segments and one node for each piece of work of the breaks between them.
+//! If a span holds the same kernels, fills and copies, the nodes whose geometry, arguments or addresses differ from the
+//! last launch are patched, and all of it is one launch. A merged executable is never read back: the list that it was made
+//! from, kept up to date with each patch, says what its nodes do. Patching changes later launches only: those that are
+//! queued or running keep their arguments.
+
+use std::sync::Arc;
+
+use super::ChainReason;
+use crate::capture::step::Step;
+use crate::device::traits::{NodeHandle, Part};
+use crate::device::{Graph, GraphExec, Stream};
+use crate::op::Op;
+use crate::stream::steps;
+use crate::stream::work_list::{ListMode, Listed, Origin, Span, WorkList};
+use crate::{Error, Result, StepKind};
+
+/// The merged executables that a graph tries to make, one for each span and each sequence of work in it.
+const MERGED_MAX: usize = 16;
+
+/// The merged executables of a graph, and what making and patching them needs.
+#[derive(Debug)]
+pub(crate) struct Healer {
+    merged: Vec<Merged>,
+    /// How many more are tried, whether they succeed or not: making one takes milliseconds.
+    tries_left: usize,
+    /// Kept between replays, so that listing allocates nothing.
+    list: Option<WorkList>,
+    /// Nodes patched so far, by the step of their break.
+    patched: Vec<u64>,
+}
+
+/// One executable for the segments and the work of a span.
+#[derive(Debug)]
+struct Merged {
+    exec: GraphExec,
+    /// Owns the nodes.
+    _graph: Graph,
+    /// The first and the last segment.
+    segments: (usize, usize),
+    /// The nodes of the segments and of the work between them.
+    num_nodes: usize,
+    /// The nodes of the work between the segments.
+    nodes: Vec<NodeHandle>,
+    /// What the nodes of that work do, as they were patched last.
+    holds: Vec<Listed>,
+}
+
+impl Healer {
+    /// Makes the merged executables of the spans that a capture listed.
+    pub(crate) fn new(main: &Arc<Stream>, num_steps: usize, spans: &[Span]) -> Result<Self> {
+        let list = Some(WorkList::new(main, ListMode::Replay));
+        let patched = vec![0; num_steps];
+        let mut healer = Self { merged: Vec::new(), tries_left: MERGED_MAX, list, patched };
+        for span in spans {
+            healer.merge(span, main)?;
+        }
+        Ok(healer)
+    }
+
+    /// Tells whether a merged executable does the work of a segment.
+    pub(crate) fn covers(&self, segment: usize) -> bool {
+        self.merged.iter().any(|merged| (merged.segments.0..=merged.segments.1).contains(&segment))
+    }
+
+    /// Returns how many nodes of a step's break were patched so far.
+    pub(crate) fn num_patched(&self, step: usize) -> u64 {
+        self.patched[step]
+    }
+
+    /// Returns the nodes of all merged executables.
+    pub(crate) fn num_nodes(&self) -> usize {
+        self.merged.iter().map(|merged| merged.num_nodes).sum()
+    }
+
+    pub(crate) fn num_merged(&self) -> usize {
+        self.merged.len()
+    }
+
+    /// Returns the segments and breaks of each merged executable, in order, with their numbers of kernels.
+    pub(crate) fn parts<L>(&self, steps: &[Step<L>]) -> Vec<Vec<steps::Part>> {
+        self.merged.iter().map(|merged| merged.parts(steps)).collect()
+    }
+
+    /// Keeps a merged executable for a span, if there is room, more than one launch to save, and no node that cannot be
+    /// copied.
+    fn merge(&mut self, span: &Span, main: &Stream) -> Result<()> {
+        if self.tries_left == 0 || span.num_launches() <= 1 {
+            return Ok(());
+        }
+        self.tries_left -= 1;
+        match Merged::new(span, main) {
+            Ok(merged) => self.merged.extend(merged),
+            // The chain needs less, and what runs must go on.
+            Err(error) if matches!(error.root(), Error::OutOfMemory { .. }) => {
+                tracing::warn!(%error, "no memory for a merged executable; going on with the chain");
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// Returns the list for the next replay's work, which is empty.
+    pub(super) fn take_list(&mut self, main: &Arc<Stream>) -> WorkList {
+        self.list.take().unwrap_or_else(|| WorkList::new(main, ListMode::Replay))
+    }
+
+    /// Takes the list back after a replay.
+    pub(super) fn keep_list(&mut self, list: Option<WorkList>) {
+        self.list = list;
+    }
+
+    /// Drops the executables that hold work of the break after this segment.
+    pub(super) fn forget_break_after(&mut self, segment: usize) {
+        self.merged.retain(|merged| !(merged.segments.0..merged.segments.1).contains(&segment));
+    }
+
+    /// Launches a span, and returns why it was not one launch, if so.
+    pub(super) fn launch(&mut self, span: &Span, main: &Stream) -> Result<Option<ChainReason>> {
+        if span.num_launches() <= 1 {
+            return span.enqueue(main).map(|()| None);
+        }
+        let Some(at) = self.merged.iter().position(|merged| merged.does(span)) else {
+            span.enqueue(main)?;
+            self.merge(span, main)?;
+            return Ok(Some(ChainReason::WorkChanged));
+        };
+        match self.merged[at].launch(span, main, &mut self.patched) {
+            Ok(true) => Ok(None),
+            Ok(false) => {
+                self.merged.remove(at);
+                span.enqueue(main).map(|()| Some(ChainReason::PatchRefused))
+            }
+            Err(error) => {
+                // Some nodes may be patched and others not.
+                self.merged.remove(at);
+                Err(error)
+            }
+        }
+    }
+}
+
+impl Merged {
+    /// Makes the executable; nothing if a segment has a node that cannot be copied.
+    fn new(span: &Span, main: &Stream) -> Result<Option<Self>> {
+        let mut parts = Vec::with_capacity(span.num_launches());
+        let mut next = 0;
+        for (before, segment) in &span.segments {
+            parts.extend(span.ops()[next..*before].iter().map(|listed| Part::Op(&listed.op)));
+            next = *before;
+            let graph = segment.graph.as_ref().map(Graph::handle);
+            parts.extend(graph.map(|graph| Part::Graph { graph, is_programmatic: segment.is_programmatic }));
+        }
+        parts.extend(span.ops()[next..].iter().map(|listed| Part::Op(&listed.op)));
+        let segments = span.first_and_last();
+        let Some((graph, nodes)) = Graph::merge(main, &parts).map_err(|error| error.in_segment(segments.0))? else {
+            return Ok(None);
+        };
+        let exec = graph.instantiate().map_err(|error| error.in_segment(segments.0))?;
+        let captured = span.segments.iter().map(|(_, segment)| segment.nodes.total());
+        let num_nodes = captured.sum::<usize>() + span.ops().len();
+        Ok(Some(Self { exec, _graph: graph, segments, num_nodes, nodes, holds: span.ops().to_vec() }))
+    }
+
+    /// Tells whether it does the work of `span`, once it is patched.
+    fn does(&self, span: &Span) -> bool {
+        self.segments == span.first_and_last()
+            && self.holds.len() == span.ops().len()
+            && self.holds.iter().zip(span.ops()).all(|(held, listed)| held.op.is_like(&listed.op))
+    }
+
+    fn parts<L>(&self, steps: &[Step<L>]) -> Vec<steps::Part> {
+        let is_kernel_of = |held: &Listed, step| held.origin.step == step && matches!(held.op, Op::Launch(_));
+        let kernels_of = |step| self.holds.iter().filter(|held| is_kernel_of(held, step)).count();
+        let mut breaks = 0..;
+        let parts = steps.iter().enumerate().filter_map(|(index, step)| match step {
+            Step::Segment(segment) => Some((StepKind::Segment(segment.index), segment.nodes.kernels)),
+            Step::Break(_) => Some((StepKind::Break(breaks.next()?), kernels_of(index))),
+        });
+        let mut parts: Vec<_> = parts.skip_while(|part| part.0 != StepKind::Segment(self.segments.0)).collect();
+        let last = parts.iter().position(|part| part.0 == StepKind::Segment(self.segments.1));
+        parts.truncate(last.map_or(0, |last| last + 1));
+        parts
+    }
+
+    /// Patches what differs and launches. Returns `false`, with nothing enqueued, if the driver refuses a patch.
+    fn launch(&mut self, span: &Span, main: &Stream, patched: &mut [u64]) -> Result<bool> {
+        for ((held, listed), node) in self.holds.iter_mut().zip(span.ops()).zip(&self.nodes) {
+            if held.op.is_same(&listed.op) {
+                continue;
+            }
+            let Origin { step, segment, site } = listed.origin;
+            if !self.exec.patch(*node, &listed.op).map_err(|error| error.in_break(site, segment))? {
+                return Ok(false);
+            }
+            held.clone_from(listed);
+            patched[step] += 1;
+        }
+        self.exec.launch(main).map_err(|error| error.in_segment(self.segments.0))?;
+        Ok(true)
+    }
+}
