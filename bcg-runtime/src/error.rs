@@ -149,7 +149,7 @@ pub enum Error {
         place: String,
     },
     /// A break failed.
-    #[error("break `{name}` after segment {segment} ({file}:{line}): {source}")]
+    #[error("break `{name}` after segment {segment} ({file}:{line}): {cause}")]
     Break {
         /// The annotated function.
         name: &'static str,
@@ -159,16 +159,16 @@ pub enum Error {
         file: &'static str,
         /// Its line.
         line: u32,
-        /// What failed.
-        source: Box<Error>,
+        /// What failed. The text tells it, so it is not also the `source()` of this error.
+        cause: Box<Error>,
     },
     /// A segment failed to end, instantiate or launch.
-    #[error("segment {segment}: {source}")]
+    #[error("segment {segment}: {cause}")]
     Segment {
         /// Index of the segment.
         segment: usize,
-        /// What failed.
-        source: Box<Error>,
+        /// What failed. The text tells it, so it is not also the `source()` of this error.
+        cause: Box<Error>,
     },
     /// A function panicked.
     #[error("panicked: {message}")]
@@ -243,7 +243,7 @@ impl Error {
     /// Returns the error at the root of a chain of breaks and segments.
     pub fn root(&self) -> &Self {
         match self {
-            Self::Break { source, .. } | Self::Segment { source, .. } => source.root(),
+            Self::Break { cause, .. } | Self::Segment { cause, .. } => cause.root(),
             other => other,
         }
     }
@@ -262,9 +262,9 @@ impl Error {
     pub(crate) fn in_break(self, site: &'static BreakSite, segment: usize) -> Self {
         match self {
             located @ Self::Break { .. } => located,
-            source => {
+            cause => {
                 let BreakSite { name, file, line } = *site;
-                Self::Break { name, segment, file, line, source: Box::new(source) }
+                Self::Break { name, segment, file, line, cause: Box::new(cause) }
             }
         }
     }
@@ -273,7 +273,7 @@ impl Error {
     pub(crate) fn in_segment(self, segment: usize) -> Self {
         match self {
             located @ (Self::Break { .. } | Self::Segment { .. }) => located,
-            source => Self::Segment { segment, source: Box::new(source) },
+            cause => Self::Segment { segment, cause: Box::new(cause) },
         }
     }
 }
@@ -288,4 +288,22 @@ pub(crate) fn catch_panic<R>(f: impl FnOnce() -> Result<R>) -> Result<R> {
             .unwrap_or_else(|| "a panic without a message".to_owned());
         Err(Error::Panic { message })
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error as _;
+
+    use super::*;
+
+    #[test]
+    fn a_cause_is_told_once() {
+        static SITE: BreakSite = BreakSite { name: "attend", file: "model.rs", line: 7 };
+        let failed = || Error::driver("cuGraphLaunch", 700, "CUDA_ERROR_ILLEGAL_ADDRESS");
+        for error in [failed().in_segment(2), failed().in_break(&SITE, 2)] {
+            assert_eq!(error.to_string().matches("cuGraphLaunch failed").count(), 1, "{error}");
+            assert!(error.source().is_none(), "who joins an error with its sources tells the cause once too");
+            assert!(matches!(error.root(), Error::Driver { code: 700, .. }));
+        }
+    }
 }

@@ -118,7 +118,7 @@ pub fn growth_inside_a_segment_is_refused(device: &Device) {
     let mut graph = BreakableCudaGraph::new("growth");
     let error = failure(graph.capture(&mut runner, &(), forward));
     assert!(
-        matches!(&error, Error::Segment { segment: 0, source } if matches!(**source, Error::ArenaFull { .. })),
+        matches!(&error, Error::Segment { segment: 0, cause } if matches!(**cause, Error::ArenaFull { .. })),
         "{error}"
     );
     assert_eq!(runner.arena_stats().mapped_bytes, bytes - 1);
