@@ -227,9 +227,9 @@ fn freeze_closure(inputs: &[Input], owned: &Owned) -> TokenStream {
     let peek = owned.peek();
     let frozen = inputs.iter().map(|input| {
         let source = &input.source;
-        input.freeze_call("freeze", &quote_spanned!(Span::mixed_site()=> #source, __bcg_claims))
+        input.freeze_call("freeze", &quote_spanned!(Span::mixed_site()=> #source, __bcg_freezer))
     });
-    quote_spanned!(Span::mixed_site()=> |__bcg_claims| {
+    quote_spanned!(Span::mixed_site()=> |__bcg_freezer| {
         #peek
         ::core::result::Result::Ok((#(#frozen?,)*))
     })

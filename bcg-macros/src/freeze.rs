@@ -26,7 +26,7 @@ pub(crate) fn freeze(input: &DeriveInput) -> Result<TokenStream> {
     });
     let freezes = fields.iter().zip(&members).map(|(field, member)| {
         let ty = &field.ty;
-        quote_spanned!(at(ty)=> <#ty as ::bcg_runtime::Freeze>::freeze(&self.#member, __bcg_claims)?)
+        quote_spanned!(at(ty)=> <#ty as ::bcg_runtime::Freeze>::freeze(&self.#member, __bcg_freezer)?)
     });
     let thaws = fields.iter().zip(&members).enumerate().map(|(i, (field, member))| {
         let (ty, i) = (&field.ty, Index::from(i));
@@ -45,7 +45,7 @@ pub(crate) fn freeze(input: &DeriveInput) -> Result<TokenStream> {
 
                 fn freeze(
                     &self,
-                    __bcg_claims: &mut ::bcg_runtime::Claims<'_>,
+                    __bcg_freezer: &mut ::bcg_runtime::Freezer<'_>,
                 ) -> ::bcg_runtime::Result<Self::Frozen> {
                     ::core::result::Result::Ok(__BcgFrozen(#(#freezes,)*))
                 }

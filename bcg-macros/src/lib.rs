@@ -15,7 +15,7 @@
 //!     static SITE: BreakSite = …;                                      // name, file, line
 //!     let body = |cx: &mut Eager<'_, Batch>, q: &Tensor, scale: f32| -> Result<Tensor> { body };
 //!     eager_break(cx, &SITE,
-//!         |claims| Ok((Tensor::freeze(q, claims)?, f32::freeze(&scale, claims)?)),   // during a capture: what replay needs
+//!         |freezer| Ok((Tensor::freeze(q, freezer)?, f32::freeze(&scale, freezer)?)),   // during a capture: what replay needs
 //!         |eager| body(eager, q, scale),                                // now, with the real arguments
 //!         move |eager, (q, scale), thaw| {                              // at each replay, with thawed arguments
 //!             body(eager, &Tensor::thaw(q, thaw), f32::thaw(scale, thaw))

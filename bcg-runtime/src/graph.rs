@@ -4,7 +4,7 @@ use std::fmt;
 use std::time::Instant;
 
 use crate::capture::context::Forward;
-use crate::capture::freeze::Claims;
+use crate::capture::freeze::Freezer;
 use crate::capture::step::Step;
 use crate::capture::writer::{CaptureGuard, TapeWriter};
 use crate::error::catch_panic;
@@ -273,8 +273,8 @@ fn capture<L: LiveBatch, O: Freeze>(
         return Err(Error::NeedsRun { what });
     }
     let output = result?;
-    let mut claims = Claims::new(guard.stream);
-    let frozen_output = output.freeze(&mut claims).map_err(|error| error.in_segment(guard.writer.segment_index()))?;
+    let mut freezer = Freezer::new(guard.stream);
+    let frozen_output = output.freeze(&mut freezer).map_err(|error| error.in_segment(guard.writer.segment_index()))?;
     let arena = guard.stream.arena().clone();
     let TapeWriter { mut steps, spans, retained, pinned, stamps, .. } = guard.seal()?;
     check_census(&steps, options.expected_breaks)?;

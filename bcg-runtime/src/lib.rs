@@ -79,7 +79,7 @@ pub use cache::{CacheOptions, GraphCache, GraphCacheStats};
 pub use capture::bridge::{Bridge, Carrier};
 pub use capture::context::{Context, LiveBatch};
 pub use capture::eager::{Eager, Live};
-pub use capture::freeze::{Claims, Freeze, Thaw};
+pub use capture::freeze::{Freeze, Freezer, Thaw};
 pub use compile::{Arch, CompileError, Header, Source, compile, compile_uncached};
 pub use device::host::{HostControl, HostMemory, HostOptions};
 pub use device::traits::{MatmulTuning, TunedMatmul};

@@ -1,11 +1,11 @@
-//! One piece of device work: what a stream takes, a record keeps, and a merged graph has as a node.
+//! One piece of device work: what a stream takes, a work list keeps, and a merged graph has as a node.
 
 use crate::DevicePtr;
 use crate::launch::Launch;
 
-/// Work that can be enqueued now, or recorded and enqueued later.
+/// Work that can be enqueued now, or listed and enqueued later.
 #[derive(Clone, Debug)]
-#[expect(clippy::large_enum_variant, reason = "nearly all work is launches, and a record allocates nothing")]
+#[expect(clippy::large_enum_variant, reason = "nearly all work is launches, and a work list allocates nothing")]
 pub(crate) enum Op {
     Launch(Launch),
     Fill {

@@ -6,9 +6,9 @@
 //!
 //! Invariants:
 //! - A block belongs to one forward. Handles of earlier forwards are inert: they read as stale and free nothing.
-//! - While side streams are open, freed blocks are kept back until they are joined, at recorded addresses too.
+//! - While side streams are open, freed blocks are kept back until they are joined, at claimed addresses too.
 //! - At replay, the extent of the captured forward is taken as a whole. The allocations of a break are served in the
-//!   recorded order at the recorded addresses (law L3); one that does not fit lies above that extent.
+//!   order of their claims at the claimed addresses (law L3); one that does not fit lies above that extent.
 //! - Inside a segment the arena does not grow (law L7).
 //!
 //! A [`Tensor`](crate::Tensor) keeps its block; [`OpStream`](crate::OpStream) begins forwards and takes blocks. The arena
@@ -45,9 +45,9 @@ pub struct ArenaStats {
     pub extent_bytes: usize,
 }
 
-/// One allocation that a break made at capture.
+/// One allocation that a break made at capture: its replays have a claim on the same memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct BlockRecord {
+pub(crate) struct Claim {
     offset: usize,
     bytes: usize,
 }
@@ -76,8 +76,8 @@ struct State {
     may_grow: bool,
     keep_back: bool,
     kept_back: Vec<(usize, usize)>,
-    /// As `kept_back`, of blocks at recorded addresses.
-    recorded_kept_back: Vec<(usize, usize)>,
+    /// As `kept_back`, of blocks at claimed addresses.
+    claimed_kept_back: Vec<(usize, usize)>,
     serving: Serving,
     /// While a capture is open.
     log: Option<BlockLog>,
@@ -89,10 +89,10 @@ enum Serving {
     /// From the free ranges.
     #[default]
     Free,
-    /// From the free ranges, and written down: a break at capture.
-    Recording(Vec<BlockRecord>),
-    /// At recorded addresses: a break at replay.
-    Recorded { records: Arc<[BlockRecord]>, next: usize },
+    /// From the free ranges, and each a claim: a break at capture.
+    Claiming(Vec<Claim>),
+    /// At claimed addresses: a break at replay.
+    Claimed { claims: Arc<[Claim]>, next: usize },
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -100,8 +100,8 @@ struct Block {
     offset: usize,
     bytes: usize,
     handles: u32,
-    /// Served at a recorded address, so not part of the free ranges.
-    recorded: bool,
+    /// Served at a claimed address, so not part of the free ranges.
+    is_claimed: bool,
 }
 
 impl Arena {
@@ -124,7 +124,7 @@ impl Arena {
             may_grow: true,
             keep_back: false,
             kept_back: Vec::new(),
-            recorded_kept_back: Vec::new(),
+            claimed_kept_back: Vec::new(),
             serving: Serving::Free,
             log: None,
         };
@@ -149,11 +149,11 @@ impl Arena {
         let bytes = bytes.max(1).next_multiple_of(ALIGNMENT);
         let mut state = self.0.lock();
         state.check_there()?; // a tail may come after a release
-        let (offset, recorded) = match state.serve_recorded(bytes) {
+        let (offset, is_claimed) = match state.serve_claim(bytes) {
             Some(offset) => (offset, true),
             None => (state.take_free(bytes)?, false),
         };
-        let slot = state.add_block(Block { offset, bytes, handles: 1, recorded });
+        let slot = state.add_block(Block { offset, bytes, handles: 1, is_claimed });
         drop(state);
         let block = ArenaBlock { arena: self.clone(), forward: self.0.forward(), slot };
         Ok((self.0.base.offset_bytes(offset), block))
@@ -169,11 +169,11 @@ impl Arena {
     }
 
     /// Returns a handle to memory that the running replay keeps: dropping it frees nothing, but while it is there, no
-    /// recorded allocation is served in its place.
+    /// claimed allocation is served in its place.
     pub(crate) fn bridge(&self, ptr: DevicePtr, bytes: usize) -> ArenaBlock {
         let mut state = self.0.lock();
         let offset = (ptr.as_u64() - self.0.base.as_u64()) as usize;
-        let slot = state.add_block(Block { offset, bytes, handles: 1, recorded: true });
+        let slot = state.add_block(Block { offset, bytes, handles: 1, is_claimed: true });
         ArenaBlock { arena: self.clone(), forward: self.0.forward(), slot }
     }
 
@@ -186,7 +186,7 @@ impl Arena {
         let mut state = self.0.lock();
         state.keep_back = keep_back;
         if !keep_back {
-            state.recorded_kept_back.clear();
+            state.claimed_kept_back.clear();
             while let Some((offset, bytes)) = state.kept_back.pop() {
                 state.free.free(offset, bytes);
             }
@@ -210,29 +210,33 @@ impl Arena {
         self.0.lock().log.take().map_or_else(Vec::new, |log| log.end(num_steps))
     }
 
-    pub(crate) fn begin_record(&self) {
-        self.0.lock().serving = Serving::Recording(Vec::new());
+    /// Begins a break of a capture, each of whose allocations becomes a claim.
+    pub(crate) fn begin_claims(&self) {
+        self.0.lock().serving = Serving::Claiming(Vec::new());
     }
 
-    pub(crate) fn end_record(&self) -> Arc<[BlockRecord]> {
+    /// Ends it and returns the claims, in order.
+    pub(crate) fn end_claims(&self) -> Arc<[Claim]> {
         match std::mem::take(&mut self.0.lock().serving) {
-            Serving::Recording(records) => records.into(),
-            Serving::Free | Serving::Recorded { .. } => Arc::new([]),
+            Serving::Claiming(claims) => claims.into(),
+            Serving::Free | Serving::Claimed { .. } => Arc::new([]),
         }
     }
 
-    pub(crate) fn begin_recorded(&self, records: &Arc<[BlockRecord]>) {
-        self.0.lock().serving = Serving::Recorded { records: Arc::clone(records), next: 0 };
+    /// Begins a break of a replay, whose allocations are served by these claims.
+    pub(crate) fn serve_claims(&self, claims: &Arc<[Claim]>) {
+        self.0.lock().serving = Serving::Claimed { claims: Arc::clone(claims), next: 0 };
     }
 
-    pub(crate) fn end_recorded(&self) {
+    /// Serves from the free ranges again.
+    pub(crate) fn end_serving(&self) {
         self.0.lock().serving = Serving::Free;
     }
 
-    /// Tells whether an address lies in one of the recorded blocks.
-    pub(crate) fn holds(&self, records: &[BlockRecord], ptr: DevicePtr) -> bool {
+    /// Tells whether an address lies in one of the claimed blocks.
+    pub(crate) fn holds(&self, claims: &[Claim], ptr: DevicePtr) -> bool {
         let offset = ptr.as_u64().wrapping_sub(self.0.base.as_u64());
-        records.iter().any(|block| (block.offset as u64..(block.offset + block.bytes) as u64).contains(&offset))
+        claims.iter().any(|block| (block.offset as u64..(block.offset + block.bytes) as u64).contains(&offset))
     }
 
     pub(crate) fn stats(&self) -> ArenaStats {
@@ -293,7 +297,7 @@ impl Shared {
         state.blocks.clear();
         state.unused_slots.clear();
         state.kept_back.clear();
-        state.recorded_kept_back.clear();
+        state.claimed_kept_back.clear();
         state.keep_back = false;
         state.may_grow = true;
         state.serving = Serving::Free;
@@ -314,16 +318,16 @@ impl State {
         Err(Error::Option { option: "Runner::release_memory", message })
     }
 
-    /// Serves the next recorded address, if it fits and nothing that this break still uses lies there: a break that
+    /// Serves the next claimed address, if it fits and nothing that this break still uses lies there: a break that
     /// allocates otherwise than at capture may come to an address earlier than its capture did.
-    fn serve_recorded(&mut self, bytes: usize) -> Option<usize> {
-        let Serving::Recorded { records, next } = &mut self.serving else { return None };
-        let record = *records.get(*next)?;
+    fn serve_claim(&mut self, bytes: usize) -> Option<usize> {
+        let Serving::Claimed { claims, next } = &mut self.serving else { return None };
+        let claim = *claims.get(*next)?;
         *next += 1;
-        let overlaps = |offset: usize, len: usize| offset < record.offset + bytes && record.offset < offset + len;
-        let is_taken = self.blocks.iter().any(|b| b.handles > 0 && b.recorded && overlaps(b.offset, b.bytes))
-            || self.recorded_kept_back.iter().any(|&(offset, len)| overlaps(offset, len));
-        (bytes <= record.bytes && !is_taken).then_some(record.offset)
+        let overlaps = |offset: usize, len: usize| offset < claim.offset + bytes && claim.offset < offset + len;
+        let is_taken = self.blocks.iter().any(|b| b.handles > 0 && b.is_claimed && overlaps(b.offset, b.bytes))
+            || self.claimed_kept_back.iter().any(|&(offset, len)| overlaps(offset, len));
+        (bytes <= claim.bytes && !is_taken).then_some(claim.offset)
     }
 
     fn take_free(&mut self, bytes: usize) -> Result<usize> {
@@ -336,8 +340,8 @@ impl State {
         };
         self.extent = self.extent.max(offset + bytes);
         self.in_use += bytes;
-        if let Serving::Recording(records) = &mut self.serving {
-            records.push(BlockRecord { offset, bytes });
+        if let Serving::Claiming(claims) = &mut self.serving {
+            claims.push(Claim { offset, bytes });
         }
         if let Some(log) = &mut self.log {
             log.taken(offset, bytes);
@@ -377,11 +381,11 @@ impl State {
         if block.handles > 0 {
             return;
         }
-        let Block { offset, bytes, recorded, .. } = *block;
+        let Block { offset, bytes, is_claimed, .. } = *block;
         self.unused_slots.push(slot);
-        if recorded {
+        if is_claimed {
             if self.keep_back {
-                self.recorded_kept_back.push((offset, bytes));
+                self.claimed_kept_back.push((offset, bytes));
             }
             return;
         }
@@ -487,19 +491,19 @@ mod tests {
     }
 
     #[test]
-    fn recorded_blocks_return_at_their_addresses_and_misfits_lie_above_the_extent() {
+    fn claimed_blocks_return_at_their_addresses_and_misfits_lie_above_the_extent() {
         let arena = arena(1 << 20);
-        arena.begin_record();
+        arena.begin_claims();
         let places: Vec<_> =
             [512, 256, 256].map(|bytes| Tensor::in_arena(&arena, shape(bytes), DType::U8).unwrap()).into();
-        let records = arena.end_record();
+        let claims = arena.end_claims();
         let extent = arena.stats().extent_bytes;
         arena.begin_forward(extent).unwrap();
-        arena.begin_recorded(&records);
+        arena.serve_claims(&claims);
         let first = Tensor::in_arena(&arena, shape(300), DType::U8).unwrap();
         let too_big = Tensor::in_arena(&arena, shape(1000), DType::U8).unwrap();
         let third = Tensor::in_arena(&arena, shape(256), DType::U8).unwrap();
-        arena.end_recorded();
+        arena.end_serving();
         assert_eq!((first.ptr, third.ptr), (places[0].ptr, places[2].ptr));
         assert!(too_big.ptr >= arena.base().offset_bytes(extent));
     }

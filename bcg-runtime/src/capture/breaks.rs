@@ -4,7 +4,7 @@ use super::writer::TapeWriter;
 use crate::arena::Arena;
 use crate::break_site::BreakSite;
 use crate::capture::bridge::{Bridges, Carrier, scrub, scrub_output};
-use crate::capture::freeze::{Claims, Thaw};
+use crate::capture::freeze::{Freezer, Thaw};
 use crate::capture::step::Break;
 use crate::error::catch_panic;
 use crate::generation::Stamp;
@@ -24,7 +24,7 @@ pub fn plain_call<L: LiveBatch, R>(
 pub fn eager_break<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
     cx: &mut Context<'_, L>,
     site: &'static BreakSite,
-    freeze: impl FnOnce(&mut Claims<'_>) -> Result<F>,
+    freeze: impl FnOnce(&mut Freezer<'_>) -> Result<F>,
     run: impl FnOnce(&mut Eager<'_, L>) -> Result<R>,
     replay: impl Fn(&mut Eager<'_, L>, &F, &Thaw<'_>) -> Result<R> + Send + Sync + 'static,
 ) -> Result<R> {
@@ -42,7 +42,7 @@ pub fn eager_break<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
 pub fn eager_break_stubbed<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
     cx: &mut Context<'_, L>,
     site: &'static BreakSite,
-    freeze: impl FnOnce(&mut Claims<'_>) -> Result<F>,
+    freeze: impl FnOnce(&mut Freezer<'_>) -> Result<F>,
     run: impl FnOnce(&mut Eager<'_, L>) -> Result<R>,
     stub: impl FnOnce(&mut Eager<'_, L>) -> Result<R>,
     replay: impl Fn(&mut Eager<'_, L>, &F, &Thaw<'_>) -> Result<R> + Send + Sync + 'static,
@@ -58,15 +58,15 @@ pub fn eager_break_stubbed<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
 fn call<L: LiveBatch, F, R: Bridge>(
     cx: &mut Context<'_, L>,
     site: &'static BreakSite,
-    freeze: impl FnOnce(&mut Claims<'_>) -> Result<F>,
+    freeze: impl FnOnce(&mut Freezer<'_>) -> Result<F>,
     run: impl FnOnce(&mut Eager<'_, L>) -> Result<R>,
 ) -> Result<R> {
     // A nested break is not a place of its own in the comparison of a replay with an eager run.
     let mut probe = cx.stream.probe.take();
     if let Some(probe) = &mut probe {
-        let mut claims = Claims::new(cx.stream);
-        freeze(&mut claims)?;
-        let args = claims.tensors;
+        let mut freezer = Freezer::new(cx.stream);
+        freeze(&mut freezer)?;
+        let args = freezer.tensors;
         probe.snapshot_args(cx.stream.main(), site.to_string(), &args)?;
     }
     let result = run(&mut Eager::new(cx));
@@ -81,7 +81,7 @@ fn capture<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
     writer: &mut TapeWriter<L>,
     cx: &mut Context<'_, L>,
     site: &'static BreakSite,
-    freeze: impl FnOnce(&mut Claims<'_>) -> Result<F>,
+    freeze: impl FnOnce(&mut Freezer<'_>) -> Result<F>,
     run: impl FnOnce(&mut Eager<'_, L>) -> Result<R>,
     replay: impl Fn(&mut Eager<'_, L>, &F, &Thaw<'_>) -> Result<R> + Send + Sync + 'static,
 ) -> Result<R> {
@@ -106,24 +106,24 @@ fn capture<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
 fn run_captured<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
     cx: &mut Context<'_, L>,
     site: &'static BreakSite,
-    freeze: impl FnOnce(&mut Claims<'_>) -> Result<F>,
+    freeze: impl FnOnce(&mut Freezer<'_>) -> Result<F>,
     run: impl FnOnce(&mut Eager<'_, L>) -> Result<R>,
     replay: impl Fn(&mut Eager<'_, L>, &F, &Thaw<'_>) -> Result<R> + Send + Sync + 'static,
 ) -> Result<(R, Break<L>, Vec<Stamp>)> {
-    let mut claims = Claims::new(cx.stream);
-    let frozen = freeze(&mut claims)?;
-    let (args, stamps) = (claims.tensors, claims.stamps);
+    let mut freezer = Freezer::new(cx.stream);
+    let frozen = freeze(&mut freezer)?;
+    let (args, stamps) = (freezer.tensors, freezer.stamps);
     let launches_before = cx.stream.counts.launches;
-    cx.stream.arena().begin_record();
+    cx.stream.arena().begin_claims();
     let output = catch_panic(|| run(&mut Eager::new(cx)));
-    let blocks = cx.stream.arena().end_record();
+    let claims = cx.stream.arena().end_claims();
     let output = output?;
     cx.stream.check_joined(&format!("the end of {}", site.to_string()))?;
-    let mut claims = Claims::new(cx.stream);
-    let frozen_output = output.freeze(&mut claims)?;
-    let outputs = claims.tensors;
+    let mut freezer = Freezer::new(cx.stream);
+    let frozen_output = output.freeze(&mut freezer)?;
+    let outputs = freezer.tensors;
     scrub(cx.stream, &outputs, cx.live.rows())?;
-    let is_own = outputs.iter().map(|output| cx.stream.arena().holds(&blocks, output.ptr)).collect();
+    let is_own = outputs.iter().map(|output| cx.stream.arena().holds(&claims, output.ptr)).collect();
     let bridges = Bridges { tensors: outputs.clone(), is_own };
     let run = move |eager: &mut Eager<'_, L>, arena: &Arena| {
         let output = replay(eager, &frozen, &Thaw { arena })?;
@@ -133,7 +133,7 @@ fn run_captured<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
         carrier.finish()
     };
     let launches = cx.stream.counts.launches - launches_before;
-    let step = Break { site, run: Box::new(run), blocks, args, outputs, launches, not_healable: None };
+    let step = Break { site, run: Box::new(run), claims, args, outputs, launches, not_healable: None };
     Ok((output, step, stamps))
 }
 

@@ -1,6 +1,6 @@
 //! How the outputs of a break cross to the captured work after it (law L3).
 //!
-//! A replayed break allocates at the recorded addresses, so what it returns *is* the bridge and nothing is copied. Only
+//! A replayed break allocates at the addresses of its capture, so what it returns *is* the bridge and nothing is copied. Only
 //! if it returns other memory is that copied into the bridge, and counted.
 //!
 //! Invariants:
@@ -8,7 +8,7 @@
 //!   tensor, must be the same one again: a copy would overwrite what others still read.
 //! - All outputs are known before the first is copied, so a copy never overwrites an output that is still to be copied.
 
-use crate::capture::freeze::{Claims, Freeze};
+use crate::capture::freeze::{Freeze, Freezer};
 use crate::frozen::FrozenTensor;
 use crate::{Error, Live, OpStream, Result, Rows, Tensor};
 
@@ -156,8 +156,8 @@ impl<'a> Carrier<'a> {
             self.moved.iter().any(|other| place.overlaps(&Footprint::of(&other.from)))
         };
         if self.moved.iter().any(overwrites) {
-            // Fresh memory, not that of the break's next recorded allocation.
-            self.stream.arena().end_recorded();
+            // Fresh memory, not that of the break's next claim.
+            self.stream.arena().end_serving();
             for moved in &mut self.moved {
                 let staged = self.stream.empty(moved.from.shape(), moved.from.dtype())?;
                 self.stream.copy(&staged, &moved.from)?;
@@ -342,15 +342,15 @@ pub(crate) fn scrub(stream: &mut OpStream, bridges: &[FrozenTensor], rows: Optio
     Ok(())
 }
 
-/// As [`scrub`], for an output that no capture recorded.
+/// As [`scrub`], for an output of an eager run.
 pub(crate) fn scrub_output<R: Freeze>(stream: &mut OpStream, output: &R, rows: Option<Rows>) -> Result<()> {
     if rows.is_none_or(|rows| rows.valid >= rows.padded) {
         return Ok(());
     }
     let scratch = std::mem::take(&mut stream.frozen_scratch);
-    let mut claims = Claims::with_scratch(stream, scratch);
-    let frozen = output.freeze(&mut claims);
-    let mut tensors = claims.tensors;
+    let mut freezer = Freezer::with_scratch(stream, scratch);
+    let frozen = output.freeze(&mut freezer);
+    let mut tensors = freezer.tensors;
     let result = frozen.and_then(|_| scrub(stream, &tensors, rows));
     tensors.clear();
     stream.frozen_scratch = tensors;
@@ -359,7 +359,7 @@ pub(crate) fn scrub_output<R: Freeze>(stream: &mut OpStream, output: &R, rows: O
 
 /// Returns the tensors of an output.
 pub(crate) fn output_tensors<R: Freeze>(stream: &mut OpStream, output: &R) -> Result<Vec<FrozenTensor>> {
-    let mut claims = Claims::new(stream);
-    output.freeze(&mut claims)?;
-    Ok(claims.tensors)
+    let mut freezer = Freezer::new(stream);
+    output.freeze(&mut freezer)?;
+    Ok(freezer.tensors)
 }

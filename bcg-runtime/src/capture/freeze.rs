@@ -42,21 +42,21 @@ pub trait Freeze: Sized + 'static {
     ///
     /// # Errors
     /// Those of [`OpStream::addr`] for each tensor.
-    fn freeze(&self, claims: &mut Claims<'_>) -> Result<Self::Frozen>;
+    fn freeze(&self, freezer: &mut Freezer<'_>) -> Result<Self::Frozen>;
 
     /// Rebuilds the value at replay.
     fn thaw(frozen: &Self::Frozen, thaw: &Thaw<'_>) -> Self;
 }
 
-/// Collects what frozen values refer to.
+/// Freezes values, and collects the tensors and generations that they refer to.
 #[derive(Debug)]
-pub struct Claims<'a> {
+pub struct Freezer<'a> {
     stream: &'a mut OpStream,
     pub(crate) tensors: Vec<FrozenTensor>,
     pub(crate) stamps: Vec<Stamp>,
 }
 
-impl<'a> Claims<'a> {
+impl<'a> Freezer<'a> {
     pub(crate) fn new(stream: &'a mut OpStream) -> Self {
         Self::with_scratch(stream, Vec::new())
     }
@@ -88,8 +88,8 @@ pub struct Thaw<'a> {
 impl Freeze for Tensor {
     type Frozen = FrozenTensorHandle;
 
-    fn freeze(&self, claims: &mut Claims<'_>) -> Result<FrozenTensorHandle> {
-        claims.tensor(self).map(FrozenTensorHandle)
+    fn freeze(&self, freezer: &mut Freezer<'_>) -> Result<FrozenTensorHandle> {
+        freezer.tensor(self).map(FrozenTensorHandle)
     }
 
     fn thaw(frozen: &FrozenTensorHandle, thaw: &Thaw<'_>) -> Self {
@@ -104,7 +104,7 @@ pub struct FrozenTensorHandle(pub(crate) FrozenTensor);
 impl<T: ?Sized + Send + Sync + 'static> Freeze for Arc<T> {
     type Frozen = Self;
 
-    fn freeze(&self, _claims: &mut Claims<'_>) -> Result<Self> {
+    fn freeze(&self, _freezer: &mut Freezer<'_>) -> Result<Self> {
         Ok(Self::clone(self))
     }
 
@@ -116,7 +116,7 @@ impl<T: ?Sized + Send + Sync + 'static> Freeze for Arc<T> {
 impl<T: Send + 'static> Freeze for Live<T> {
     type Frozen = Self;
 
-    fn freeze(&self, _claims: &mut Claims<'_>) -> Result<Self> {
+    fn freeze(&self, _freezer: &mut Freezer<'_>) -> Result<Self> {
         Ok(self.share())
     }
 
@@ -130,7 +130,7 @@ macro_rules! freeze_copies {
         impl Freeze for $ty {
             type Frozen = Self;
 
-            fn freeze(&self, _claims: &mut Claims<'_>) -> Result<Self> {
+            fn freeze(&self, _freezer: &mut Freezer<'_>) -> Result<Self> {
                 Ok(*self)
             }
 
@@ -168,8 +168,8 @@ freeze_copies!(
 impl<T: Freeze> Freeze for Option<T> {
     type Frozen = Option<T::Frozen>;
 
-    fn freeze(&self, claims: &mut Claims<'_>) -> Result<Self::Frozen> {
-        self.as_ref().map(|value| value.freeze(claims)).transpose()
+    fn freeze(&self, freezer: &mut Freezer<'_>) -> Result<Self::Frozen> {
+        self.as_ref().map(|value| value.freeze(freezer)).transpose()
     }
 
     fn thaw(frozen: &Self::Frozen, thaw: &Thaw<'_>) -> Self {
@@ -180,8 +180,8 @@ impl<T: Freeze> Freeze for Option<T> {
 impl<T: Freeze> Freeze for Vec<T> {
     type Frozen = Vec<T::Frozen>;
 
-    fn freeze(&self, claims: &mut Claims<'_>) -> Result<Self::Frozen> {
-        self.iter().map(|value| value.freeze(claims)).collect()
+    fn freeze(&self, freezer: &mut Freezer<'_>) -> Result<Self::Frozen> {
+        self.iter().map(|value| value.freeze(freezer)).collect()
     }
 
     fn thaw(frozen: &Self::Frozen, thaw: &Thaw<'_>) -> Self {
@@ -192,8 +192,8 @@ impl<T: Freeze> Freeze for Vec<T> {
 impl<T: Freeze, const N: usize> Freeze for [T; N] {
     type Frozen = Vec<T::Frozen>;
 
-    fn freeze(&self, claims: &mut Claims<'_>) -> Result<Self::Frozen> {
-        self.iter().map(|value| value.freeze(claims)).collect()
+    fn freeze(&self, freezer: &mut Freezer<'_>) -> Result<Self::Frozen> {
+        self.iter().map(|value| value.freeze(freezer)).collect()
     }
 
     fn thaw(frozen: &Self::Frozen, thaw: &Thaw<'_>) -> Self {
@@ -206,8 +206,8 @@ macro_rules! freeze_tuples {
         impl<$($T: Freeze),+> Freeze for ($($T,)+) {
             type Frozen = ($($T::Frozen,)+);
 
-            fn freeze(&self, claims: &mut Claims<'_>) -> Result<Self::Frozen> {
-                Ok(($(self.$index.freeze(claims)?,)+))
+            fn freeze(&self, freezer: &mut Freezer<'_>) -> Result<Self::Frozen> {
+                Ok(($(self.$index.freeze(freezer)?,)+))
             }
 
             fn thaw(frozen: &Self::Frozen, thaw: &Thaw<'_>) -> Self {

@@ -14,7 +14,7 @@ use crate::{Error, Result};
 pub(crate) enum CaptureState {
     /// Not begun.
     Idle,
-    /// A segment records.
+    /// A segment is being captured.
     Segment,
     /// A break runs.
     Break,
@@ -28,7 +28,7 @@ impl CaptureState {
     fn name(self) -> &'static str {
         match self {
             Self::Idle => "no capture is open",
-            Self::Segment => "a segment records",
+            Self::Segment => "a segment is being captured",
             Self::Break => "a break runs",
             Self::Sealed => "the capture has ended",
             Self::Aborted => "the capture was aborted by an earlier error",

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::arena::{Arena, BlockRecord};
+use crate::arena::{Arena, Claim};
 use crate::break_site::BreakSite;
 use crate::frozen::FrozenTensor;
 use crate::segment::Segment;
@@ -16,7 +16,7 @@ pub(crate) struct Break<L> {
     pub(crate) site: &'static BreakSite,
     pub(crate) run: BreakFn<L>,
     /// The allocations that the body made at capture.
-    pub(crate) blocks: Arc<[BlockRecord]>,
+    pub(crate) claims: Arc<[Claim]>,
     pub(crate) args: Vec<FrozenTensor>,
     pub(crate) outputs: Vec<FrozenTensor>,
     /// Launches of the body at capture.

@@ -111,7 +111,7 @@ impl<L> TapeWriter<L> {
             stream.device().backend().abort_capture(stream.main().handle());
         }
         stream.arena().set_may_grow(true);
-        stream.arena().end_record();
+        stream.arena().end_claims();
         stream.reset_forks();
     }
 

@@ -63,7 +63,7 @@ impl NodeCounts {
 pub(crate) trait MemoryBackend {
     fn memory_info(&self) -> Result<MemoryInfo>;
     /// Allocates `bytes` (> 0), aligned to at least 256 bytes. The contents are undefined (NaN on the host device).
-    /// A plain allocation, never stream-ordered: peers can read it and no capture records it.
+    /// A plain allocation, never stream-ordered: peers can read it and no capture holds it.
     fn alloc(&self, bytes: usize) -> Result<DevicePtr>;
     /// Frees an allocation, after the work that was enqueued before has run.
     fn free(&self, ptr: DevicePtr);

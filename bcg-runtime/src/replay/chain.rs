@@ -14,7 +14,7 @@ pub(crate) fn replay<L: LiveBatch, O: Freeze>(tape: &Tape<L, O>, stream: &mut Op
     let _entered = span.enter();
     begin(tape, stream, live)?;
     let result = run_steps(tape, stream, live);
-    stream.arena().end_recorded();
+    stream.arena().end_serving();
     result.map(|()| thaw_output(tape))
 }
 

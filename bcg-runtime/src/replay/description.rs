@@ -55,7 +55,7 @@ pub struct BreakDescription {
     pub num_args: usize,
     /// Bytes of its outputs.
     pub bridge_bytes: usize,
-    /// What it did that cannot be recorded, so that each replay runs it as a break of its own; `None` if it heals.
+    /// What it did that a merged executable cannot hold, so that each replay runs it as a break of its own; `None` if it heals.
     pub not_healable: Option<&'static str>,
     /// Nodes of its work that healed replays have patched so far.
     pub num_patched: u64,

@@ -28,7 +28,7 @@ pub(crate) fn replay<L: LiveBatch, O: Freeze>(
     begin(tape, stream, live)?;
     let active = Active::begin(tape.healer.take_list(stream.main()));
     let result = run_steps(tape, stream, live);
-    stream.arena().end_recorded();
+    stream.arena().end_serving();
     tape.healer.keep_list(active.end());
     let path = result?;
     if path == ReplayPath::Chain(ChainReason::WorkChanged) {

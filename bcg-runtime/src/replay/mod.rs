@@ -118,7 +118,7 @@ fn run_break<L: LiveBatch>(step: &Break<L>, arena: &Arena, stream: &mut OpStream
         probe.snapshot_args(stream.main(), step.site.to_string(), &step.args)?;
     }
     // Until the next break or the end of the replay, nothing else is allocated.
-    arena.begin_recorded(&step.blocks);
+    arena.serve_claims(&step.claims);
     let result = catch_panic(|| (step.run)(&mut Eager::from_parts(stream, live), arena));
     stream.probe = probe;
     result?;

@@ -67,7 +67,7 @@ pub struct OpStream {
     valid_rows: Allocation,
     valid_rows_now: Option<u32>,
     options: RunnerOptions,
-    /// A capture records and nothing runs: work outside segments is dropped.
+    /// A capture is open in which nothing runs: work outside segments is dropped.
     pub(crate) is_dry: bool,
     pub(crate) segment: Option<SegmentLog>,
     /// Where the main stream's work goes: to the device, or to the list of a break's work.

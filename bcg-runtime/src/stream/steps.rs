@@ -9,7 +9,7 @@ use crate::OpStream;
 pub enum StepKind {
     /// Launched the executable of this segment.
     Segment(usize),
-    /// Ran the body of this break: its work was enqueued, or recorded for a healed launch.
+    /// Ran the body of this break: its work was enqueued, or listed for a healed launch.
     Break(usize),
     /// Patched and launched an executable into which some segments and the breaks between them are merged.
     Healed {

@@ -7,8 +7,8 @@
 //!
 //! [`OpStream`](crate::OpStream) says in a field of its own whether its work is listed ([`Destination`]). The list itself
 //! belongs to the thread and not to the stream: a body may reach the device past its context (`Device::read`, freeing
-//! memory), and those calls, which hold no stream, must leave the list too. A lock that both share would cost each launch
-//! of a healed replay more than the thread's own cell does.
+//! memory), and those calls, which hold no stream, must leave the list too. A list that stream and thread shared would put a
+//! lock on each launch of a healed replay.
 //!
 //! Invariants:
 //! - A forward runs on one thread.
@@ -233,7 +233,7 @@ impl Active {
         Self { outer: Some((WORK_LIST.replace(Some(list)), watch::install(Some(WATCHER)))) }
     }
 
-    /// Ends the recording and returns the list, empty.
+    /// Ends the listing and returns the list, empty.
     pub(crate) fn end(mut self) -> Option<WorkList> {
         let (outer, watcher) = self.outer.take()?;
         watch::install(watcher);
@@ -324,7 +324,7 @@ fn note(main: &Arc<Stream>, push: impl FnOnce(&mut Span, Origin)) -> bool {
     .unwrap_or(false)
 }
 
-/// Leaves the list because of work on `main`, or beside it, of a kind that is not recorded.
+/// Leaves the list because of work on `main`, or beside it, of a kind that is not listed.
 ///
 /// # Errors
 /// Those of enqueuing what was kept back.

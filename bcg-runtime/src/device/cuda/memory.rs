@@ -1,6 +1,6 @@
 //! Device memory, pinned memory, and reserved addresses whose memory comes and goes.
 //!
-//! - Allocations are plain (`cuMemAlloc`), never stream-ordered: peers can read them, and no capture records them.
+//! - Allocations are plain (`cuMemAlloc`), never stream-ordered: peers can read them, and no capture holds them.
 //! - A mapping owns its memory: the driver's handle is released as soon as it is mapped, and the memory lives until it is
 //!   unmapped. So there is no list of handles to keep, and none to leak.
 //! - Allocating is refused while this thread captures. Frees are put off until no capture is open, because they

@@ -2,7 +2,7 @@
 //!
 //! Invariants: a capture belongs to the thread and the stream that began it; each of its members names it in its
 //! `StreamState`. As on CUDA, a forbidden call spoils it: what follows fails, and only ending or aborting it frees its
-//! streams. `graph.rs` begins and ends captures, `event.rs` spreads them, `stream.rs` records into them.
+//! streams. `graph.rs` begins and ends captures, `event.rs` spreads them, `stream.rs` adds nodes to them.
 
 use std::sync::Arc;
 use std::thread::ThreadId;
@@ -68,8 +68,14 @@ impl State {
         self.stream(stream).capture = Some(capture);
     }
 
-    /// Adds a node to an open capture, after what `stream` recorded before.
-    pub(super) fn record(&mut self, call: &'static str, capture: u64, stream: StreamHandle, work: Work) -> Result<()> {
+    /// Adds a node to an open capture, after what `stream` added before.
+    pub(super) fn add_node(
+        &mut self,
+        call: &'static str,
+        capture: u64,
+        stream: StreamHandle,
+        work: Work,
+    ) -> Result<()> {
         self.check_valid(call, capture)?;
         let stream = self.streams.get_mut(&stream.0).expect("guards pass live streams only");
         let nodes = &mut self.captures.get_mut(&capture).expect("an open capture").nodes;
@@ -80,7 +86,7 @@ impl State {
     }
 
     /// Adds a copy of a whole graph to an open capture.
-    pub(super) fn record_graph(&mut self, capture: u64, stream: StreamHandle, graph: &GraphNodes) -> Result<()> {
+    pub(super) fn add_graph(&mut self, capture: u64, stream: StreamHandle, graph: &GraphNodes) -> Result<()> {
         self.check_valid("cuGraphLaunch", capture)?;
         let stream = self.streams.get_mut(&stream.0).expect("guards pass live streams only");
         let nodes = &mut self.captures.get_mut(&capture).expect("an open capture").nodes;
@@ -191,8 +197,8 @@ mod tests {
         for call in forbidden {
             rig.backend.begin_capture(stream).unwrap();
             assert!(matches!(call(), Err(Error::CaptureForbidden { .. })));
-            let recorded = rig.backend.enqueue(stream, &Op::Fill { dst: ptr, byte: 0, bytes: 8 });
-            assert!(matches!(recorded, Err(Error::Driver { code: 901, .. })));
+            let added = rig.backend.enqueue(stream, &Op::Fill { dst: ptr, byte: 0, bytes: 8 });
+            assert!(matches!(added, Err(Error::Driver { code: 901, .. })));
             assert!(matches!(rig.backend.end_capture(stream), Err(Error::Driver { code: 901, .. })));
             call().unwrap();
         }

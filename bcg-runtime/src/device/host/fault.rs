@@ -136,7 +136,7 @@ impl HostControl {
     }
 
     /// Makes the work of all streams with this name run only when no other work can (`true`), or as it comes. That
-    /// includes graph nodes that such a stream recorded.
+    /// includes graph nodes that were captured on such a stream.
     pub fn set_delay(&self, stream: &str, late: bool) {
         let state = &mut *self.shared.lock();
         let lane = state.lane(stream);

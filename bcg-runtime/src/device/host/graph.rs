@@ -1,6 +1,6 @@
 //! Graphs of the host device: the driver's calls that capture, instantiate and launch.
 //!
-//! Invariants: nodes are in the order of their recording, so a dependency has a smaller index; a graph never changes,
+//! Invariants: nodes are in the order in which they were captured, so a dependency has a smaller index; a graph never changes,
 //! so pending launches and executables share it. `capture.rs` keeps the open captures.
 
 use std::collections::HashSet;
@@ -18,7 +18,7 @@ use crate::{Error, Result};
 pub(super) struct Node {
     pub(super) work: Work,
     pub(super) deps: Vec<u32>,
-    /// The recording stream's.
+    /// The lane of the stream that was captured.
     pub(super) lane: u32,
 }
 
@@ -145,7 +145,7 @@ impl GraphBackend for HostBackend {
         let launched = state.streams.get_mut(&stream.0).expect("guards pass live streams only");
         if let Some(capture) = launched.capture {
             let graph = Arc::clone(&exec.graph);
-            return state.record_graph(capture, stream, &graph);
+            return state.add_graph(capture, stream, &graph);
         }
         let op = state.queue.push_graph(launched.lane, &exec.graph, launched.last, exec.last);
         (launched.last, exec.last) = (op, op);
@@ -208,7 +208,7 @@ mod tests {
     use crate::device::traits::{MemoryBackend, StreamBackend};
 
     #[test]
-    fn recorded_work_does_not_run_at_capture_and_runs_at_each_launch() {
+    fn captured_work_does_not_run_at_capture_and_runs_at_each_launch() {
         let rig = Rig::new();
         let (stream, log) = (rig.stream("main"), rig.log());
         let exec = rig.capture(stream, || (0..3).for_each(|v| rig.append(stream, log, v).unwrap())).unwrap();

@@ -1,4 +1,4 @@
-//! Streams of the host device: where work is enqueued, recorded or waited for.
+//! Streams of the host device: where work is enqueued, captured or waited for.
 //!
 //! Invariants: `last` is the stream's latest operation outside of captures; a stream captures exactly while `capture`
 //! names an open capture of `graph.rs`, whose `members` then hold the stream.
@@ -32,7 +32,7 @@ impl State {
             (stream.lane, stream.last, stream.capture)
         };
         if let Some(capture) = capture {
-            return self.record(call, capture, stream, work);
+            return self.add_node(call, capture, stream, work);
         }
         let op = self.queue.push(lane, work, last, OpRef::default());
         self.stream(stream).last = op;
