@@ -19,6 +19,7 @@ use crate::{
 
 /// How a cache captures and replays.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct CacheOptions {
     /// The capture sizes; `None` switches graphs off.
     pub ladder: Option<Ladder>,
@@ -50,6 +51,7 @@ impl Default for CacheOptions {
 
 /// What a cache did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct GraphCacheStats {
     /// Replays.
     pub num_replays: u64,
@@ -101,8 +103,10 @@ fn sums<K: Ord + Copy>(a: &BTreeMap<K, u64>, b: &BTreeMap<K, u64>) -> BTreeMap<K
 /// ```
 /// use bcg_runtime::{CacheOptions, DType, Decision, Device, GraphCache, Ladder, Runner, RunnerOptions, Tensor};
 ///
-/// let ladder = Some(Ladder::explicit(vec![4, 8])?);
-/// let mut cache = GraphCache::<(), Tensor>::new("zeros", CacheOptions { ladder, lazy: true, ..Default::default() });
+/// let mut options = CacheOptions::default();
+/// options.ladder = Some(Ladder::explicit(vec![4, 8])?);
+/// options.lazy = true;
+/// let mut cache = GraphCache::<(), Tensor>::new("zeros", options);
 /// let mut runner = Runner::new(&Device::host(), RunnerOptions::default())?;
 /// for expected in [Decision::Capture { size: 4 }, Decision::Replay { size: 4 }] {
 ///     let decision = cache.decide(3);

@@ -19,13 +19,15 @@ use crate::{Context, Description, Error, Freeze, LiveBatch, OpStream, Result, Ru
 /// ```
 /// use bcg_runtime::{BreakableCudaGraph, Device, Error, GraphOptions, Runner, RunnerOptions};
 /// let mut runner = Runner::new(&Device::host(), RunnerOptions::default())?;
-/// let options = GraphOptions { expected_breaks: Some(1), ..GraphOptions::default() };
+/// let mut options = GraphOptions::default();
+/// options.expected_breaks = Some(1);
 /// let mut graph = BreakableCudaGraph::with_options("forgotten", options);
 /// let refused = graph.capture(&mut runner, &(), |_| Ok(())); // nobody annotated a break
 /// assert!(matches!(refused, Err(Error::Census { expected: 1, got: 0, .. })));
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct GraphOptions {
     /// The number of breaks that a capture must have; any other number is an error. It catches a function that
     /// somebody forgot to annotate.

@@ -18,6 +18,7 @@ use crate::{Context, Device, Eager, Element, Live, LiveBatch, OpStream, ReplayMo
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct RunnerStats {
     /// Kernels enqueued one by one, captured ones included.
     pub num_launches: usize,

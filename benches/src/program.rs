@@ -149,7 +149,9 @@ impl Replay {
     /// The runtime's; a wrong output.
     pub fn new(device: &Device, num_breaks: usize, mode: ReplayMode, args: BreakArgs) -> Result<Self> {
         let mut eager = EagerForward::new(device, num_breaks)?;
-        eager.runner = Runner::new(device, RunnerOptions { replay: mode, ..RunnerOptions::default() })?;
+        let mut options = RunnerOptions::default();
+        options.replay = mode;
+        eager.runner = Runner::new(device, options)?;
         eager.check()?;
         let EagerForward { runner, input, .. } = eager;
         let graph = BreakableCudaGraph::new(format!("{num_breaks} breaks"));

@@ -4,7 +4,7 @@ use std::fs;
 
 use bcg_runtime::{
     CacheOptions, Context, Decision, Device, DeviceKind, Eager, GraphCache, Ladder, LiveObjects, ReplayMode, Result,
-    Runner, RunnerOptions, Tensor, eager_on_graph,
+    Runner, Tensor, eager_on_graph,
 };
 
 use crate::Rule;
@@ -66,16 +66,15 @@ struct Lane {
 
 impl Lane {
     fn new(device: &Device, replay: ReplayMode, ladder: Ladder, bytes_max: usize, reads_back: bool) -> Self {
-        let options = RunnerOptions { replay, ..options() };
+        let mut options = options();
+        options.replay = replay;
         let runner = Runner::new(device, options).expect("a runner");
-        let cache = CacheOptions {
-            ladder: Some(ladder),
-            lazy: true,
-            graphs_max: GRAPHS_MAX,
-            bytes_max,
-            verify_every: Some(97),
-            ..CacheOptions::default()
-        };
+        let mut cache = CacheOptions::default();
+        cache.ladder = Some(ladder);
+        cache.lazy = true;
+        cache.graphs_max = GRAPHS_MAX;
+        cache.bytes_max = bytes_max;
+        cache.verify_every = Some(97);
         Self { runner, cache: GraphCache::new("soak", cache), reads_back }
     }
 

@@ -74,7 +74,9 @@ impl Rig {
     }
 
     fn runner(&self) -> Runner {
-        let options = RunnerOptions { arena_bytes: 1 << 20, poison: true, ..RunnerOptions::default() };
+        let mut options = RunnerOptions::default();
+        options.arena_bytes = 1 << 20;
+        options.poison = true;
         Runner::new(&self.device, options).expect("a runner")
     }
 
@@ -312,7 +314,11 @@ fn each_call_of_making_a_runner_fails_once_and_leaves_nothing() {
     let calls = rig.device.host_control().expect("a host device").calls_since(mark);
     for (index, call) in calls.iter().enumerate() {
         rig.fail_call(index as u64 + 1);
-        match Runner::new(&rig.device, RunnerOptions { arena_bytes: 1 << 20, ..RunnerOptions::default() }) {
+        match Runner::new(&rig.device, {
+            let mut options = RunnerOptions::default();
+            options.arena_bytes = 1 << 20;
+            options
+        }) {
             Ok(_) => {
                 assert_eq!(*call, "cuCtxSynchronize", "only the wait before a runner is dropped has no caller to tell");
             }
@@ -326,8 +332,13 @@ fn each_call_of_making_a_runner_fails_once_and_leaves_nothing() {
 #[test]
 fn each_allocation_that_finds_no_memory_leaves_the_runner_usable() {
     let rig = Rig::new();
-    let make =
-        |bytes: usize| Runner::new(&rig.device, RunnerOptions { arena_bytes: bytes, ..RunnerOptions::default() });
+    let make = |bytes: usize| {
+        Runner::new(&rig.device, {
+            let mut options = RunnerOptions::default();
+            options.arena_bytes = bytes;
+            options
+        })
+    };
     for call in ["cuMemAlloc", "cuMemAddressReserve", "cuMemMap"] {
         rig.device.host_control().expect("a host device").fail_calls_named(call, 1);
         let error = failure(make(1 << 20));
@@ -351,9 +362,15 @@ fn each_allocation_that_finds_no_memory_leaves_the_runner_usable() {
 
 #[test]
 fn a_device_that_is_really_full_says_so_and_recovers() {
-    let device = Device::host_with(bcg_runtime::HostOptions { memory_bytes: 64 << 20, ..Default::default() });
-    let mut runner =
-        Runner::new(&device, RunnerOptions { arena_bytes: 1 << 20, ..Default::default() }).expect("a runner");
+    let mut options = bcg_runtime::HostOptions::default();
+    options.memory_bytes = 64 << 20;
+    let device = Device::host_with(options);
+    let mut runner = Runner::new(&device, {
+        let mut options = RunnerOptions::default();
+        options.arena_bytes = 1 << 20;
+        options
+    })
+    .expect("a runner");
     let hog = device.empty(&[40 << 20], DType::U8).expect("most of the memory");
     let forward = |cx: &mut Context<'_, ()>| cx.empty(&[30 << 20], DType::U8).map(drop);
     let error = failure(runner.eager(&(), forward));

@@ -17,7 +17,9 @@ const SLOW: &[(&str, u64)] = &[
 fn run(name: &str, rule: fn(&Device)) {
     let num_seeds = SLOW.iter().find(|(slow, _)| *slow == name).map_or(NUM_SEEDS, |(_, seeds)| *seeds);
     for seed in 0..num_seeds {
-        let device = Device::host_with(HostOptions { seed, ..HostOptions::default() });
+        let mut options = HostOptions::default();
+        options.seed = seed;
+        let device = Device::host_with(options);
         let mode = if seed % 2 == 0 { ReplayMode::Healed } else { ReplayMode::Chain };
         let run = || with_replay(mode, || rule(&device));
         let passed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));

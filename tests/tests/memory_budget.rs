@@ -14,7 +14,11 @@ fn options(graph: GraphMode) -> ModelRunnerOptions {
 }
 
 fn small_device(memory_bytes: usize) -> Device {
-    Device::host_with(HostOptions { memory_bytes, ..HostOptions::default() })
+    Device::host_with({
+        let mut options = HostOptions::default();
+        options.memory_bytes = memory_bytes;
+        options
+    })
 }
 
 fn used_bytes(device: &Device) -> usize {

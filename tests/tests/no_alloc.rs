@@ -34,8 +34,12 @@ fn on_a_side_stream(cx: &mut Eager<'_, Batch>, x: &Tensor) -> Result<(Tensor, Op
 fn a_warm_replay_allocates_nothing() {
     const BREAKS: usize = 36;
     let device = Device::host();
-    let mut runner =
-        Runner::new(&device, RunnerOptions { arena_bytes: 1 << 20, ..RunnerOptions::default() }).expect("a runner");
+    let mut runner = Runner::new(&device, {
+        let mut options = RunnerOptions::default();
+        options.arena_bytes = 1 << 20;
+        options
+    })
+    .expect("a runner");
     let (x, state) = (device.zeros(&[4, 8], DType::F32).expect("x"), device.zeros(&[4, 8], DType::F32).expect("state"));
     let mut graph = BreakableCudaGraph::new("warm");
     let forward = move |cx: &mut Context<'_, Batch>| {

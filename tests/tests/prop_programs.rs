@@ -15,7 +15,9 @@ fn from_environment(name: &str, default: u64) -> u64 {
 }
 
 fn check(seed: u64) {
-    random::check(&Device::host_with(HostOptions { seed, ..HostOptions::default() }), seed);
+    let mut options = HostOptions::default();
+    options.seed = seed;
+    random::check(&Device::host_with(options), seed);
 }
 
 #[test]

@@ -8,7 +8,7 @@
 
 use std::sync::Arc;
 
-use bcg_runtime::{CacheOptions, Device, GraphCache};
+use bcg_runtime::{Device, GraphCache};
 
 use super::options::{GraphMode, ModelRunnerOptions, OptionError};
 use super::{DUMMY_SEQUENCE_TOKENS, ModelRunner, Progress, Stage};
@@ -94,8 +94,12 @@ impl ModelRunner {
 
     /// Captures the graph of a size, drops it, and returns what it took, in bytes, with what a padded replay adds.
     fn measure_graph(&mut self, phase: Phase, size: usize) -> Result<usize> {
-        let unbounded =
-            CacheOptions { graphs_max: usize::MAX, bytes_max: usize::MAX, ..self.options.graph_cache(phase)? };
+        let unbounded = {
+            let mut changed = self.options.graph_cache(phase)?;
+            changed.graphs_max = usize::MAX;
+            changed.bytes_max = usize::MAX;
+            changed
+        };
         let cache = GraphCache::new(phase.name(), unbounded);
         let kept = std::mem::replace(self.graphs_and_runtime(phase).0, cache);
         let captured = self.capture_size(phase, size).and_then(|()| self.replay_padded(phase, size));

@@ -120,11 +120,9 @@ impl ModelRunner {
         let layout = config.cache_layout()?;
         let decode_plan = ops::DecodePlan::new(device, layout.q_heads, layout.k[0]);
         let inputs = InputBuffers::new(device, options.limits()?, options.page_size, decode_plan)?;
-        let runtime_options = bcg_runtime::RunnerOptions {
-            name: "model".to_owned(),
-            poison: options.poison_graph_memory,
-            ..Default::default()
-        };
+        let mut runtime_options = bcg_runtime::RunnerOptions::default();
+        runtime_options.name = "model".to_owned();
+        runtime_options.poison = options.poison_graph_memory;
         let graphs = |phase: Phase| Ok::<_, Error>(GraphCache::new(phase.name(), options.graph_cache(phase)?));
         let mut runner = Self {
             prefill_graphs: graphs(Phase::Prefill)?,

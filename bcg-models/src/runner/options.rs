@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use bcg_runtime::{CacheOptions, GraphOptions, Ladder};
+use bcg_runtime::{CacheOptions, Ladder};
 
 use crate::batch::{BatchLimits, Phase};
 use crate::config::ModelConfig;
@@ -240,15 +240,14 @@ impl ModelRunnerOptions {
         let is_lazy = self.graph == GraphMode::Lazy;
         // Ahead, every size of the ladder stays.
         let or_all = |max| if is_lazy { max } else { usize::MAX };
-        Ok(CacheOptions {
-            ladder: self.ladder(phase)?,
-            // Nothing is captured ahead for debugging, and each size of the ladder is still used.
-            lazy: is_lazy || self.debug_cuda_graph,
-            graphs_max: or_all(self.cuda_graph_lazy_max_graphs),
-            bytes_max: or_all(self.lazy_max_bytes()),
-            verify_every: self.verify_graph,
-            graph: GraphOptions::default(),
-        })
+        let mut options = CacheOptions::default();
+        options.ladder = self.ladder(phase)?;
+        // Nothing is captured ahead for debugging, and each size of the ladder is still used.
+        options.lazy = is_lazy || self.debug_cuda_graph;
+        options.graphs_max = or_all(self.cuda_graph_lazy_max_graphs);
+        options.bytes_max = or_all(self.lazy_max_bytes());
+        options.verify_every = self.verify_graph;
+        Ok(options)
     }
 
     /// The sizes of the input buffers.

@@ -19,7 +19,9 @@ pub(super) struct RandomWeights {
 
 impl RandomWeights {
     pub(super) fn new(device: &Device) -> Result<Self> {
-        let options = RunnerOptions { name: "random weights".to_owned(), arena_bytes: 0, ..RunnerOptions::default() };
+        let mut options = RunnerOptions::default();
+        options.name = "random weights".to_owned();
+        options.arena_bytes = 0;
         Ok(Self { runner: Runner::new(device, options)?, seed: 0, bytes: 0 })
     }
 

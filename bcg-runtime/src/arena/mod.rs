@@ -34,6 +34,7 @@ const GROWTH_BYTES: usize = 32 << 20;
 
 /// What an arena holds, in bytes; see [`Runner::arena_stats`](crate::Runner::arena_stats).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ArenaStats {
     /// Reserved addresses.
     pub reserved_bytes: usize,

@@ -24,6 +24,7 @@ use crate::{DevicePtr, Element, Error, Result};
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct LiveObjects {
     /// Memory allocations and mappings.
     pub allocations: usize,

@@ -5,12 +5,15 @@
 /// # Example
 /// ```
 /// use bcg_runtime::{Device, Runner, RunnerOptions};
-/// let options = RunnerOptions { arena_bytes: 1 << 20, poison: true, ..RunnerOptions::default() };
+/// let mut options = RunnerOptions::default();
+/// options.arena_bytes = 1 << 20;
+/// options.poison = true;
 /// let runner = Runner::new(&Device::host(), options)?;
 /// assert_eq!(runner.arena_stats().mapped_bytes, 1 << 20);
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct RunnerOptions {
     /// The name of its stream, for messages.
     pub name: String,
@@ -41,7 +44,8 @@ impl Default for RunnerOptions {
 /// # Example
 /// ```
 /// use bcg_runtime::{Device, ReplayMode, Runner, RunnerOptions};
-/// let options = RunnerOptions { replay: ReplayMode::Chain, ..RunnerOptions::default() };
+/// let mut options = RunnerOptions::default();
+/// options.replay = ReplayMode::Chain;
 /// let runner = Runner::new(&Device::host(), options)?; // launches segment by segment, break by break
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```

@@ -57,6 +57,7 @@ impl UploadSource for Vec<u8> {
 /// assert!(bcg_runtime::UploadOptions::default().num_threads >= 1);
 /// ```
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct UploadOptions {
     /// Threads that read, at least 1.
     pub num_threads: usize,

@@ -34,7 +34,9 @@ pub(super) struct Lab {
 
 impl Lab {
     pub(super) fn new(device: Device) -> Result<Self> {
-        let runner = Runner::new(&device, RunnerOptions { name: "bench".to_owned(), ..RunnerOptions::default() })?;
+        let mut options = RunnerOptions::default();
+        options.name = "bench".to_owned();
+        let runner = Runner::new(&device, options)?;
         Ok(Self { device, runner })
     }
 

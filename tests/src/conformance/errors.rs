@@ -196,7 +196,8 @@ pub fn nothing_runs_after_the_first_error_of_a_replay(device: &Device) {
 /// The number of breaks is checked against the expected one, and an error lists the captured ones.
 pub fn the_census_of_breaks_is_checked(device: &Device) {
     let mut runner = runner(device);
-    let options = GraphOptions { expected_breaks: Some(3), ..GraphOptions::default() };
+    let mut options = GraphOptions::default();
+    options.expected_breaks = Some(3);
     let mut graph = Graph::with_options("census", options);
     let x = iota(device, &[16], 1.0);
     let error = failure(graph.capture(&mut runner, &batch(1.0), move |cx| {

@@ -48,7 +48,11 @@ pub fn with_replay<R>(mode: ReplayMode, rule: impl FnOnce() -> R) -> R {
 
 /// Options of most rules' runners: a small arena, poison on, replays as [`with_replay`] says.
 pub fn options() -> RunnerOptions {
-    RunnerOptions { arena_bytes: 1 << 20, poison: true, replay: REPLAY.get(), ..RunnerOptions::default() }
+    let mut options = RunnerOptions::default();
+    options.arena_bytes = 1 << 20;
+    options.poison = true;
+    options.replay = REPLAY.get();
+    options
 }
 
 /// Makes a runner with [`options`].

@@ -61,7 +61,9 @@ fn cache(sizes: &[usize], mut options: CacheOptions) -> Cache {
 }
 
 fn lazy() -> CacheOptions {
-    CacheOptions { lazy: true, ..CacheOptions::default() }
+    let mut options = CacheOptions::default();
+    options.lazy = true;
+    options
 }
 
 fn forward_of(x: &Tensor) -> impl Fn(&mut Context<'_, Batch>) -> Result<Tensor> + Clone + Send + Sync + 'static {
@@ -80,7 +82,9 @@ fn capture(cache: &mut Cache, runner: &mut Runner, size: usize) -> Result<Tensor
 
 /// Returns a cache that may take no memory, and a size whose graph it did not keep.
 fn without_budget(runner: &mut Runner) -> (Cache, usize) {
-    let options = CacheOptions { ladder: Some(Ladder::exact(256).expect("a ladder")), bytes_max: 0, ..lazy() };
+    let mut options = lazy();
+    options.ladder = Some(Ladder::exact(256).expect("a ladder"));
+    options.bytes_max = 0;
     let mut cache = Cache::new("none", options);
     // A driver takes memory in pieces, so the first graphs may seem to cost nothing.
     let refused = (1..=256).find(|&size| {
@@ -156,7 +160,9 @@ pub fn a_lazy_cache_captures_at_first_use(device: &Device) {
 /// A lazy cache of exact sizes captures each size as it is, and pads nothing.
 pub fn a_lazy_cache_of_exact_sizes_pads_nothing(device: &Device) {
     let mut runner = runner(device);
-    let mut cache = Cache::new("exact", CacheOptions { ladder: Some(Ladder::exact(40).expect("a ladder")), ..lazy() });
+    let mut options = lazy();
+    options.ladder = Some(Ladder::exact(40).expect("a ladder"));
+    let mut cache = Cache::new("exact", options);
     for rows in [1, 3, 17, 33, 39, 40] {
         assert_eq!(cache.decide(rows), Decision::Capture { size: rows });
         capture(&mut cache, &mut runner, rows).expect("a capture");
@@ -168,7 +174,9 @@ pub fn a_lazy_cache_of_exact_sizes_pads_nothing(device: &Device) {
 /// Beyond its bound, a cache drops the least recently used graph.
 pub fn the_least_recently_used_graph_goes_first(device: &Device) {
     let mut runner = runner(device);
-    let mut cache = cache(&[4, 5, 6, 7], CacheOptions { graphs_max: 2, ..lazy() });
+    let mut options = lazy();
+    options.graphs_max = 2;
+    let mut cache = cache(&[4, 5, 6, 7], options);
     capture(&mut cache, &mut runner, 4).expect("a capture");
     capture(&mut cache, &mut runner, 5).expect("a capture");
     cache.replay(4, &mut runner, &padded(1.0, 4, 4)).expect("a replay");
@@ -192,7 +200,9 @@ pub fn graphs_keep_to_their_budget_of_bytes(device: &Device) {
     }
     let bytes_max = unbounded.graph_bytes() / 2;
     drop(unbounded);
-    let mut cache = cache(&sizes, CacheOptions { bytes_max, ..lazy() });
+    let mut options = lazy();
+    options.bytes_max = bytes_max;
+    let mut cache = cache(&sizes, options);
     for size in [4, 5, 6, 7, 8, 9, 10, 11, 7, 4, 4, 11] {
         let (x, live) = (iota(device, &[size, 4], size as f32), padded(1.0, size, size));
         let output = match cache.decide(size) {
@@ -230,7 +240,9 @@ pub fn executables_made_at_a_replay_count_against_the_budget(device: &Device) {
     };
     let mut bytes_max = usize::MAX;
     for is_bounded in [false, true] {
-        let mut cache = cache(&[4, 5], CacheOptions { bytes_max, ..lazy() });
+        let mut bounded = lazy();
+        bounded.bytes_max = bytes_max;
+        let mut cache = cache(&[4, 5], bounded);
         for size in [4, 5] {
             cache.capture(size, &mut runner, &padded(1.0, size, size), forward(size)).expect("a capture");
         }
@@ -260,7 +272,9 @@ pub fn executables_made_at_a_replay_count_against_the_budget(device: &Device) {
 pub fn a_graph_may_be_evicted_while_it_runs(device: &Device) {
     let mut runner = runner(device);
     device.host_control().into_iter().for_each(|control| control.set_delay("runner", true));
-    let mut cache = cache(&[4, 5], CacheOptions { graphs_max: 1, ..lazy() });
+    let mut options = lazy();
+    options.graphs_max = 1;
+    let mut cache = cache(&[4, 5], options);
     let kept = iota(device, &[4, 4], 0.0);
     capture(&mut cache, &mut runner, 4).expect("a capture");
     let live = padded(3.0, 4, 4);
@@ -288,7 +302,9 @@ pub fn all_sizes_have_the_same_number_of_breaks(device: &Device) {
 /// Every Nth replay of a cache is verified.
 pub fn every_nth_replay_is_verified(device: &Device) {
     let mut runner = runner(device);
-    let mut cache = cache(&[4], CacheOptions { verify_every: Some(3), ..lazy() });
+    let mut options = lazy();
+    options.verify_every = Some(3);
+    let mut cache = cache(&[4], options);
     capture(&mut cache, &mut runner, 4).expect("a capture");
     for index in 0..7 {
         cache.replay(4, &mut runner, &padded(index as f32, 4, 4)).expect("a replay");

@@ -3,8 +3,8 @@
 use std::sync::{Arc, Mutex};
 
 use bcg_runtime::{
-    BreakableCudaGraph, CacheOptions, Context, DType, Device, Eager, Error, GraphCache, Ladder, LiveObjects, Result,
-    Runner, RunnerOptions, Tensor, eager_on_graph,
+    BreakableCudaGraph, CacheOptions, Context, DType, Device, Eager, Error, GraphCache, Ladder, Result, Runner, Tensor,
+    eager_on_graph,
 };
 
 use super::fixture::{
@@ -81,7 +81,9 @@ pub fn rising_sizes_share_memory_and_replay_in_every_order(device: &Device) {
 
 /// An arena that grows between captures does not move: graphs captured before replay as before.
 pub fn the_arena_grows_between_captures_without_moving(device: &Device) {
-    let mut runner = Runner::new(device, RunnerOptions { arena_bytes: 0, ..options() }).expect("a runner");
+    let mut options = options();
+    options.arena_bytes = 0;
+    let mut runner = Runner::new(device, options).expect("a runner");
     assert_eq!(runner.arena_stats().mapped_bytes, 0);
     let small = iota(device, &[8, 16], 1.0);
     runner.eager(&batch(1.0), forward_of(&small)).expect("the eager run that grows the arena");
@@ -209,7 +211,8 @@ pub fn memory_read_on_a_side_stream_of_a_break_is_kept_at_replay(device: &Device
 
 /// The arena keeps to its bound, and says so.
 pub fn the_arena_keeps_to_its_bound(device: &Device) {
-    let options = RunnerOptions { arena_bytes_max: Some(4 << 20), ..options() };
+    let mut options = options();
+    options.arena_bytes_max = Some(4 << 20);
     let mut runner = Runner::new(device, options).expect("a runner");
     let bytes = runner.arena_stats().reserved_bytes + 1;
     let error = failure(runner.eager(&(), |cx| cx.empty(&[bytes], DType::U8)));
@@ -386,9 +389,16 @@ pub fn a_release_ends_the_forward_that_ran_last(device: &Device) {
 /// Memory is released and comes back while a cache holds graphs of several sizes, one of them captured in between.
 pub fn memory_is_released_while_a_cache_holds_graphs(device: &Device) {
     let mut runner = runner(device);
-    let options = CacheOptions { ladder: Some(Ladder::exact(32).expect("a ladder")), lazy: true, ..Default::default() };
+    let mut options = CacheOptions::default();
+    options.ladder = Some(Ladder::exact(32).expect("a ladder"));
+    options.lazy = true;
     let mut cache = GraphCache::new("cache", options);
-    let objects = |device: &Device| LiveObjects { allocations: 0, allocated_bytes: 0, ..device.live_objects() };
+    let objects = |device: &Device| {
+        let mut objects = device.live_objects();
+        objects.allocations = 0;
+        objects.allocated_bytes = 0;
+        objects
+    };
     for size in [20, 7, 32] {
         let x = iota(device, &[size, 16], size as f32);
         let captured = cache.capture(size, &mut runner, &batch(1.0), forward_of(&x)).expect("a capture");

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use bcg_runtime::{
-    BlockLifetime, Context, Device, DeviceKind, GpuTimeline, ReplayMode, Result, Runner, RunnerOptions, StepKind,
-    StepTime, Tensor, Timeline,
+    BlockLifetime, Context, Device, DeviceKind, GpuTimeline, ReplayMode, Result, Runner, StepKind, StepTime, Tensor,
+    Timeline,
 };
 
 use super::fixture::{Batch, Graph, batch, bits, iota, options, scaled, step};
@@ -25,7 +25,9 @@ fn forward(x: &Tensor) -> impl Fn(&mut Context<'_, Batch>) -> Result<Tensor> + C
 /// Captures [`forward`] and takes a timeline of it; a replay after that gives what an eager run gives.
 fn captured(device: &Device, replay: ReplayMode) -> (Graph, Timeline) {
     let x = iota(device, &[64, 16], 1.0);
-    let mut runner = Runner::new(device, RunnerOptions { replay, ..options() }).expect("a runner");
+    let mut options = options();
+    options.replay = replay;
+    let mut runner = Runner::new(device, options).expect("a runner");
     let mut graph = Graph::new("timeline");
     graph.capture(&mut runner, &batch(1.0), forward(&x)).expect("a capture");
     let timeline = graph.timeline(&mut runner, &batch(2.0)).expect("a timeline");

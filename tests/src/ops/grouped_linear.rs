@@ -138,7 +138,8 @@ fn assert_products(fixture: &mut Fixture, weights: &Weights, choices: &[usize], 
 /// A fixture in which new memory holds NaN.
 fn poisoned(device: &Device) -> Fixture {
     let mut fixture = Fixture::new(device);
-    let options = RunnerOptions { poison: true, ..RunnerOptions::default() };
+    let mut options = RunnerOptions::default();
+    options.poison = true;
     fixture.runner = Runner::new(device, options).expect("a runner");
     fixture
 }

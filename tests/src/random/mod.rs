@@ -61,7 +61,9 @@ struct Checker<'a> {
 }
 
 fn run_all(device: &Device, program: &Program, seed: u64) -> Result<(), String> {
-    let options = RunnerOptions { arena_bytes: 1 << 16, poison: program.poison, ..RunnerOptions::default() };
+    let mut options = RunnerOptions::default();
+    options.arena_bytes = 1 << 16;
+    options.poison = program.poison;
     let runner = Runner::new(device, options).map_err(|error| error.to_string())?;
     let program = Arc::new(program.clone());
     let mut checker = Checker {

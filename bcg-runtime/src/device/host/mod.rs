@@ -54,10 +54,13 @@ use stream::StreamState;
 /// # Example
 /// ```
 /// use bcg_runtime::{Device, HostOptions};
-/// let device = Device::host_with(HostOptions { seed: 7, ordinal: 1, ..HostOptions::default() });
+/// let mut options = HostOptions::default();
+/// (options.seed, options.ordinal) = (7, 1);
+/// let device = Device::host_with(options);
 /// assert_eq!(device.name(), "host:1");
 /// ```
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct HostOptions {
     /// Seed of the random order in which work runs.
     pub seed: u64,
