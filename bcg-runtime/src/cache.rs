@@ -49,23 +49,23 @@ impl Default for CacheOptions {
     }
 }
 
-/// What a cache did.
+/// What a cache did since it was made.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct GraphCacheStats {
-    /// Replays.
+    /// The number of replays.
     pub num_replays: u64,
-    /// Those verified against an eager run.
+    /// The number of replays that were verified against an eager run.
     pub num_verified: u64,
-    /// Replays that were, at least in part, launched segment by segment, by reason.
+    /// The numbers of replays that were, at least in part, launched segment by segment, by reason.
     pub chained: BTreeMap<ChainReason, u64>,
-    /// Captures that succeeded.
+    /// The number of captures that succeeded.
     pub num_captures: u64,
-    /// Captures that failed.
+    /// The number of captures that failed.
     pub num_capture_failures: u64,
-    /// Graphs dropped to stay within the bounds.
+    /// The number of graphs that were dropped to stay within the bounds.
     pub num_evictions: u64,
-    /// Eager forwards, by reason.
+    /// The numbers of eager forwards, by reason.
     pub eager: BTreeMap<EagerReason, u64>,
 }
 
@@ -403,7 +403,7 @@ mod tests {
         (GraphCache::new("nodes", options), Runner::new(&Device::host(), runner_options).unwrap())
     }
 
-    /// Uses a size, whose graph has as many nodes, and checks what it gives.
+    /// Uses a size, whose graph has that many nodes, and checks what it gives.
     fn use_size(cache: &mut GraphCache<(), Tensor>, runner: &mut Runner, size: usize) -> Decision {
         let decision = cache.decide(size);
         let forward = move |cx: &mut Context<'_, ()>| {

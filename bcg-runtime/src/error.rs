@@ -39,9 +39,9 @@ pub enum Error {
     OutOfMemory {
         /// The device's name.
         device: String,
-        /// Bytes asked for.
+        /// The bytes that were asked for.
         requested_bytes: usize,
-        /// Bytes the driver reports free.
+        /// The bytes that the driver reports free.
         free_bytes: usize,
     },
     /// No device of the wanted kind can be used.
@@ -71,9 +71,9 @@ pub enum Error {
     Shape {
         /// The operation.
         op: &'static str,
-        /// What it needs.
+        /// What the operation needs.
         expected: String,
-        /// What it was given.
+        /// What the operation was given.
         got: String,
     },
     /// A tensor is used outside the forward that owns its memory.
@@ -101,21 +101,21 @@ pub enum Error {
     Generation {
         /// The resource's name, such as `kv cache`.
         what: String,
-        /// Its generation at capture.
+        /// The resource's generation at capture.
         captured: u64,
-        /// Its generation now.
+        /// The resource's generation now.
         current: u64,
     },
     /// The arena would have to grow inside a segment, or beyond its bound.
     #[error("arena: {requested_bytes} bytes do not fit: {in_use_bytes} of {limit_bytes} bytes in use{hint}")]
     ArenaFull {
-        /// Bytes asked for.
+        /// The bytes that were asked for.
         requested_bytes: usize,
-        /// Bytes in use.
+        /// The bytes in use.
         in_use_bytes: usize,
-        /// Bytes that may be used now.
+        /// The bytes that may be used now.
         limit_bytes: usize,
-        /// What to do.
+        /// What the reader can do about it.
         hint: &'static str,
     },
     /// A transition that the capture's state machine refuses.
@@ -157,7 +157,7 @@ pub enum Error {
         segment: usize,
         /// Source file of the annotated function.
         file: &'static str,
-        /// Its line.
+        /// The line of the annotated function.
         line: u32,
         /// What failed. The text tells it, so it is not also the `source()` of this error.
         cause: Box<Error>,
@@ -213,7 +213,7 @@ pub enum Error {
         graph: String,
         /// The first segment or output that differs.
         place: String,
-        /// Which tensor, how many bytes.
+        /// Which tensor differs, and by how many bytes.
         detail: String,
     },
     /// An option has a value that cannot work.

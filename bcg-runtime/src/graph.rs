@@ -13,7 +13,7 @@ use crate::replay::{self, ReplayPath, verify};
 use crate::stream::work_list;
 use crate::{Context, Description, Error, Freeze, LiveBatch, OpStream, Result, Runner, Timeline, timeline};
 
-/// How a graph captures and replays.
+/// What a graph checks when it captures.
 ///
 /// # Example
 /// ```

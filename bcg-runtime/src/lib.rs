@@ -10,6 +10,15 @@
 //! 3. Capture and replay: [`BreakableCudaGraph`], [`Description`].
 //! 4. Many sizes: [`Ladder`], [`GraphCache`], [`EagerReason`].
 //!
+//! # Layers
+//! Each file imports its own layer and those before it; `cargo xtask tidy` refuses any other import.
+//! 1. Errors, dtypes, shapes, addresses.   2. `device`, and the work that it takes: `launch`, `op`.
+//! 3. Memory: `arena`, `generation`.   4. `tensor`, and its place in a graph: `frozen`.
+//! 5. `stream`: what ops enqueue on, and the list of a break's work; `segment`, `matmul`, `scrub`.
+//! 6. `capture`: contexts, breaks, what crosses them, the writer of the tape.
+//! 7. `runner`: eager runs; `transfer`: inputs, results and checkpoints on their way.
+//! 8. `replay`: the tape, healed and as a chain.   9. `graph`, `timeline`.   10. `cache`, `ladder`.
+//!
 //! # Shape letters
 //! T tokens, B sequences, C hidden, Hq/Hkv query/key-value heads, D head dim, N state, E experts, K chosen experts,
 //! V vocabulary.

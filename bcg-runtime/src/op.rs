@@ -73,7 +73,7 @@ impl RowCopy {
         Self { dst, dst_pitch: bytes, src, src_pitch: bytes, row_bytes: bytes, rows: 1 }
     }
 
-    /// Tells whether the rows lie one behind the other, on both sides.
+    /// Tells whether the rows lie one after the other without gaps, on both sides.
     pub(crate) fn is_one_piece(&self) -> bool {
         self.rows == 1 || (self.dst_pitch == self.row_bytes && self.src_pitch == self.row_bytes)
     }

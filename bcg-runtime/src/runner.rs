@@ -5,7 +5,7 @@ use crate::error::catch_panic;
 use crate::tensor::{read_rows, write_rows};
 use crate::{Context, Device, Eager, Element, Live, LiveBatch, OpStream, ReplayMode, Result, RunnerOptions, Tensor};
 
-/// How much a runner did.
+/// How much a runner did since it was made.
 ///
 /// # Example
 /// ```
@@ -20,11 +20,11 @@ use crate::{Context, Device, Eager, Element, Live, LiveBatch, OpStream, ReplayMo
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RunnerStats {
-    /// Kernels enqueued one by one, captured ones included.
+    /// The number of kernels that were enqueued one by one, captured ones included.
     pub num_launches: usize,
-    /// Copies enqueued one by one, captured ones included.
+    /// The number of copies that were enqueued one by one, captured ones included.
     pub num_copies: usize,
-    /// Bytes that had to be copied into a bridge because a break returned other memory than at capture.
+    /// The bytes that had to be copied into a bridge because a break returned other memory than at capture.
     pub bridge_copied_bytes: usize,
 }
 
@@ -136,7 +136,7 @@ impl Runner {
         Ok(())
     }
 
-    /// Puts memory behind the arena's addresses again (wake).
+    /// Gives the arena's addresses memory again (wake).
     ///
     /// # Errors
     /// [`Error::OutOfMemory`].

@@ -1,4 +1,4 @@
-//! A tensor handle: address + shape + row stride + a claim on the memory behind it.
+//! A tensor handle: an address, a shape, a row stride, and what keeps its memory.
 //!
 //! Invariants:
 //! - Rows (dimension 0) are `row_stride` elements apart; within a row elements are contiguous.

@@ -41,11 +41,11 @@ const REPLAYS: usize = 5;
 /// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Timeline {
-    /// The host's steps, in order.
+    /// What the host did, step by step.
     pub steps: Vec<StepTime>,
-    /// When the host had enqueued everything.
+    /// When the host had enqueued everything, in microseconds.
     pub host_us: f64,
-    /// When the device had run everything.
+    /// When the device had run everything, in microseconds.
     pub wall_us: f64,
     /// The GPU's part, or why it is not known.
     pub gpu: Result<GpuTimeline, String>,
@@ -63,17 +63,18 @@ pub struct GpuTimeline {
 /// A kernel on the GPU.
 #[derive(Clone, Debug, PartialEq)]
 pub struct KernelTime {
-    /// Its entry point, as the compiler named it.
+    /// The kernel's entry point, as the compiler named it.
     pub name: String,
-    /// The stream, as the driver numbers them.
+    /// The number that the driver gave to the kernel's stream.
     pub stream_id: u32,
-    /// When it began.
+    /// When the kernel began, in microseconds.
     pub begin_us: f64,
-    /// How long it ran.
+    /// How long the kernel ran, in microseconds.
     pub duration_us: f64,
     /// The index in [`GpuTimeline::steps`] of the step that launched it.
     pub step: Option<usize>,
-    /// The segment or break that it belongs to; of a healed launch, known if its kernels are as many as its nodes.
+    /// The segment or break that the kernel belongs to. In a healed launch it is known only if the launch ran one kernel for
+    /// each of its kernel nodes.
     pub part: Option<StepKind>,
 }
 
@@ -138,7 +139,7 @@ impl GpuTimeline {
 }
 
 impl KernelTime {
-    /// Returns when it had ended.
+    /// Returns when the kernel had ended, in microseconds.
     pub fn end_us(&self) -> f64 {
         self.begin_us + self.duration_us
     }

@@ -16,13 +16,13 @@ pub struct Moment {
 /// [`Description`](crate::Description) for where it is found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockLifetime {
-    /// Where it begins, in bytes from the arena's base.
+    /// Where the block begins, in bytes from the arena's base.
     pub offset: usize,
-    /// Its size.
+    /// The size of the block, in bytes.
     pub bytes: usize,
-    /// When it is taken.
+    /// When the block is taken.
     pub from: Moment,
-    /// When it is free again; a block that the output uses is held to the end, which is one step past the last.
+    /// When the block is free again; a block that the output uses is held to the end, which is one step past the last.
     pub to: Moment,
 }
 
@@ -31,7 +31,7 @@ pub struct BlockLifetime {
 pub(super) struct BlockLog {
     now: Moment,
     blocks: Vec<BlockLifetime>,
-    /// Those of `blocks` that are held now.
+    /// The indices of the `blocks` that are held now.
     held: Vec<usize>,
 }
 

@@ -36,13 +36,13 @@ const GROWTH_BYTES: usize = 32 << 20;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ArenaStats {
-    /// Reserved addresses.
+    /// Bytes of reserved addresses.
     pub reserved_bytes: usize,
-    /// Memory behind them.
+    /// Bytes of these addresses that have memory.
     pub mapped_bytes: usize,
-    /// Blocks held by the forward that runs now.
+    /// Bytes of the blocks that the running forward holds.
     pub in_use_bytes: usize,
-    /// The end of the highest block of that forward.
+    /// Where the highest block of that forward ends, in bytes from the arena's base.
     pub extent_bytes: usize,
 }
 
@@ -77,22 +77,22 @@ struct State {
     may_grow: bool,
     keep_back: bool,
     kept_back: Vec<(usize, usize)>,
-    /// As `kept_back`, of blocks at claimed addresses.
+    /// Blocks at claimed addresses that are kept back in the same way.
     claimed_kept_back: Vec<(usize, usize)>,
     serving: Serving,
-    /// While a capture is open.
+    /// The blocks of the capture that is open, if one is.
     log: Option<BlockLog>,
 }
 
 /// How allocations are served.
 #[derive(Debug, Default)]
 enum Serving {
-    /// From the free ranges.
+    /// They come from the free ranges.
     #[default]
     Free,
-    /// From the free ranges, and each a claim: a break at capture.
+    /// They come from the free ranges, and each becomes a claim: a break of a capture runs.
     Claiming(Vec<Claim>),
-    /// At claimed addresses: a break at replay.
+    /// They come from the claims: a break of a replay runs.
     Claimed { claims: Arc<[Claim]>, next: usize },
 }
 
@@ -269,7 +269,7 @@ impl Arena {
         }
     }
 
-    /// Puts memory behind the addresses again. Nothing changes if there is too little.
+    /// Gives the addresses memory again. Nothing changes if there is too little.
     pub(crate) fn restore(&self) -> Result<()> {
         let mut state = self.0.lock();
         if let Some(bytes) = state.released {

@@ -54,7 +54,7 @@ pub struct Carrier<'a> {
     bridges: &'a Bridges,
     /// How many tensors were carried.
     num_carried: usize,
-    /// Those that must be copied.
+    /// The outputs that must be copied.
     moved: Vec<Moved>,
 }
 
@@ -143,7 +143,7 @@ impl<'a> Carrier<'a> {
         Ok(())
     }
 
-    /// Copies what lies elsewhere.
+    /// Copies the outputs that lie elsewhere than their bridges.
     pub(crate) fn finish(mut self) -> Result<()> {
         if self.moved.is_empty() {
             return Ok(());

@@ -29,7 +29,7 @@ impl LiveBatch for () {}
 /// A forward that can be captured.
 pub(crate) type Forward<L, O> = dyn Fn(&mut Context<'_, L>) -> Result<O> + Send + Sync;
 
-/// What captured code sees: a [`OpStream`], to which it derefs.
+/// What captured code sees: an [`OpStream`], to which it derefs.
 ///
 /// It has no access to the live batch, so a live value cannot be baked into a graph: that does not compile.
 ///

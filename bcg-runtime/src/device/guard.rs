@@ -26,17 +26,17 @@ use crate::{DevicePtr, Element, Error, Result};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct LiveObjects {
-    /// Memory allocations and mappings.
+    /// The number of memory allocations and mappings.
     pub allocations: usize,
-    /// Bytes of those.
+    /// The bytes of these allocations and mappings.
     pub allocated_bytes: usize,
-    /// Streams.
+    /// The number of streams.
     pub streams: usize,
-    /// Events.
+    /// The number of events.
     pub events: usize,
-    /// Captured graphs.
+    /// The number of captured graphs.
     pub graphs: usize,
-    /// Executable graphs.
+    /// The number of executable graphs.
     pub execs: usize,
 }
 
@@ -383,7 +383,7 @@ impl Event {
         self.device.backend().synchronize_event(self.handle)
     }
 
-    /// Moves the event behind the work that the stream has now.
+    /// Puts the event after the work that the stream has now.
     pub(crate) fn record(&self, stream: &Stream) -> Result<()> {
         self.device.backend().record_event(self.handle, stream.handle)
     }

@@ -38,11 +38,11 @@ pub struct MemoryInfo {
 pub struct KernelRun {
     /// The kernel's entry point, as the compiler named it.
     pub name: String,
-    /// When it began. A kernel that was launched early, before its predecessor ended, has begun then.
+    /// When the kernel began. A kernel that was launched early, before its predecessor ended, has begun then.
     pub start_ns: u64,
-    /// When it had ended.
+    /// When the kernel had ended.
     pub end_ns: u64,
-    /// The stream that it ran on, as the driver numbers them.
+    /// The number that the driver gave to the stream that the kernel ran on.
     pub stream_id: u32,
     /// The middle of the host's call that launched it, or the graph that it is part of; known where calls are traced too.
     pub launch_ns: Option<u64>,
@@ -51,7 +51,7 @@ pub struct KernelRun {
 /// What a device saw while its kernels were traced.
 #[derive(Debug)]
 pub(crate) struct KernelTrace {
-    /// In the order of their starts.
+    /// The kernels, in the order of their starts.
     pub(crate) runs: Vec<KernelRun>,
     /// One moment on the host's clock and on that of `runs`.
     pub(crate) clock: (Instant, u64),

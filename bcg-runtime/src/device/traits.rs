@@ -74,11 +74,11 @@ pub(crate) trait MemoryBackend {
     fn write_pinned(&self, ptr: DevicePtr, data: &[u8]) -> Result<()>;
     /// Reads pinned memory at once, on the host; no work that writes it is under way.
     fn read_pinned(&self, ptr: DevicePtr, into: &mut [u8]) -> Result<()>;
-    /// Reserves a range of addresses with no memory behind it; `bytes` is a multiple of the granularity.
+    /// Reserves a range of addresses without memory; `bytes` is a multiple of the granularity.
     fn reserve(&self, bytes: usize) -> Result<DevicePtr>;
-    /// Puts memory behind `[base + offset, base + offset + bytes)`, which has none. Multiples of the granularity.
+    /// Gives `[base + offset, base + offset + bytes)` memory, which has none. Both are multiples of the granularity.
     fn map(&self, base: DevicePtr, offset: usize, bytes: usize) -> Result<()>;
-    /// Takes the memory behind a range away that one call of `map` put there, after the work enqueued before has run.
+    /// Takes away the memory that one call of `map` gave to a range, after the work enqueued before has run.
     fn unmap(&self, base: DevicePtr, offset: usize, bytes: usize);
     fn unreserve(&self, base: DevicePtr, bytes: usize);
     /// The unit of `reserve` and `map`, in bytes.
@@ -139,9 +139,9 @@ pub(crate) trait MatmulBackend {
 pub struct MatmulTuning {
     /// The products that were timed now.
     pub timed: Vec<TunedMatmul>,
-    /// Products that were tuned before, by this process or by an earlier one.
+    /// The number of products that were tuned before, by this process or by an earlier one.
     pub num_known: usize,
-    /// Products that stay as they were, because the time or the memory for tuning was used up.
+    /// The number of products that stay as they were, because the time or the memory for tuning was used up.
     pub num_left: usize,
 }
 
@@ -149,11 +149,11 @@ pub struct MatmulTuning {
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct TunedMatmul {
-    /// T.
+    /// T, the rows of the output.
     pub rows: usize,
-    /// N.
+    /// N, the columns of the output.
     pub outputs: usize,
-    /// K.
+    /// K, the columns of both factors.
     pub depth: usize,
     /// The dtype of both factors.
     pub dtype: DType,
@@ -168,18 +168,18 @@ pub struct TunedMatmul {
 /// `out[t, n] = sum_k x[t, k] * weight[n, k]`: all that its algorithm may depend on. Strides in elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct MatmulShape {
-    /// T.
+    /// T, the rows of the output.
     pub(crate) rows: usize,
-    /// N.
+    /// N, the columns of the output.
     pub(crate) outputs: usize,
-    /// K.
+    /// K, the columns of both factors.
     pub(crate) depth: usize,
     pub(crate) x_stride: usize,
     pub(crate) weight_stride: usize,
     pub(crate) out_stride: usize,
-    /// Of `x` and `weight`: bf16, f16 or f32.
+    /// The dtype of `x` and `weight`: bf16, f16 or f32.
     pub(crate) dtype: DType,
-    /// That of `x`, or f32.
+    /// The dtype of the output: that of `x`, or f32.
     pub(crate) out_dtype: DType,
     /// What all three addresses are multiples of, in bytes: 256, 16, or the dtype's size.
     pub(crate) alignment: usize,

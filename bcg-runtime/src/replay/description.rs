@@ -13,50 +13,51 @@ pub struct Description {
     pub segments: Vec<SegmentDescription>,
     /// The breaks, in order.
     pub breaks: Vec<BreakDescription>,
-    /// Executables that do the work of several segments and the breaks between them.
+    /// The number of executables that do the work of several segments and the breaks between them.
     pub num_merged: usize,
-    /// Arena bytes that a replay uses.
+    /// The bytes of the arena that a replay uses.
     pub extent_bytes: usize,
     /// The arena's blocks, in the order in which the forward takes them.
     pub blocks: Vec<BlockLifetime>,
-    /// Host time of the capture, its run included.
+    /// The host time of the capture, its run included.
     pub capture_time: Duration,
 }
 
-/// One segment.
+/// One segment of a graph.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SegmentDescription {
-    /// No work was captured; the segment costs no launch.
+    /// Whether no work was captured, so that the segment costs no launch.
     pub is_empty: bool,
-    /// Graph nodes in all.
+    /// The number of graph nodes.
     pub num_nodes: usize,
-    /// Copies among them.
+    /// The number of copies among the nodes.
     pub num_copies: usize,
-    /// Fills among them.
+    /// The number of fills among the nodes.
     pub num_fills: usize,
     /// The captured kernels, in order.
     pub kernels: Vec<&'static str>,
 }
 
-/// One eager break.
+/// One eager break of a graph.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BreakDescription {
-    /// The annotated function.
+    /// The name of the annotated function.
     pub name: &'static str,
-    /// Its file.
+    /// The file that the function is in.
     pub file: &'static str,
-    /// Its line.
+    /// The line of the function.
     pub line: u32,
-    /// Index of the segment before it.
+    /// The index of the segment before the break.
     pub after_segment: usize,
-    /// Kernels that it launched at capture.
+    /// The number of kernels that the break launched at capture.
     pub num_launches: usize,
-    /// Frozen tensors among its arguments.
+    /// The number of frozen tensors among the break's arguments.
     pub num_args: usize,
-    /// Bytes of its outputs.
+    /// The bytes of the break's outputs.
     pub bridge_bytes: usize,
-    /// What it did that a merged executable cannot hold, so that each replay runs it as a break of its own; `None` if it heals.
+    /// What the break did that a merged executable cannot hold, so that each replay runs it as a break of its own; `None`
+    /// if it heals.
     pub not_healable: Option<&'static str>,
-    /// Nodes of its work that healed replays have patched so far.
+    /// How many nodes of the break's work healed replays have patched so far.
     pub num_patched: u64,
 }

@@ -24,11 +24,11 @@ const MERGED_MAX: usize = 16;
 #[derive(Debug)]
 pub(crate) struct Healer {
     merged: Vec<Merged>,
-    /// How many more are tried, whether they succeed or not: making one takes milliseconds.
+    /// How many more executables are tried, whether they succeed or not: making one takes milliseconds.
     tries_left: usize,
-    /// Kept between replays, so that listing allocates nothing.
+    /// The list is kept between replays, so that listing allocates nothing.
     list: Option<WorkList>,
-    /// Nodes patched so far, by the step of their break.
+    /// How many nodes were patched so far, by the step of their break.
     patched: Vec<u64>,
 }
 
@@ -36,9 +36,9 @@ pub(crate) struct Healer {
 #[derive(Debug)]
 struct Merged {
     exec: GraphExec,
-    /// Owns the nodes.
+    /// The graph that owns the nodes.
     _graph: Graph,
-    /// The first and the last segment.
+    /// The indices of its first and its last segment.
     segments: (usize, usize),
     /// The nodes of the segments and of the work between them.
     num_nodes: usize,

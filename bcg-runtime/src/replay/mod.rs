@@ -24,9 +24,9 @@ use tape::Tape;
 /// How one replay went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum ReplayPath {
-    /// Everything between two breaks that cannot be healed was one launch.
+    /// Each stretch between two breaks that cannot be healed was one launch.
     Healed,
-    /// At least some of it was launched segment by segment.
+    /// At least one stretch was launched segment by segment.
     Chain(ChainReason),
 }
 

@@ -21,9 +21,9 @@ pub struct RunnerOptions {
     pub arena_bytes: usize,
     /// The most memory that the arena may map, in bytes; the device's memory if `None`.
     pub arena_bytes_max: Option<usize>,
-    /// Fill dead arena memory with NaN before each replay, and fresh blocks when they are taken.
+    /// Whether to fill dead arena memory with NaN before each replay, and fresh blocks when they are taken.
     pub poison: bool,
-    /// How graphs are replayed.
+    /// How the runner replays graphs.
     pub replay: ReplayMode,
 }
 

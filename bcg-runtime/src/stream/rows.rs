@@ -17,9 +17,9 @@ use crate::{DevicePtr, Error, OpStream, Result};
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rows {
-    /// Real rows, at most `padded`.
+    /// The number of real rows, at most `padded`.
     pub valid: usize,
-    /// Rows of the tensors: the capture size.
+    /// The number of rows that the tensors have: the capture size.
     pub padded: usize,
 }
 

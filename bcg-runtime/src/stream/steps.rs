@@ -7,11 +7,11 @@ use crate::OpStream;
 /// What the host did in a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum StepKind {
-    /// Launched the executable of this segment.
+    /// It launched the executable of this segment.
     Segment(usize),
-    /// Ran the body of this break: its work was enqueued, or listed for a healed launch.
+    /// It ran the body of this break: its work was enqueued, or listed for a healed launch.
     Break(usize),
-    /// Patched and launched an executable into which some segments and the breaks between them are merged.
+    /// It patched and launched an executable into which some segments and the breaks between them are merged.
     Healed {
         /// The first of the segments.
         first_segment: usize,
@@ -20,19 +20,19 @@ pub enum StepKind {
     },
 }
 
-/// A step on the host.
+/// The time of one step on the host.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepTime {
-    /// Which one.
+    /// What the host did.
     pub kind: StepKind,
-    /// When it began.
+    /// When the step began, in microseconds.
     pub begin_us: f64,
-    /// How long the host was busy with it.
+    /// How long the host was busy with the step, in microseconds.
     pub duration_us: f64,
 }
 
 impl StepTime {
-    /// Returns when the host was done with it.
+    /// Returns when the host was done with the step, in microseconds.
     pub fn end_us(&self) -> f64 {
         self.begin_us + self.duration_us
     }

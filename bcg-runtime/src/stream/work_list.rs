@@ -53,7 +53,7 @@ pub(crate) struct Span {
     /// The first `num_ops` are there; the others are places to write the next ones to, without moving large values.
     slots: Vec<Listed>,
     num_ops: usize,
-    /// Each with the number of ops before it.
+    /// The segments, each with the number of ops before it.
     pub(crate) segments: Vec<(usize, Arc<Segment>)>,
 }
 
@@ -78,16 +78,16 @@ pub(crate) enum ListMode {
     Replay,
 }
 
-/// The list of one forward.
+/// The work list of one forward.
 #[derive(Debug)]
 pub(crate) struct WorkList {
     main: Arc<Stream>,
     mode: ListMode,
     /// The break that runs.
     origin: Option<Origin>,
-    /// Ops when that break began.
+    /// How many ops there were when that break began.
     break_begin: usize,
-    /// Why that break cannot be healed.
+    /// Why that break cannot be healed, once it cannot.
     left: Option<&'static str>,
     /// A call that a capture ahead could not serve.
     needs_run: Option<&'static str>,

@@ -3,7 +3,7 @@
 //! [`Eager::read`](crate::Eager::read) waits for all work that was enqueued. A [`Readback`] waits for its own copy only: the
 //! work of the next forward can be enqueued in between, so that the device has something to do while the host reads.
 //!
-//! Invariant: host code reads the page-locked memory only behind the event of the copy that wrote it last.
+//! Invariant: host code reads the page-locked memory only after the event of the copy that wrote it last.
 
 use std::ops::Range;
 
@@ -64,7 +64,7 @@ impl Readback {
 }
 
 impl Runner {
-    /// Enqueues copies of tensors to the host, behind the work enqueued so far, and does not wait for them. What
+    /// Enqueues copies of tensors to the host, after the work enqueued so far, and does not wait for them. What
     /// `readback` held is overwritten.
     ///
     /// # Errors

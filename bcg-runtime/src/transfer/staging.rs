@@ -42,7 +42,7 @@ pub struct Staging {
 #[derive(Debug)]
 struct Slot {
     buffer: Arc<PinnedBuffer>,
-    /// Behind the copies that read the buffer.
+    /// An event after the copies that read the buffer.
     sent: Event,
 }
 

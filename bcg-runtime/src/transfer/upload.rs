@@ -59,9 +59,9 @@ impl UploadSource for Vec<u8> {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct UploadOptions {
-    /// Threads that read, at least 1.
+    /// The number of threads that read, at least 1.
     pub num_threads: usize,
-    /// Bytes of each of a thread's two pinned buffers; rounded up to a multiple of 8.
+    /// The bytes of each of a thread's two pinned buffers; rounded up to a multiple of 8.
     pub staging_bytes: usize,
 }
 

@@ -65,7 +65,7 @@ struct CallRecord {
 static COLLECTED: Mutex<Collected> = Mutex::new(Collected::new());
 
 struct Collected {
-    /// With the correlation of their launch.
+    /// The kernels that ran, with the correlation of their launch.
     runs: Vec<(u32, KernelRun)>,
     /// The middle of each call, by its correlation, which counts up from call to call.
     calls: BTreeMap<u32, u64>,

@@ -1,7 +1,7 @@
 //! Merging captured graphs and single operations into one graph.
 //!
 //! Nodes of captured graphs are copied one by one, with their edges and launch attributes, and not put in as child graphs:
-//! a programmatic edge ends at a kernel node, so only in a flat graph may a kernel behind a boundary start before the one
+//! a programmatic edge ends at a kernel node, so only in a flat graph may a kernel after a boundary start before the one
 //! ahead of it has ended.
 
 use std::collections::HashMap;

@@ -16,7 +16,7 @@ use crate::device::traits::MatmulShape;
 pub(super) struct PlanFile {
     cache: Option<Cache>,
     entry: String,
-    /// The first line.
+    /// The first line of the file.
     header: String,
     plans: HashMap<MatmulShape, Algorithm>,
 }

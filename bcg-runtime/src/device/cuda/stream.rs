@@ -104,7 +104,7 @@ impl StreamBackend for CudaBackend {
         let dst = std::ptr::with_exposed_provenance_mut::<u8>(dst.0 as usize);
         // SAFETY: `dst` lies in a live pinned buffer with room for `bytes` (contract of `traits`), which stays allocated
         // until the copy has run: `CudaBackend::release` waits for the device before it frees one. Host code reads it
-        // behind an event that follows the copy.
+        // after an event that follows the copy.
         unsafe { self.driver.copy_to_host(dst, src.0, bytes, stream.0) }
     }
 }

@@ -37,7 +37,7 @@ impl GraphNodes {
         Self { nodes, leaves }
     }
 
-    /// Adds a copy of all nodes behind `frontier`, which moves to the leaves.
+    /// Adds a copy of all nodes after `frontier`, which moves to the leaves.
     pub(super) fn append_to(&self, nodes: &mut Vec<Node>, frontier: &mut Vec<u32>) {
         let first = nodes.len() as u32;
         for node in &self.nodes {

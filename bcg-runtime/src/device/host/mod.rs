@@ -62,13 +62,13 @@ use stream::StreamState;
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct HostOptions {
-    /// Seed of the random order in which work runs.
+    /// The seed of the random order in which work runs.
     pub seed: u64,
-    /// Memory of the device, in bytes. Host memory is used only for what is touched.
+    /// The memory of the device, in bytes. Host memory is used only for what is touched.
     pub memory_bytes: usize,
-    /// Number in the device's name, `host:0`.
+    /// The number in the device's name, such as 0 in `host:0`.
     pub ordinal: usize,
-    /// Operations that may be queued; beyond it, a random number of them runs at the next enqueuing.
+    /// How many operations may be queued; beyond that, a random number of them runs at the next enqueuing.
     pub max_pending: usize,
 }
 

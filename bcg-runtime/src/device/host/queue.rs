@@ -41,7 +41,7 @@ struct Slot {
 
 #[derive(Debug)]
 struct Failure {
-    /// Nothing once it was returned.
+    /// `None` once it was returned.
     error: Option<Error>,
     text: String,
 }
@@ -72,7 +72,7 @@ pub(super) struct Queue {
     max_pending: usize,
     last_seq: u64,
     rng: Rng,
-    /// By the `seq` of the operation that failed.
+    /// The errors, by the `seq` of the operation that failed.
     failures: BTreeMap<u64, Failure>,
     /// Operations that failed or were skipped: `seq` → failure.
     failed: HashMap<u64, u64>,

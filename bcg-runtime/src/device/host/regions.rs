@@ -37,7 +37,7 @@ enum Kind {
 struct Region {
     bytes: usize,
     kind: Kind,
-    /// Nothing while no part of a reservation is mapped.
+    /// `None` while no part of a reservation is mapped.
     backing: Option<Backing>,
 }
 
