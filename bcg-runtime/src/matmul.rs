@@ -18,7 +18,7 @@ impl OpStream {
     /// - `out`: `[T, N]`, same dtype or f32. All may be row-sliced.
     ///
     /// # Capture
-    /// Records one operation, of one kernel or a few. Frozen: shapes, addresses, the algorithm. Read again at each
+    /// Enqueues one operation, of one kernel or a few. Frozen: shapes, addresses, the algorithm. Read again at each
     /// replay: `x` and `weight`. The workspace is arena memory.
     ///
     /// # Determinism

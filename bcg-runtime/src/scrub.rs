@@ -32,7 +32,7 @@ impl OpStream {
     /// Bridges need no call of this: the runtime scrubs them.
     ///
     /// # Capture
-    /// Records one kernel. Frozen: shape and address. Read again at each replay: the number of valid rows.
+    /// Enqueues one kernel. Frozen: shape and address. Read again at each replay: the number of valid rows.
     ///
     /// # Errors
     /// Those of [`OpStream::addr`]; the driver's.

@@ -568,7 +568,7 @@ fn last_hidden(cx: &mut OpStream, live: &ForwardBatch, hidden: &Tensor) -> bcg_r
     ops::gather_rows(cx, hidden, &live.last_rows)
 }
 
-/// Records that a step succeeded: the states that it wrote count from now on.
+/// Notes that a step succeeded: the states that it wrote count from now on.
 fn commit_states(batch: &[SequenceInput<'_>]) {
     for sequence in batch {
         if let Some(state) = sequence.state {

@@ -35,7 +35,7 @@ impl StateLease {
         ((past_len > 0).then_some(2 * self.pair + current), 2 * self.pair + 1 - current)
     }
 
-    /// Records that a step succeeded: the slot that it wrote stands for `num_tokens` tokens.
+    /// Notes that a step succeeded: the slot that it wrote stands for `num_tokens` tokens.
     pub fn commit(&self, num_tokens: usize) {
         let current = self.held.load(Ordering::Relaxed) % 2;
         self.held.store(2 * num_tokens + 1 - current, Ordering::Relaxed);

@@ -34,7 +34,7 @@ const THREADS: u32 = 128;
 /// - `x`, `out`: `[T, C]`, bf16, f16 or f32; `x` may be row-sliced.
 ///
 /// # Capture
-/// Records one kernel. Frozen: shapes and addresses. Read again at each replay: `x`.
+/// Enqueues one kernel. Frozen: shapes and addresses. Read again at each replay: `x`.
 ///
 /// # Errors
 /// [`bcg_runtime::Error::Shape`] if `x` is no matrix of floats; those of enqueuing.

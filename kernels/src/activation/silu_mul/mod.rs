@@ -39,7 +39,7 @@ const THREADS: u32 = 128;
 /// - `gate_up`: `[T, 2 I]`, bf16, f16 or f32; may be row-sliced.   - `out`: `[T, I]`.
 ///
 /// # Capture
-/// Records one kernel. Frozen: shapes and addresses. Read again at each replay: `gate_up`.
+/// Enqueues one kernel. Frozen: shapes and addresses. Read again at each replay: `gate_up`.
 ///
 /// # Errors
 /// [`bcg_runtime::Error::Shape`] if the columns are odd or the dtype is no float; those of enqueuing.

@@ -80,7 +80,7 @@ static TILED_F16: [Kernel<AttentionDecodeArgs>; 4] = tiled!(f16, "f16");
 ///   leaves it as it was.
 ///
 /// # Capture
-/// Records one kernel. Frozen: shapes, addresses, `scale`. Read again at each replay: the contents of all tensors.
+/// Enqueues one kernel. Frozen: shapes, addresses, `scale`. Read again at each replay: the contents of all tensors.
 ///
 /// # Errors
 /// [`bcg_runtime::Error::Shape`] if a shape or dtype differs; those of enqueuing.

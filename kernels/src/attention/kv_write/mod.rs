@@ -42,7 +42,7 @@ static KV_WRITE: Kernel<KvWriteArgs> = Kernel::new("kv_write", &SOURCE, host).pr
 /// - `k_cache`: `[P, S, Hk, Dk]`, `v_cache`: `[P, S, Hv, Dv]`.
 ///
 /// # Capture
-/// Records one kernel. Frozen: shapes and addresses. Read again at each replay: `k`, `v`, `slots`.
+/// Enqueues one kernel. Frozen: shapes and addresses. Read again at each replay: `k`, `v`, `slots`.
 ///
 /// # Errors
 /// [`bcg_runtime::Error::Shape`] if a shape or dtype differs; those of enqueuing.

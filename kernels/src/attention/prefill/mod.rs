@@ -134,7 +134,7 @@ pub fn attention_prefill_plan_len(rows: usize, sequences: usize) -> usize {
 /// - `plan`: `[1 + 2 items]` i32 or longer, from [`attention_prefill_plan`]: it must cover each row of a sequence once.
 ///
 /// # Capture
-/// Meant for breaks, whose batch is live. Records one kernel. Frozen: shapes, addresses, `scale`. Read again at each
+/// Meant for breaks, whose batch is live. Enqueues one kernel. Frozen: shapes, addresses, `scale`. Read again at each
 /// replay: the contents of all tensors.
 ///
 /// # Errors

@@ -85,7 +85,7 @@ pub fn rope_inv_freq(theta: f64, head_dim: usize) -> Vec<f32> {
 ///   up to 256.   - Returned: `[T, Hq D]`.
 ///
 /// # Capture
-/// Records one kernel. Frozen: shapes, addresses, `eps`. Read again at each replay: the contents of all tensors, so
+/// Enqueues one kernel. Frozen: shapes, addresses, `eps`. Read again at each replay: the contents of all tensors, so
 /// each replay has its own positions and slots.
 ///
 /// # Errors

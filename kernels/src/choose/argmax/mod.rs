@@ -36,7 +36,7 @@ static ARGMAX: Kernel<ArgmaxArgs> = Kernel::new("argmax", &SOURCE, host).program
 /// - `logits`: `[B, V]` f32, may be row-sliced.   - `out`: `[B]` i32.
 ///
 /// # Capture
-/// Records one kernel. Frozen: shapes and addresses. Read again at each replay: `logits`.
+/// Enqueues one kernel. Frozen: shapes and addresses. Read again at each replay: `logits`.
 ///
 /// # Errors
 /// [`bcg_runtime::Error::Shape`] if the rank or dtype differs; those of enqueuing.

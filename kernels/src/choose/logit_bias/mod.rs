@@ -38,7 +38,7 @@ static LOGIT_BIAS: Kernel<LogitBiasArgs> = Kernel::new("logit_bias", &SOURCE, ho
 /// - `logits`: `[B, V]` f32, may be row-sliced.   - `rows`, `tokens`: `[N]` i32.   - `values`: `[N]` f32.
 ///
 /// # Capture
-/// Records one kernel. Frozen: shapes and addresses. Read again at each replay: the contents of all tensors.
+/// Enqueues one kernel. Frozen: shapes and addresses. Read again at each replay: the contents of all tensors.
 ///
 /// # Errors
 /// [`bcg_runtime::Error::Shape`] if a shape or dtype differs; those of enqueuing.

@@ -64,7 +64,7 @@ pub struct SampleInputs<'a> {
 /// - `logits`: `[B, V]` f32, may be row-sliced.   - `out`: `[B]` i32.   - The rest as [`SampleInputs`] says.
 ///
 /// # Capture
-/// Records one kernel. Frozen: shapes and addresses. Read again at each replay: the contents of all tensors.
+/// Enqueues one kernel. Frozen: shapes and addresses. Read again at each replay: the contents of all tensors.
 ///
 /// # Errors
 /// [`bcg_runtime::Error::Shape`] if a shape or dtype differs; those of enqueuing.

@@ -41,7 +41,7 @@ static TOKEN_MASK: Kernel<TokenMaskArgs> = Kernel::new("token_mask", &SOURCE, ho
 /// - `logits`: `[B, V]` f32, may be row-sliced.   - `rows`: `[R]` i32.   - `mask`: `[R, ceil(V / 32)]` i32.
 ///
 /// # Capture
-/// Records one kernel. Frozen: shapes and addresses. Read again at each replay: the contents of all tensors.
+/// Enqueues one kernel. Frozen: shapes and addresses. Read again at each replay: the contents of all tensors.
 ///
 /// # Errors
 /// [`bcg_runtime::Error::Shape`] if a shape or dtype differs; those of enqueuing.

@@ -44,7 +44,7 @@ static TOP_LOGPROBS: Kernel<TopLogprobsArgs> = Kernel::new("top_logprobs", &SOUR
 /// - out: ids `[R, 1 + n]` i32 and log probabilities `[R, 1 + n]` f32.
 ///
 /// # Capture
-/// Records one kernel. Frozen: shapes, addresses and `n`. Read again at each replay: the contents of all tensors.
+/// Enqueues one kernel. Frozen: shapes, addresses and `n`. Read again at each replay: the contents of all tensors.
 ///
 /// # Errors
 /// [`bcg_runtime::Error::Shape`] if a shape or dtype differs; those of enqueuing.

@@ -69,7 +69,7 @@ static TILED_L64_R32: Kernel<MlaDecodeArgs> =
 ///   kernel counts in it, and leaves it as it was.
 ///
 /// # Capture
-/// Records one kernel. Frozen: shapes, addresses, `scale`. Read again at each replay: the contents of all tensors.
+/// Enqueues one kernel. Frozen: shapes, addresses, `scale`. Read again at each replay: the contents of all tensors.
 ///
 /// # Errors
 /// [`bcg_runtime::Error::Shape`] if a shape or dtype differs; those of enqueuing.

@@ -85,7 +85,7 @@ pub struct MlaKvWrite<'a> {
 ///   R up to 128.   - Returned: `[T, H R]`.
 ///
 /// # Capture
-/// Records one kernel. Frozen: shapes, addresses, scalars. Read again at each replay: the contents of all tensors, so each
+/// Enqueues one kernel. Frozen: shapes, addresses, scalars. Read again at each replay: the contents of all tensors, so each
 /// replay has its own positions and slots.
 ///
 /// # Errors

@@ -108,7 +108,7 @@ pub struct MlaPrefill<'a> {
 /// - Returned: `[T, H Dv]`.
 ///
 /// # Capture
-/// Meant for breaks, whose batch is live. Records one kernel, and a fill before it. Frozen: shapes, addresses, `scale`.
+/// Meant for breaks, whose batch is live. Enqueues one kernel, and a fill before it. Frozen: shapes, addresses, `scale`.
 /// Read again at each replay: the contents of all tensors.
 ///
 /// # Errors

@@ -22,7 +22,7 @@ const CHECK: Check = Check::new("linear");
 /// - `out`: `[T, N]`.
 ///
 /// # Capture
-/// Records one matrix product. Frozen: shapes, addresses, the algorithm. Read again at each replay: `x` and `weight`.
+/// Enqueues one matrix product. Frozen: shapes, addresses, the algorithm. Read again at each replay: `x` and `weight`.
 ///
 /// # Determinism
 /// The same shapes give the same bits, and what padded rows hold never reaches valid ones. On CUDA another T may be summed in

@@ -39,7 +39,7 @@ const BLOCKS_PER_MULTIPROCESSOR: u32 = 2;
 /// - `plan`: of `[T, K]` choices among E experts.   - `out`: `[T K, I]`.
 ///
 /// # Capture
-/// Records one kernel. Frozen: shapes and addresses. Read again at each replay: all contents, the plan's too.
+/// Enqueues one kernel. Frozen: shapes and addresses. Read again at each replay: all contents, the plan's too.
 ///
 /// # Determinism
 /// A row's bits depend on that row and on the expert's matrix alone; on CUDA in bf16, also on whether there are more than

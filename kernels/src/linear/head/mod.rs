@@ -61,7 +61,7 @@ static TILED: [Kernel<HeadLinearArgs>; 2] = [
 /// - `out`: `[T H, N]`.
 ///
 /// # Capture
-/// Records one kernel. Frozen: shapes, addresses. Read again at each replay: the contents of both tensors.
+/// Enqueues one kernel. Frozen: shapes, addresses. Read again at each replay: the contents of both tensors.
 ///
 /// # Errors
 /// [`bcg_runtime::Error::Shape`] if a shape or dtype differs; those of enqueuing.

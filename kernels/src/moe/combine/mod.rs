@@ -42,7 +42,7 @@ const THREADS: u32 = 128;
 /// - `shared`: `[T, C]`, same dtype; may be row-sliced.   - `out`: `[T, C]`.
 ///
 /// # Capture
-/// Records one kernel. Frozen: shapes and addresses. Read again at each replay: all contents.
+/// Enqueues one kernel. Frozen: shapes and addresses. Read again at each replay: all contents.
 ///
 /// # Errors
 /// [`bcg_runtime::Error::Shape`] if a shape or dtype differs; those of enqueuing.

@@ -118,7 +118,7 @@ static MOE_PERMUTE: Kernel<MoePermuteArgs> = Kernel::new("moe_permute", &SOURCE,
 /// - `experts`: `[T, K]` i32, contiguous, at most 65,536 elements.   - The plan as [`ExpertPlan`] says.
 ///
 /// # Capture
-/// Records one kernel of one block. Frozen: shapes and addresses. Read again at each replay: `experts`.
+/// Enqueues one kernel of one block. Frozen: shapes and addresses. Read again at each replay: `experts`.
 ///
 /// # Errors
 /// [`bcg_runtime::Error::Shape`] if a shape or dtype differs, for more pairs, or more than 512 experts; those of

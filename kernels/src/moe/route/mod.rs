@@ -100,7 +100,7 @@ static MOE_ROUTE_AND_PERMUTE: Kernel<MoeRouteArgs> =
 /// - The rest as [`Scoring`] and [`Routing`] say; at most 32 groups, and 32 experts of a token.
 ///
 /// # Capture
-/// Records one kernel of one block up to 1024 choices, or else two. Frozen: shapes, addresses, the numbers of `scoring`.
+/// Enqueues one kernel of one block up to 1024 choices, or else two. Frozen: shapes, addresses, the numbers of `scoring`.
 /// Read again at each replay: `logits`, `num_valid`, the bias.
 ///
 /// # Errors

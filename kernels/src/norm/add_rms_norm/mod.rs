@@ -40,7 +40,7 @@ static ADD_RMS_NORM: PerFloat<AddRmsNormArgs> = per_float!("add_rms_norm", SOURC
 /// - `weight`: `[C]`, same dtype.
 ///
 /// # Capture
-/// Records one kernel. Frozen: shapes, addresses, `eps`. Read again at each replay: `x`, `residual` and `weight`.
+/// Enqueues one kernel. Frozen: shapes, addresses, `eps`. Read again at each replay: `x`, `residual` and `weight`.
 ///
 /// # Errors
 /// [`bcg_runtime::Error::Shape`] if a shape or dtype differs; those of enqueuing.

@@ -43,7 +43,7 @@ static GATED_RMS_NORM: PerFloat<GatedRmsNormArgs> = per_float!("gated_rms_norm",
 /// - `weight`: `[C]`, same dtype; C a multiple of `group`.
 ///
 /// # Capture
-/// Records one kernel. Frozen: shapes, addresses, `group`, `eps`. Read again at each replay: the contents of all tensors.
+/// Enqueues one kernel. Frozen: shapes, addresses, `group`, `eps`. Read again at each replay: the contents of all tensors.
 ///
 /// # Errors
 /// [`bcg_runtime::Error::Shape`] if a shape or dtype differs; those of enqueuing.

@@ -38,7 +38,7 @@ static RMS_NORM: PerFloat<RmsNormArgs> = per_float!("rms_norm", SOURCE, host).pr
 /// - `weight`: `[C]`, same dtype.
 ///
 /// # Capture
-/// Records one kernel. Frozen: shapes, addresses, `eps`. Read again at each replay: `x` and `weight`.
+/// Enqueues one kernel. Frozen: shapes, addresses, `eps`. Read again at each replay: `x` and `weight`.
 ///
 /// # Errors
 /// [`bcg_runtime::Error::Shape`] if a shape or dtype differs; those of enqueuing.

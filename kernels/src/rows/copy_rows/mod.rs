@@ -33,7 +33,7 @@ static COPY_ROWS: Kernel<CopyRowsArgs> = Kernel::new("copy_rows", &SOURCE, host)
 /// - `dst`, `src`: equal shapes and dtypes, any rank; both may be row-sliced.
 ///
 /// # Capture
-/// Records one kernel. Frozen: shapes and addresses. Read again at each replay: `src`.
+/// Enqueues one kernel. Frozen: shapes and addresses. Read again at each replay: `src`.
 ///
 /// # Errors
 /// [`bcg_runtime::Error::Shape`] if a shape or dtype differs; those of enqueuing.

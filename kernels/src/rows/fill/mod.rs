@@ -31,7 +31,7 @@ static FILL: Kernel<FillArgs> = Kernel::new("fill", &SOURCE, host).programmatic(
 /// - `x`: any rank, dtype that of `T`; may be row-sliced.
 ///
 /// # Capture
-/// Records one kernel. Frozen: shape, address and `value`.
+/// Enqueues one kernel. Frozen: shape, address and `value`.
 ///
 /// # Errors
 /// [`bcg_runtime::Error::Shape`] if the dtype differs; those of enqueuing.

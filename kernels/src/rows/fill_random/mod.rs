@@ -43,7 +43,7 @@ static FILL_RANDOM: PerFloat<FillRandomArgs> = per_float!("fill_random", SOURCE,
 /// - `x`: any rank, bf16, f16 or f32; contiguous.
 ///
 /// # Capture
-/// Records one kernel. Frozen: shape, address, seed, mean and std.
+/// Enqueues one kernel. Frozen: shape, address, seed, mean and std.
 ///
 /// # Errors
 /// [`bcg_runtime::Error::Shape`] if `x` is row-sliced or its dtype is no float; those of enqueuing.

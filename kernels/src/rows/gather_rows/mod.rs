@@ -34,7 +34,7 @@ static GATHER_ROWS: Kernel<GatherRowsArgs> = Kernel::new("gather_rows", &SOURCE,
 /// - `x`: `[T, C]`, any dtype, may be row-sliced.   - `index`: `[B]` i32.   - `out`: `[B, C]`.
 ///
 /// # Capture
-/// Records one kernel. Frozen: shapes and addresses. Read again at each replay: `x` and `index`.
+/// Enqueues one kernel. Frozen: shapes and addresses. Read again at each replay: `x` and `index`.
 ///
 /// # Errors
 /// [`bcg_runtime::Error::Shape`] if a shape or dtype differs; those of enqueuing.

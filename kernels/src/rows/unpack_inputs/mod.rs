@@ -38,7 +38,7 @@ static UNPACK_INPUTS: Kernel<UnpackInputsArgs> = Kernel::new("unpack_inputs", &S
 /// - `tokens`: `[T]` i32.   - `chosen`: `[B]` i32.   - `packed`, `page_table`: `[S, W]` i32; `page_table` may be row-sliced.
 ///
 /// # Capture
-/// Records one kernel. Frozen: shapes and addresses. Read again at each replay: the contents of `tokens`, `chosen` and
+/// Enqueues one kernel. Frozen: shapes and addresses. Read again at each replay: the contents of `tokens`, `chosen` and
 /// `packed`.
 ///
 /// # Errors

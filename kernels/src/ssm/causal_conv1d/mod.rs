@@ -72,7 +72,7 @@ pub struct CausalConv1d<'a> {
 /// - As the fields of [`CausalConv1d`] say, one dtype for all but slots and starts.   - Returned: `[T, channels]`.
 ///
 /// # Capture
-/// Records one kernel; the same launch for all batches whose tensors have the same addresses and shapes. Frozen: shapes and
+/// Enqueues one kernel; the same launch for all batches whose tensors have the same addresses and shapes. Frozen: shapes and
 /// addresses. Read again at each replay: the contents of all tensors.
 ///
 /// # Errors

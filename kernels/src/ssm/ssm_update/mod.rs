@@ -28,7 +28,7 @@ static SSM_UPDATE: PerState = PerState {
 /// - As the fields of [`SsmInputs`] say, with slots `[T]`.   - Returned: `[T, H P]`.
 ///
 /// # Capture
-/// Records one kernel. Frozen: shapes, addresses, `dt_limits`. Read again at each replay: the contents of all tensors.
+/// Enqueues one kernel. Frozen: shapes, addresses, `dt_limits`. Read again at each replay: the contents of all tensors.
 ///
 /// # Errors
 /// [`bcg_runtime::Error::Shape`] if a shape or dtype differs, or `dt_limits` descend; those of enqueuing.
