@@ -2,15 +2,17 @@
 //! `cargo run -p bcg-examples --bin own_kernel`.
 
 use bcg_runtime::{
-    BreakableCudaGraph, Context, Device, DevicePtr, Dims, Eager, Kernel, LiveBatch, Result, Runner, RunnerOptions,
-    Source, Tensor, eager_on_graph,
+    BreakableCudaGraph, Context, Device, DevicePtr, Dims, Eager, Kernel, KernelArgs, LiveBatch, Result, Runner,
+    RunnerOptions, Source, Tensor, eager_on_graph,
 };
 
 // 1. The kernel: its arguments, its CUDA source, its host reference.
 #[repr(C)]
-#[derive(Clone, Copy, bytemuck::NoUninit, bytemuck::AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct ScaleArgs {
+    #[points_to(const f32)]
     x: DevicePtr,
+    #[points_to(f32)]
     out: DevicePtr,
     len: u32,
     factor: f32,
@@ -18,12 +20,13 @@ struct ScaleArgs {
 
 static SOURCE: Source = Source::new(
     "scale.cu",
-    r#"struct ScaleArgs { const float* x; float* out; unsigned len; float factor; };
+    r#"#include "args.cuh"
 extern "C" __global__ void scale(ScaleArgs a) {
     unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i < a.len) a.out[i] = a.x[i] * a.factor;
 }"#,
-);
+)
+.takes::<ScaleArgs>();
 
 static SCALE: Kernel<ScaleArgs> = Kernel::new("scale", &SOURCE, |a, _, memory| {
     let x = memory.load::<f32>(a.x, a.len as usize)?;

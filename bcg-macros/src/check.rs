@@ -8,6 +8,8 @@
 //! What a macro cannot know, such as whether an argument's type implements `Freeze`, is left to the compiler:
 //! [`expand`](crate::expand) places each such bound at the type that must meet it.
 
+mod kernel_args;
+
 use proc_macro2::{Ident, Span, TokenStream};
 use quote::ToTokens;
 use syn::spanned::Spanned;
@@ -17,6 +19,8 @@ use syn::{
     PatType, Path, PathArguments, Receiver, ReceiverKind, ReturnType, Safety, Signature, Token, Type, TypePath,
     TypeReference,
 };
+
+pub(crate) use kernel_args::{ArgField, kernel_args};
 
 /// Every message, by name.
 pub(crate) mod say {
@@ -82,7 +86,27 @@ pub(crate) mod say {
         derive_on_enum: "`Freeze` and `Bridge` are derived for structs, because a graph fixes which fields there are: use a struct with `Option` fields, or implement the trait by hand";
         derive_on_union: "`Freeze` and `Bridge` are derived for structs, because the fields of a union cannot be read safely: use a struct, or implement the trait by hand";
         derive_lifetime_param: "a frozen value outlives what it was frozen from, so it cannot borrow: own the data with `Arc<T>`, and remove the lifetime";
+
+        // The derive of kernel arguments
+        args_on_enum: "`KernelArgs` is derived for structs, because CUDA has no enum with fields: use a struct, with a `u32` for the choice";
+        args_on_union: "`KernelArgs` is derived for structs, because some bytes of a union may be uninitialised: use a struct with a field for each case";
+        args_without_repr_c: "without `#[repr(C)]` Rust chooses the order of the fields in memory, and CUDA would choose another: put `#[repr(C)]` on this struct";
+        args_other_repr: "CUDA declares this struct as plain C does: write `#[repr(C)]`, without other options";
+        args_generic: "a kernel takes one struct of one layout: remove the parameters, and write one struct for each case";
+        args_without_names: "CUDA reads arguments by their names: give the struct named fields, at least one";
+        args_bool: "CUDA may read any byte here, and a `bool` has only two: use a `u32` that is 0 or 1";
+        args_usize: "the width of this type depends on the machine, and CUDA's must not: use `u32`, `u64` or `i64`";
+        args_reference: "an address of the host means nothing to a kernel: use a `DevicePtr`, which `OpStream::addr` gives";
+        args_other_type: "a kernel has no argument of this type: use `u8` to `u64`, `i8` to `i64`, `f32`, `f64`, `DevicePtr`, an array of one of these, or a struct that derives `KernelArgs`";
+        points_to_no_address: "`points_to` says what lies at an address: put it on a field of type `DevicePtr`";
+        points_to_syntax: "expected `points_to(T)` or `points_to(const T)`, where `T` is `void`, a number such as `i32` or `f32`, or a struct of the CUDA source";
+        points_to_twice: "this field says twice what it points to: keep one";
     }
+
+    // What the compiler asserts of a layout that this crate cannot see.
+    pub(crate) const PADDING_BEFORE: &str = "there is padding before this field, bytes that belong to no field: order the fields by size, or put a field such as `_padding: u32` before it";
+    pub(crate) const PADDING_AFTER: &str = "there is padding after this field, bytes that belong to no field: put a field such as `_padding: u32` after it";
+    pub(crate) const ARGS_TOO_LARGE: &str = "this struct is larger than `ARG_BYTES_MAX`, the most that a launch carries: put a part of it into device memory, and pass its address";
 }
 
 /// A signature that can become a break.

@@ -2,7 +2,7 @@
 //!
 //! # In the order of the flow
 //! `args` reads the options, `check` decides what can be a break and holds every message, `expand` writes the wrapper,
-//! `freeze` derives the two traits.
+//! `freeze` derives the two traits of values that cross a break, `kernel_args` the argument structs of kernels.
 //!
 //! # What the attribute makes
 //! ```text
@@ -72,6 +72,7 @@ mod args;
 mod check;
 mod expand;
 mod freeze;
+mod kernel_args;
 
 use proc_macro::TokenStream;
 use syn::{DeriveInput, parse_macro_input};
@@ -186,4 +187,44 @@ pub fn derive_freeze(input: TokenStream) -> TokenStream {
 pub fn derive_bridge(input: TokenStream) -> TokenStream {
     let input = parse_macro_input!(input as DeriveInput);
     freeze::bridge(&input).unwrap_or_else(syn::Error::into_compile_error).into()
+}
+
+/// Derives `KernelArgs` for a kernel's argument struct, which is then the only place that declares it: the CUDA source
+/// includes the generated header `args.cuh`, with the same struct in C and a check of its size and of every offset.
+///
+/// The struct is `#[repr(C)]` and `Copy`, has named fields without padding between or after them, and is at most
+/// `ARG_BYTES_MAX` bytes long. A field is a number (`u8` to `u64`, `i8` to `i64`, `f32`, `f64`), a `DevicePtr`, an array of
+/// these, or another struct that derives `KernelArgs`. Names are the same on both sides.
+///
+/// A `DevicePtr` is a `void*` in CUDA. `#[points_to(const i32)]` makes it a `const int*`, and `#[points_to(bf16)]` a `bf16*`,
+/// where `bf16` is a struct of the CUDA source.
+///
+/// # Example
+/// ```
+/// use bcg_runtime::{DevicePtr, KernelArgs, Source};
+///
+/// #[repr(C)]
+/// #[derive(Clone, Copy, KernelArgs)]
+/// struct ScaleArgs {
+///     #[points_to(const f32)]
+///     x: DevicePtr,
+///     #[points_to(f32)]
+///     out: DevicePtr,
+///     len: u32,
+///     factor: f32,
+/// }
+///
+/// static SOURCE: Source = Source::new("scale.cu", r#"
+/// #include "args.cuh"
+/// extern "C" __global__ void scale(ScaleArgs a) {
+///     unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+///     if (i < a.len) a.out[i] = a.x[i] * a.factor;
+/// }"#).takes::<ScaleArgs>();
+///
+/// assert!(SOURCE.args_header().contains("const float* x;"));
+/// ```
+#[proc_macro_derive(KernelArgs, attributes(points_to))]
+pub fn derive_kernel_args(input: TokenStream) -> TokenStream {
+    let input = parse_macro_input!(input as DeriveInput);
+    kernel_args::kernel_args(&input).unwrap_or_else(syn::Error::into_compile_error).into()
 }

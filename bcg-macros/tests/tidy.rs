@@ -18,6 +18,14 @@ fn messages() -> BTreeMap<String, String> {
         .collect()
 }
 
+/// Returns name and text of each assertion about a layout, written one to a line as `const NAME: &str = "text";`.
+fn assertions() -> BTreeMap<String, String> {
+    let lines =
+        include_str!("../src/check.rs").lines().filter_map(|line| line.trim().strip_prefix("pub(crate) const "));
+    let parts = lines.filter_map(|line| line.strip_suffix("\";")?.split_once(": &str = \""));
+    parts.map(|(name, text)| (name.to_lowercase(), text.to_owned())).collect()
+}
+
 /// Returns the text of each file in `tests/ui/fail` with this extension, by name.
 fn cases(extension: &str) -> BTreeMap<String, String> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/ui/fail");
@@ -55,11 +63,25 @@ fn each_case_pins_its_message_and_no_other_error() {
 }
 
 #[test]
+fn each_assertion_has_a_case_of_its_name_and_no_other_error() {
+    let assertions = assertions();
+    assert_eq!(assertions.len(), 3);
+    for (name, text) in assertions {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/ui/fail/types/{name}.stderr"));
+        let stderr = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let errors: Vec<_> = stderr.lines().filter(|line| line.starts_with("error")).collect();
+        assert_eq!(errors, [format!("error[E0080]: evaluation panicked: {text}")], "{name}");
+    }
+}
+
+#[test]
 fn no_message_is_made_elsewhere() {
     let others = [
         ("args.rs", include_str!("../src/args.rs")),
+        ("check/kernel_args.rs", include_str!("../src/check/kernel_args.rs")),
         ("expand.rs", include_str!("../src/expand.rs")),
         ("freeze.rs", include_str!("../src/freeze.rs")),
+        ("kernel_args.rs", include_str!("../src/kernel_args.rs")),
         ("lib.rs", include_str!("../src/lib.rs")),
     ];
     for (file, source) in others {

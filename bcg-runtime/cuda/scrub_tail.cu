@@ -1,13 +1,6 @@
 // Blocks take the padded rows in turn. Host reference, geometry: bcg-runtime/src/scrub.rs.
+#include "args.cuh"
 #include "bcg.cuh"
-
-struct ScrubTailArgs {
-    u8* x;
-    const i32* valid_rows;
-    i64 stride_bytes;
-    i64 row_bytes;
-    i64 rows;
-};
 
 extern "C" __global__ void scrub_tail(ScrubTailArgs a) {
     wait_for_inputs();

@@ -2,13 +2,17 @@
 //!
 //! Eager runs, captures, recorded launches and the host device all use this description, so it holds everything that a
 //! launch needs and nothing that a device adds. A kernel takes one `#[repr(C)]` argument struct by value.
+//!
+//! Invariants, on which the host device's reading of argument bytes rests:
+//! - The bytes of a [`Launch`] are those of its kernel's argument struct: both are set together, from one typed call.
+//! - Safe code makes no address: a [`DevicePtr`] comes from the device's memory.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use crate::Result;
-use crate::compile::Source;
+use crate::compile::{ArgType, ArgValue, KernelArgs, Source};
 use crate::device::host::HostMemory;
+use crate::{DevicePtr, Result};
 
 /// The largest argument struct of a kernel, in bytes.
 pub const ARG_BYTES_MAX: usize = 256;
@@ -16,12 +20,17 @@ pub const ARG_BYTES_MAX: usize = 256;
 /// The number of different kernels that one process may launch.
 pub(crate) const KERNELS_MAX: usize = 1024;
 
-/// A kernel's argument struct: `#[repr(C)]`, plain old data without implicit padding.
-///
-/// Implemented for every type that derives bytemuck's `NoUninit` and `AnyBitPattern` (or `Pod`).
-pub trait KernelArgs: bytemuck::NoUninit + bytemuck::AnyBitPattern + Send + Sync + 'static {}
+// SAFETY: an address is a `u64` here, and a pointer of 8 bytes in CUDA; it is one of the device, not of the host.
+unsafe impl ArgValue for DevicePtr {
+    const TYPE: ArgType = ArgType::pointer();
+}
 
-impl<A: bytemuck::NoUninit + bytemuck::AnyBitPattern + Send + Sync + 'static> KernelArgs for A {}
+/// Returns the bytes of an argument struct, as the kernel takes them.
+pub(crate) fn bytes_of<A: KernelArgs>(args: &A) -> &[u8] {
+    // SAFETY: the pointer and the length are those of `args`, which lives as long as the slice; by the contract of
+    // `KernelArgs` no byte of it is padding, and it holds no cell, since it is `Copy`, whose bytes could change.
+    unsafe { std::slice::from_raw_parts(std::ptr::from_ref(args).cast(), size_of::<A>()) }
+}
 
 /// The geometry of a launch.
 ///
@@ -65,18 +74,24 @@ pub type HostFn<A> = fn(&A, &Dims, &HostMemory<'_>) -> Result<()>;
 ///
 /// # Example
 /// ```
-/// use bcg_runtime::{Device, DevicePtr, Dims, Kernel, Runner, RunnerOptions, Source};
+/// use bcg_runtime::{Device, DevicePtr, Dims, Kernel, KernelArgs, Runner, RunnerOptions, Source};
 ///
 /// #[repr(C)]
-/// #[derive(Clone, Copy, bytemuck::NoUninit, bytemuck::AnyBitPattern)]
-/// struct DoubleArgs { x: DevicePtr, out: DevicePtr, len: u64 }
+/// #[derive(Clone, Copy, KernelArgs)]
+/// struct DoubleArgs {
+///     #[points_to(const f32)]
+///     x: DevicePtr,
+///     #[points_to(f32)]
+///     out: DevicePtr,
+///     len: u64,
+/// }
 ///
 /// static SOURCE: Source = Source::new("double.cu", r#"
-/// struct DoubleArgs { const float* x; float* out; unsigned long long len; };
+/// #include "args.cuh"
 /// extern "C" __global__ void double_f32(DoubleArgs a) {
 ///     unsigned long long i = blockIdx.x * (unsigned long long)blockDim.x + threadIdx.x;
 ///     if (i < a.len) a.out[i] = 2.0f * a.x[i];
-/// }"#);
+/// }"#).takes::<DoubleArgs>();
 ///
 /// static DOUBLE: Kernel<DoubleArgs> = Kernel::new("double_f32", &SOURCE, |a, _, memory| {
 ///     let x = memory.view::<f32>(a.x, a.len as usize)?;
@@ -109,12 +124,13 @@ impl<A: KernelArgs> Kernel<A> {
     /// Names a kernel by its `extern "C"` entry point, its CUDA source and its host reference.
     ///
     /// # Panics
-    /// At compile time, if `A` is larger than [`ARG_BYTES_MAX`] or aligned to more than 16 bytes.
+    /// At compile time, in a `static`, if `source` does not list `A`; see [`Source::takes`].
     pub const fn new(name: &'static str, source: &'static Source, host: HostFn<A>) -> Self {
-        const {
-            assert!(size_of::<A>() <= ARG_BYTES_MAX, "the argument struct is larger than ARG_BYTES_MAX");
-            assert!(align_of::<A>() <= 16, "the argument struct is aligned to more than 16 bytes");
-        }
+        const { assert!(size_of::<A>() <= ARG_BYTES_MAX, "the argument struct is larger than ARG_BYTES_MAX") }
+        assert!(
+            A::STRUCT.fields.is_empty() || source.lists(A::STRUCT),
+            "the source does not list this kernel's argument struct: add `.takes::<A>()` to the `Source`"
+        );
         Self { name, source, host, id: KernelId::new(), is_programmatic: false }
     }
 
@@ -154,9 +170,13 @@ pub trait AnyKernel: Send + Sync + fmt::Debug {
     fn is_programmatic(&self) -> bool;
     /// Runs the host reference.
     ///
+    /// # Safety
+    /// `args` are the bytes of an argument struct of this kernel's type.
+    ///
     /// # Errors
     /// Those of the host reference.
-    fn run_host(&self, args: &ArgBytes, dims: &Dims, memory: &HostMemory<'_>) -> Result<()>;
+    #[doc(hidden)]
+    unsafe fn run_host(&self, args: &ArgBytes, dims: &Dims, memory: &HostMemory<'_>) -> Result<()>;
 }
 
 impl<A: KernelArgs> AnyKernel for Kernel<A> {
@@ -176,8 +196,10 @@ impl<A: KernelArgs> AnyKernel for Kernel<A> {
         self.is_programmatic
     }
 
-    fn run_host(&self, args: &ArgBytes, dims: &Dims, memory: &HostMemory<'_>) -> Result<()> {
-        let args: A = bytemuck::pod_read_unaligned(args.as_slice());
+    unsafe fn run_host(&self, args: &ArgBytes, dims: &Dims, memory: &HostMemory<'_>) -> Result<()> {
+        assert_eq!(args.as_slice().len(), size_of::<A>(), "the bytes of another argument struct");
+        // SAFETY: the caller promises that these are the bytes of an `A`, all of them by the line above; `A` is `Copy`.
+        let args = unsafe { args.as_slice().as_ptr().cast::<A>().read_unaligned() };
         (self.host)(&args, dims, memory)
     }
 }
@@ -244,33 +266,45 @@ impl fmt::Debug for ArgBytes {
 }
 
 /// One launch, complete: what a device needs to run it now, to capture it, or to run it later.
-///
-/// # Example
-/// ```
-/// use bcg_runtime::{Dims, Kernel, Launch, Source};
-/// static SOURCE: Source = Source::new("nop.cu", "extern \"C\" __global__ void nop(unsigned) {}");
-/// static NOP: Kernel<u32> = Kernel::new("nop", &SOURCE, |_, _, _| Ok(()));
-/// let launch = Launch::new(&NOP, Dims::linear(1, 32), &7);
-/// assert_eq!((launch.kernel.name(), launch.args.as_slice()), ("nop", &7u32.to_ne_bytes()[..]));
-/// ```
 #[derive(Clone, Debug)]
-pub struct Launch {
-    /// The kernel.
-    pub kernel: &'static dyn AnyKernel,
-    /// Its geometry.
-    pub dims: Dims,
-    /// Its argument struct.
-    pub args: ArgBytes,
+pub(crate) struct Launch {
+    pub(crate) kernel: &'static dyn AnyKernel,
+    pub(crate) dims: Dims,
+    /// The argument struct of `kernel`.
+    pub(crate) args: ArgBytes,
 }
 
 impl Launch {
     /// Describes a launch of `kernel` with `args`.
-    pub fn new<A: KernelArgs>(kernel: &'static Kernel<A>, dims: Dims, args: &A) -> Self {
-        Self::from_bytes(kernel, dims, bytemuck::bytes_of(args))
+    pub(crate) fn new<A: KernelArgs>(kernel: &'static Kernel<A>, dims: Dims, args: &A) -> Self {
+        Self::from_bytes(kernel, dims, bytes_of(args))
     }
 
     /// As [`Launch::new`], with the bytes of the kernel's argument struct.
     pub(crate) fn from_bytes(kernel: &'static dyn AnyKernel, dims: Dims, args: &[u8]) -> Self {
         Self { kernel, dims, args: ArgBytes::new(args) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::KernelArgs;
+
+    #[repr(C)]
+    #[derive(Clone, Copy, KernelArgs)]
+    struct NopArgs {
+        value: u32,
+        x: [u16; 2],
+    }
+
+    static SOURCE: Source = Source::new("nop.cu", "").takes::<NopArgs>();
+    static NOP: Kernel<NopArgs> = Kernel::new("nop", &SOURCE, |_, _, _| Ok(()));
+
+    #[test]
+    fn a_launch_holds_the_bytes_of_its_arguments() {
+        let launch = Launch::new(&NOP, Dims::linear(1, 32), &NopArgs { value: 7, x: [1, 2] });
+        assert_eq!(launch.kernel.name(), "nop");
+        assert_eq!(launch.args.as_slice(), [7u32.to_ne_bytes(), (1u32 | 2 << 16).to_le_bytes()].concat());
     }
 }

@@ -55,6 +55,8 @@
 //! # Ok::<(), bcg_runtime::Error>(())
 //! ```
 
+extern crate self as bcg_runtime; // the derives name the runtime so
+
 mod address;
 mod arena;
 mod break_site;
@@ -83,13 +85,15 @@ mod transfer;
 
 pub use address::DevicePtr;
 pub use arena::{ArenaStats, BlockLifetime, Moment};
-pub use bcg_macros::{Bridge, Freeze, eager_on_graph};
+pub use bcg_macros::{Bridge, Freeze, KernelArgs, eager_on_graph};
 pub use cache::{CacheOptions, GraphCache, GraphCacheStats};
 pub use capture::bridge::{Bridge, Carrier};
 pub use capture::context::{Context, LiveBatch};
 pub use capture::eager::{Eager, Live};
 pub use capture::freeze::{Freeze, Freezer, Thaw};
-pub use compile::{Arch, CompileError, Header, Source, compile, compile_uncached};
+pub use compile::{
+    Arch, ArgField, ArgStruct, ArgType, ArgValue, CompileError, Header, KernelArgs, Source, compile, compile_uncached,
+};
 pub use device::host::{HostControl, HostMemory, HostOptions};
 pub use device::traits::{MatmulTuning, TunedMatmul};
 pub use device::{Device, DeviceKind, Event, KernelRun, LiveObjects, MemoryInfo, PinnedBuffer, Stream};
@@ -98,7 +102,7 @@ pub use error::{Error, Result};
 pub use generation::Generation;
 pub use graph::{BreakableCudaGraph, GraphOptions};
 pub use ladder::{Decision, EagerReason, Ladder};
-pub use launch::{ARG_BYTES_MAX, AnyKernel, ArgBytes, Dims, HostFn, Kernel, KernelArgs, Launch};
+pub use launch::{ARG_BYTES_MAX, AnyKernel, Dims, HostFn, Kernel};
 pub use replay::description::{BreakDescription, Description, SegmentDescription};
 pub use replay::{ChainReason, ReplayPath};
 pub use runner::{Runner, RunnerStats};

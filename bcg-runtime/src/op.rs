@@ -82,14 +82,20 @@ impl RowCopy {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Dims, Kernel, Source};
+    use crate::{Dims, Kernel, KernelArgs, Source};
 
-    static SOURCE: Source = Source::new("nop.cu", "");
-    static A: Kernel<u32> = Kernel::new("a", &SOURCE, |_, _, _| Ok(()));
-    static B: Kernel<u32> = Kernel::new("b", &SOURCE, |_, _, _| Ok(()));
+    #[repr(C)]
+    #[derive(Clone, Copy, KernelArgs)]
+    struct OpArgs {
+        value: u32,
+    }
 
-    fn launch(kernel: &'static Kernel<u32>, blocks: u32, arg: u32) -> Op {
-        Op::Launch(Launch::new(kernel, Dims::linear(blocks, 32), &arg))
+    static SOURCE: Source = Source::new("nop.cu", "").takes::<OpArgs>();
+    static A: Kernel<OpArgs> = Kernel::new("a", &SOURCE, |_, _, _| Ok(()));
+    static B: Kernel<OpArgs> = Kernel::new("b", &SOURCE, |_, _, _| Ok(()));
+
+    fn launch(kernel: &'static Kernel<OpArgs>, blocks: u32, value: u32) -> Op {
+        Op::Launch(Launch::new(kernel, Dims::linear(blocks, 32), &OpArgs { value }))
     }
 
     fn copy(rows: usize, src: u64) -> Op {

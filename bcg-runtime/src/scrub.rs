@@ -3,22 +3,23 @@
 //! The kernel reads the number of valid rows from device memory, so its arguments are the same for every batch of a
 //! capture size: in a healed replay its node is never patched.
 
-use bytemuck::{AnyBitPattern, NoUninit};
-
 use crate::compile::Source;
-use crate::{DevicePtr, Dims, HostMemory, Kernel, OpStream, Result, Tensor};
+use crate::{DevicePtr, Dims, HostMemory, Kernel, KernelArgs, OpStream, Result, Tensor};
 
 #[repr(C)]
-#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct ScrubTailArgs {
+    #[points_to(u8)]
     x: DevicePtr,
+    #[points_to(const i32)]
     valid_rows: DevicePtr,
     stride_bytes: i64,
     row_bytes: i64,
     rows: i64,
 }
 
-pub(crate) static SOURCE: Source = Source::new("scrub_tail.cu", include_str!("../cuda/scrub_tail.cu"));
+pub(crate) static SOURCE: Source =
+    Source::new("scrub_tail.cu", include_str!("../cuda/scrub_tail.cu")).takes::<ScrubTailArgs>();
 
 static SCRUB_TAIL: Kernel<ScrubTailArgs> = Kernel::new("scrub_tail", &SOURCE, host).programmatic();
 
@@ -84,7 +85,7 @@ impl OpStream {
 fn host(a: &ScrubTailArgs, _: &Dims, memory: &HostMemory<'_>) -> Result<()> {
     let valid = memory.view::<i32>(a.valid_rows, 1)?[0].get();
     for row in i64::from(valid.max(0))..a.rows {
-        let row = memory.view::<u8>(a.x.offset_bytes((row * a.stride_bytes) as usize), a.row_bytes as usize)?;
+        let row = memory.view_at::<u8>(a.x, (row * a.stride_bytes) as usize, a.row_bytes as usize)?;
         row.iter().for_each(|byte| byte.set(0));
     }
     Ok(())

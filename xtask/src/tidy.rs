@@ -22,6 +22,8 @@ const BANNED_NAMES: &[&str] = &["util", "utils", "helper", "helpers", "misc", "c
 const UNSAFE_PLACES: &[&str] = &[
     "bcg-runtime/src/device/",         // the drivers, cuBLASLt, the host device
     "bcg-runtime/src/arena/",          // graph memory
+    "bcg-runtime/src/launch.rs",       // argument structs as bytes
+    "bcg-macros/src/kernel_args.rs",   // what a derive writes
     "bcg-runtime/src/compile/",        // loads CUDA's libraries, binds the compiler
     "bcg-models/src/weights/files.rs", // maps the header of checkpoint files
     "benches/src/raw.rs",              // raw driver calls to compare with

@@ -8,6 +8,7 @@
 //! Called by the CUDA device when a kernel is first used, and by CI for every kernel and architecture. Must never decide
 //! *when* to compile, nor touch a GPU.
 
+mod args;
 mod cache;
 mod library;
 mod nvrtc;
@@ -20,7 +21,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use nvrtc::{Nvrtc, nvrtc};
+use source::Reached;
 
+pub use args::{ArgField, ArgStruct, ArgType, ArgValue, KernelArgs};
 pub(crate) use cache::{Cache, Key};
 pub(crate) use library::{library_candidates, open_library};
 pub use source::{Header, Source};
@@ -131,7 +134,7 @@ pub enum CompileError {
 pub fn compile(source: &Source, arch: Arch) -> Result<Vec<u8>, CompileError> {
     let headers = source.reached()?;
     let nvrtc = nvrtc()?;
-    let options = options(arch);
+    let options = options(source, arch);
     let key = key(nvrtc.version(), source, &headers, &options);
     let cache = Cache::of_user();
     let name = source.name.trim_end_matches(".cu").replace('/', "-");
@@ -151,7 +154,7 @@ pub fn compile(source: &Source, arch: Arch) -> Result<Vec<u8>, CompileError> {
 /// # Errors
 /// Those of [`compile`].
 pub fn compile_uncached(source: &Source, arch: Arch) -> Result<Vec<u8>, CompileError> {
-    compile_with(nvrtc()?, source, &source.reached()?, arch, &options(arch))
+    compile_with(nvrtc()?, source, &source.reached()?, arch, &options(source, arch))
 }
 
 /// Compiles many sources for `arch` in parallel, through the cache; the results are in the order of `sources`.
@@ -182,9 +185,11 @@ fn parallel<T: Sync, R: Send>(items: &[T], f: impl Fn(&T) -> R + Sync) -> Vec<R>
 }
 
 /// What a cubin depends on.
-fn key(version: (i32, i32), source: &Source, headers: &[Header], options: &[String]) -> Key {
+fn key(version: (i32, i32), source: &Source, headers: &[Reached], options: &[String]) -> Key {
     let mut key = Key::of(&[format!("nvrtc {}.{}", version.0, version.1).as_bytes()]);
-    for (name, text) in [(source.name, source.text)].iter().chain(headers) {
+    key.add(source.name.as_bytes());
+    key.add(source.text.as_bytes());
+    for (name, text) in headers {
         key.add(name.as_bytes());
         key.add(text.as_bytes());
     }
@@ -195,7 +200,7 @@ fn key(version: (i32, i32), source: &Source, headers: &[Header], options: &[Stri
 fn compile_with(
     nvrtc: &Nvrtc,
     source: &Source,
-    headers: &[Header],
+    headers: &[Reached],
     arch: Arch,
     options: &[String],
 ) -> Result<Vec<u8>, CompileError> {
@@ -213,11 +218,12 @@ fn compile_with(
         .map_err(|log| CompileError::Rejected { source_name, arch, log })
 }
 
-fn options(arch: Arch) -> Vec<String> {
+fn options(source: &Source, arch: Arch) -> Vec<String> {
     static INCLUDES: OnceLock<Vec<PathBuf>> = OnceLock::new();
     let mut options = vec![format!("--gpu-architecture={arch}"), "--std=c++17".to_owned()];
     let includes = INCLUDES.get_or_init(include_dirs);
     options.extend(includes.iter().map(|dir| format!("--include-path={}", dir.display())));
+    options.extend(source.definitions());
     options
 }
 
@@ -297,6 +303,27 @@ mod tests {
         assert_ne!(key_of(&[&[NEAR, ("far.cuh", "2"), ("other.cuh", "1")]]), as_it_was, "reached by way of another");
         let touched = key_of(&[&[("near.cuh", "#include \"far.cuh\" // touched"), ("far.cuh", "1")]]);
         assert_ne!(touched, as_it_was, "reached");
+    }
+
+    #[test]
+    fn a_key_covers_argument_structs_and_constants() {
+        use crate::KernelArgs;
+
+        #[repr(C)]
+        #[derive(Clone, Copy, KernelArgs)]
+        struct LenArgs {
+            len: u32,
+        }
+
+        let key_of = |source: Source| {
+            let options = options(&source, Arch::new(8, 0));
+            key((13, 0), &source, &source.reached().unwrap(), &options).finish()
+        };
+        let source = Source::new("a.cu", "#include \"args.cuh\"");
+        let keys = [source, source.takes::<LenArgs>(), source.define("N", 1), source.define("N", 2)].map(key_of);
+        for (i, a) in keys.iter().enumerate() {
+            assert!(keys[i + 1..].iter().all(|b| a != b), "{i}");
+        }
     }
 
     #[test]

@@ -1,17 +1,30 @@
 //! CUDA sources, and the headers that each of them reaches.
 
+use std::borrow::Cow;
+
 use super::CompileError;
+use super::args::{self, ArgStruct, KernelArgs};
 
 /// The header that every source may include: dtypes, conversions, words of 16 bytes, block reductions.
 const BUILT_IN: Header = ("bcg.cuh", include_str!("../../cuda/bcg.cuh"));
 
+/// The name of the header that declares the argument structs of a source.
+const ARGS: &str = "args.cuh";
+
+/// The largest number of argument structs, and of constants, of one source.
+const ENTRIES_MAX: usize = 16;
+
 /// The name of a header, as sources include it, and its text.
 pub type Header = (&'static str, &'static str);
+
+/// As [`Header`], or generated.
+pub(super) type Reached = (&'static str, Cow<'static, str>);
 
 /// The text of one CUDA source file, and the headers that it may include.
 ///
 /// `#include "bcg.cuh"` is always possible. Any other header in double quotes must be among those that
-/// [`with_headers`](Self::with_headers) names; CUDA's own headers stand in angle brackets.
+/// [`with_headers`](Self::with_headers) names; CUDA's own headers stand in angle brackets. `#include "args.cuh"` declares the
+/// argument structs of the source's kernels, which [`takes`](Self::takes) lists.
 ///
 /// # Example
 /// ```
@@ -28,12 +41,14 @@ pub struct Source {
     /// The file's text.
     pub text: &'static str,
     headers: &'static [&'static [Header]],
+    structs: [Option<&'static ArgStruct>; ENTRIES_MAX],
+    constants: [Option<(&'static str, u64)>; ENTRIES_MAX],
 }
 
 impl Source {
     /// Names a CUDA source that includes no header but `bcg.cuh`.
     pub const fn new(name: &'static str, text: &'static str) -> Self {
-        Self { name, text, headers: &[] }
+        Self { name, text, headers: &[], structs: [None; ENTRIES_MAX], constants: [None; ENTRIES_MAX] }
     }
 
     /// Names the lists of headers that the source, and the headers in them, may include, in place of those named before.
@@ -44,16 +59,82 @@ impl Source {
         Self { headers, ..self }
     }
 
+    /// Lists an argument struct of the source's kernels: `#include "args.cuh"` declares it, and those inside it.
+    ///
+    /// # Panics
+    /// At compile time, at the 17th struct of a source.
+    #[must_use]
+    pub const fn takes<A: KernelArgs>(mut self) -> Self {
+        let mut i = 0;
+        while i < ENTRIES_MAX && self.structs[i].is_some() {
+            i += 1;
+        }
+        assert!(i < ENTRIES_MAX, "the source takes too many argument structs: put some of its kernels into another");
+        self.structs[i] = Some(A::STRUCT);
+        self
+    }
+
+    /// Passes a constant that Rust and CUDA share: the source, and its headers, see `name` as a macro.
+    ///
+    /// # Example
+    /// ```
+    /// use bcg_runtime::Source;
+    ///
+    /// const THREADS: u32 = 128;
+    /// static SOURCE: Source = Source::new("scale.cu", "__shared__ float sums[THREADS];").define("THREADS", THREADS as u64);
+    /// ```
+    ///
+    /// # Panics
+    /// At compile time, at the 17th constant of a source.
+    #[must_use]
+    pub const fn define(mut self, name: &'static str, value: u64) -> Self {
+        let mut i = 0;
+        while i < ENTRIES_MAX && self.constants[i].is_some() {
+            i += 1;
+        }
+        assert!(i < ENTRIES_MAX, "the source has too many constants: declare those of CUDA alone in its text");
+        self.constants[i] = Some((name, value));
+        self
+    }
+
+    /// Tells, at compile time, whether the source lists an argument struct.
+    pub(crate) const fn lists(&self, wanted: &ArgStruct) -> bool {
+        let mut i = 0;
+        while i < ENTRIES_MAX {
+            if let Some(listed) = self.structs[i]
+                && listed.is(wanted)
+            {
+                return true;
+            }
+            i += 1;
+        }
+        false
+    }
+
+    /// Returns the text of `args.cuh`, as the compiler sees it.
+    pub fn args_header(&self) -> String {
+        args::header(self.structs.iter().copied().flatten())
+    }
+
+    /// Returns the compiler's options that define the constants.
+    pub(super) fn definitions(&self) -> impl Iterator<Item = String> {
+        self.constants.iter().flatten().map(|(name, value)| format!("--define-macro={name}={value}"))
+    }
+
     /// Returns the headers that the source includes, itself or by way of other headers, each once.
     ///
     /// # Errors
     /// [`CompileError::UnknownHeader`] if one of them is not listed.
-    pub fn reached(&self) -> Result<Vec<Header>, CompileError> {
-        let mut reached: Vec<Header> = Vec::new();
+    pub fn reached(&self) -> Result<Vec<Reached>, CompileError> {
+        let mut reached: Vec<Reached> = Vec::new();
         let mut unread: Vec<Header> = vec![(self.name, self.text)];
         while let Some((file, text)) = unread.pop() {
             for name in text.lines().filter_map(included) {
                 if reached.iter().any(|header| header.0 == name) {
+                    continue;
+                }
+                if name == ARGS {
+                    reached.push((ARGS, Cow::Owned(self.args_header())));
                     continue;
                 }
                 let header = self.header(name).ok_or_else(|| CompileError::UnknownHeader {
@@ -61,7 +142,7 @@ impl Source {
                     file,
                     header: name.to_owned(),
                 })?;
-                reached.push(header);
+                reached.push((header.0, Cow::Borrowed(header.1)));
                 unread.push(header);
             }
         }

@@ -21,7 +21,7 @@ use crate::device::watch::Needs;
 use crate::device::{Allocation, PinnedBuffer};
 use crate::frozen::FrozenTensor;
 use crate::generation::Stamp;
-use crate::launch::Launch;
+use crate::launch::{self, Launch};
 use crate::op::{Op, RowCopy};
 use crate::shape::Shape;
 use crate::tensor::{PersistentBuffer, Storage, Tensor};
@@ -187,7 +187,7 @@ impl OpStream {
             return Ok(());
         }
         self.count_launch(kernel.name());
-        if self.lists_work() && work_list::keep_launch(&self.main, kernel, dims, bytemuck::bytes_of(&args)) {
+        if self.lists_work() && work_list::keep_launch(&self.main, kernel, dims, launch::bytes_of(&args)) {
             return Ok(());
         }
         self.enqueue_op(&Op::Launch(Launch::new(kernel, dims, &args)))

@@ -166,7 +166,7 @@ impl StreamBackend for HostBackend {
 #[cfg(test)]
 mod tests {
     use super::super::HostOptions;
-    use super::super::testing::{PANIC, Rig};
+    use super::super::testing::{PANIC, PanicArgs, Rig};
     use super::*;
     use crate::Dims;
     use crate::device::traits::MemoryBackend;
@@ -311,7 +311,9 @@ mod tests {
     fn a_panic_in_a_host_reference_is_an_error() {
         let rig = Rig::new();
         let stream = rig.stream("main");
-        rig.backend.enqueue(stream, &Op::Launch(Launch::new(&PANIC, Dims::linear(1, 1), &0))).unwrap();
+        rig.backend
+            .enqueue(stream, &Op::Launch(Launch::new(&PANIC, Dims::linear(1, 1), &PanicArgs { value: 0 })))
+            .unwrap();
         let error = rig.backend.synchronize_stream(stream).unwrap_err();
         assert_eq!(error.to_string(), "panicked: host reference of kernel panic: asked for");
         rig.backend.synchronize_stream(stream).unwrap();
@@ -329,7 +331,8 @@ mod tests {
             dims([0, 1, 1], [1, 1, 1], 0),
             dims([1, 1, 1], [1, 1, 1], 1 << 20),
         ] {
-            let launched = rig.backend.enqueue(stream, &Op::Launch(Launch::new(&PANIC, refused, &0)));
+            let launched =
+                rig.backend.enqueue(stream, &Op::Launch(Launch::new(&PANIC, refused, &PanicArgs { value: 0 })));
             assert!(matches!(launched, Err(Error::Driver { code: 1, .. })), "{refused:?}");
         }
         assert_eq!(rig.control.num_pending(), 0);

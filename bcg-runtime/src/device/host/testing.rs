@@ -7,10 +7,10 @@ use crate::device::traits::{
 };
 use crate::launch::Launch;
 use crate::op::{Op, RowCopy};
-use crate::{DevicePtr, Dims, Kernel, Result};
+use crate::{DevicePtr, Dims, Kernel, KernelArgs, Result};
 
 #[repr(C)]
-#[derive(Clone, Copy, bytemuck::NoUninit, bytemuck::AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 pub(super) struct AppendArgs {
     /// Number of entries, then the entries.
     log: DevicePtr,
@@ -18,7 +18,14 @@ pub(super) struct AppendArgs {
     pad: i32,
 }
 
-static SOURCE: Source = Source::new("testing.cu", "");
+/// Arguments that nobody reads.
+#[repr(C)]
+#[derive(Clone, Copy, KernelArgs)]
+pub(super) struct PanicArgs {
+    pub(super) value: u32,
+}
+
+static SOURCE: Source = Source::new("testing.cu", "").takes::<AppendArgs>().takes::<PanicArgs>();
 
 /// Appends a value to a list in device memory, so that the list tells in which order work ran.
 pub(super) static APPEND: Kernel<AppendArgs> = Kernel::new("append", &SOURCE, |args, _, memory| {
@@ -30,7 +37,7 @@ pub(super) static APPEND: Kernel<AppendArgs> = Kernel::new("append", &SOURCE, |a
 });
 
 /// Panics.
-pub(super) static PANIC: Kernel<u32> = Kernel::new("panic", &SOURCE, |_, _, _| panic!("asked for"));
+pub(super) static PANIC: Kernel<PanicArgs> = Kernel::new("panic", &SOURCE, |_, _, _| panic!("asked for"));
 
 /// How many values a log holds at most.
 const LOG_LEN: usize = 256;

@@ -59,6 +59,18 @@ impl<'a> HostMemory<'a> {
         Ok(unsafe { std::slice::from_raw_parts(start.as_ptr(), len) })
     }
 
+    /// Returns `len` elements from the one `offset` elements after `ptr` on, as [`view`](Self::view) does.
+    ///
+    /// # Errors
+    /// As [`HostMemory::view`].
+    pub fn view_at<T: Element>(&self, ptr: DevicePtr, offset: usize, len: usize) -> Result<&'a [Cell<T>]> {
+        let address = offset.checked_mul(size_of::<T>()).and_then(|bytes| ptr.0.checked_add(bytes as u64));
+        match address {
+            Some(address) => self.view(DevicePtr(address), len),
+            None => Err(self.memory.access_error(self.kernel, ptr, usize::MAX)),
+        }
+    }
+
     /// Copies `len` elements at `ptr` out.
     ///
     /// # Errors

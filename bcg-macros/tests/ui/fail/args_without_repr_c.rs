@@ -1,0 +1,8 @@
+use bcg_runtime::KernelArgs;
+
+#[derive(Clone, Copy, KernelArgs)]
+struct Args {
+    len: u32,
+}
+
+fn main() {}
