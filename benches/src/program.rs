@@ -7,8 +7,8 @@ use std::cell::Cell;
 
 use anyhow::{Result, ensure};
 use bcg_runtime::{
-    BreakableCudaGraph, Context, DType, Device, DevicePtr, Dims, Eager, Kernel, LiveBatch, OpStream, ReplayMode,
-    ReplayPath, Runner, RunnerOptions, Source, Tensor, eager_on_graph,
+    BreakableCudaGraph, Context, DType, Device, DevicePtr, Dims, Eager, Kernel, KernelArgs, LiveBatch, OpStream,
+    ReplayMode, ReplayPath, Runner, RunnerOptions, Source, Tensor, eager_on_graph,
 };
 
 use crate::turns::Contestant;
@@ -32,18 +32,21 @@ pub const ENTRY: &std::ffi::CStr = c"add_one";
 pub static SOURCE: Source = Source::new(
     "add_one.cu",
     r#"
-struct AddOneArgs { const float* x; float* out; unsigned long long len; unsigned long long tag; };
+#include "args.cuh"
 extern "C" __global__ void add_one(AddOneArgs a) {
     unsigned long long i = blockIdx.x * (unsigned long long)blockDim.x + threadIdx.x;
     if (i < a.len) a.out[i] = a.x[i] + 1.0f;
 }"#,
-);
+)
+.takes::<AddOneArgs>();
 
 /// The only kernel's arguments.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, bytemuck::NoUninit, bytemuck::AnyBitPattern)]
+#[derive(Clone, Copy, Debug, KernelArgs)]
 pub struct AddOneArgs {
+    #[points_to(const f32)]
     x: DevicePtr,
+    #[points_to(f32)]
     out: DevicePtr,
     len: u64,
     /// Read by nobody.

@@ -2,14 +2,14 @@
 //!
 //! Matrices are `[T, C]` in f32, rows `stride` elements apart; a vector counts as one row.
 
-use bcg_runtime::{DType, DevicePtr, Dims, Kernel, OpStream, Result, Source, Tensor};
+use bcg_runtime::{DType, DevicePtr, Dims, Kernel, KernelArgs, OpStream, Result, Source, Tensor};
 
 static SOURCE: Source = Source::new(
     "conformance.cu",
     r#"
+#include "args.cuh"
 typedef unsigned long long u64;
 
-struct AxpyArgs { const float* x; const float* y; float* out; u64 rows, cols, x_stride, y_stride, out_stride; float alpha; int pad; };
 extern "C" __global__ void axpy(AxpyArgs a) {
     u64 i = blockIdx.x * (u64)blockDim.x + threadIdx.x;
     if (i >= a.rows * a.cols) return;
@@ -17,7 +17,6 @@ extern "C" __global__ void axpy(AxpyArgs a) {
     a.out[t * a.out_stride + c] = a.alpha * a.x[t * a.x_stride + c] + a.y[t * a.y_stride + c];
 }
 
-struct AddIndexArgs { const float* x; float* out; u64 rows, cols, x_stride, out_stride; };
 extern "C" __global__ void add_index(AddIndexArgs a) {
     u64 i = blockIdx.x * (u64)blockDim.x + threadIdx.x;
     if (i >= a.rows * a.cols) return;
@@ -25,18 +24,15 @@ extern "C" __global__ void add_index(AddIndexArgs a) {
     a.out[t * a.out_stride + c] = a.x[t * a.x_stride + c] + (float)c;
 }
 
-struct CountArgs { int* cell; };
 extern "C" __global__ void count(CountArgs a) {
     if (blockIdx.x == 0 && threadIdx.x == 0) *a.cell += 1;
 }
 
-struct ReadBeyondArgs { const float* x; float* out; u64 offset; };
 extern "C" __global__ void read_beyond(ReadBeyondArgs a) {
     if (blockIdx.x == 0 && threadIdx.x == 0) *a.out = a.x[a.offset];
 }
 
-struct ColumnSumArgs { const float* x; float* out; const int* valid_rows; u64 rows, cols; };
-extern "C" __global__ void column_sum(ColumnSumArgs a) {
+extern "C" __global__ void column_sum(ColumnArgs a) {
     u64 c = blockIdx.x * (u64)blockDim.x + threadIdx.x;
     if (c >= a.cols) return;
     u64 rows = (u64)*a.valid_rows < a.rows ? (u64)*a.valid_rows : a.rows;
@@ -45,8 +41,7 @@ extern "C" __global__ void column_sum(ColumnSumArgs a) {
     a.out[c] = sum;
 }
 
-struct ScanArgs { const float* x; float* out; const int* valid_rows; u64 rows, cols; };
-extern "C" __global__ void reverse_scan(ScanArgs a) {
+extern "C" __global__ void reverse_scan(ColumnArgs a) {
     u64 c = blockIdx.x * (u64)blockDim.x + threadIdx.x;
     if (c >= a.cols) return;
     u64 rows = (u64)*a.valid_rows < a.rows ? (u64)*a.valid_rows : a.rows;
@@ -57,17 +52,15 @@ extern "C" __global__ void reverse_scan(ScanArgs a) {
     }
 }
 
-struct RouteArgs { const float* keys; int* counts; const int* valid_rows; u64 rows, buckets; };
-extern "C" __global__ void route(RouteArgs a) {
+extern "C" __global__ void route(ColumnArgs a) {
     u64 b = blockIdx.x * (u64)blockDim.x + threadIdx.x;
-    if (b >= a.buckets) return;
+    if (b >= a.cols) return;
     u64 rows = (u64)*a.valid_rows < a.rows ? (u64)*a.valid_rows : a.rows;
     int n = 0;
-    for (u64 t = 0; t < rows; t++) n += a.keys[t] == (float)b;
-    a.counts[b] = n;
+    for (u64 t = 0; t < rows; t++) n += a.x[t] == (float)b;
+    ((int*)a.out)[b] = n;
 }
 
-struct GeometryArgs { float* out; u64 len; };
 extern "C" __global__ void geometry(GeometryArgs a) {
     extern __shared__ char bytes[];
     unsigned size;
@@ -76,13 +69,19 @@ extern "C" __global__ void geometry(GeometryArgs a) {
     if (threadIdx.x == 0 && blockIdx.x < a.len) a.out[blockIdx.x] = (float)(gridDim.x * 100000 + blockDim.x * 100 + size / 1024);
 }
 
-struct CopyIndexArgs { const float* x; const int* index; float* out; u64 len, out_len; };
 extern "C" __global__ void copy_index(CopyIndexArgs a) {
     u64 i = blockIdx.x * (u64)blockDim.x + threadIdx.x;
     if (i < a.out_len) a.out[i] = (u64)a.index[i] < a.len ? a.x[a.index[i]] : -1.0f;
 }
 "#,
-);
+)
+.takes::<AxpyArgs>()
+.takes::<AddIndexArgs>()
+.takes::<CountArgs>()
+.takes::<ReadBeyondArgs>()
+.takes::<ColumnArgs>()
+.takes::<GeometryArgs>()
+.takes::<CopyIndexArgs>();
 
 const BLOCK: u32 = 128;
 
@@ -95,10 +94,13 @@ fn matrix(x: &Tensor) -> (u64, u64, u64) {
 }
 
 #[repr(C)]
-#[derive(Clone, Copy, bytemuck::NoUninit, bytemuck::AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct AxpyArgs {
+    #[points_to(const f32)]
     x: DevicePtr,
+    #[points_to(const f32)]
     y: DevicePtr,
+    #[points_to(f32)]
     out: DevicePtr,
     rows: u64,
     cols: u64,
@@ -111,9 +113,7 @@ struct AxpyArgs {
 
 static AXPY: Kernel<AxpyArgs> = Kernel::new("axpy", &SOURCE, |a, _, memory| {
     for t in 0..a.rows as usize {
-        let row = |ptr: DevicePtr, stride: u64| {
-            memory.view::<f32>(ptr.offset_bytes(t * stride as usize * 4), a.cols as usize)
-        };
+        let row = |ptr: DevicePtr, stride: u64| memory.view_at::<f32>(ptr, t * stride as usize, a.cols as usize);
         let (x, y, out) = (row(a.x, a.x_stride)?, row(a.y, a.y_stride)?, row(a.out, a.out_stride)?);
         for c in 0..out.len() {
             out[c].set(a.alpha * x[c].get() + y[c].get());
@@ -138,9 +138,11 @@ pub fn axpy(cx: &mut OpStream, alpha: f32, x: &Tensor, y: &Tensor) -> Result<Ten
 }
 
 #[repr(C)]
-#[derive(Clone, Copy, bytemuck::NoUninit, bytemuck::AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct AddIndexArgs {
+    #[points_to(const f32)]
     x: DevicePtr,
+    #[points_to(f32)]
     out: DevicePtr,
     rows: u64,
     cols: u64,
@@ -150,8 +152,8 @@ struct AddIndexArgs {
 
 static ADD_INDEX: Kernel<AddIndexArgs> = Kernel::new("add_index", &SOURCE, |a, _, memory| {
     for t in 0..a.rows as usize {
-        let x = memory.view::<f32>(a.x.offset_bytes(t * a.x_stride as usize * 4), a.cols as usize)?;
-        let out = memory.view::<f32>(a.out.offset_bytes(t * a.out_stride as usize * 4), a.cols as usize)?;
+        let x = memory.view_at::<f32>(a.x, t * a.x_stride as usize, a.cols as usize)?;
+        let out = memory.view_at::<f32>(a.out, t * a.out_stride as usize, a.cols as usize)?;
         for c in 0..out.len() {
             out[c].set(x[c].get() + c as f32);
         }
@@ -175,8 +177,9 @@ pub fn add_index(cx: &mut OpStream, x: &Tensor) -> Result<Tensor> {
 }
 
 #[repr(C)]
-#[derive(Clone, Copy, bytemuck::NoUninit, bytemuck::AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct CountArgs {
+    #[points_to(i32)]
     cell: DevicePtr,
 }
 
@@ -193,15 +196,17 @@ pub fn count(cx: &mut OpStream, cell: &Tensor) -> Result<()> {
 }
 
 #[repr(C)]
-#[derive(Clone, Copy, bytemuck::NoUninit, bytemuck::AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct ReadBeyondArgs {
+    #[points_to(const f32)]
     x: DevicePtr,
+    #[points_to(f32)]
     out: DevicePtr,
     offset: u64,
 }
 
 static READ_BEYOND: Kernel<ReadBeyondArgs> = Kernel::new("read_beyond", &SOURCE, |a, _, memory| {
-    let value = memory.view::<f32>(a.x.offset_bytes(a.offset as usize * 4), 1)?[0].get();
+    let value = memory.view_at::<f32>(a.x, a.offset as usize, 1)?[0].get();
     memory.store(a.out, &[value])
 });
 
@@ -212,10 +217,13 @@ pub fn read_beyond(cx: &mut OpStream, x: &Tensor, offset: u64, out: &Tensor) -> 
 }
 
 #[repr(C)]
-#[derive(Clone, Copy, bytemuck::NoUninit, bytemuck::AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct ColumnArgs {
+    #[points_to(const f32)]
     x: DevicePtr,
+    #[points_to(f32)]
     out: DevicePtr,
+    #[points_to(const i32)]
     valid_rows: DevicePtr,
     rows: u64,
     cols: u64,
@@ -293,10 +301,13 @@ pub fn route(cx: &mut OpStream, keys: &Tensor, buckets: usize) -> Result<Tensor>
 }
 
 #[repr(C)]
-#[derive(Clone, Copy, bytemuck::NoUninit, bytemuck::AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct CopyIndexArgs {
+    #[points_to(const f32)]
     x: DevicePtr,
+    #[points_to(const i32)]
     index: DevicePtr,
+    #[points_to(f32)]
     out: DevicePtr,
     len: u64,
     out_len: u64,
@@ -322,8 +333,9 @@ pub fn copy_index(cx: &mut OpStream, x: &Tensor, index: &Tensor) -> Result<Tenso
 }
 
 #[repr(C)]
-#[derive(Clone, Copy, bytemuck::NoUninit, bytemuck::AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct GeometryArgs {
+    #[points_to(f32)]
     out: DevicePtr,
     len: u64,
 }

@@ -1,18 +1,13 @@
 //! The kernels of random programs: wrapping i32 arithmetic on row-sliced matrices, so that every device agrees bit for bit.
 
-use bcg_runtime::{DevicePtr, Dims, HostMemory, Kernel, OpStream, Result, Source, Tensor};
+use bcg_runtime::{DevicePtr, Dims, HostMemory, Kernel, KernelArgs, OpStream, Result, Source, Tensor};
 
 static SOURCE: Source = Source::new(
     "random.cu",
     r#"
+#include "args.cuh"
 typedef unsigned long long u64;
 typedef unsigned int u32;
-
-struct Args {
-    const u32* x; const u32* y; u32* out; const int* valid_rows;
-    u64 rows, cols, x_rows, x_stride, y_stride, out_stride;
-    u32 a, b, c, pad;
-};
 
 // out = a * x + b * y + c
 extern "C" __global__ void mix(Args k) {
@@ -61,16 +56,21 @@ extern "C" __global__ void scan_rows(Args k) {
     }
 }
 "#,
-);
+)
+.takes::<Args>();
 
 const BLOCK: u32 = 64;
 
 #[repr(C)]
-#[derive(Clone, Copy, bytemuck::NoUninit, bytemuck::AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct Args {
+    #[points_to(const u32)]
     x: DevicePtr,
+    #[points_to(const u32)]
     y: DevicePtr,
+    #[points_to(u32)]
     out: DevicePtr,
+    #[points_to(const i32)]
     valid_rows: DevicePtr,
     rows: u64,
     cols: u64,
@@ -88,7 +88,7 @@ type Row<'a> = &'a [std::cell::Cell<i32>];
 
 impl Args {
     fn row<'a>(memory: &HostMemory<'a>, ptr: DevicePtr, stride: u64, t: usize, cols: usize) -> Result<Row<'a>> {
-        memory.view::<i32>(ptr.offset_bytes(t * stride as usize * 4), cols)
+        memory.view_at::<i32>(ptr, t * stride as usize, cols)
     }
 
     fn x<'a>(&self, memory: &HostMemory<'a>, t: usize) -> Result<Row<'a>> {
