@@ -24,3 +24,8 @@ fn own_kernel_runs_in_a_break() {
         "factor 2: [4.0, 8.0, 12.0, 16.0]\nfactor 3: [9.0, 18.0, 27.0, 36.0]\n"
     );
 }
+
+#[test]
+fn embed_engine_answers_a_question() {
+    assert_eq!(printed(env!("CARGO_BIN_EXE_embed_engine")), "10*12=120 #### 120 (stop)\n");
+}
