@@ -556,13 +556,32 @@ mod tests {
     }
 
     #[test]
-    fn an_engine_that_is_dropped_ends_its_streams() {
+    fn an_engine_that_is_dropped_ends_its_streams_and_its_thread() {
         let (engine, open) = engine(4, true);
-        let running = engine.submit(request(300, 50)).expect("accepted");
+        let mut streams = [300, 310]
+            .map(|first| engine.submit(request(first, 50)).expect("accepted"))
+            .into_iter()
+            .collect::<Vec<_>>();
+        eventually("two run", || engine.slots.available_permits() == 4);
+        streams.push(engine.submit(request(320, 50)).expect("waits"));
+        let shared = engine.shared.clone();
+        let (sender, ended) = channel();
+        let dropping = std::thread::spawn(move || drop(engine));
+        // The gate is still shut: no answer can be complete when the engine goes.
+        eventually("the engine goes", || shared.stop.load(Ordering::Relaxed));
         drop(open);
-        drop(engine);
-        // It may just have finished; what must not happen is that nobody tells.
-        let _ = tokens(running);
+        for stream in streams {
+            let sender = sender.clone();
+            std::thread::spawn(move || sender.send(tokens(stream)));
+        }
+        for _ in 0..3 {
+            let end = ended.recv_timeout(Duration::from_secs(10)).expect("every stream ends in time");
+            let error = end.expect_err("no answer was complete");
+            assert!(error.contains("before the answer was complete"), "{error}");
+        }
+        eventually("the drop returns", || dropping.is_finished());
+        dropping.join().expect("the drop does not panic");
+        assert_eq!(Arc::strong_count(&shared), 1, "the engine's thread, which holds another, was joined");
     }
 
     #[test]

@@ -187,7 +187,7 @@ impl<'a, M: StepModel> Worker<'a, M> {
                 break;
             }
         }
-        self.fail_all_but_kept("the server shut down before the answer was complete");
+        self.fail_all_but_kept("the engine was stopped before the answer was complete");
         Exit::Stopped
     }
 

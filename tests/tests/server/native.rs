@@ -121,22 +121,37 @@ fn text_becomes_tokens_and_tokens_text() {
 }
 
 #[test]
-fn the_server_tells_of_itself() {
-    let (server, engine) = Server::scripted(Vec::new());
+fn server_info_is_the_engines_with_the_version() {
+    let (server, _) = Server::scripted(Vec::new());
     for path in ["/server_info", "/get_server_info"] {
         let info = server.get(path).json();
         assert_eq!(info["engine"], "scripted");
         assert!(info["version"].is_string(), "{info}");
     }
+}
+
+#[test]
+fn model_info_names_the_path_of_the_model() {
+    let (server, _) = Server::scripted(Vec::new());
     for path in ["/model_info", "/get_model_info"] {
         let info = server.get(path).json();
         assert_eq!((&info["model_path"], &info["is_generation"]), (&json!("somewhere"), &json!(true)));
     }
+}
+
+#[test]
+fn flush_cache_reaches_the_engine_by_both_methods() {
+    let (server, engine) = Server::scripted(Vec::new());
     for method in ["GET", "POST"] {
         engine.flushed.store(false, Ordering::SeqCst);
         assert_eq!(server.send(method, "/flush_cache", "").finish().status, 200);
         assert!(engine.flushed.load(Ordering::SeqCst));
     }
+}
+
+#[test]
+fn embeddings_are_refused() {
+    let (server, _) = Server::scripted(Vec::new());
     server.post("/v1/embeddings", &json!({"input": "a"})).assert_error(400, &Value::Null, "embedding model");
 }
 

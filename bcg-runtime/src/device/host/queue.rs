@@ -15,7 +15,7 @@ use super::work::Work;
 use crate::{Error, Result};
 
 /// How many different failures are kept apart; more count as the last.
-const FAILURES_MAX: usize = 64;
+pub(super) const FAILURES_MAX: usize = 64;
 /// How many failed and skipped operations are remembered before those of reported failures are forgotten.
 const FAILED_MAX: usize = 1 << 16;
 
@@ -100,6 +100,11 @@ impl Queue {
 
     pub(super) fn reseed(&mut self, seed: u64) {
         self.rng = Rng(seed);
+    }
+
+    #[cfg(test)]
+    pub(super) fn num_failures(&self) -> usize {
+        self.failures.len()
     }
 
     pub(super) fn num_pending(&self) -> usize {

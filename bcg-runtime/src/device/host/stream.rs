@@ -166,6 +166,7 @@ impl StreamBackend for HostBackend {
 #[cfg(test)]
 mod tests {
     use super::super::HostOptions;
+    use super::super::queue::FAILURES_MAX;
     use super::super::testing::{PANIC, PanicArgs, Rig};
     use super::*;
     use crate::Dims;
@@ -302,7 +303,19 @@ mod tests {
         for _ in 0..200 {
             rig.fail_later(stream);
             assert!(matches!(rig.backend.synchronize_stream(stream), Err(Error::Memory { .. })));
+            assert!(rig.backend.enter("a test").unwrap().queue.num_failures() <= FAILURES_MAX);
         }
+        // Those that nobody has asked about are bounded too: more count as the last.
+        for at in 0..200 {
+            rig.fail_later(rig.stream(&format!("stream {at}")));
+        }
+        {
+            let state = &mut *rig.backend.enter("a test").unwrap();
+            state.queue.run_all(&state.memory);
+            assert_eq!(state.queue.num_failures(), FAILURES_MAX);
+        }
+        assert!(matches!(rig.backend.synchronize(), Err(Error::Memory { .. })));
+        assert_eq!(rig.backend.enter("a test").unwrap().queue.num_failures(), 0);
         rig.append(stream, log, 1).unwrap();
         assert_eq!(rig.read_log(log), [1]);
     }
