@@ -210,6 +210,9 @@ mod tests {
     use std::path::Path;
     use std::time::{Duration, Instant};
 
+    use rand::rngs::SmallRng;
+    use rand::{Rng, SeedableRng};
+
     use super::*;
 
     const EOS: u32 = 2;
@@ -243,13 +246,13 @@ mod tests {
     }
 
     /// Walks at random along the masks until the answer must end.
-    fn wander(guide: &mut Guide, mut state: u64) -> String {
+    fn wander(guide: &mut Guide, seed: u64) -> String {
+        let mut random = SmallRng::seed_from_u64(seed);
         let mut ids = Vec::new();
         while !guide.is_finished() && ids.len() < 2000 {
             let choices = allowed(guide);
             assert!(choices.iter().all(|&id| tokenizer().token(id).is_some()), "{choices:?}");
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            let id = choices[(state >> 33) as usize % choices.len()];
+            let id = choices[random.random_range(0..choices.len())];
             guide.accept(id).expect("what the mask allows is accepted");
             if id == EOS || id == 0 {
                 break;

@@ -10,6 +10,8 @@ use bcg_engine::local::LocalEngine;
 use bcg_engine::{Engine, EngineEvent, EngineOptions, EventStream, GenerationRequest, Prompt, load};
 use bcg_runtime::KernelRun;
 use clap::Args;
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
 
 use super::profile::{span_ns, union_ns};
 use super::progress::LoadBar;
@@ -79,9 +81,9 @@ pub fn measure(engine: &EngineOptions, args: &EngineBenchArgs) -> Result<Report>
 
 /// Asks for an answer to the end of the context, so that all still run when the last prompt is computed.
 fn submit(engine: &LocalEngine, input_len: usize, at: usize) -> Result<EventStream> {
-    let vocab = engine.info().vocab_size as u64;
-    let token = |i: usize| ((at * input_len + i + 1) as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15) % vocab;
-    let mut request = GenerationRequest::greedy(Prompt::Tokens((0..input_len).map(|i| token(i) as u32).collect()));
+    let (vocab, mut random) = (engine.info().vocab_size as u32, SmallRng::seed_from_u64(at as u64));
+    let prompt = (0..input_len).map(|_| random.random_range(0..vocab)).collect();
+    let mut request = GenerationRequest::greedy(Prompt::Tokens(prompt));
     request.ignore_eos = true;
     Ok(engine.submit(request)?)
 }

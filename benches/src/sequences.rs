@@ -3,6 +3,8 @@
 use anyhow::Result;
 use bcg_models::state::PageLease;
 use bcg_models::{ModelRunner, SamplingParams, SequenceInput};
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
 
 /// The sequences of a batch, with pages of their own.
 #[derive(Debug)]
@@ -31,8 +33,9 @@ impl Sequences {
     /// # Errors
     /// As [`Sequences::new`].
     pub fn of_lens(runner: &ModelRunner, new_lens: Vec<usize>, past_len: usize) -> Result<Self> {
-        let (vocab, longest) = (runner.config().vocab_size as u64, new_lens.iter().copied().max().unwrap_or(0));
-        let tokens = (1..=longest as u64).map(|i| (i.wrapping_mul(0x9E37_79B9_7F4A_7C15) % vocab) as u32).collect();
+        let (vocab, longest) = (runner.config().vocab_size as u32, new_lens.iter().copied().max().unwrap_or(0));
+        let mut random = SmallRng::seed_from_u64(1);
+        let tokens = (0..longest).map(|_| random.random_range(0..vocab)).collect();
         let mut leases = new_lens.iter().map(|_| runner.pages().lease(0)).collect::<Result<Vec<_>, _>>()?;
         for _ in 0..runner.pages().pages_for(past_len + longest) {
             leases.iter_mut().try_for_each(|lease| lease.grow(1))?;

@@ -1,8 +1,12 @@
 //! What the scheduler does with small batches, and that its invariants hold in random runs.
 
-use super::*;
-use bcg_models::state::PagePool;
 use std::collections::HashMap;
+
+use bcg_models::state::PagePool;
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+
+use super::*;
 
 fn scheduler(num_pages: usize, context_length: usize) -> Scheduler {
     let limits = Limits { max_running_requests: 4, chunked_prefill_size: 16, context_length };
@@ -162,30 +166,20 @@ fn a_shared_prefix_is_computed_once() {
     assert_eq!(scheduler.num_used_pages(), 3 + 1 + 1);
 }
 
-/// A small generator, so that the test needs no dependency and every seed is a name for its run.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        ((self.0 >> 33) as usize) % bound
-    }
-}
-
 #[test]
 fn every_sequence_ends_right_and_no_page_is_written_by_two_in_random_runs() {
     for seed in 0..400 {
-        let random = &mut Random(seed);
-        let page_size = 1 + random.below(5);
-        let context_length = 2 + random.below(30);
-        let pool = PagePool::new(context_length.div_ceil(page_size) + random.below(12), page_size);
-        let max_running_requests = 1 + random.below(5);
+        let random = &mut SmallRng::seed_from_u64(seed);
+        let page_size: usize = 1 + random.random_range(0..5);
+        let context_length: usize = 2 + random.random_range(0..30);
+        let pool = PagePool::new(context_length.div_ceil(page_size) + random.random_range(0..12), page_size);
+        let max_running_requests = 1 + random.random_range(0..5);
         let limits = Limits {
             context_length,
             max_running_requests,
-            chunked_prefill_size: max_running_requests + random.below(40),
+            chunked_prefill_size: max_running_requests + random.random_range(0..40),
         };
-        Run::new(seed, Scheduler::new(limits, PrefixCache::new(pool, random.below(4) > 0))).go(random);
+        Run::new(seed, Scheduler::new(limits, PrefixCache::new(pool, random.random_range(0..4) > 0))).go(random);
     }
 }
 
@@ -209,18 +203,18 @@ impl Run {
         Self { seed, scheduler, pages, chosen, in_flight, waited, ended: 0 }
     }
 
-    fn go(&mut self, random: &mut Random) {
+    fn go(&mut self, random: &mut SmallRng) {
         let (total, mut added, mut steps) = (12, 0, 0);
         let limits = *self.scheduler.limits();
         while self.ended < total {
             steps += 1;
             assert!(steps < 20_000, "seed {}: {} of {total} sequences ended", self.seed, self.ended);
-            if added < total && (self.scheduler.is_idle() || random.below(3) == 0) {
+            if added < total && (self.scheduler.is_idle() || random.random_range(0..3) == 0) {
                 added += 1;
-                let len = 1 + random.below(limits.context_length - 1);
+                let len = 1 + random.random_range(0..limits.context_length - 1);
                 // Few different tokens, so that prefixes are shared.
-                let prompt = (0..len).map(|_| random.below(VOCAB as usize) as u32 / 2).collect();
-                let (max_tokens, waits) = (1 + random.below(20), random.below(4) == 0);
+                let prompt = (0..len).map(|_| random.random_range(0..VOCAB as usize) as u32 / 2).collect();
+                let (max_tokens, waits) = (1 + random.random_range(0..20), random.random_range(0..4) == 0);
                 self.scheduler.add(Sequence::new(SequenceId(added), prompt, max_tokens, waits));
             }
             let plan = self.scheduler.plan();
@@ -232,7 +226,7 @@ impl Run {
                 self.end_some(&plan, random);
             }
             self.scheduler.check();
-            if random.below(20) == 0 {
+            if random.random_range(0..20) == 0 {
                 self.scheduler.flush_cache();
             }
         }
@@ -279,12 +273,12 @@ impl Run {
         }
     }
 
-    fn end_some(&mut self, plan: &StepPlan, random: &mut Random) {
+    fn end_some(&mut self, plan: &StepPlan, random: &mut SmallRng) {
         for entry in plan.entries.iter().filter(|entry| entry.samples) {
             let all = self.scheduler.running.iter().chain(&self.scheduler.waiting);
             let Some(sequence) = all.into_iter().find(|sequence| sequence.id == entry.id) else { continue };
             let is_complete = sequence.tokens.len() >= sequence.max_len;
-            if is_complete || random.below(16) == 0 {
+            if is_complete || random.random_range(0..16) == 0 {
                 let sequence = self.scheduler.remove(entry.id).expect("known");
                 self.ended += 1;
                 for at in sequence.num_prompt..sequence.tokens.len() {
