@@ -118,7 +118,7 @@ fn run_captured<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
     let output = catch_panic(|| run(&mut Eager::new(cx)));
     let claims = cx.stream.arena().end_claims();
     let output = output?;
-    cx.stream.check_joined(&format!("the end of {}", site.to_string()))?;
+    cx.stream.check_joined(&format!("the end of {site}"))?;
     let mut freezer = Freezer::new(cx.stream);
     let frozen_output = output.freeze(&mut freezer)?;
     let outputs = freezer.tensors;
@@ -141,6 +141,6 @@ fn run_captured<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
 fn check_joined_at_replay(stream: &OpStream, site: &BreakSite) -> Result<()> {
     match stream.check_joined("") {
         Ok(()) => Ok(()),
-        Err(_) => stream.check_joined(&format!("the end of {}", site.to_string())),
+        Err(_) => stream.check_joined(&format!("the end of {site}")),
     }
 }

@@ -252,7 +252,7 @@ mod tests {
         let (stream, dst) = (rig.stream("main"), rig.backend.alloc(4).unwrap());
         let pinned = rig.backend.alloc_pinned(4).unwrap();
         rig.backend.write_pinned(pinned, &[1; 4]).unwrap();
-        rig.backend.enqueue(stream, &Op::CopyFromPinned { dst: dst, src: pinned, bytes: 4 }).unwrap();
+        rig.backend.enqueue(stream, &Op::CopyFromPinned { dst, src: pinned, bytes: 4 }).unwrap();
         rig.backend.write_pinned(pinned, &[2; 4]).unwrap();
         assert_eq!(rig.read::<u8>(stream, dst, 4).unwrap(), [2; 4]);
         assert!(
