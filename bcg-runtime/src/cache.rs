@@ -1,13 +1,13 @@
 //! Graphs by capture size: which are there, which may come, which go.
 //!
-//! Invariants: at most `graphs_max` graphs of together at most `bytes_max` are held; the least recently used goes first;
-//! every graph has the same number of breaks (the census); a size that failed to capture, or that is too large for the
-//! budget alone, is not tried again.
+//! Invariants: at most `graphs_max` graphs of together at most `bytes_max` are held; the least recently used goes
+//! first; every graph has the same number of breaks (the census); a size that failed to capture, or that is too large
+//! for the budget alone, is not tried again.
 //!
 //! What a graph takes of the device is measured at its capture and never at a replay. A driver takes memory in large
-//! pieces, which several graphs share, and keeps them when a graph goes. So what counts is the mean of a graph node, over
-//! all captures before the first graph was dropped: the sum over the graphs is then what the driver took for them, and
-//! later ones, which find the gaps of dropped ones, are not taken for free.
+//! pieces, which several graphs share, and keeps them when a graph goes. So what counts is the mean of a graph node,
+//! over all captures before the first graph was dropped: the sum over the graphs is then what the driver took for them,
+//! and later ones, which find the gaps of dropped ones, are not taken for free.
 
 use std::collections::BTreeMap;
 
@@ -27,8 +27,9 @@ pub struct CacheOptions {
     pub lazy: bool,
     /// The most graphs held; beyond it the least recently used is dropped.
     pub graphs_max: usize,
-    /// The most device memory that the graphs held may take, in bytes, the arena not counted; beyond it the least recently
-    /// used is dropped. A size whose graph takes more than that alone is not kept, and runs eagerly from then on.
+    /// The most device memory that the graphs held may take, in bytes, the arena not counted; beyond it the least
+    /// recently used is dropped. A size whose graph takes more than that alone is not kept, and runs eagerly from then
+    /// on.
     pub bytes_max: usize,
     /// Verify every Nth replay against an eager run.
     pub verify_every: Option<u32>,
@@ -233,13 +234,13 @@ impl<L: LiveBatch, O: Freeze> GraphCache<L, O> {
 
     /// Captures the graph of a size and returns the output of that run.
     ///
-    /// The number of breaks must be that of the sizes captured before. Beyond `graphs_max` graphs or `bytes_max` bytes the
-    /// least recently used ones are dropped; one that still runs on the device finishes first. A graph of more than
+    /// The number of breaks must be that of the sizes captured before. Beyond `graphs_max` graphs or `bytes_max` bytes
+    /// the least recently used ones are dropped; one that still runs on the device finishes first. A graph of more than
     /// `bytes_max` alone is not kept, but its output is good.
     ///
     /// # Errors
-    /// Those of [`BreakableCudaGraph::capture`], and of [`Device::memory_info`](crate::Device::memory_info); the size is
-    /// then left alone from now on.
+    /// Those of [`BreakableCudaGraph::capture`], and of [`Device::memory_info`](crate::Device::memory_info); the size
+    /// is then left alone from now on.
     pub fn capture(
         &mut self,
         size: usize,

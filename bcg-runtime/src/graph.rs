@@ -197,8 +197,8 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
         }
     }
 
-    /// Times the steps of a replay, on the host and, where kernels can be traced, on the GPU. It replays the batch several
-    /// times.
+    /// Times the steps of a replay, on the host and, where kernels can be traced, on the GPU. It replays the batch
+    /// several times.
     ///
     /// # Errors
     /// As [`replay`](Self::replay).

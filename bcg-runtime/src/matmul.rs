@@ -93,9 +93,9 @@ impl Device {
     /// from now on, in this process and in later ones on such a device: choices are kept in the cache folder
     /// (`BCG_CACHE_DIR`, else `$XDG_CACHE_HOME/bcg`, else `~/.cache/bcg`).
     ///
-    /// A product is timed up to the most rows that it was enqueued with, so run the largest forward first. What was tuned
-    /// before is not timed again. It takes a few seconds at most, with memory of its own, and does nothing on the host
-    /// device. Call it before graphs are captured: they keep the algorithm they were captured with.
+    /// A product is timed up to the most rows that it was enqueued with, so run the largest forward first. What was
+    /// tuned before is not timed again. It takes a few seconds at most, with memory of its own, and does nothing on the
+    /// host device. Call it before graphs are captured: they keep the algorithm they were captured with.
     ///
     /// # Errors
     /// [`Error::CaptureForbidden`] while this thread captures; the driver's.

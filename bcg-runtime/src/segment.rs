@@ -1,8 +1,8 @@
 //! A segment: the work captured between two breaks, as an executable graph that segments with the same kernels share.
 //!
-//! Such as the segments of a model's layers: on an H200 sharing saves about 0.1 MiB of device memory a segment and costs
-//! 0.7 to 5 µs of host time a launch (docs/BENCHMARKS.md). Where breaks heal, a merged executable does the work of many
-//! segments, and theirs are launched one by one only where a replay falls back to the chain.
+//! Such as the segments of a model's layers: on an H200 sharing saves about 0.1 MiB of device memory a segment and
+//! costs 0.7 to 5 µs of host time a launch (docs/BENCHMARKS.md). Where breaks heal, a merged executable does the work
+//! of many segments, and theirs are launched one by one only where a replay falls back to the chain.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};

@@ -73,8 +73,8 @@ pub struct KernelTime {
     pub duration_us: f64,
     /// The index in [`GpuTimeline::steps`] of the step that launched it.
     pub step: Option<usize>,
-    /// The segment or break that the kernel belongs to. In a healed launch it is known only if the launch ran one kernel for
-    /// each of its kernel nodes.
+    /// The segment or break that the kernel belongs to. In a healed launch it is known only if the launch ran one
+    /// kernel for each of its kernel nodes.
     pub part: Option<StepKind>,
 }
 

@@ -1,7 +1,7 @@
 //! Which blocks a capture takes, from when to when.
 //!
-//! A log lives as long as a capture. Its moments are steps of the graph, and within a step the order in which blocks are
-//! taken and freed: the host's order, which is the order in which the device's work uses them.
+//! A log lives as long as a capture. Its moments are steps of the graph, and within a step the order in which blocks
+//! are taken and freed: the host's order, which is the order in which the device's work uses them.
 
 /// A moment of a graph's forward: how far it is in taking and freeing arena blocks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]

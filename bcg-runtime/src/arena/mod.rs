@@ -11,8 +11,8 @@
 //!   order of their claims at the claimed addresses (law L3); one that does not fit lies above that extent.
 //! - Inside a segment the arena does not grow (law L7).
 //!
-//! A [`Tensor`](crate::Tensor) keeps its block; [`OpStream`](crate::OpStream) begins forwards and takes blocks. The arena
-//! never enqueues work.
+//! A [`Tensor`](crate::Tensor) keeps its block; [`OpStream`](crate::OpStream) begins forwards and takes blocks. The
+//! arena never enqueues work.
 
 mod log;
 mod ranges;

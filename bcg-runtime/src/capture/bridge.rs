@@ -1,7 +1,7 @@
 //! How the outputs of a break cross to the captured work after it (law L3).
 //!
-//! A replayed break allocates at the addresses of its capture, so what it returns *is* the bridge and nothing is copied. Only
-//! if it returns other memory is that copied into the bridge, and counted.
+//! A replayed break allocates at the addresses of its capture, so what it returns *is* the bridge and nothing is
+//! copied. Only if it returns other memory is that copied into the bridge, and counted.
 //!
 //! Invariants:
 //! - Only memory that the break itself took at capture is copied into. An output that was an argument, or a persistent
@@ -37,8 +37,8 @@ pub trait Bridge: Freeze {
     /// Makes the captured output hold this value.
     ///
     /// # Errors
-    /// [`Error::Output`] if shape, dtype or structure differ from capture, or if the captured output was an argument or a
-    /// persistent tensor and this is other memory; the driver's.
+    /// [`Error::Output`] if shape, dtype or structure differ from capture, or if the captured output was an argument or
+    /// a persistent tensor and this is other memory; the driver's.
     fn carry(&self, frozen: &Self::Frozen, carrier: &mut Carrier<'_>) -> Result<()>;
 }
 

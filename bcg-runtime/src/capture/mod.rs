@@ -1,9 +1,10 @@
 //! Capture: from a forward to segments and breaks.
 //!
-//! - [`context`] and [`eager`] are what captured code and breaks hold; [`breaks`] is what an annotated function expands to.
+//! - [`context`] and [`eager`] are what captured code and breaks hold; [`breaks`] is what an annotated function expands
+//!   to.
 //! - [`freeze`] keeps the arguments of a break, [`bridge`] carries its outputs to the captured work after it.
-//! - [`state`] owns the order of begin, break, end and abort without a device; [`writer`] drives the device between those
-//!   transitions, puts each [`step`] on the tape, and aborts when it is dropped.
+//! - [`state`] owns the order of begin, break, end and abort without a device; [`writer`] drives the device between
+//!   those transitions, puts each [`step`] on the tape, and aborts when it is dropped.
 
 pub(crate) mod breaks;
 pub(crate) mod bridge;

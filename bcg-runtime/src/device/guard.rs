@@ -317,8 +317,8 @@ pub(crate) struct StreamRef<'a> {
     pub(crate) handle: StreamHandle,
 }
 
-/// The stream of a device itself, created at its first use. It holds the backend and not the [`Device`], which holds it,
-/// and does not count among the [`LiveObjects`], since nobody can leak it.
+/// The stream of a device itself, created at its first use. It holds the backend and not the [`Device`], which holds
+/// it, and does not count among the [`LiveObjects`], since nobody can leak it.
 pub(super) struct OwnStream {
     backend: Arc<dyn Backend>,
     handle: Mutex<Option<StreamHandle>>,

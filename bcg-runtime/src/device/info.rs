@@ -33,7 +33,8 @@ pub struct MemoryInfo {
     pub total_bytes: usize,
 }
 
-/// One kernel that a device ran; see [`Device::trace_kernels`](crate::Device::trace_kernels). Times are in nanoseconds, of one clock.
+/// One kernel that a device ran; see [`Device::trace_kernels`](crate::Device::trace_kernels). Times are in nanoseconds,
+/// of one clock.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KernelRun {
     /// The kernel's entry point, as the compiler named it.
@@ -44,7 +45,8 @@ pub struct KernelRun {
     pub end_ns: u64,
     /// The number that the driver gave to the stream that the kernel ran on.
     pub stream_id: u32,
-    /// The middle of the host's call that launched it, or the graph that it is part of; known where calls are traced too.
+    /// The middle of the host's call that launched it, or the graph that it is part of; known where calls are traced
+    /// too.
     pub launch_ns: Option<u64>,
 }
 

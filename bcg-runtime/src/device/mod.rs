@@ -142,8 +142,8 @@ impl Device {
     /// their starts. Watching costs time on the host and between kernels, so `f` is not to be timed.
     ///
     /// # Errors
-    /// [`Error::Trace`] on the host device, and without CUPTI, which comes with the CUDA toolkit; the first error of the
-    /// work waited for.
+    /// [`Error::Trace`] on the host device, and without CUPTI, which comes with the CUDA toolkit; the first error of
+    /// the work waited for.
     ///
     /// # Example
     /// ```
@@ -155,7 +155,8 @@ impl Device {
         Ok((result, trace.runs))
     }
 
-    /// As [`Device::trace_kernels`], and with `with_calls` also when each kernel was launched, which costs the host more.
+    /// As [`Device::trace_kernels`], and with `with_calls` also when each kernel was launched, which costs the host
+    /// more.
     pub(crate) fn trace<R>(&self, with_calls: bool, f: impl FnOnce() -> R) -> Result<(R, KernelTrace)> {
         let (mut f, mut result) = (Some(f), None);
         self.synchronize()?;

@@ -234,13 +234,13 @@ pub(crate) trait GraphBackend {
     fn abort_capture(&self, stream: StreamHandle);
     fn node_counts(&self, graph: GraphHandle) -> Result<NodeCounts>;
     fn instantiate(&self, graph: GraphHandle) -> Result<ExecHandle>;
-    /// Makes later launches of `exec` run the nodes of `graph`; launches that were enqueued keep theirs. Returns `false`,
-    /// and changes nothing, if the graph has another structure than that which `exec` was made from.
+    /// Makes later launches of `exec` run the nodes of `graph`; launches that were enqueued keep theirs. Returns
+    /// `false`, and changes nothing, if the graph has another structure than that which `exec` was made from.
     fn update_exec(&self, exec: ExecHandle, graph: GraphHandle) -> Result<bool>;
     fn launch_graph(&self, exec: ExecHandle, stream: StreamHandle) -> Result<()>;
-    /// Makes one graph of captured graphs and single pieces of work, each of which runs after all of the one before, and
-    /// returns it with the node of each piece. Work gets the place of `stream` in the host device's schedule. Returns
-    /// nothing if a captured graph has a node that cannot be copied.
+    /// Makes one graph of captured graphs and single pieces of work, each of which runs after all of the one before,
+    /// and returns it with the node of each piece. Work gets the place of `stream` in the host device's schedule.
+    /// Returns nothing if a captured graph has a node that cannot be copied.
     fn merge(&self, stream: StreamHandle, parts: &[Part<'_>]) -> Result<Option<(GraphHandle, Vec<NodeHandle>)>>;
     /// Makes later launches of `exec`, made from a merged graph, do `op` at `node`, which does work that is alike
     /// ([`Op::is_like`]); launches that were enqueued keep theirs, and are not waited for. Returns `false`, and changes
@@ -272,6 +272,7 @@ pub(crate) trait Backend:
     fn num_multiprocessors(&self) -> u32;
     /// Compiles and loads kernels ahead of their first launch, in parallel where that helps.
     fn prepare(&self, kernels: &[&'static dyn crate::launch::AnyKernel]) -> Result<()>;
-    /// Calls `f`, which waits for its work, and returns the kernels that ran meanwhile, `with_calls` with their launches.
+    /// Calls `f`, which waits for its work, and returns the kernels that ran meanwhile, `with_calls` with their
+    /// launches.
     fn trace_kernels(&self, with_calls: bool, f: &mut dyn FnMut() -> Result<()>) -> Result<KernelTrace>;
 }

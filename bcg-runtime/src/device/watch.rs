@@ -1,8 +1,9 @@
 //! Who is told before a call reaches a device past the stream of the forward that runs.
 //!
-//! A healed replay keeps the work of a break back. The body of that break may still read, wait or free through the device
-//! itself, and must then find the device as in an eager run. So every guard tells the thread's [`Watcher`] before such a
-//! call. Whoever keeps work back installs one for as long as it does; the device knows nothing else about it.
+//! A healed replay keeps the work of a break back. The body of that break may still read, wait or free through the
+//! device itself, and must then find the device as in an eager run. So every guard tells the thread's [`Watcher`]
+//! before such a call. Whoever keeps work back installs one for as long as it does; the device knows nothing else about
+//! it.
 
 use std::cell::Cell;
 

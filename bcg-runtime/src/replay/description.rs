@@ -55,8 +55,8 @@ pub struct BreakDescription {
     pub num_args: usize,
     /// The bytes of the break's outputs.
     pub bridge_bytes: usize,
-    /// What the break did that a merged executable cannot hold, so that each replay runs it as a break of its own; `None`
-    /// if it heals.
+    /// What the break did that a merged executable cannot hold, so that each replay runs it as a break of its own;
+    /// `None` if it heals.
     pub not_healable: Option<&'static str>,
     /// How many nodes of the break's work healed replays have patched so far.
     pub num_patched: u64,

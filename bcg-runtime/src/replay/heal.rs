@@ -1,13 +1,13 @@
 //! Healed replay: segments, and the work of the breaks between them, as one launch.
 //!
-//! While a break runs, what it enqueues is kept back on the [work list](crate::stream::work_list). Where a span ends, the
-//! [`Healer`](super::healer::Healer) patches and launches the merged executable that does this work. If there is none, the
-//! work is enqueued as the chain would have done.
+//! While a break runs, what it enqueues is kept back on the [work list](crate::stream::work_list). Where a span ends,
+//! the [`Healer`](super::healer::Healer) patches and launches the merged executable that does this work. If there is
+//! none, the work is enqueued as the chain would have done.
 //!
 //! - A break that reads back, waits, uses a library that launches by itself, or another stream is *not healable*. It
 //!   stays a break, and what stands before and after it becomes spans of their own.
-//! - Work of another sequence is launched as a chain the first time; then a merged executable is made for it too, up to a
-//!   bound for each graph.
+//! - Work of another sequence is launched as a chain the first time; then a merged executable is made for it too, up to
+//!   a bound for each graph.
 
 use super::healer::Healer;
 use super::tape::Tape;

@@ -1,10 +1,10 @@
 //! Merged executables: how they are made, patched and launched.
 //!
-//! A *merged* executable holds the nodes of some segments and one node for each piece of work of the breaks between them.
-//! If a span holds the same kernels, fills and copies, the nodes whose geometry, arguments or addresses differ from the
-//! last launch are patched, and all of it is one launch. A merged executable is never read back: the list that it was made
-//! from, kept up to date with each patch, says what its nodes do. Patching changes later launches only: those that are
-//! queued or running keep their arguments.
+//! A *merged* executable holds the nodes of some segments and one node for each piece of work of the breaks between
+//! them. If a span holds the same kernels, fills and copies, the nodes whose geometry, arguments or addresses differ
+//! from the last launch are patched, and all of it is one launch. A merged executable is never read back: the list that
+//! it was made from, kept up to date with each patch, says what its nodes do. Patching changes later launches only:
+//! those that are queued or running keep their arguments.
 
 use std::sync::Arc;
 

@@ -1,8 +1,8 @@
 //! Replay: the segments and breaks of a graph, in order, on the live batch.
 //!
-//! A [`tape::Tape`] is what they are on. [`heal`] makes one launch of segments and the work of the breaks between them, with
-//! the executables of [`healer`]; [`chain`] alternates graph launches and breaks; [`verify`] compares a replay with an eager
-//! run. All three run a break in the same way.
+//! A [`tape::Tape`] is what they are on. [`heal`] makes one launch of segments and the work of the breaks between them,
+//! with the executables of [`healer`]; [`chain`] alternates graph launches and breaks; [`verify`] compares a replay
+//! with an eager run. All three run a break in the same way.
 
 mod chain;
 pub(crate) mod description;

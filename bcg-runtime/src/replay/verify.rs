@@ -10,8 +10,8 @@ use crate::capture::context::Forward;
 use crate::stream::probe::Probe;
 use crate::{Error, Freeze, LiveBatch, Result, Runner};
 
-/// Replays, runs eagerly, compares; returns the output of the eager run, and how the replay went. A healed replay has no
-/// place to look into before its end: if its output differs, a chain of the same steps tells where.
+/// Replays, runs eagerly, compares; returns the output of the eager run, and how the replay went. A healed replay has
+/// no place to look into before its end: if its output differs, a chain of the same steps tells where.
 pub(crate) fn replay<L: LiveBatch, O: Freeze>(
     name: &str,
     forward: &Forward<L, O>,

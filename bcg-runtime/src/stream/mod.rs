@@ -3,8 +3,8 @@
 //! It has no way to synchronise, to read back, to copy from pageable memory or to allocate outside the arena, so
 //! captured code cannot do what a graph cannot hold (law L7).
 //!
-//! [`side`] joins side streams, [`rows`] begins forwards, [`work_list`] holds what breaks enqueue, [`steps`] and [`probe`]
-//! watch a run, [`options`] says how a stream is set up.
+//! [`side`] joins side streams, [`rows`] begins forwards, [`work_list`] holds what breaks enqueue, [`steps`] and
+//! [`probe`] watch a run, [`options`] says how a stream is set up.
 
 mod options;
 pub(crate) mod probe;
@@ -331,7 +331,8 @@ impl OpStream {
         self.destination == Destination::WorkList && self.segment.is_none() && Arc::ptr_eq(&self.current, &self.main)
     }
 
-    /// Begins a break whose work goes to this thread's list. A break that is not healable keeps nothing back at a replay.
+    /// Begins a break whose work goes to this thread's list. A break that is not healable keeps nothing back at a
+    /// replay.
     pub(crate) fn begin_listing(&mut self, origin: Origin, not_healable: Option<&'static str>) {
         self.destination = Destination::WorkList;
         work_list::begin_break(origin, not_healable);

@@ -51,8 +51,8 @@ impl Default for RunnerOptions {
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ReplayMode {
-    /// What breaks enqueue is patched into executables that do the work of several segments in one launch, wherever that
-    /// is possible.
+    /// What breaks enqueue is patched into executables that do the work of several segments in one launch, wherever
+    /// that is possible.
     #[default]
     Healed,
     /// Each segment is launched, and each break run, in order.

@@ -1,7 +1,7 @@
 //! Side streams: how they open, how their work is joined, and what is noted meanwhile.
 //!
-//! Invariants: work on a side stream is joined before the segment, the break or the forward ends, and a missing join names
-//! the stream; while a side stream is open, the arena keeps freed blocks back.
+//! Invariants: work on a side stream is joined before the segment, the break or the forward ends, and a missing join
+//! names the stream; while a side stream is open, the arena keeps freed blocks back.
 
 use std::sync::Arc;
 

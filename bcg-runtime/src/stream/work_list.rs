@@ -5,10 +5,10 @@
 //! once, in order, and the rest of the break runs as in a chain. So whatever a body does, it finds the device as in an
 //! eager run.
 //!
-//! [`OpStream`](crate::OpStream) says in a field of its own whether its work is listed ([`Destination`]). The list itself
-//! belongs to the thread and not to the stream: a body may reach the device past its context (`Device::read`, freeing
-//! memory), and those calls, which hold no stream, must leave the list too. A list that stream and thread shared would put a
-//! lock on each launch of a healed replay.
+//! [`OpStream`](crate::OpStream) says in a field of its own whether its work is listed ([`Destination`]). The list
+//! itself belongs to the thread and not to the stream: a body may reach the device past its context (`Device::read`,
+//! freeing memory), and those calls, which hold no stream, must leave the list too. A list that stream and thread
+//! shared would put a lock on each launch of a healed replay.
 //!
 //! Invariants:
 //! - A forward runs on one thread.

@@ -1,7 +1,8 @@
 //! Values on their way from the device to the host, while the host does something else.
 //!
-//! [`Eager::read`](crate::Eager::read) waits for all work that was enqueued. A [`Readback`] waits for its own copy only: the
-//! work of the next forward can be enqueued in between, so that the device has something to do while the host reads.
+//! [`Eager::read`](crate::Eager::read) waits for all work that was enqueued. A [`Readback`] waits for its own copy
+//! only: the work of the next forward can be enqueued in between, so that the device has something to do while the host
+//! reads.
 //!
 //! Invariant: host code reads the page-locked memory only after the event of the copy that wrote it last.
 
@@ -44,7 +45,8 @@ impl Readback {
         Ok(Self { buffer: PinnedBuffer::new(device, bytes)?, copied: Event::new(device)?, parts: Vec::new() })
     }
 
-    /// Waits for the latest [`Runner::read_back`] and returns the values of its tensor number `part`, in row-major order.
+    /// Waits for the latest [`Runner::read_back`] and returns the values of its tensor number `part`, in row-major
+    /// order.
     ///
     /// # Errors
     /// [`Error::Shape`] if there is no such part or `T` is not its dtype; the first error of the work waited for.

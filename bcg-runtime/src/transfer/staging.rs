@@ -1,8 +1,8 @@
 //! Inputs on their way from the host to the device, while the device works on something else.
 //!
-//! [`Runner::upload`] takes pageable memory, and the driver may wait with it until the stream gets there. A [`Staging`] has
-//! page-locked memory of its own: the copy is enqueued and the call returns. Its slots take turns, so that the inputs of
-//! a few forwards can be on their way at once.
+//! [`Runner::upload`] takes pageable memory, and the driver may wait with it until the stream gets there. A [`Staging`]
+//! has page-locked memory of its own: the copy is enqueued and the call returns. Its slots take turns, so that the
+//! inputs of a few forwards can be on their way at once.
 //!
 //! Invariant: a slot is written only when the copies that read it last have run.
 
@@ -56,8 +56,8 @@ impl Staging {
         Ok(Self { slots: (0..SLOTS).map(slot).collect::<Result<_>>()?, turn: 0, bytes })
     }
 
-    /// Enqueues copies of bytes, in row-major order, into contiguous tensors: inputs of the coming forward. The bytes may be
-    /// reused at once. Waits only if as many uploads are on their way as there are slots.
+    /// Enqueues copies of bytes, in row-major order, into contiguous tensors: inputs of the coming forward. The bytes
+    /// may be reused at once. Waits only if as many uploads are on their way as there are slots.
     ///
     /// # Errors
     /// [`Error::Shape`] for a row-sliced tensor, if a length differs, or if the bytes do not fit; those of

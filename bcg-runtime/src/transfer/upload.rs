@@ -1,7 +1,7 @@
 //! Large host data on its way to the device: checkpoints.
 //!
-//! Several threads read pieces of the data into pinned buffers of their own, two each: while one buffer is on its way to
-//! the device, the thread fills the other. One stream carries all copies, and one wait at the end covers them.
+//! Several threads read pieces of the data into pinned buffers of their own, two each: while one buffer is on its way
+//! to the device, the thread fills the other. One stream carries all copies, and one wait at the end covers them.
 //!
 //! - No thread waits for another one: pieces are handed out by a counter, and a buffer is reused after its own event.
 //! - The first error in time ends all threads before their next piece, and is what the caller gets.
@@ -145,12 +145,12 @@ impl Uploader {
         self.items.iter().map(|item| item.tensor.size_bytes()).sum()
     }
 
-    /// Writes all tensors, after all work of the device and before any later work, in the order in which they were added
-    /// as far as threads keep it. Calls `progress` on this thread with the bytes that were read so far.
+    /// Writes all tensors, after all work of the device and before any later work, in the order in which they were
+    /// added as far as threads keep it. Calls `progress` on this thread with the bytes that were read so far.
     ///
     /// # Errors
-    /// The first error of a source, of the driver or of a copy, [`Error::Panic`] if a source panics; some of the tensors
-    /// are written then.
+    /// The first error of a source, of the driver or of a copy, [`Error::Panic`] if a source panics; some of the
+    /// tensors are written then.
     pub fn run(self, progress: &mut dyn FnMut(usize)) -> Result<()> {
         let pieces = self.pieces();
         self.device.synchronize()?;

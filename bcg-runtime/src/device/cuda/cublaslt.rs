@@ -1,6 +1,8 @@
-//! Raw binding of cuBLASLt, CUDA's library of matrix products: beside `sys.rs` the only file that calls into NVIDIA's code.
+//! Raw binding of cuBLASLt, CUDA's library of matrix products: beside `sys.rs` the only file that calls into NVIDIA's
+//! code.
 //!
-//! - The library is looked for once per process and never unloaded; its absence is an error that says what was looked for.
+//! - The library is looked for once per process and never unloaded; its absence is an error that says what was looked
+//!   for.
 //! - A status is a `u32`, never a Rust enum: a newer library may return one that is unknown here.
 //! - What the library allocates on the host is owned by a guard that destroys it.
 //!
@@ -27,8 +29,8 @@ const OP_T: u32 = 1;
 const PREF_WORKSPACE_BYTES_MAX: u32 = 1;
 const PREF_REDUCTION_SCHEME_MASK: u32 = 3;
 const PREF_MIN_ALIGNMENTS: [u32; 4] = [5, 6, 7, 8];
-/// Partial sums are kept in f32, in the workspace, and added in one fixed order. The other schemes round partial sums to
-/// the output's dtype. Not splitting the sum is always allowed.
+/// Partial sums are kept in f32, in the workspace, and added in one fixed order. The other schemes round partial sums
+/// to the output's dtype. Not splitting the sum is always allowed.
 const REDUCTION_IN_COMPUTE_TYPE: u32 = 2;
 const NOT_SUPPORTED: u32 = 15;
 
@@ -215,7 +217,8 @@ impl Handle {
     pub(super) fn workspace_bytes(&self, product: &Descriptors, algorithm: &Algorithm) -> Result<usize> {
         let mut result = Heuristic::default();
         let [desc, a, b, d] = product.raw();
-        // SAFETY: live descriptors; the algorithm is 64 readable bytes, which the library validates; the result is writable.
+        // SAFETY: live descriptors; the algorithm is 64 readable bytes, which the library validates; the result is
+        // writable.
         unsafe {
             call!(self.library, cublasLtMatmulAlgoCheck(self.raw, desc, a, b, d, d, algorithm, &raw mut result))
         }?;
@@ -228,10 +231,10 @@ impl Handle {
         let (one, zero) = (1.0f32, 0.0f32);
         let [desc, a, b, d] = descriptors.raw();
         let Matmul { x, weight, out, workspace, ref plan, .. } = *product;
-        // SAFETY: live descriptors made of `product.shape`, a live stream; the factors are in host memory and read before
-        // the call returns (the default pointer mode). The addresses come from `OpStream::addr`, and `shape` from
-        // their tensors (`OpStream::matmul`), or from scratch memory of that size (`tuning.rs`); the workspace has the
-        // bytes of the plan, which the library compares with what the algorithm needs.
+        // SAFETY: live descriptors made of `product.shape`, a live stream; the factors are in host memory and read
+        // before the call returns (the default pointer mode). The addresses come from `OpStream::addr`, and `shape`
+        // from their tensors (`OpStream::matmul`), or from scratch memory of that size (`tuning.rs`); the workspace has
+        // the bytes of the plan, which the library compares with what the algorithm needs.
         unsafe {
             call!(
                 self.library,
@@ -367,7 +370,8 @@ impl Drop for Owned {
             Kind::Matrix => self.library.cublasLtMatrixLayoutDestroy,
             Kind::Preference => self.library.cublasLtMatmulPreferenceDestroy,
         };
-        // SAFETY: `raw` was created as this kind and is destroyed here only. A failure leaves a few bytes of host memory.
+        // SAFETY: `raw` was created as this kind and is destroyed here only. A failure leaves a few bytes of host
+        // memory.
         unsafe { destroy(self.raw) };
     }
 }

@@ -1,5 +1,5 @@
-//! Which kernels ran, from when to when, and when the host launched them: CUPTI's activity records, of kernels inside graphs
-//! too.
+//! Which kernels ran, from when to when, and when the host launched them: CUPTI's activity records, of kernels inside
+//! graphs too.
 //!
 //! - The library is looked for once per process and never unloaded; its absence is an error, never a panic.
 //! - Records are collected while one call of [`trace`] runs; traces take turns.
@@ -19,7 +19,8 @@ use crate::{Error, KernelRun, Result};
 
 /// `CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL`: kernels, without keeping them from running side by side.
 const KERNELS: c_int = 10;
-/// `CUPTI_ACTIVITY_KIND_DRIVER` and `CUPTI_ACTIVITY_KIND_RUNTIME`: calls of the driver, and of libraries to the runtime.
+/// `CUPTI_ACTIVITY_KIND_DRIVER` and `CUPTI_ACTIVITY_KIND_RUNTIME`: calls of the driver, and of libraries to the
+/// runtime.
 const CALLS: [c_int; 2] = [4, 5];
 /// `CUPTI_ACTIVITY_FLAG_FLUSH_FORCED`: buffers that are not full are delivered too.
 const FLUSH_FORCED: u32 = 1;
@@ -217,8 +218,8 @@ unsafe extern "C" fn buffer_requested(buffer: *mut *mut u8, size: *mut usize, ma
 
 /// Takes a buffer back and collects its records.
 unsafe extern "C" fn buffer_completed(_: *mut c_void, _: u32, buffer: *mut u8, _: usize, valid: usize) {
-    // SAFETY: every buffer that CUPTI has comes from `buffer_requested`, which leaked a box of this type and length, and
-    // CUPTI hands it back once.
+    // SAFETY: every buffer that CUPTI has comes from `buffer_requested`, which leaked a box of this type and length,
+    // and CUPTI hands it back once.
     let words: Box<[u64]> =
         unsafe { Box::from_raw(std::ptr::slice_from_raw_parts_mut(buffer.cast(), BUFFER_BYTES / size_of::<u64>())) };
     // No buffer is delivered before `get_or_init` returned: nothing is enabled earlier.
@@ -235,8 +236,8 @@ unsafe extern "C" fn buffer_completed(_: *mut c_void, _: u32, buffer: *mut u8, _
                 collected().calls.insert(call.correlation_id, call.start_ns.midpoint(call.end_ns));
                 continue;
             }
-            // SAFETY: as above; of the other kinds only kernels' records are enabled, and these begin with the fields of
-            // `KernelRecord`.
+            // SAFETY: as above; of the other kinds only kernels' records are enabled, and these begin with the fields
+            // of `KernelRecord`.
             let run = unsafe { read(&*record.cast()) };
             match run {
                 Ok(run) => collected().runs.extend(run),

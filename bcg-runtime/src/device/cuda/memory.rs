@@ -1,8 +1,8 @@
 //! Device memory, pinned memory, and reserved addresses whose memory comes and goes.
 //!
 //! - Allocations are plain (`cuMemAlloc`), never stream-ordered: peers can read them, and no capture holds them.
-//! - A mapping owns its memory: the driver's handle is released as soon as it is mapped, and the memory lives until it is
-//!   unmapped. So there is no list of handles to keep, and none to leak.
+//! - A mapping owns its memory: the driver's handle is released as soon as it is mapped, and the memory lives until it
+//!   is unmapped. So there is no list of handles to keep, and none to leak.
 //! - Allocating is refused while this thread captures. Frees are put off until no capture is open, because they
 //!   wait for the context, which spoils every capture in it. Mapping is legal at any time: it touches no stream.
 
@@ -70,8 +70,8 @@ impl MemoryBackend for CudaBackend {
     fn write_pinned(&self, ptr: DevicePtr, data: &[u8]) -> Result<()> {
         let dst: *mut u8 = std::ptr::with_exposed_provenance_mut(ptr.0 as usize);
         // SAFETY: `ptr` lies in a live allocation of `alloc_pinned`, whose address was exposed there, and
-        // `PinnedBuffer::write_bytes_at` compared the end of `data` with its size just before. No Rust reference to that
-        // memory is ever made (`sys.rs` and this line are all that touch it), so `data` cannot overlap it.
+        // `PinnedBuffer::write_bytes_at` compared the end of `data` with its size just before. No Rust reference to
+        // that memory is ever made (`sys.rs` and this line are all that touch it), so `data` cannot overlap it.
         unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), dst, data.len()) };
         Ok(())
     }

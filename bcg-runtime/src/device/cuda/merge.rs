@@ -1,8 +1,8 @@
 //! Merging captured graphs and single operations into one graph.
 //!
-//! Nodes of captured graphs are copied one by one, with their edges and launch attributes, and not put in as child graphs:
-//! a programmatic edge ends at a kernel node, so only in a flat graph may a kernel after a boundary start before the one
-//! ahead of it has ended.
+//! Nodes of captured graphs are copied one by one, with their edges and launch attributes, and not put in as child
+//! graphs: a programmatic edge ends at a kernel node, so only in a flat graph may a kernel after a boundary start
+//! before the one ahead of it has ended.
 
 use std::collections::HashMap;
 

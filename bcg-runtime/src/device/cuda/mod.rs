@@ -4,10 +4,10 @@
 //! - The device's primary context is current on the calling thread before each driver call. A thread remembers the one
 //!   that it set, so the launch path compares a number and calls nothing. Code that sets another context on the same
 //!   thread by itself must restore it; every call that is not on the launch path sets it again in any case.
-//! - The primary context is retained and never released: it serves all backends of a device and outlives them, as in the
-//!   CUDA runtime, so the remembered context never dangles.
-//! - [`Gate`] knows all streams and open captures. What a driver forbids while *any* stream of the context captures, and
-//!   answers by spoiling that capture (waiting for the context, freeing memory), goes through the gate first: it is
+//! - The primary context is retained and never released: it serves all backends of a device and outlives them, as in
+//!   the CUDA runtime, so the remembered context never dangles.
+//! - [`Gate`] knows all streams and open captures. What a driver forbids while *any* stream of the context captures,
+//!   and answers by spoiling that capture (waiting for the context, freeing memory), goes through the gate first: it is
 //!   refused, done another way, or put off until the captures have ended.
 //! - No call panics, whatever the driver says.
 
@@ -97,7 +97,8 @@ impl CudaBackend {
     /// Opens a device.
     ///
     /// # Errors
-    /// [`Error::NoDevice`] without a driver, for a driver or device that is too old, and for an ordinal beyond the last.
+    /// [`Error::NoDevice`] without a driver, for a driver or device that is too old, and for an ordinal beyond the
+    /// last.
     pub(crate) fn new(ordinal: usize) -> Result<Self> {
         Self::open(Driver::get()?, ordinal).map_err(|error| match error {
             error @ Error::NoDevice(_) => error,

@@ -73,9 +73,9 @@ impl StreamBackend for CudaBackend {
     ) -> Result<()> {
         let _relaxed = self.enter_if_capturing()?;
         self.refuse_while_capturing(stream.0, "copying pageable host memory; fill a PinnedBuffer before the capture")?;
-        // SAFETY: `src` is borrowed until the end of this function. If it is pageable, the driver has copied it into its
-        // own staging memory when the call returns (CUDA driver API, "API synchronization behavior", memcpy, async); if
-        // it is page-locked, the wait below outlasts the copy.
+        // SAFETY: `src` is borrowed until the end of this function. If it is pageable, the driver has copied it into
+        // its own staging memory when the call returns (CUDA driver API, "API synchronization behavior", memcpy,
+        // async); if it is page-locked, the wait below outlasts the copy.
         unsafe { self.driver.copy_rows_from_host(dst.0, pitch, row_bytes, src, stream.0) }?;
         if self.driver.is_page_locked(src.as_ptr()) || self.driver.is_page_locked(&raw const src[src.len() - 1]) {
             self.driver.synchronize_stream(stream.0)?;
@@ -89,8 +89,8 @@ impl StreamBackend for CudaBackend {
         }
         let _relaxed = self.enter_if_capturing()?;
         self.refuse_while_capturing(stream.0, "copying to the host; read inside a break or after the forward")?;
-        // SAFETY: `dst` is borrowed mutably until the end of this function, and the wait below outlasts the copy. If the
-        // wait fails, the context is lost and the copy does not run any more.
+        // SAFETY: `dst` is borrowed mutably until the end of this function, and the wait below outlasts the copy. If
+        // the wait fails, the context is lost and the copy does not run any more.
         unsafe { self.driver.copy_to_host(dst.as_mut_ptr(), src.0, dst.len(), stream.0) }?;
         self.driver.synchronize_stream(stream.0)
     }
@@ -102,9 +102,9 @@ impl StreamBackend for CudaBackend {
         self.bind()?;
         self.refuse_while_capturing(stream.0, "copying to the host; read inside a break or after the forward")?;
         let dst = std::ptr::with_exposed_provenance_mut::<u8>(dst.0 as usize);
-        // SAFETY: `dst` lies in a live pinned buffer with room for `bytes` (contract of `traits`), which stays allocated
-        // until the copy has run: `CudaBackend::release` waits for the device before it frees one. Host code reads it
-        // after an event that follows the copy.
+        // SAFETY: `dst` lies in a live pinned buffer with room for `bytes` (contract of `traits`), which stays
+        // allocated until the copy has run: `CudaBackend::release` waits for the device before it frees one. Host code
+        // reads it after an event that follows the copy.
         unsafe { self.driver.copy_to_host(dst, src.0, bytes, stream.0) }
     }
 }
@@ -114,8 +114,8 @@ impl CudaBackend {
     fn launch(&self, stream: StreamHandle, launch: &Launch) -> Result<()> {
         self.bind()?;
         let function = self.launchable(launch)?;
-        // SAFETY: `launchable` establishes that the arguments are as long as the kernel's parameter; their addresses come
-        // from `OpStream::addr`, which checks that their tensors are alive.
+        // SAFETY: `launchable` establishes that the arguments are as long as the kernel's parameter; their addresses
+        // come from `OpStream::addr`, which checks that their tensors are alive.
         let launched = unsafe {
             self.driver.launch(
                 function.raw,
@@ -158,8 +158,8 @@ impl CudaBackend {
         // Host and device share the pinned address, and the driver tells from it where the memory lies. A captured copy
         // reads the buffer at each replay; the graph's owner keeps it alive.
         let src = std::ptr::with_exposed_provenance::<u8>(src.0 as usize);
-        // SAFETY: `src` is a live pinned buffer of at least `bytes` (its guard checks, contract of `traits`), which stays
-        // allocated until the copy has run: `CudaBackend::release` waits for the device before it frees one.
+        // SAFETY: `src` is a live pinned buffer of at least `bytes` (its guard checks, contract of `traits`), which
+        // stays allocated until the copy has run: `CudaBackend::release` waits for the device before it frees one.
         unsafe { self.driver.copy_from_host(dst.0, src, bytes, stream.0) }
     }
 }

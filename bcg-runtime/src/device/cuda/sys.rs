@@ -4,8 +4,8 @@
 //! result code into [`Error::Driver`] with the code's name.
 //!
 //! The entry points are not called through cudarc's own functions, for two reasons. Those return the code as a closed
-//! Rust enum, and a code that a newer driver has added (402, 721 or 916 with CUDA 13) would be undefined behaviour; here
-//! a code is a `u32`. And those panic if a symbol is missing; here that is [`Error::NoDevice`].
+//! Rust enum, and a code that a newer driver has added (402, 721 or 916 with CUDA 13) would be undefined behaviour;
+//! here a code is a `u32`. And those panic if a symbol is missing; here that is [`Error::NoDevice`].
 //!
 //! Every symbol is exported under this exact name by drivers from CUDA 12.4 to 13.x. Symbols whose unversioned name
 //! changed its meaning in 13.0 (`cuGraphAddDependencies`, `cuStreamGetCaptureInfo`, `cuCtxCreate`) are not used.
@@ -46,7 +46,8 @@ macro_rules! driver {
 
         impl Driver {
             fn load() -> Result<Self, String> {
-                // SAFETY: loading libcuda runs its initialisers, which any CUDA program runs; the check unloads it again.
+                // SAFETY: loading libcuda runs its initialisers, which any CUDA program runs; the check unloads it
+                // again.
                 if !unsafe { sys::is_culib_present() } {
                     return Err("libcuda.so.1 cannot be loaded (no NVIDIA driver is installed, or it is not on the library path)".into());
                 }
@@ -355,7 +356,8 @@ impl Driver {
     }
 
     pub(super) fn unreserve(&self, base: u64, bytes: usize) -> Result<()> {
-        // SAFETY: the range is a whole reservation without mappings: `Reservation::drop` unmaps all, then calls this once.
+        // SAFETY: the range is a whole reservation without mappings: `Reservation::drop` unmaps all, then calls this
+        // once.
         unsafe { call!(self.cuMemAddressFree(base, bytes)) }
     }
 
@@ -382,8 +384,8 @@ impl Driver {
     }
 
     pub(super) fn map(&self, ptr: u64, bytes: usize, memory: u64) -> Result<()> {
-        // SAFETY: the range lies in a reservation (`Reservation::grow` compares it with the end); the driver checks that
-        // nothing is mapped there.
+        // SAFETY: the range lies in a reservation (`Reservation::grow` compares it with the end); the driver checks
+        // that nothing is mapped there.
         unsafe { call!(self.cuMemMap(ptr, bytes, 0, memory, 0)) }
     }
 
@@ -630,8 +632,8 @@ impl Driver {
     /// Updates an executable graph; `false` if the structures differ.
     pub(super) fn update_exec(&self, exec: u64, graph: u64) -> Result<bool> {
         let mut info = std::mem::MaybeUninit::<sys::CUgraphExecUpdateResultInfo>::uninit();
-        // SAFETY: a live executable graph and a live graph (contract of `traits`); `info` is writable for the call and is
-        // not read: its closed enum may not know the driver's code.
+        // SAFETY: a live executable graph and a live graph (contract of `traits`); `info` is writable for the call and
+        // is not read: its closed enum may not know the driver's code.
         match unsafe { call!(self.cuGraphExecUpdate_v2(exec, graph, info.as_mut_ptr())) } {
             Ok(()) => Ok(true),
             Err(Error::Driver { code: GRAPH_EXEC_UPDATE_FAILURE, .. }) => Ok(false),
@@ -645,7 +647,8 @@ impl Driver {
     }
 
     pub(super) fn destroy_graph(&self, graph: u64) -> Result<()> {
-        // SAFETY: a live graph, destroyed once: by the `Drop` of the guard `Graph`, or by `abort_capture`, which owns it.
+        // SAFETY: a live graph, destroyed once: by the `Drop` of the guard `Graph`, or by `abort_capture`, which owns
+        // it.
         unsafe { call!(self.cuGraphDestroy(graph)) }
     }
 
@@ -746,8 +749,8 @@ impl Driver {
         };
         let extra = std::ptr::null_mut();
         // SAFETY: a function of a module that stays loaded and a live stream (contract of `traits`); `config` and its
-        // attribute are readable for the call; `params` has one entry, for the one parameter (`module.rs` refuses kernels
-        // with more), readable by this function's contract.
+        // attribute are readable for the call; `params` has one entry, for the one parameter (`module.rs` refuses
+        // kernels with more), readable by this function's contract.
         unsafe { call!(self.cuLaunchKernelEx(&raw const config, function, params.as_mut_ptr(), extra)) }
     }
 }

@@ -93,8 +93,8 @@ impl CudaBackend {
     }
 }
 
-/// Every product that has a plan, for each of `rows` up to the most that it has a plan for. Products of one dtype follow
-/// each other.
+/// Every product that has a plan, for each of `rows` up to the most that it has a plan for. Products of one dtype
+/// follow each other.
 fn wanted_shapes(plans: &HashMap<MatmulShape, Known>, rows: &[usize]) -> Vec<MatmulShape> {
     let mut most = HashMap::new();
     for shape in plans.keys() {
@@ -138,8 +138,8 @@ fn bytes(rows: usize, stride: usize, dtype: DType) -> usize {
     (rows * stride * dtype.size_bytes()).next_multiple_of(256)
 }
 
-/// Memory, a stream and events to time products with. The memory holds the rows, copies of the weight, the output and the
-/// workspace, in this order.
+/// Memory, a stream and events to time products with. The memory holds the rows, copies of the weight, the output and
+/// the workspace, in this order.
 struct Bench<'a> {
     backend: &'a CudaBackend,
     stream: StreamHandle,

@@ -1,7 +1,7 @@
 //! Graphs of the host device: the driver's calls that capture, instantiate and launch.
 //!
-//! Invariants: nodes are in the order in which they were captured, so a dependency has a smaller index; a graph never changes,
-//! so pending launches and executables share it. `capture.rs` keeps the open captures.
+//! Invariants: nodes are in the order in which they were captured, so a dependency has a smaller index; a graph never
+//! changes, so pending launches and executables share it. `capture.rs` keeps the open captures.
 
 use std::collections::HashSet;
 use std::sync::Arc;

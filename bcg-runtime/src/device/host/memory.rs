@@ -1,8 +1,8 @@
 //! Memory of the host device: the driver's calls.
 //!
-//! Invariants: what frees memory first runs all work that was enqueued before. While the calling thread captures, CUDA forbids the
-//! calls that allocate, so they are refused and spoil the capture; what cannot be refused (free, unmap) happens when
-//! the thread's last capture ends.
+//! Invariants: what frees memory first runs all work that was enqueued before. While the calling thread captures, CUDA
+//! forbids the calls that allocate, so they are refused and spoil the capture; what cannot be refused (free, unmap)
+//! happens when the thread's last capture ends.
 
 use super::backing::CHUNK_BYTES;
 use super::{HostBackend, State};

@@ -7,9 +7,9 @@
 //! One lock guards the whole device, and the thread that waits for work runs it under that lock, so operations of one
 //! device never run at the same time. A kernel's host reference must therefore not call the device again.
 //!
-//! Files are named by the trait that they implement: `memory`, `stream`, `matmul`, `event`, `graph`. Under them lie `regions`
-//! (addresses), `backing` (bytes), `view` (what kernels see), `queue` (order), `work` (one operation) and `capture` (open captures); `fault` is
-//! the tests' control.
+//! Files are named by the trait that they implement: `memory`, `stream`, `matmul`, `event`, `graph`. Under them lie
+//! `regions` (addresses), `backing` (bytes), `view` (what kernels see), `queue` (order), `work` (one operation) and
+//! `capture` (open captures); `fault` is the tests' control.
 
 mod backing;
 mod capture;

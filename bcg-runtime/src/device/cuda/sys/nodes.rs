@@ -148,8 +148,8 @@ impl Driver {
     /// Adds one edge. Several in one call would do, if driver 580.159 did not give some of them the data of others.
     pub(in super::super) fn add_edge(&self, graph: u64, (from, to, data): &Edge) -> Result<()> {
         let (from, to, data) = (ptr::from_ref(from), ptr::from_ref(to), ptr::from_ref(data));
-        // SAFETY: a live graph and two nodes of it (`merge.rs` adds edges between nodes that it added just before); each
-        // pointer is readable for the one edge that the call says.
+        // SAFETY: a live graph and two nodes of it (`merge.rs` adds edges between nodes that it added just before);
+        // each pointer is readable for the one edge that the call says.
         unsafe { call!(self.cuGraphAddDependencies_v2(graph, from, to, data, 1)) }
     }
 
@@ -160,7 +160,8 @@ impl Driver {
         match kind {
             KERNEL => {
                 let mut params = MaybeUninit::<sys::CUDA_KERNEL_NODE_PARAMS>::uninit();
-                // SAFETY: a kernel node of a live graph; the driver writes the description, whose arguments the node owns.
+                // SAFETY: a kernel node of a live graph; the driver writes the description, whose arguments the node
+                // owns.
                 unsafe { call!(self.cuGraphKernelNodeGetParams_v2(node, params.as_mut_ptr())) }?;
                 // SAFETY: a live graph; the description was written by the call above and its arguments live as long as
                 // `node`; without dependencies the array is not read.
@@ -252,8 +253,8 @@ impl Driver {
     ) -> Result<u64> {
         let (mut node, params) = (0, copy_params(copy, is_from_host));
         let (none, context) = (ptr::null(), context_ptr(context));
-        // SAFETY: a live graph and context; both ranges lie in memory of this device or in a live pinned buffer, which is
-        // freed after all enqueued work only (contract of `traits`).
+        // SAFETY: a live graph and context; both ranges lie in memory of this device or in a live pinned buffer, which
+        // is freed after all enqueued work only (contract of `traits`).
         unsafe { call!(self.cuGraphAddMemcpyNode(&raw mut node, graph, none, 0, &raw const params, context)) }?;
         Ok(node)
     }
