@@ -10,7 +10,9 @@ mod figures;
 mod first_token;
 mod fmt;
 mod fuzz;
+mod imports;
 mod kernels;
+mod layers;
 mod licenses;
 mod package;
 mod page;
@@ -27,7 +29,7 @@ use anyhow::{Result, bail};
 const USAGE: &str = "\
 cargo xtask <command>
 
-  tidy            check names, lengths, leftovers, links, and that every rule names its test
+  tidy            check names, lengths, leftovers, links, layers, and that every rule names its test
   fmt             format everything [--check only tells what is not formatted]
   licenses        check the licence of every dependency
   kernels         compile every kernel for sm_80, sm_90a and sm_100a with NVRTC from its Python wheel; needs no GPU

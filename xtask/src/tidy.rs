@@ -1,5 +1,5 @@
-//! Checks what the compiler and clippy do not: names, lengths, leftovers, links, places of unsafe code, and that every
-//! rule of the documentation names a test that exists.
+//! Checks what the compiler and clippy do not: names, lengths, leftovers, links, places of unsafe code, the order of
+//! layers, and that every rule of the documentation names a test that exists.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -7,6 +7,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
+use crate::layers;
 use crate::process::{command, output, root};
 
 /// Lines of a Rust file, documentation and in-file tests included.
@@ -62,6 +63,7 @@ pub(crate) fn run() -> Result<()> {
         check_unsafe(file, &mut found);
         check_links(file, &mut found);
     }
+    layers::check(files.iter().map(|file| (file.path.as_str(), file.text.as_str())), &mut found)?;
     let num_rules = check_rules(&files, &mut found)?;
     check_readme(&files, &mut found);
     crate::figures::check_quotes(&mut found)?;
