@@ -8,7 +8,6 @@
 use std::process::ExitCode;
 use std::time::Instant;
 
-use bcg_engine::one_line;
 use clap::{Parser, Subcommand};
 
 use crate::args::{LogFormat, ServerArgs};
@@ -71,7 +70,7 @@ pub fn exit(program: &str, result: anyhow::Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("{program}: {}", args::in_flags(&one_line(error.as_ref())));
+            eprintln!("{program}: {}", args::in_flags(&format!("{error:#}")));
             ExitCode::FAILURE
         }
     }

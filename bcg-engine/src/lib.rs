@@ -15,7 +15,6 @@ use tokio::sync::mpsc;
 pub use bcg_models::{ChatMessage, FinishReason, OptionError, Progress, SamplingParams, Stage};
 
 pub use self::metrics::Metrics;
-pub use self::one_line::one_line;
 pub use self::options::{CaptureMode, DeviceChoice, EngineOptions};
 
 pub mod choice;
@@ -24,7 +23,6 @@ pub mod load;
 pub mod local;
 pub mod metrics;
 pub mod model;
-mod one_line;
 mod options;
 pub mod output;
 pub mod prefix_cache;

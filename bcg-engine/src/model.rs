@@ -5,7 +5,6 @@
 
 use bcg_models::{ModelRunner, PendingStep, SampledToken, SequenceInput};
 
-use super::one_line;
 
 /// What the graphs of a model did since it was made, and what its graphs take.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -58,11 +57,11 @@ impl StepModel for ModelRunner {
     type Pending = PendingStep;
 
     fn launch(&mut self, batch: &[SequenceInput<'_>]) -> Result<PendingStep, StepError> {
-        Self::launch(self, batch).map_err(|error| step_error(&error))
+        Self::launch(self, batch).map_err(step_error)
     }
 
     fn collect(&mut self, step: PendingStep) -> Result<Vec<SampledToken>, StepError> {
-        Self::collect(self, step).map(|output| output.tokens).map_err(|error| step_error(&error))
+        Self::collect(self, step).map(|output| output.tokens).map_err(step_error)
     }
 
     fn stats(&self) -> GraphCounters {
@@ -79,12 +78,12 @@ impl StepModel for ModelRunner {
 }
 
 /// An error of the driver, or of memory that a kernel must not touch, is the device's.
-fn step_error(error: &bcg_models::Error) -> StepError {
-    let is_device_lost = match error {
+fn step_error(error: bcg_models::Error) -> StepError {
+    let is_device_lost = match &error {
         bcg_models::Error::Runtime(error) => {
             matches!(error.root(), bcg_runtime::Error::Driver { .. } | bcg_runtime::Error::Memory { .. })
         }
         _ => false,
     };
-    StepError { message: one_line(error), is_device_lost }
+    StepError { message: format!("{:#}", anyhow::Error::from(error)), is_device_lost }
 }

@@ -14,6 +14,12 @@ use serde_json::{Value, json};
 /// Any error.
 pub(crate) type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
+/// Writes an error and its causes on one line.
+pub(crate) fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
 /// Why a server cannot serve as its options say. Names of options stand in backticks.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]

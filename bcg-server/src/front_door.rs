@@ -15,14 +15,13 @@ use axum::http::{HeaderMap, HeaderValue, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::{Error, Router};
-use bcg_engine::one_line;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::{Frame, SizeHint};
 use tokio::time::timeout;
 use tracing::Instrument;
 
 use crate::App;
-use crate::error::ApiError;
+use crate::error::{ApiError, with_causes};
 use crate::options::Setup;
 use crate::request::random_hex;
 use crate::trace::{RequestSpan, scope};
@@ -79,7 +78,11 @@ impl Door {
         match read.map_err(|_| ApiError::RequestTimeout { seconds: seconds.as_secs() })? {
             Ok(body) => Ok(Request::from_parts(head, Body::from(body.to_bytes()))),
             Err(error) if error.is::<LengthLimitError>() => Err(ApiError::BodyTooLarge { limit }),
-            Err(error) => Err(ApiError::bad_body(format!("The body could not be read: {}.", one_line(error.as_ref())))),
+            Err(error) => {
+                // The outer error says what the inner one says.
+                let cause = error.downcast::<Error>().map_or_else(|error| error, |error| error.into_inner());
+                Err(ApiError::bad_body(format!("The body could not be read: {}.", with_causes(cause.as_ref()))))
+            }
         }
     }
 }

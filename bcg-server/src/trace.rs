@@ -14,7 +14,6 @@ use axum::body::Bytes;
 use axum::extract::Request;
 use axum::http::uri::InvalidUri;
 use axum::http::{Response, Uri};
-use bcg_engine::one_line;
 use bcg_engine::{EngineEvent, EventStream};
 use http_body_util::{BodyExt, Full, Limited};
 use opentelemetry::propagation::TextMapPropagator;
@@ -30,7 +29,7 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use crate::HttpError;
-use crate::error::BoxError;
+use crate::error::{BoxError, with_causes};
 use crate::http_client::HttpClient;
 
 /// How long the collector may take.
@@ -248,7 +247,7 @@ impl opentelemetry_http::HttpClient for Sender {
         let failure = match &answer {
             Ok(answer) if answer.status().is_success() => None,
             Ok(answer) => Some(format!("HTTP {}", answer.status().as_u16())),
-            Err(error) => Some(one_line(error.as_ref())),
+            Err(error) => Some(with_causes(error.as_ref())),
         };
         // Said once, not at each try.
         let was_failing = self.failing.swap(failure.is_some(), Ordering::Relaxed);

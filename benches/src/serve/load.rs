@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use axum::body::Bytes;
 use axum::http::{HeaderValue, Request, header};
-use bcg_engine::one_line;
 use futures_util::future::join_all;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
@@ -32,6 +31,11 @@ pub(super) struct Target {
     pub(super) authorization: Option<HeaderValue>,
     /// For a whole answer.
     pub(super) timeout: Duration,
+}
+
+/// Writes an error and its causes on one line.
+fn with_causes(error: impl Into<anyhow::Error>) -> String {
+    format!("{:#}", error.into())
 }
 
 /// What matters of a chunk of either route.
@@ -87,7 +91,7 @@ impl Target {
     pub(super) async fn first_model(&self) -> Result<String, String> {
         let request = self.request("/v1/models").body(Full::default()).map_err(text)?;
         let asked = async {
-            let response = self.client.send(request).await.map_err(|error| one_line(&error))?;
+            let response = self.client.send(request).await.map_err(with_causes)?;
             let status = response.status().as_u16();
             let body = read(response.into_body()).await?;
             let answer: Value = serde_json::from_slice(&body).unwrap_or_default();
@@ -122,14 +126,14 @@ impl Target {
     async fn follow(&self, path: &str, body: Bytes, start: Instant, record: &mut Record) -> Result<(), String> {
         let request = self.request(path).method("POST").header(header::CONTENT_TYPE, "application/json");
         let request = request.body(Full::new(body)).map_err(text)?;
-        let response = self.client.send(request).await.map_err(|error| one_line(&error))?;
+        let response = self.client.send(request).await.map_err(with_causes)?;
         if !response.status().is_success() {
             let status = response.status().as_u16();
             return Err(format!("HTTP {status}: {}", message(&read(response.into_body()).await?)));
         }
         let (mut body, mut parser, mut done) = (response.into_body(), Parser::default(), Ok(false));
         while let Some(frame) = body.frame().await {
-            let frame = frame.map_err(|error| one_line(&error))?;
+            let frame = frame.map_err(with_causes)?;
             let at = start.elapsed();
             if let Some(data) = frame.data_ref() {
                 parser.feed(data, |event| {
