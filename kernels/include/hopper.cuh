@@ -42,6 +42,29 @@ BCG_DEVICE void barrier_expect(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
+// Copies a box of a tensor map to shared memory; counts its bytes at the barrier.
+BCG_DEVICE void copy_box(u32 dst, const void* map, u32 column, u32 row, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+        :
+        : "r"(dst), "l"(map), "r"(column), "r"(row), "r"(barrier)
+        : "memory");
+}
+// The same of a map of five dimensions, from the begin of the first one on.
+BCG_DEVICE void copy_box(u32 dst, const void* map, i32 block, i32 group, i32 which, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %2, %3, %4, %5}], [%6];"
+        :
+        : "r"(dst), "l"(map), "r"(0), "r"(block), "r"(group), "r"(which), "r"(barrier)
+        : "memory");
+}
+
+// The low half of the descriptor of a matrix in shared memory: the address, and BLOCK_BYTES between blocks of 64 columns,
+// in 16 bytes.
+template <u32 BLOCK_BYTES> BCG_DEVICE u32 matrix(u32 address) { return address >> 4 | (BLOCK_BYTES >> 4) << 16; }
+// The whole: groups of 8 rows are GROUP_BYTES apart, and swizzled by 128 bytes.
+template <u32 GROUP_BYTES> BCG_DEVICE u64 descriptor(u32 low) { return (u64)(GROUP_BYTES >> 4 | 1u << 30) << 32 | low; }
+
 BCG_DEVICE void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 BCG_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <u32 PENDING> BCG_DEVICE void wgmma_wait() {

@@ -71,6 +71,9 @@ BCG_DEVICE void transpose(u32 (&x)[4]) {
     x[0] = high ? a : x[0], x[1] = high ? b : x[1], x[2] = high ? x[2] : a, x[3] = high ? x[3] : b;
 }
 
+// e^v is 2^(v LOG2_E).
+constexpr float LOG2_E = 1.4426950408889634f;
+
 // 2^v; one instruction, relative error below 2^-22.
 BCG_DEVICE float exp2_fast(float v) {
     float r;

@@ -23,7 +23,6 @@ struct AttentionPrefillArgs {
 };
 
 constexpr u32 TILE_ROWS = 128;  // query rows of an item of the plan
-constexpr float LOG2_E = 1.4426950408889634f;
 
 // One item of the plan for one head: up to TILE_ROWS query rows of one sequence.
 struct Work {

@@ -33,6 +33,7 @@ mod arch;
 mod check;
 mod float;
 mod random;
+mod softmax;
 
 mod activation;
 mod attention;

@@ -28,7 +28,7 @@ macro_rules! ops {
 
 /// The headers that several ops share.
 pub(crate) const HEADERS: &[Header] = &[
-    ("attention_decode.cuh", include_str!("../include/attention_decode.cuh")),
+    ("decode_plan.cuh", include_str!("../include/decode_plan.cuh")),
     ("few_rows.cuh", include_str!("../include/few_rows.cuh")),
     ("hopper.cuh", include_str!("../include/hopper.cuh")),
     ("latent_attention.cuh", include_str!("../include/latent_attention.cuh")),
@@ -36,6 +36,7 @@ pub(crate) const HEADERS: &[Header] = &[
     ("mma.cuh", include_str!("../include/mma.cuh")),
     ("moe_permute.cuh", include_str!("../include/moe_permute.cuh")),
     ("paged_attention.cuh", include_str!("../include/paged_attention.cuh")),
+    ("persistent_decode.cuh", include_str!("../include/persistent_decode.cuh")),
     ("prefill.cuh", include_str!("../include/prefill.cuh")),
     ("random.cuh", include_str!("../include/random.cuh")),
     ("rms_norm.cuh", include_str!("../include/rms_norm.cuh")),

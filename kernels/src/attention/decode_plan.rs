@@ -1,5 +1,5 @@
 //! How decode attention is spread over a persistent grid; CUDA twin: `BlockPlan` in
-//! `kernels/include/attention_decode.cuh`.
+//! `kernels/include/decode_plan.cuh`.
 //!
 //! The work is a list: for each sequence, for each of its items (query heads that share a key-value head), the item's
 //! tiles of [`TILE`] keys. Each block takes a stretch of the list, all of about the same cost, so that one long sequence
@@ -8,7 +8,9 @@
 //! - Grid and size depend on the device alone, so a captured kernel reads any plan.
 //! - A sequence without keys takes no part: padding a batch changes no other sequence's stretches, and so no bit.
 
-use bcg_runtime::Device;
+use bcg_runtime::{Device, DevicePtr, HostMemory, Result};
+
+use crate::check::Check;
 
 /// Keys of a tile.
 pub(crate) const TILE: usize = 64;
@@ -73,6 +75,17 @@ impl DecodePlan {
     /// Query heads of an item, which the kernel keeps together.
     pub(crate) fn item_heads(group: usize) -> usize {
         if group <= 8 { 8 } else { ITEM_HEADS_MAX }
+    }
+
+    /// Refuses a plan of other lengths than `kv_lens`, on the host device.
+    pub(crate) fn check(self, check: Check, memory: &HostMemory<'_>, plan: DevicePtr, kv_lens: &[i32]) -> Result<()> {
+        let plan = memory.load::<i32>(plan, self.shape().iter().product())?;
+        let mut expected = Vec::with_capacity(plan.len());
+        self.fill(kv_lens, &mut expected);
+        if plan != expected {
+            return Err(check.error("`plan` filled with the contents of `kv_lens`", "a plan of other lengths"));
+        }
+        Ok(())
     }
 
     /// Writes the plan for sequences of these lengths into `out`, in place of what it held.

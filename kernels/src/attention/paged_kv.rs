@@ -5,6 +5,7 @@ use bytemuck::{AnyBitPattern, NoUninit};
 
 use crate::check::Check;
 use crate::float::{Float, dot, extend_f32};
+use crate::softmax::softmax_mean;
 
 /// The largest head dim that the kernels hold in registers.
 pub const HEAD_DIM_MAX: usize = 256;
@@ -143,16 +144,7 @@ impl HeadKv {
     pub(super) fn attend(&self, query: &[f32], keys: i64, scale: f32) -> Vec<f32> {
         let keys = usize::try_from(keys).unwrap_or(0).min(self.before.len() - 1);
         let seen = self.before[keys];
-        let mut scores: Vec<f32> = self.k.chunks(self.head_dim).take(seen).map(|key| dot(query, key) * scale).collect();
-        let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        scores.iter_mut().for_each(|score| *score = (*score - max).exp());
-        let sum: f32 = scores.iter().sum();
-        let mut out = vec![0.0; self.head_dim];
-        for (weight, value) in scores.iter().zip(self.v.chunks(self.head_dim)) {
-            out.iter_mut().zip(value).for_each(|(out, value)| *out += weight * value);
-        }
-        let inverse = if sum > 0.0 { 1.0 / sum } else { 0.0 };
-        out.iter_mut().for_each(|out| *out *= inverse);
-        out
+        let scores = self.k.chunks(self.head_dim).take(seen).map(|key| dot(query, key) * scale).collect();
+        softmax_mean(scores, &self.v, self.head_dim)
     }
 }

@@ -6,6 +6,7 @@ use bytemuck::{AnyBitPattern, NoUninit};
 
 use crate::check::Check;
 use crate::float::{Float, dot, extend_f32};
+use crate::softmax::softmax_mean;
 
 /// The widest latent and rope key that the kernels for any dtype hold in registers.
 const LATENT_DIM_MAX: usize = 512;
@@ -146,16 +147,6 @@ pub(super) struct Parts<'a> {
 /// Attends with one query to all of `keys`; `values` has as many rows, of `width` elements. Zeros where there is no key.
 pub(super) fn attend(query: Parts<'_>, keys: Parts<'_>, values: &[f32], width: usize, scale: f32) -> Vec<f32> {
     let keys = keys.nope.chunks(query.nope.len()).zip(keys.rope.chunks(query.rope.len()));
-    let mut scores: Vec<f32> =
-        keys.map(|(nope, rope)| (dot(query.nope, nope) + dot(query.rope, rope)) * scale).collect();
-    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    scores.iter_mut().for_each(|score| *score = (*score - max).exp());
-    let sum: f32 = scores.iter().sum();
-    let mut out = vec![0.0; width];
-    for (weight, value) in scores.iter().zip(values.chunks(width)) {
-        out.iter_mut().zip(value).for_each(|(out, value)| *out += weight * value);
-    }
-    let inverse = if sum > 0.0 { 1.0 / sum } else { 0.0 };
-    out.iter_mut().for_each(|out| *out *= inverse);
-    out
+    let scores = keys.map(|(nope, rope)| (dot(query.nope, nope) + dot(query.rope, rope)) * scale).collect();
+    softmax_mean(scores, values, width)
 }

@@ -10,12 +10,7 @@ use crate::float::{Float, extend_f32, row};
 pub(super) fn host_tiled<T: Float>(a: &AttentionDecodeArgs, dims: &Dims, memory: &HostMemory<'_>) -> Result<()> {
     let kv_lens = memory.load::<i32>(a.kv_lens, a.sequences as usize)?;
     let decode_plan = DecodePlan::of_grid(dims.grid[0] as usize, a.q_heads as usize, a.kv.kv_heads());
-    let plan = memory.load::<i32>(a.plan, decode_plan.shape().iter().product())?;
-    let mut expected = Vec::with_capacity(plan.len());
-    decode_plan.fill(&kv_lens, &mut expected);
-    if plan != expected {
-        return Err(CHECK.error("`plan` filled with the contents of `kv_lens`", "a plan of other lengths"));
-    }
+    decode_plan.check(CHECK, memory, a.plan, &kv_lens)?;
     host::<T>(a, dims, memory)
 }
 

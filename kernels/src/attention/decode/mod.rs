@@ -11,12 +11,13 @@ use half::{bf16, f16};
 
 use super::decode_plan::{self, DecodePlan};
 use super::paged_kv::{PagedKv, PagedKvArgs};
+use crate::arch::is_large;
 use crate::check::Check;
 use crate::float::{PerFloat, per_float};
 use host::{host, host_tiled};
 
-static PORTABLE_SOURCE: Source = source!("attention/decode/portable.cu");
-static TILED_SOURCE: Source = source!("attention/decode/tiled.cu");
+static PORTABLE_SOURCE: Source = source!("attention/decode/portable.cu", "attention_decode.cuh");
+static TILED_SOURCE: Source = source!("attention/decode/tiled.cu", "attention_decode.cuh");
 pub(super) const SOURCES: &[&Source] = &[&PORTABLE_SOURCE, &TILED_SOURCE];
 
 const CHECK: Check = Check::new("attention_decode");
@@ -181,8 +182,7 @@ fn tiled(
         DType::F16 => &TILED_F16,
         _ => return None,
     };
-    let is_large =
-        device.compute_capability().is_none_or(|arch| matches!((arch.major, arch.minor), (8, 0) | (9 | 10, _)));
+    let is_large = device.compute_capability().is_none_or(is_large);
     if !is_large || !kv.is_aligned(16 / dtype.size_bytes()) {
         return None;
     }

@@ -1,38 +1,20 @@
-// Attention of one query per sequence, split over a persistent grid by a plan that the host makes.
+// Attention of one query per sequence, on a persistent grid.
 //
-// The work is a list of tiles of TILE keys: for each sequence, for each item (up to 8 * NT query heads that share a
-// key-value head), the item's tiles. Block i takes plan[i].tiles of them from a given place on. Each of its warps takes
-// 16 keys of each tile through its own ring in shared memory, so warps meet at the end of an item only. Keys are the
-// rows of the matrix instructions and query heads the columns: S^T = K Q^T, O^T = V^T P^T.
-// An item that lies on several blocks leaves a piece per block in `partials`; the block that ends last merges them, in
-// the order of the blocks, whichever it is.
+// An item is up to 8 * NT query heads that share a key-value head. Each warp takes 16 keys of each tile through its own
+// ring in shared memory, so warps meet at the end of an item only. Keys are the rows of the matrix instructions and query
+// heads the columns: S^T = K Q^T, O^T = V^T P^T.
 // Host reference: host.rs; shapes, geometry and plan: mod.rs.
 #include "attention_decode.cuh"
-#include "mma.cuh"
+#include "persistent_decode.cuh"
 
 constexpr u32 WARPS = 4, CHUNK = 16, TILE = WARPS * CHUNK, STAGES = 3, BATCH = 8, THREADS = 32 * WARPS;
 
-// Loads of what another block wrote. In the order of the program, so several are under way together.
-BCG_DEVICE float2 load_fresh(const float2* p) {
-    float2 v;
-    asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
-    return v;
-}
-BCG_DEVICE float4 load_fresh(const float4* p) {
-    float4 v;
-    asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "l"(p)
-                 : "memory");
-    return v;
-}
+template <typename T, u32 D, u32 NT>
+struct Decode
+    : PersistentDecode<Decode<T, D, NT>, AttentionDecodeArgs, T, D, WARPS, TILE, 1, STAGES, BATCH> {
+    using Base = PersistentDecode<Decode<T, D, NT>, AttentionDecodeArgs, T, D, WARPS, TILE, 1, STAGES, BATCH>;
+    using Base::a, Base::warp, Base::lane, Base::items;
 
-// A place in the list of tiles, and how many of the block's tiles are left from there on.
-struct Walk {
-    i32 sequence, item, tile, tiles, len;
-};
-
-template <typename T, u32 D, u32 NT> struct Decode {
     static constexpr u32 HEADS = 8 * NT, ROW_BYTES = D * sizeof(T), CHUNK_BYTES = CHUNK * ROW_BYTES, PITCH = D + 4;
 
     struct Shared {
@@ -43,20 +25,19 @@ template <typename T, u32 D, u32 NT> struct Decode {
         u32 is_last;
     };
 
-    const AttentionDecodeArgs& a;
     Shared& shared;
-    u32 warp, lane, group, items_per_kv_head, items;
+    u32 group, items_per_kv_head;
     u32 q[NT][D / 16][2];
     float acc[NT][D / 16][4];
     float max[NT][2], sum[NT][2];
 
-    BCG_DEVICE Decode(const AttentionDecodeArgs& args, Shared& memory) : a(args), shared(memory) {
-        warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    BCG_DEVICE Decode(const AttentionDecodeArgs& args, Shared& memory) : Base(args, memory.is_last), shared(memory) {
         group = a.q_heads / a.kv.kv_heads;
         items_per_kv_head = (group + HEADS - 1) / HEADS;
         items = a.kv.kv_heads * items_per_kv_head;
     }
 
+    BCG_DEVICE u32 row_words() const { return a.q_heads * D * sizeof(T) / sizeof(uint4); }
     BCG_DEVICE u32 first_head(const Walk& w) const {
         return w.item / items_per_kv_head * group + w.item % items_per_kv_head * HEADS;
     }
@@ -65,33 +46,11 @@ template <typename T, u32 D, u32 NT> struct Decode {
         return rest < HEADS ? rest : HEADS;
     }
 
-    BCG_DEVICE bool ends_item(const Walk& w) const { return (w.tile + 1) * (i32)TILE >= w.len; }
-
-    BCG_DEVICE void advance(Walk& w) const {
-        if (--w.tiles == 0) return;
-        if (!ends_item(w)) {
-            w.tile++;
-            return;
-        }
-        w.tile = 0;
-        if (++w.item < (i32)items) return;
-        w.item = 0;
-        do {
-            if (++w.sequence >= (i32)a.sequences) {  // only if the plan is of other lengths
-                w.tiles = 0;
-                return;
-            }
-            w.len = a.kv_lens[w.sequence];
-        } while (w.len <= 0);
-    }
-
     // The page and the offset in it of the key that this lane (and lane + 16) looks up; -1 where there is none.
     BCG_DEVICE void look_up(const Walk& w, i32& page, u32& offset) const {
         page = -1, offset = 0;
         if (w.tiles == 0) return;
-        u32 key = (u32)w.tile * TILE + warp * CHUNK + lane % CHUNK, index = key / a.kv.page_size;
-        offset = key - index * a.kv.page_size;
-        if (key < (u32)w.len && index < a.kv.max_pages) page = a.kv.page_table[(i64)w.sequence * a.kv.max_pages + index];
+        this->find(w, (u32)w.tile * TILE + warp * CHUNK + lane % CHUNK, page, offset);
     }
 
     // Starts the copy of the keys and values of this warp's chunk.
@@ -200,25 +159,11 @@ template <typename T, u32 D, u32 NT> struct Decode {
         }
     }
 
-    BCG_DEVICE void store(const Walk& w, u32 head, u32 d, float4 v, float sum) const {
-        float inverse = sum != 0.0f ? 1.0f / sum : 0.0f;
-        T* out = (T*)a.out + ((i64)w.sequence * a.q_heads + first_head(w) + head) * D + d;
-        uint2 words = {pair(from_f32<T>(v.x * inverse), from_f32<T>(v.y * inverse)),
-                       pair(from_f32<T>(v.z * inverse), from_f32<T>(v.w * inverse))};
-        *(uint2*)out = words;
-    }
+    BCG_DEVICE void await_stage() const { __syncwarp(); }  // a warp reads what it copied itself
 
     BCG_DEVICE u32 stride() const { return group < HEADS ? group : HEADS; }
-    BCG_DEVICE float* piece(u32 slot, u32 head) const { return a.partials + ((i64)slot * stride() + head) * D; }
-    BCG_DEVICE float2* piece_sum(u32 slot, u32 head) const {
-        return (float2*)(a.partials + (i64)2 * gridDim.x * stride() * D) + slot * stride() + head;
-    }
-
-    BCG_DEVICE static void add(float4& to, float to_scale, float4 v, float scale) {
-        to.x = to.x * to_scale + v.x * scale;
-        to.y = to.y * to_scale + v.y * scale;
-        to.z = to.z * to_scale + v.z * scale;
-        to.w = to.w * to_scale + v.w * scale;
+    BCG_DEVICE T* output(const Walk& w, u32 head) const {
+        return (T*)a.out + ((i64)w.sequence * a.q_heads + first_head(w) + head) * D;
     }
 
     // Adds up the warps' parts; writes the output, or a piece.
@@ -252,107 +197,12 @@ template <typename T, u32 D, u32 NT> struct Decode {
                     add(v, 1.0f, *(const float4*)&shared.acc[i][head][d], weight);
                 }
                 if (is_whole) {
-                    store(w, n * 8 + head, d, v, total);
+                    store_mean(output(w, n * 8 + head) + d, v, total);
                 } else {
-                    *(float4*)(piece(slot, n * 8 + head) + d) = v;
-                    if (d == 0) *piece_sum(slot, n * 8 + head) = {m, total};
+                    *(float4*)(this->piece(slot, n * 8 + head) + d) = v;
+                    if (d == 0) *this->piece_sum(slot, n * 8 + head) = {m, total};
                 }
             }
-        }
-    }
-
-    // Counts a piece of an item on the blocks first..=last, and tells whether it is the last one to be written.
-    BCG_DEVICE bool arrives_last(u32 first, u32 last) {
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            u32 before;
-            asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
-                         : "=r"(before)
-                         : "l"(&a.plan[first].arrivals), "r"(last - first)
-                         : "memory");
-            shared.is_last = before == last - first;
-        }
-        __syncthreads();
-        return shared.is_last;
-    }
-
-    // Adds up the pieces of an item; writes the output.
-    BCG_DEVICE void merge(const Walk& w, u32 first, u32 last) const {
-        for (u32 e = threadIdx.x; e < num_heads(w) * (D / 4); e += THREADS) {
-            u32 head = e / (D / 4), d = e % (D / 4) * 4;
-            float m = minus_infinity(), total = 0.0f;
-            float4 v = {};
-            for (u32 i = first; i <= last; i += BATCH) {  // the loads of a batch are under way together
-                float2 s[BATCH];
-                float4 part[BATCH];
-#pragma unroll
-                for (u32 j = 0; j < BATCH; j++) {
-                    u32 block = i + j < last ? i + j : last, slot = 2 * block + (block == first);
-                    s[j] = load_fresh(piece_sum(slot, head));
-                    part[j] = load_fresh((const float4*)(piece(slot, head) + d));
-                }
-#pragma unroll
-                for (u32 j = 0; j < BATCH; j++) {
-                    bool is_empty = i + j > last || s[j].y == 0.0f;
-                    float larger = is_empty ? m : fmaxf(m, s[j].x);
-                    float kept = m == larger ? 1.0f : exp2_fast(m - larger);
-                    float weight = is_empty ? 0.0f : exp2_fast(s[j].x - larger);
-                    m = larger;
-                    total = total * kept + s[j].y * weight;
-                    add(v, kept, part[j], weight);
-                }
-            }
-            store(w, head, d, v, total);
-        }
-    }
-
-    BCG_DEVICE void zero_rows() const {
-        u32 words = a.q_heads * D * sizeof(T) / sizeof(uint4);
-        for (u32 b = blockIdx.x; b < a.sequences; b += gridDim.x) {
-            if (a.kv_lens[b] > 0) continue;
-            uint4* row = (uint4*)a.out + (i64)b * words;
-            for (u32 i = threadIdx.x; i < words; i += THREADS) row[i] = uint4{};
-        }
-    }
-
-    BCG_DEVICE void run() {
-        BlockPlan plan = a.plan[blockIdx.x];
-        Walk ahead = {plan.sequence, plan.item, plan.tile, plan.tiles, plan.len};
-        Walk w = ahead;
-        i32 page;
-        u32 offset;
-        look_up(ahead, page, offset);
-#pragma unroll
-        for (u32 stage = 0; stage < STAGES - 1; stage++) {
-            load(ahead, stage, page, offset);
-            if (ahead.tiles) advance(ahead);
-            look_up(ahead, page, offset);
-        }
-        zero_rows();
-        float scale = a.scale * 1.4426950408889634f;
-        u32 stage = 0, into = STAGES - 1, first = plan.first;
-        while (w.tiles > 0) {
-            load_queries(w);
-            clear();
-            bool begins = w.tile == 0, ends;
-            while (true) {
-                copy_async_wait<STAGES - 2>();
-                __syncwarp();
-                load(ahead, into, page, offset);
-                if (ahead.tiles) advance(ahead);
-                look_up(ahead, page, offset);
-                attend(stage, scale);
-                stage = stage + 1 == STAGES ? 0 : stage + 1;
-                into = into + 1 == STAGES ? 0 : into + 1;
-                ends = ends_item(w);
-                if (ends || w.tiles == 1) break;
-                advance(w);
-            }
-            if (begins) first = blockIdx.x;
-            finish(w, begins && ends, 2 * blockIdx.x + begins);
-            u32 last = ends ? blockIdx.x : (u32)plan.last;
-            if (first < last && arrives_last(first, last)) merge(w, first, last);
-            advance(w);
         }
     }
 };

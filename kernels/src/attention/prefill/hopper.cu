@@ -20,20 +20,6 @@ template <u32 D> struct Shared {
     static constexpr u32 Q_FULL = BARRIERS, Q_EMPTY = Q_FULL + 16, FULL = Q_EMPTY + 16, EMPTY = FULL + 8 * SLOTS;
 };
 
-BCG_DEVICE void copy_box(u32 dst, const void* map, i32 block, i32 group, i32 which, u32 barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %2, %3, %4, %5}], [%6];"
-        :
-        : "r"(dst), "l"(map), "r"(0), "r"(block), "r"(group), "r"(which), "r"(barrier)
-        : "memory");
-}
-
-// The low half of a matrix descriptor: the address and BLOCK_BYTES between blocks of 64 columns, in 16 bytes.
-BCG_DEVICE u32 matrix(u32 address) { return address >> 4 | (BLOCK_BYTES >> 4) << 16; }
-
-// The high half: groups of 8 rows are GROUP_BYTES apart, and swizzled by 128 bytes.
-template <u32 D> BCG_DEVICE u64 descriptor(u32 low) { return (u64)(GROUP_BYTES<D> >> 4 | 1u << 30) << 32 | low; }
-
 // s (+)= a · bᵀ: 64 rows of a and 128 rows of b, 16 columns of each, all in shared memory.
 BCG_DEVICE void wgmma_scores(float (&s)[64], u64 a, u64 b, int accumulate) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
@@ -214,20 +200,20 @@ template <u32 D> struct Consumer {
     }
 
     BCG_DEVICE void multiply_scores(u32 buffer, u32 slot) {
-        u32 q = matrix(base + S::Q + buffer * S::TILE_BYTES + group * 8 * GROUP_BYTES<D>);
-        u32 k = matrix(base + S::RING + slot * S::TILE_BYTES);
+        u32 q = matrix<BLOCK_BYTES>(base + S::Q + buffer * S::TILE_BYTES + group * 8 * GROUP_BYTES<D>);
+        u32 k = matrix<BLOCK_BYTES>(base + S::RING + slot * S::TILE_BYTES);
 #pragma unroll
         for (u32 i = 0; i < D / 16; i++) {
             u32 step = (i / 4 * BLOCK_BYTES + i % 4 * 32) >> 4;
-            wgmma_scores(s, descriptor<D>(q + step), descriptor<D>(k + step), i > 0);
+            wgmma_scores(s, descriptor<GROUP_BYTES<D>>(q + step), descriptor<GROUP_BYTES<D>>(k + step), i > 0);
         }
         wgmma_commit();
     }
 
     BCG_DEVICE void multiply_output(u32 slot) {
-        u32 v = matrix(base + S::RING + slot * S::TILE_BYTES);
+        u32 v = matrix<BLOCK_BYTES>(base + S::RING + slot * S::TILE_BYTES);
 #pragma unroll
-        for (u32 i = 0; i < TILE_KEYS / 16; i++) wgmma_output(o, p + 4 * i, descriptor<D>(v + (i * 2 * GROUP_BYTES<D> >> 4)));
+        for (u32 i = 0; i < TILE_KEYS / 16; i++) wgmma_output(o, p + 4 * i, descriptor<GROUP_BYTES<D>>(v + (i * 2 * GROUP_BYTES<D> >> 4)));
         wgmma_commit();
     }
 

@@ -12,12 +12,7 @@ use crate::latent::latent_kv::{Parts, attend};
 pub(super) fn host_tiled(a: &MlaDecodeArgs, dims: &Dims, memory: &HostMemory<'_>) -> Result<()> {
     let kv_lens = memory.load::<i32>(a.kv_lens, a.sequences as usize)?;
     let decode_plan = DecodePlan::of_grid(dims.grid[0] as usize, a.heads as usize, 1);
-    let plan = memory.load::<i32>(a.plan, decode_plan.shape().iter().product())?;
-    let mut expected = Vec::with_capacity(plan.len());
-    decode_plan.fill(&kv_lens, &mut expected);
-    if plan != expected {
-        return Err(CHECK.error("`plan` filled with the contents of `kv_lens`", "a plan of other lengths"));
-    }
+    decode_plan.check(CHECK, memory, a.plan, &kv_lens)?;
     host::<bf16>(a, dims, memory)
 }
 

@@ -1,6 +1,6 @@
 // The arguments of the kernels of mla_decode. Rust twin: mod.rs.
 #pragma once
-#include "attention_decode.cuh"
+#include "decode_plan.cuh"
 #include "latent_attention.cuh"
 
 struct MlaDecodeArgs {

@@ -1,34 +1,16 @@
-// Latent attention of one query per sequence, split over a persistent grid by a plan that the host makes.
+// Latent attention of one query per sequence, on a persistent grid.
 //
-// The work is a list of tiles of TILE keys: for each sequence, for each item (up to ITEM_HEADS query heads), the item's
-// tiles. Block i takes plan[i].tiles of them from a given place on, half a tile at a time, through a ring in shared
-// memory: a latent is read once for all heads of an item, and serves as key and as value.
+// An item is up to ITEM_HEADS query heads. Its keys come half a tile at a time through a ring in shared memory: a latent is
+// read once for all heads of an item, and serves as key and as value.
 // Keys are the rows of the matrix instructions and query heads the columns. S^T = K Q^T: a warp takes 16 of the 32 keys
 // of a stage and 8 of the 16 heads. O^T = V^T P^T: a warp takes a quarter of the latents' columns and all keys and heads,
 // with the weights that the four warps leave in shared memory.
-// An item that lies on several blocks leaves a piece per block in `partials`; the block that ends last merges them, in
-// the order of the blocks, whichever it is.
 // Host reference: host.rs; shapes, geometry and plan: mod.rs.
 #include "mla_decode.cuh"
-#include "mma.cuh"
+#include "persistent_decode.cuh"
 
 constexpr u32 WARPS = 4, THREADS = 32 * WARPS, STAGE_KEYS = 32, TILE = 2 * STAGE_KEYS, STAGES = 3;
 constexpr u32 ITEM_HEADS = 16, BATCH = 4, ROWS_PER_WARP = STAGE_KEYS / WARPS;
-
-// Loads of what another block wrote. In the order of the program, so several are under way together.
-BCG_DEVICE float2 load_fresh(const float2* p) {
-    float2 v;
-    asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
-    return v;
-}
-BCG_DEVICE float4 load_fresh(const float4* p) {
-    float4 v;
-    asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "l"(p)
-                 : "memory");
-    return v;
-}
 
 // Where a 16-byte chunk of a row of CHUNKS chunks lies, so that eight rows of one chunk lie in different banks.
 template <u32 CHUNKS> BCG_DEVICE u32 chunk_at(u32 row, u32 chunk) {
@@ -36,12 +18,11 @@ template <u32 CHUNKS> BCG_DEVICE u32 chunk_at(u32 row, u32 chunk) {
     return (row * CHUNKS + (CHUNKS == 4 ? chunk ^ row / 2 % 4 : chunk ^ row % 8)) * 16;
 }
 
-// A place in the list of tiles, which half of the tile, and how many of the block's tiles are left from there on.
-struct Walk {
-    i32 sequence, item, tile, half, tiles, len;
-};
+template <u32 L, u32 R>
+struct Decode : PersistentDecode<Decode<L, R>, MlaDecodeArgs, bf16, L, WARPS, TILE, 2, STAGES, BATCH> {
+    using Base = PersistentDecode<Decode<L, R>, MlaDecodeArgs, bf16, L, WARPS, TILE, 2, STAGES, BATCH>;
+    using Base::a, Base::warp, Base::lane, Base::items;
 
-template <u32 L, u32 R> struct Decode {
     static constexpr u32 L_CHUNKS = L / 8, R_CHUNKS = R / 8, STEPS = (L + R) / 16;
     static constexpr u32 COLUMNS = L / WARPS;  // of a warp's outputs
 
@@ -54,56 +35,28 @@ template <u32 L, u32 R> struct Decode {
         u32 is_last;
     };
 
-    const MlaDecodeArgs& a;
     Shared& shared;
-    u32 warp, lane, items;
     u32 q[STEPS][2];             // 8 heads of the warp's S^T
     float acc[COLUMNS / 16][2][4];  // 16 columns, 8 heads
     float max[2][2];             // of heads 8 n + lane % 4 * 2 + j
     float sum[2];                // this thread's part, of heads of the warp's S^T
 
-    BCG_DEVICE Decode(const MlaDecodeArgs& args, Shared& memory) : a(args), shared(memory) {
-        warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    BCG_DEVICE Decode(const MlaDecodeArgs& args, Shared& memory) : Base(args, memory.is_last), shared(memory) {
         items = (a.heads + ITEM_HEADS - 1) / ITEM_HEADS;
     }
 
     BCG_DEVICE u32 key_half() const { return warp / 2; }
     BCG_DEVICE u32 head_half() const { return warp % 2; }
+    BCG_DEVICE u32 row_words() const { return a.heads * L_CHUNKS; }
     BCG_DEVICE u32 first_head(const Walk& w) const { return w.item * ITEM_HEADS; }
     BCG_DEVICE u32 num_heads(const Walk& w) const { return min(a.heads - first_head(w), ITEM_HEADS); }
-    BCG_DEVICE bool ends_item(const Walk& w) const { return (w.tile + 1) * (i32)TILE >= w.len; }
-
-    BCG_DEVICE void advance(Walk& w) const {
-        if (w.half == 0) {
-            w.half = 1;
-            return;
-        }
-        w.half = 0;
-        if (--w.tiles == 0) return;
-        if (!ends_item(w)) {
-            w.tile++;
-            return;
-        }
-        w.tile = 0;
-        if (++w.item < (i32)items) return;
-        w.item = 0;
-        do {
-            if (++w.sequence >= (i32)a.sequences) {  // only if the plan is of other lengths
-                w.tiles = 0;
-                return;
-            }
-            w.len = a.kv_lens[w.sequence];
-        } while (w.len <= 0);
-    }
 
     // The page and the offset in it of the key that this lane (and lane + 8, …) looks up; -1 where there is none.
     BCG_DEVICE void look_up(const Walk& w, i32& page, u32& offset) const {
         page = -1, offset = 0;
         if (w.tiles == 0) return;
         u32 row = warp * ROWS_PER_WARP + lane % ROWS_PER_WARP;
-        u32 key = (u32)w.tile * TILE + w.half * STAGE_KEYS + row, index = key / a.kv.page_size;
-        offset = key - index * a.kv.page_size;
-        if (key < (u32)w.len && index < a.kv.max_pages) page = a.kv.page_table[(i64)w.sequence * a.kv.max_pages + index];
+        this->find(w, (u32)w.tile * TILE + w.part * STAGE_KEYS + row, page, offset);
     }
 
     template <u32 CHUNKS> BCG_DEVICE void copy(u8* stage, const void* pages, i64 place, u32 valid) const {
@@ -235,11 +188,16 @@ template <u32 L, u32 R> struct Decode {
         }
     }
 
-    BCG_DEVICE u32 stride() const { return ITEM_HEADS; }
-    BCG_DEVICE float* piece(u32 slot, u32 head) const { return a.partials + ((i64)slot * stride() + head) * L; }
-    BCG_DEVICE float2* piece_sum(u32 slot, u32 head) const {
-        return (float2*)(a.partials + (i64)2 * gridDim.x * stride() * L) + slot * stride() + head;
+    BCG_DEVICE void attend(u32 stage, float scale) {
+        float s[4] = {}, kept[2][2];
+        score(s, stage, scale);
+        weigh(s, kept);
+        mix(stage, kept);
     }
+
+    BCG_DEVICE void await_stage() const { __syncthreads(); }  // and the stage that is copied into next was read
+
+    BCG_DEVICE u32 stride() const { return ITEM_HEADS; }
     BCG_DEVICE bf16* output(const Walk& w, u32 head) const {
         return (bf16*)a.out + ((i64)w.sequence * a.heads + first_head(w) + head) * L;
     }
@@ -272,112 +230,10 @@ template <u32 L, u32 R> struct Decode {
                         float v = acc[i][n][j + 2 * r];
                         u32 l = column + i * 16 + 8 * r;
                         if (is_whole) output(w, head)[l] = from_f32<bf16>(v * inverse);
-                        else piece(slot, head)[l] = v;
+                        else this->piece(slot, head)[l] = v;
                     }
-                if (!is_whole && warp == 0 && lane < 4) *piece_sum(slot, head) = {max[n][j], total[n][j]};
+                if (!is_whole && warp == 0 && lane < 4) *this->piece_sum(slot, head) = {max[n][j], total[n][j]};
             }
-    }
-
-    // Counts a piece of an item on the blocks first..=last, and tells whether it is the last one to be written.
-    BCG_DEVICE bool arrives_last(u32 first, u32 last) {
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            u32 before;
-            asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
-                         : "=r"(before)
-                         : "l"(&a.plan[first].arrivals), "r"(last - first)
-                         : "memory");
-            shared.is_last = before == last - first;
-        }
-        __syncthreads();
-        return shared.is_last;
-    }
-
-    // Adds up the pieces of an item; writes the output.
-    BCG_DEVICE void merge(const Walk& w, u32 first, u32 last) const {
-        for (u32 e = threadIdx.x; e < num_heads(w) * (L / 4); e += THREADS) {
-            u32 head = e / (L / 4), l = e % (L / 4) * 4;
-            float m = minus_infinity(), total = 0.0f;
-            float v[4] = {};
-            for (u32 i = first; i <= last; i += BATCH) {  // the loads of a batch are under way together
-                float2 s[BATCH];
-                float4 part[BATCH];
-#pragma unroll
-                for (u32 j = 0; j < BATCH; j++) {
-                    u32 block = i + j < last ? i + j : last, slot = 2 * block + (block == first);
-                    s[j] = load_fresh(piece_sum(slot, head));
-                    part[j] = load_fresh((const float4*)(piece(slot, head) + l));
-                }
-#pragma unroll
-                for (u32 j = 0; j < BATCH; j++) {
-                    bool is_empty = i + j > last || s[j].y == 0.0f;
-                    float larger = is_empty ? m : fmaxf(m, s[j].x);
-                    float kept = m == larger ? 1.0f : exp2_fast(m - larger);
-                    float weight = is_empty ? 0.0f : exp2_fast(s[j].x - larger);
-                    m = larger;
-                    total = total * kept + s[j].y * weight;
-                    v[0] = v[0] * kept + part[j].x * weight, v[1] = v[1] * kept + part[j].y * weight;
-                    v[2] = v[2] * kept + part[j].z * weight, v[3] = v[3] * kept + part[j].w * weight;
-                }
-            }
-            float inverse = total != 0.0f ? 1.0f / total : 0.0f;
-            uint2 words = {pair(from_f32<bf16>(v[0] * inverse), from_f32<bf16>(v[1] * inverse)),
-                           pair(from_f32<bf16>(v[2] * inverse), from_f32<bf16>(v[3] * inverse))};
-            *(uint2*)(output(w, head) + l) = words;
-        }
-    }
-
-    BCG_DEVICE void zero_rows() const {
-        u32 words = a.heads * L_CHUNKS;
-        for (u32 b = blockIdx.x; b < a.sequences; b += gridDim.x) {
-            if (a.kv_lens[b] > 0) continue;
-            uint4* row = (uint4*)a.out + (i64)b * words;
-            for (u32 i = threadIdx.x; i < words; i += THREADS) row[i] = uint4{};
-        }
-    }
-
-    BCG_DEVICE void run() {
-        BlockPlan plan = a.plan[blockIdx.x];
-        Walk ahead = {plan.sequence, plan.item, plan.tile, 0, plan.tiles, plan.len};
-        Walk w = ahead;
-        i32 page;
-        u32 offset;
-        look_up(ahead, page, offset);
-#pragma unroll
-        for (u32 stage = 0; stage < STAGES - 1; stage++) {
-            load(ahead, stage, page, offset);
-            if (ahead.tiles) advance(ahead);
-            look_up(ahead, page, offset);
-        }
-        zero_rows();
-        float scale = a.scale * 1.4426950408889634f;
-        u32 stage = 0, into = STAGES - 1, first = plan.first;
-        while (w.tiles > 0) {
-            load_queries(w);
-            clear();
-            bool begins = w.tile == 0, ends;
-            while (true) {
-                copy_async_wait<STAGES - 2>();
-                __syncthreads();  // the stage is there, and the one that is copied into was read
-                load(ahead, into, page, offset);
-                if (ahead.tiles) advance(ahead);
-                look_up(ahead, page, offset);
-                float s[4] = {}, kept[2][2];
-                score(s, stage, scale);
-                weigh(s, kept);
-                mix(stage, kept);
-                stage = stage + 1 == STAGES ? 0 : stage + 1;
-                into = into + 1 == STAGES ? 0 : into + 1;
-                ends = ends_item(w);
-                if (w.half == 1 && (ends || w.tiles == 1)) break;
-                advance(w);
-            }
-            if (begins) first = blockIdx.x;
-            finish(w, begins && ends, 2 * blockIdx.x + begins);
-            u32 last = ends ? blockIdx.x : (u32)plan.last;
-            if (first < last && arrives_last(first, last)) merge(w, first, last);
-            advance(w);
-        }
     }
 };
 

@@ -116,14 +116,6 @@ template <bool GATED, u32 BOX> struct Schedule {
     }
 };
 
-BCG_DEVICE void copy_box(u32 dst, const void* map, u32 column, u32 row, u32 barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-        :
-        : "r"(dst), "l"(map), "r"(column), "r"(row), "r"(barrier)
-        : "memory");
-}
-
 // Makes the tensor map of the weights of all experts in shared memory, by one warp: [rows, depth].
 BCG_DEVICE void make_map(const GroupedArgs& a, u32 rows, u32 box, u32 shared) {
     clear_map(shared);
@@ -195,9 +187,6 @@ template <bool GATED, u32 BOX> struct Producer {
     }
 };
 
-// The descriptor of a matrix in shared memory: groups of 8 rows are GROUP_BYTES apart, and swizzled by 128 bytes.
-BCG_DEVICE u64 descriptor(u32 address) { return (u64)(GROUP_BYTES >> 4 | 1u << 30) << 32 | 1u << 16 | address >> 4; }
-
 // c += a · bᵀ: 64 rows of a and N rows of b, 16 columns of each, all in shared memory.
 template <u32 N> BCG_DEVICE void wgmma(float (&c)[N / 2], u64 a, u64 b);
 
@@ -247,10 +236,10 @@ template <bool GATED, u32 BOX> struct Consumer {
 #pragma unroll
         for (u32 i = 0; i < S::COLUMNS / 16; i++) {
             u32 block = i / 4, column = i % 4 * 32;
-            u64 x = descriptor(x_from + S::x_at(slot, block) + column);
+            u64 x = descriptor<GROUP_BYTES>(matrix<16>(x_from + S::x_at(slot, block) + column));
 #pragma unroll
             for (u32 part = 0; part < 2; part++)
-                wgmma<N>(sums[part], descriptor(from + S::weight_at(slot, block, part) + column), x);
+                wgmma<N>(sums[part], descriptor<GROUP_BYTES>(matrix<16>(from + S::weight_at(slot, block, part) + column)), x);
         }
         wgmma_commit();
     }

@@ -17,7 +17,6 @@ constexpr u32 BLOCKS = 2;  // of a multiprocessor
 constexpr u32 P = 64;      // channels of a head
 constexpr u32 CHUNK = 64;  // rows at a time
 constexpr u32 TILES = CHUNK / 16;
-constexpr float LOG2_E = 1.4426950408889634f;
 
 // What reading and writing a state costs, in chunks.
 constexpr u32 STATE_COST = 1;

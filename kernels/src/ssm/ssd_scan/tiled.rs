@@ -11,6 +11,7 @@ use half::bf16;
 
 use super::host::{host_bf16, host_f32};
 use super::{SsmArgs, SsmInputs};
+use crate::arch::is_large;
 
 pub(super) static SOURCE: Source = source!("ssm/ssd_scan/tiled.cu");
 
@@ -50,8 +51,7 @@ pub(super) fn choose(
     args: &SsmArgs,
 ) -> Option<(&'static Kernel<SsmArgs>, Dims)> {
     // Smaller GPUs have less shared memory than a block needs.
-    let is_able =
-        device.compute_capability().is_some_and(|arch| matches!((arch.major, arch.minor), (8, 0) | (9 | 10, _)));
+    let is_able = device.compute_capability().is_some_and(is_large);
     let kernels = match args.state_size {
         64 => &N64,
         128 => &N128,
