@@ -169,7 +169,7 @@ pub struct Delta {
 pub struct Usage {
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
-    /// Those of them that the prefix cache held.
+    /// Tokens of the prompt that the prefix cache held.
     pub cached_tokens: usize,
     /// Tokens generated, the end-of-text token included.
     pub completion_tokens: usize,

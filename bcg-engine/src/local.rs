@@ -106,8 +106,8 @@ impl LocalEngine {
     fn text(&self) -> Result<&Tokenizer, SubmitError> {
         self.tokenizer().ok_or_else(|| {
             SubmitError::Prompt(
-                "This server has no tokenizer (--skip-tokenizer-init): give `prompt` of /v1/completions as token ids, \
-                 and leave `stop` and `logprobs` out."
+                "This model runs without a tokenizer (skip_tokenizer_init): give the prompt as token ids, and leave stop \
+                 strings and log probabilities out."
                     .into(),
             )
         })
@@ -120,7 +120,9 @@ impl LocalEngine {
             Prompt::Chat { messages, tools, template_args } => {
                 let tokenizer = self.text()?;
                 let Some(chat) = &self.options.chat else {
-                    return Err(SubmitError::Prompt("This model has no chat template; use /v1/completions.".into()));
+                    return Err(SubmitError::Prompt(
+                        "This model has no chat template; give the prompt as text.".into(),
+                    ));
                 };
                 let text = chat.render(messages, Some(tools), true, template_args).map_err(refused)?;
                 tokenizer.encode(&text).map_err(refused)?
@@ -608,7 +610,7 @@ mod tests {
         let logprobs = GenerationRequest { top_logprobs: Some(0), ..request(300, 3) };
         for refused in [text, chat, stop, logprobs] {
             let error = engine.submit(refused).expect_err("needs text").to_string();
-            assert!(error.contains("--skip-tokenizer-init"), "{error}");
+            assert!(error.contains("skip_tokenizer_init"), "{error}");
         }
     }
 

@@ -44,7 +44,7 @@ pub struct Metrics {
     pub kv_pages: Gauge,
     /// Prompt tokens of accepted requests.
     pub prompt_tokens: Counter,
-    /// Those of them that the prefix cache held.
+    /// Prompt tokens that the prefix cache held.
     pub cached_prompt_tokens: Counter,
     /// Tokens generated.
     pub generated_tokens: Counter,

@@ -5,7 +5,6 @@
 
 use bcg_models::{ModelRunner, PendingStep, SampledToken, SequenceInput};
 
-
 /// What the graphs of a model did since it was made, and what its graphs take.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct GraphCounters {

@@ -1,4 +1,4 @@
-//! The pages of sequences, and those that later sequences can share because they begin alike.
+//! The pages of sequences, and the pages that later sequences can share because they begin alike.
 //!
 //! Full pages whose keys and values are computed stand in a radix tree: an edge is the tokens of one page, so a path from
 //! the root spells a prefix. A sequence that begins with it takes those pages as they are and computes the rest. Pages that

@@ -32,9 +32,9 @@ pub struct Sequence {
     pub(super) max_len: usize,
     /// Whether the host must know a token before the next step can be prepared: for a grammar, or penalties.
     pub(super) waits_for_tokens: bool,
-    /// Tokens that the KV cache holds behind the steps that were launched.
+    /// Tokens that the KV cache holds after the steps that were launched.
     pub(super) launched: usize,
-    /// Tokens behind `tokens` that launched steps choose.
+    /// Tokens after `tokens` that launched steps choose and the host has not read.
     pub(super) unread: usize,
     /// Its row in the step launched last, if that one chooses its newest token.
     pub(super) row: Option<usize>,
@@ -76,7 +76,7 @@ impl Sequence {
         &self.tokens[self.num_prompt..]
     }
 
-    /// Returns how many tokens the answer has, those that nobody has read included.
+    /// Returns how many tokens the answer has, with those that the host has not read.
     pub fn num_generated(&self) -> usize {
         self.len() - self.num_prompt
     }
@@ -86,7 +86,7 @@ impl Sequence {
         self.num_cached.unwrap_or(0)
     }
 
-    /// Returns the number of its tokens, those that nobody has read included.
+    /// Returns the number of its tokens, with those that the host has not read.
     pub fn len(&self) -> usize {
         self.tokens.len() + self.unread
     }

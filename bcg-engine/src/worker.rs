@@ -121,7 +121,7 @@ pub enum Exit {
 pub struct Requests {
     arriving: Receiver<Accepted>,
     active: HashMap<SequenceId, Accepted>,
-    /// Those that had not begun when the model was lost.
+    /// Sequences that had not begun when the model was lost.
     kept: Vec<Sequence>,
     next_id: u64,
 }
@@ -132,7 +132,7 @@ impl Requests {
         Self { arriving, active: HashMap::new(), kept: Vec::new(), next_id: 0 }
     }
 
-    /// Ends every request, those that were not taken yet included.
+    /// Ends every request, also those that were not taken yet.
     pub fn fail_all(&mut self, metrics: &Metrics, message: &str) {
         let arriving = self.arriving.try_iter().map(|request| request.output);
         for output in self.active.drain().map(|(_, active)| active.output).chain(arriving) {

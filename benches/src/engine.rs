@@ -19,7 +19,7 @@ use super::report::{Environment, Report};
 
 const NOTE: &str = "\
 busy_percent is the part of the traced time in which some kernel ran; a gap is a time in which none did, a copy included. \
-Between steps are the gaps behind the kernel that chooses tokens. Tracing makes launches slower, so gaps are upper bounds.";
+Between steps are the gaps after the kernel that chooses tokens. Tracing makes launches slower, so gaps are upper bounds.";
 
 /// Kernels that choose the tokens of a step: its last ones.
 const LAST_KERNELS: [&str; 2] = ["argmax", "sample"];

@@ -9,7 +9,7 @@ use rand::{Rng, SeedableRng};
 /// The sequences of a batch, with pages of their own.
 #[derive(Debug)]
 pub struct Sequences {
-    /// Those of the longest sequence.
+    /// Tokens of the longest sequence; shorter ones take its first.
     tokens: Vec<u32>,
     new_lens: Vec<usize>,
     past_len: usize,

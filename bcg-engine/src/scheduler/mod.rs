@@ -138,7 +138,7 @@ impl Scheduler {
         self.cache.flush()
     }
 
-    /// Queues a sequence behind all others. It ends at the end of the context at the latest.
+    /// Queues a sequence after all others. It ends at the end of the context at the latest.
     ///
     /// # Panics
     /// If it leaves no room for one generated token, or is not newer than those that are known.

@@ -1,4 +1,4 @@
-//! Attention over paged keys and values: prefill of new tokens, perhaps behind a prefix, and decode.
+//! Attention over paged keys and values: prefill of new tokens, perhaps after a prefix, and decode.
 
 use std::fmt;
 use std::str::FromStr;
@@ -11,7 +11,7 @@ use bcg_runtime::{DType, Tensor};
 use super::cases::{Case, PAGE, Shapes, each};
 use super::lab::Lab;
 
-/// A batch of prefill attention: `BxT`, or `BxT+P` behind a prefix of `P` tokens.
+/// A batch of prefill attention: `BxT`, or `BxT+P` after a prefix of `P` tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PrefillShape {
     sequences: usize,
@@ -137,7 +137,7 @@ fn bytes(model: &Shapes, heads: Heads, queries: usize, keys: usize) -> usize {
     2 * (queries * heads.q + keys * heads.kv) * heads.dim * model.size()
 }
 
-/// Operations of the two products, for so many pairs of a query and a key that it sees.
+/// Operations of the two products, for this many pairs of a query and a key that it sees.
 fn flops(heads: Heads, pairs: usize) -> usize {
     4 * pairs * heads.q * heads.dim
 }

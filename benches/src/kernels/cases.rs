@@ -10,7 +10,7 @@ use super::KernelsArgs;
 use super::lab::{Lab, Launch};
 use super::{attention, latent, mamba, moe};
 
-/// Makes so many launches of an op, each with buffers of its own.
+/// Makes this many launches of an op, each with buffers of its own.
 pub(super) type Prepare = Box<dyn Fn(&mut Lab, usize) -> Result<Vec<Launch>>>;
 
 /// Tokens of a page.

@@ -78,7 +78,7 @@ pub(super) fn cases(model: &Shapes, args: &KernelsArgs) -> Result<Vec<Case>> {
     for &shape in args.prefill.iter().filter(|shape| shape.prefix == 0) {
         cases.extend([convolution(model, mixer, shape), scan(model, mixer, shape)]);
     }
-    // What lies behind a token is its state, however long it is.
+    // A decode reads the state alone, however many tokens came before.
     let mut batches: Vec<usize> = args.decode.iter().map(|DecodeShape { sequences, .. }| *sequences).collect();
     batches.sort_unstable();
     batches.dedup();

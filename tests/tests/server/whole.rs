@@ -60,5 +60,5 @@ fn without_a_tokenizer_token_ids_are_answered_with_token_ids() {
     let streamed = frames.iter().flat_map(|frame| frame["choices"][0]["token_ids"].as_array().expect("token ids"));
     assert_eq!(streamed.cloned().collect::<Vec<_>>(), ids);
     let chat = json!({"messages": [{"role": "user", "content": "hi"}]});
-    server.post("/v1/chat/completions", &chat).assert_error(400, &Value::Null, "--skip-tokenizer-init");
+    server.post("/v1/chat/completions", &chat).assert_error(400, &Value::Null, "skip_tokenizer_init");
 }
