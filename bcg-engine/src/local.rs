@@ -560,12 +560,9 @@ mod tests {
     #[test]
     fn an_engine_that_is_dropped_ends_its_streams_and_its_thread() {
         let (engine, open) = engine(4, true);
-        let mut streams = [300, 310]
-            .map(|first| engine.submit(request(first, 50)).expect("accepted"))
-            .into_iter()
-            .collect::<Vec<_>>();
-        eventually("two run", || engine.slots.available_permits() == 4);
-        streams.push(engine.submit(request(320, 50)).expect("waits"));
+        let mut streams = vec![engine.submit(request(300, 50)).expect("accepted")];
+        eventually("the first request runs", || engine.slots.available_permits() == 4);
+        streams.extend([310, 320].map(|first| engine.submit(request(first, 50)).expect("accepted")));
         let shared = engine.shared.clone();
         let (sender, ended) = channel();
         let dropping = std::thread::spawn(move || drop(engine));
