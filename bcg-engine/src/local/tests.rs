@@ -1,0 +1,282 @@
+//! What an engine promises, with a model that counts.
+
+use std::path::Path;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+
+use bcg_models::state::PagePool;
+use bcg_models::{SampledToken, SequenceInput};
+
+use super::super::model::{GraphCounters, StepError};
+use super::super::prefix_cache::PrefixCache;
+use super::super::scheduler::{Limits, Scheduler};
+use super::super::{EngineEvent, FinishReason};
+use super::*;
+
+/// Counts upwards from the last token; token 100 makes a step fail, 200 makes it panic, 400 loses the device, and 450
+/// does so at the launch.
+struct Counting {
+    gate: Option<Arc<Mutex<Receiver<()>>>>,
+    chosen: Vec<u32>,
+}
+
+impl StepModel for Counting {
+    type Pending = Vec<u32>;
+
+    fn launch(&mut self, batch: &[SequenceInput<'_>]) -> Result<Vec<u32>, StepError> {
+        let last = |sequence: &SequenceInput<'_>| match sequence.chosen_row {
+            Some(row) => self.chosen[row],
+            None => sequence.tokens[sequence.tokens.len() - 1],
+        };
+        self.chosen = batch.iter().map(|sequence| last(sequence) + 1).collect();
+        if self.chosen.contains(&451) {
+            return Err(StepError { message: "no launch".to_owned(), is_device_lost: true });
+        }
+        Ok(self.chosen.clone())
+    }
+
+    fn collect(&mut self, step: Vec<u32>) -> Result<Vec<SampledToken>, StepError> {
+        if let Some(gate) = &self.gate {
+            let _ = gate.lock().expect("lock").recv();
+        }
+        let failed = |message: &str, is_device_lost| StepError { message: message.to_owned(), is_device_lost };
+        for &id in &step {
+            match id {
+                101 => return Err(failed("out of luck", false)),
+                401 => return Err(failed("device lost", true)),
+                _ => assert_ne!(id, 201, "a bug"),
+            }
+        }
+        Ok(step.into_iter().map(|id| SampledToken { id, logprob: None, top: Vec::new(), logits: None }).collect())
+    }
+
+    fn stats(&self) -> GraphCounters {
+        GraphCounters::default()
+    }
+}
+
+fn engine(max_queued_requests: usize, gated: bool) -> (LocalEngine, Option<Sender<()>>) {
+    engine_with(max_queued_requests, gated, true)
+}
+
+fn engine_with(max_queued_requests: usize, gated: bool, has_tokenizer: bool) -> (LocalEngine, Option<Sender<()>>) {
+    let (open, gate) = channel();
+    let gate = gated.then(|| Arc::new(Mutex::new(gate)));
+    let engine = LocalEngine::start(move || {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tiny-qwen3");
+        let name = "counting".to_owned();
+        let info = ModelInfo { name, created: 0, context_length: 64, vocab_size: 461, has_tokenizer };
+        let options = LocalOptions {
+            info,
+            tokenizer: has_tokenizer.then(|| Tokenizer::load(&dir)).transpose()?,
+            chat: ChatTemplate::load(&dir)?,
+            eos: vec![2],
+            max_queued_requests,
+            settings: Value::Null,
+        };
+        let limits = Limits { max_running_requests: 2, chunked_prefill_size: 64, context_length: 64 };
+        let scheduler = Scheduler::new(limits, PrefixCache::new(PagePool::new(8, 16), true));
+        Ok((Counting { gate: gate.clone(), chosen: Vec::new() }, scheduler, options))
+    });
+    (engine.expect("starts"), gated.then_some(open))
+}
+
+fn request(first: u32, max_tokens: usize) -> GenerationRequest {
+    let mut request = GenerationRequest::greedy(Prompt::Tokens(vec![first]));
+    request.max_tokens = Some(max_tokens);
+    request
+}
+
+fn tokens(mut events: EventStream) -> Result<(Vec<u32>, FinishReason), String> {
+    let mut tokens = Vec::new();
+    loop {
+        match events.next_blocking() {
+            Some(EngineEvent::Delta(delta)) => tokens.extend(delta.tokens),
+            Some(EngineEvent::Finished { reason, .. }) => return Ok((tokens, reason)),
+            Some(EngineEvent::Failed(message)) => return Err(message),
+            None => return Err("no last event".to_owned()),
+        }
+    }
+}
+
+#[track_caller]
+fn eventually(what: &str, condition: impl Fn() -> bool) {
+    for _ in 0..500 {
+        if condition() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    panic!("never: {what}");
+}
+
+#[test]
+fn every_request_gets_its_own_answer() {
+    let (engine, _) = engine(16, false);
+    let streams: Vec<_> = (0..8).map(|at| engine.submit(request(300 + 10 * at, 5)).expect("accepted")).collect();
+    for (at, stream) in (0..8).zip(streams) {
+        let first = 300 + 10 * at;
+        assert_eq!(tokens(stream), Ok(((first + 1..=first + 5).collect(), FinishReason::Length)));
+    }
+    eventually("all pages are free", || engine.metrics().kv_pages_used.get() == 0);
+}
+
+#[test]
+fn one_request_too_many_is_refused_and_later_ones_are_not() {
+    let (engine, open) = engine(2, true);
+    let mut streams = vec![engine.submit(request(300, 2)).expect("accepted")];
+    eventually("the first request runs", || engine.slots.available_permits() == 2);
+    streams.push(engine.submit(request(310, 2)).expect("waits"));
+    streams.push(engine.submit(request(320, 2)).expect("waits"));
+    assert_eq!(engine.submit(request(330, 2)).expect_err("full"), SubmitError::QueueFull { max_queued_requests: 2 });
+    drop(open);
+    for stream in streams {
+        assert!(tokens(stream).is_ok());
+    }
+    engine.submit(request(330, 2)).expect("there is room again");
+}
+
+#[test]
+fn a_dropped_stream_frees_its_pages() {
+    let (engine, open) = engine(4, true);
+    let stream = engine.submit(request(300, 60)).expect("accepted");
+    let open = open.expect("gated");
+    open.send(()).expect("the worker lives");
+    eventually("the request holds pages", || engine.metrics().kv_pages_used.get() > 0);
+    drop(stream);
+    open.send(()).expect("the worker lives");
+    eventually("its pages are free", || engine.metrics().kv_pages_used.get() == 0);
+}
+
+#[test]
+fn a_failed_step_fails_its_requests_and_the_engine_goes_on() {
+    let (engine, _) = engine(4, false);
+    for (bad, message) in [(98, "out of luck"), (198, "a bug")] {
+        let error = tokens(engine.submit(request(bad, 10)).expect("accepted")).expect_err("fails");
+        assert!(error.contains(message), "{error}");
+        assert!(tokens(engine.submit(request(300, 3)).expect("accepted")).is_ok());
+        assert_eq!(engine.health(), Health::Ready);
+    }
+}
+
+#[test]
+fn a_lost_device_fails_what_runs_and_keeps_what_waits() {
+    let (engine, open) = engine(4, true);
+    let running: Vec<_> = [398, 300].map(|first| engine.submit(request(first, 10)).expect("accepted")).into();
+    let open = open.expect("gated");
+    open.send(()).expect("the worker lives");
+    eventually("two run", || engine.slots.available_permits() == 4);
+    let waiting = engine.submit(request(310, 2)).expect("waits");
+    drop(open);
+    for stream in running {
+        let error = tokens(stream).expect_err("was under way");
+        assert!(error.contains("device lost"), "{error}");
+    }
+    assert_eq!(tokens(waiting), Ok((vec![311, 312], FinishReason::Length)));
+    assert_eq!(engine.health(), Health::Ready);
+}
+
+#[test]
+fn a_device_that_is_lost_at_a_launch_is_named_to_those_of_the_step_before() {
+    let (engine, open) = engine(4, true);
+    let first = engine.submit(request(447, 10)).expect("accepted");
+    eventually("it runs", || engine.slots.available_permits() == 4);
+    let last_in_the_step_before = engine.submit(request(300, 1)).expect("accepted");
+    drop(open);
+    let error = tokens(first).expect_err("its step could not be launched");
+    assert!(error.contains("step of this request failed: no launch"), "{error}");
+    let error = tokens(last_in_the_step_before).expect_err("was under way");
+    assert!(error.contains("the device was lost while it worked on this request: no launch"), "{error}");
+}
+
+#[test]
+fn a_device_that_is_lost_twice_ends_the_engine() {
+    let (engine, _) = engine(4, false);
+    for message in ["device lost", "device lost"] {
+        let error = tokens(engine.submit(request(399, 10)).expect("accepted")).expect_err("fails");
+        assert!(error.contains(message), "{error}");
+    }
+    let given_up = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+    given_up.block_on(engine.given_up());
+    assert!(matches!(engine.health(), Health::Failed(error) if error.contains("a second time")));
+    eventually("it takes nothing any more", || engine.submit(request(300, 1)).is_err());
+}
+
+#[test]
+fn steps_that_always_fail_count_as_a_lost_device() {
+    let (engine, _) = engine(4, false);
+    let failed = (0..6).map(|_| tokens(engine.submit(request(100, 10)).expect("accepted")).is_err());
+    assert_eq!(failed.filter(|failed| *failed).count(), 6);
+    eventually("it gives up", || matches!(engine.health(), Health::Failed(_)));
+}
+
+#[test]
+fn a_draining_engine_finishes_and_takes_nothing_new() {
+    let (engine, open) = engine(4, true);
+    let stream = engine.submit(request(300, 3)).expect("accepted");
+    engine.drain();
+    assert_eq!(engine.submit(request(300, 3)).expect_err("draining"), SubmitError::ShuttingDown);
+    assert_eq!(engine.health(), Health::Draining);
+    drop(open);
+    assert!(tokens(stream).is_ok());
+}
+
+#[test]
+fn an_engine_that_is_dropped_ends_its_streams_and_its_thread() {
+    let (engine, open) = engine(4, true);
+    let mut streams = vec![engine.submit(request(300, 50)).expect("accepted")];
+    eventually("the first request runs", || engine.slots.available_permits() == 4);
+    streams.extend([310, 320].map(|first| engine.submit(request(first, 50)).expect("accepted")));
+    let shared = engine.shared.clone();
+    let (sender, ended) = channel();
+    let dropping = std::thread::spawn(move || drop(engine));
+    // The gate is still shut: no answer can be complete when the engine goes.
+    eventually("the engine goes", || shared.stop.load(Ordering::Relaxed));
+    drop(open);
+    for stream in streams {
+        let sender = sender.clone();
+        std::thread::spawn(move || sender.send(tokens(stream)));
+    }
+    for _ in 0..3 {
+        let end = ended.recv_timeout(Duration::from_secs(10)).expect("every stream ends in time");
+        let error = end.expect_err("no answer was complete");
+        assert!(error.contains("before the answer was complete"), "{error}");
+    }
+    eventually("the drop returns", || dropping.is_finished());
+    dropping.join().expect("the drop does not panic");
+    assert_eq!(Arc::strong_count(&shared), 1, "the engine's thread, which holds another, was joined");
+}
+
+#[test]
+fn lengths_and_unknown_tokens_are_checked_before_queueing() {
+    let (engine, _) = engine(4, false);
+    assert_eq!(
+        engine.submit(request(300, 64)).expect_err("one too many"),
+        SubmitError::ContextLength { prompt: 1, max_tokens: 64, context: 64 }
+    );
+    assert!(matches!(engine.submit(request(461, 1)), Err(SubmitError::Prompt(_))));
+    let empty = GenerationRequest::greedy(Prompt::Tokens(Vec::new()));
+    assert!(matches!(engine.submit(empty), Err(SubmitError::Prompt(_))));
+    assert_eq!(engine.slots.available_permits(), 4);
+}
+
+#[test]
+fn without_a_tokenizer_ids_are_answered_with_ids_and_text_is_refused() {
+    let (engine, _) = engine_with(4, false, false);
+    let stream = engine.submit(request(300, 3)).expect("accepted");
+    assert_eq!(tokens(stream), Ok((vec![301, 302, 303], FinishReason::Length)));
+    let text = GenerationRequest::greedy(Prompt::Text("3+4".into()));
+    let chat = GenerationRequest::greedy(Prompt::chat(Vec::new()));
+    let stop = GenerationRequest { stop: vec!["x".into()], ..request(300, 3) };
+    let logprobs = GenerationRequest { top_logprobs: Some(0), ..request(300, 3) };
+    for refused in [text, chat, stop, logprobs] {
+        let error = engine.submit(refused).expect_err("needs text").to_string();
+        assert!(error.contains("skip_tokenizer_init"), "{error}");
+    }
+}
+
+#[test]
+fn a_failed_load_is_reported() {
+    let failed = LocalEngine::start::<Counting, _>(|| anyhow::bail!("no weights"));
+    assert!(failed.expect_err("fails").to_string().contains("no weights"));
+}
