@@ -1,25 +1,12 @@
 // Paged latents and rope keys, and the online softmax of one query head over them by the warps of a block; shared by the
 // kernels of latent attention for any dtype.
 #pragma once
+#include "args.cuh"
 #include "bcg.cuh"
 
 constexpr u32 LATENT_PER_LANE = 16;  // L up to 512; lane l holds the elements l, l + 32, …
 constexpr u32 ROPE_PER_LANE = 4;     // R up to 128
 constexpr u32 ATTEND_WARPS = 8;
-
-// Rust twin: kernels/src/latent/latent_kv.rs.
-struct LatentKv {
-    const void* latents;
-    const void* rope_keys;
-    const i32* page_table;    // [B, max_pages]
-    i64 latent_page_stride;   // elements from one page of a cache to the next
-    i64 rope_page_stride;
-    i64 num_pages;
-    u32 max_pages;
-    u32 page_size;
-    u32 latent_dim;
-    u32 rope_dim;
-};
 
 // A lane's part of a query.
 struct LatentQuery {
@@ -36,7 +23,7 @@ struct LatentSoftmax {
 
 // Attends to the keys first, first + step, … below end of sequence b. A page outside the cache is skipped.
 template <typename T>
-BCG_DEVICE LatentSoftmax attend(const LatentKv& kv, const LatentQuery& q, float scale, i64 b, i64 first, i64 end, i64 step) {
+BCG_DEVICE LatentSoftmax attend(const LatentKvArgs& kv, const LatentQuery& q, float scale, i64 b, i64 first, i64 end, i64 step) {
     u32 lane = threadIdx.x % 32, pieces = kv.latent_dim / 32, rope_pieces = kv.rope_dim / 32;
     LatentSoftmax s = {};
     s.max = minus_infinity();

@@ -1,13 +1,8 @@
 // Orders (token, k) pairs by the expert that each goes to: a stable counting sort by one block, which has whole warps and
 // at least as many threads as there are experts. Rust twin: kernels/src/moe/permute/mod.rs.
 #pragma once
+#include "args.cuh"
 #include "bcg.cuh"
-
-struct PlanOut {
-    i32* offsets;  // [num_experts + 1]
-    i32* rows;     // [pairs]
-    i32* places;   // [pairs]
-};
 
 constexpr u32 PAIRS_AT_ONCE = 8;  // pairs that a thread loads ahead
 

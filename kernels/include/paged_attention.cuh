@@ -1,20 +1,9 @@
 // Online softmax of one query head over paged keys and values, by one warp; shared by prefill and decode.
 #pragma once
+#include "args.cuh"
 #include "bcg.cuh"
 
 constexpr u32 PER_LANE_MAX = 8;  // head_dim up to 256; lane l holds the elements l, l + 32, …
-
-struct PagedKv {
-    const void* k;
-    const void* v;
-    const i32* page_table;  // [B, max_pages]
-    i64 page_stride;        // elements from one page of a cache to the next
-    i64 num_pages;
-    u32 max_pages;
-    u32 page_size;
-    u32 kv_heads;
-    u32 head_dim;
-};
 
 // What a warp knows after some keys: the largest score, the sum of exponentials relative to it, the weighted values.
 struct Softmax {
@@ -31,7 +20,7 @@ BCG_DEVICE void softmax_init(Softmax& s) {
 
 // Attends to the keys first, first + step, … below end of sequence b. A page outside the cache is skipped.
 template <typename T>
-BCG_DEVICE void attend(Softmax& s, const PagedKv& kv, const T* q, float scale, i64 b, u32 kv_head, i64 first, i64 end, i64 step) {
+BCG_DEVICE void attend(Softmax& s, const PagedKvArgs& kv, const T* q, float scale, i64 b, u32 kv_head, i64 first, i64 end, i64 step) {
     u32 lane = threadIdx.x % 32, pieces = kv.head_dim / 32;
     float query[PER_LANE_MAX];
 #pragma unroll

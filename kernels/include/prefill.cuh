@@ -1,62 +1,9 @@
-// What both prefill attention kernels share: the plan of the work, copies of paged rows, scores to weights, the output.
+// What the kernels of prefill attention share: copies of rows to tiles, scores to weights, the output.
 //
 // A tile in shared memory is a sequence of groups of 8 rows, a group D / 64 blocks of 64 columns, a row of a block 128
 // bytes, whose eight 16-byte chunks are swizzled: chunk c of row r stands at c ^ (r % 8).
 #pragma once
 #include "mma.cuh"
-#include "paged_attention.cuh"
-
-struct AttentionPrefillArgs {
-    const void* q;
-    void* out;
-    const i32* cu_seqlens_q;
-    const i32* kv_lens;
-    const i32* plan;
-    u8* maps;  // 128 bytes for each block of the Hopper kernels
-    PagedKv kv;
-    i64 q_stride;
-    u32 rows;
-    u32 sequences;
-    u32 q_heads;
-    u32 plan_items;
-    float scale;
-};
-
-constexpr u32 TILE_ROWS = 128;  // query rows of an item of the plan
-
-// One item of the plan for one head: up to TILE_ROWS query rows of one sequence.
-struct Work {
-    i32 row;      // the first query row
-    i32 row_end;  // behind the last one
-    i32 shift;    // a row's position in its sequence is row + shift
-    i32 keys;     // that the last row sees
-    u32 head;
-};
-
-BCG_DEVICE u64 total_work(const AttentionPrefillArgs& a) {
-    i32 items = a.plan[0];
-    return (u64)(items < 0 ? 0 : min((u32)items, a.plan_items)) * a.q_heads;
-}
-
-// The item of this block's turn, if there is one: back and forth over the blocks, so that each gets as much work.
-BCG_DEVICE bool next_work(u32 turn, u64 total, u64& index) {
-    index = (u64)turn * gridDim.x + (turn % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-    return index < total;
-}
-
-// Reads an item; `sequence` is where its page table is.
-BCG_DEVICE Work load_work(const AttentionPrefillArgs& a, u64 index, u32& sequence) {
-    const i32* item = a.plan + 1 + 2 * (index / a.q_heads);
-    sequence = (u32)item[0];
-    i32 end = a.cu_seqlens_q[sequence + 1];
-    Work w;
-    w.head = (u32)(index % a.q_heads);
-    w.row = item[1];
-    w.row_end = min(min(w.row + (i32)TILE_ROWS, end), (i32)a.rows);
-    w.shift = a.kv_lens[sequence] - end;
-    w.keys = (i32)max(min((i64)w.row_end + w.shift, (i64)a.kv.max_pages * a.kv.page_size), (i64)0);
-    return w;
-}
 
 BCG_DEVICE void copy_16(u32 dst, const void* src) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
@@ -98,20 +45,6 @@ template <u32 D, u32 ROWS> BCG_DEVICE void copy_rows(u32 tile, const void* from,
             else zero_16(to, from);
         }
     }
-}
-
-// Where a key lies in the caches, NOWHERE behind the last one; `skipped` if its page is outside the cache.
-BCG_DEVICE u32 find_key(const PagedKv& kv, const i32* pages, u32 kv_head, i32 key, i32 keys, bool& skipped) {
-    skipped = false;
-    if (key >= keys) return NOWHERE;
-    i64 page = pages[(u32)key / kv.page_size];
-    skipped = page < 0 || page >= kv.num_pages;
-    if (skipped) return NOWHERE;
-    return (u32)((page * kv.page_stride + ((i64)((u32)key % kv.page_size) * kv.kv_heads + kv_head) * kv.head_dim) / 8);
-}
-
-BCG_DEVICE u32 find_query(const AttentionPrefillArgs& a, const Work& w, i32 row) {
-    return row < w.row_end ? (u32)((row * a.q_stride + w.head * a.kv.head_dim) / 8) : NOWHERE;
 }
 
 // What a thread knows of its two query rows, r and r + 8 of the warp's 16: the score that weights are relative to, this
@@ -160,11 +93,6 @@ struct TwoRows {
         if (!__any_sync(FULL_WARP, kept[0] != 1.0f || kept[1] != 1.0f)) return;
 #pragma unroll
         for (u32 i = 0; i < N; i++) o[i] *= kept[i / 2 % 2];
-    }
-
-    template <typename T, u32 N>
-    BCG_DEVICE void store(const AttentionPrefillArgs& a, const Work& w, i32 row, const float (&o)[N]) const {
-        store((T*)a.out + w.head * (2 * N), (i64)a.q_heads * (2 * N), row, w.row_end, o);
     }
 
     // Writes the weighted means of rows `row` and `row + 8`, as far as they are ahead of `row_end`; zeros where no key was

@@ -1,37 +1,8 @@
-// The recurrence of Mamba2's heads: what the kernels over prompts and over single tokens share.
+// The recurrence of Mamba2's heads: what the kernels over prompts and over single tokens share. Host reference, shapes and
+// checks: kernels/src/ssm/ssd_scan.
 #pragma once
+#include "args.cuh"
 #include "bcg.cuh"
-
-// Host reference, shapes and checks: kernels/src/ssm/ssd_scan.
-struct SsmArgs {
-    const void* x;
-    const void* b;
-    const void* c;
-    const void* dt;
-    const void* a_log;
-    const void* d;
-    const void* dt_bias;
-    void* state;
-    const i32* read;
-    const i32* write;
-    const i32* cu_seqlens_q;  // null: each row is a sequence of its own
-    void* out;
-    i64 x_stride;
-    i64 b_stride;
-    i64 c_stride;
-    i64 dt_stride;
-    i64 slot_stride;  // elements from one state to the next
-    u32 rows;
-    u32 sequences;
-    u32 slots;
-    u32 heads;
-    u32 group_heads;  // heads that share one B and C
-    u32 head_dim;
-    u32 state_size;
-    float dt_min;
-    float dt_max;
-    u32 padding;
-};
 
 // What a head's parameters are, as the recurrence uses them.
 struct SsmHead {
@@ -51,6 +22,6 @@ BCG_DEVICE float time_step(const SsmArgs& a, const SsmHead& head, float dt) {
 
 // The state of a slot from head `head` on, or null for a slot that does not exist.
 template <typename S> BCG_DEVICE S* state_of(const SsmArgs& a, i32 slot, u32 head) {
-    if (slot < 0 || (u32)slot >= a.slots) return nullptr;
+    if (slot < 0 || (u32)slot >= a.num_slots) return nullptr;
     return (S*)a.state + slot * a.slot_stride + (i64)head * a.head_dim * a.state_size;
 }

@@ -97,7 +97,7 @@ pub(crate) fn row<'a, T: Element>(
     row: usize,
     len: usize,
 ) -> Result<&'a [Cell<T>]> {
-    memory.view(matrix.offset_bytes(row * stride as usize * size_of::<T>()), len)
+    memory.view_at(matrix, row * stride as usize, len)
 }
 
 /// Views row `row` of a matrix of bytes.
@@ -108,7 +108,7 @@ pub(crate) fn byte_row<'a>(
     row: usize,
     bytes: i64,
 ) -> Result<&'a [Cell<u8>]> {
-    memory.view(matrix.offset_bytes(row * stride_bytes as usize), bytes as usize)
+    memory.view_at(matrix, row * stride_bytes as usize, bytes as usize)
 }
 
 /// Copies bytes from cell to cell.

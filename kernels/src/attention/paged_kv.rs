@@ -1,7 +1,6 @@
-//! Paged keys and values, as both attention ops read them; CUDA twin: `kernels/include/paged_attention.cuh`.
+//! Paged keys and values, as both attention ops read them.
 
-use bcg_runtime::{DType, DevicePtr, HostMemory, OpStream, Result, Tensor};
-use bytemuck::{AnyBitPattern, NoUninit};
+use bcg_runtime::{DType, DevicePtr, HostMemory, KernelArgs, OpStream, Result, Tensor};
 
 use crate::check::Check;
 use crate::float::{Float, dot, extend_f32};
@@ -29,11 +28,14 @@ pub struct PagedKv<'a> {
 }
 
 #[repr(C)]
-#[derive(Clone, Copy, Debug, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, Debug, KernelArgs)]
 pub(super) struct PagedKvArgs {
     pub(super) k: DevicePtr,
     pub(super) v: DevicePtr,
+    /// `[B, max_pages]`.
+    #[points_to(const i32)]
     page_table: DevicePtr,
+    /// Elements from one page of a cache to the next.
     pub(super) page_stride: i64,
     pub(super) num_pages: i64,
     max_pages: u32,
@@ -122,16 +124,15 @@ impl PagedKvArgs {
     pub(super) fn gather<T: Float>(&self, memory: &HostMemory<'_>, b: usize, head: usize, len: i32) -> Result<HeadKv> {
         let (head_dim, page_size, max_pages) = (self.head_dim(), self.page_size as usize, self.max_pages as usize);
         let len = usize::try_from(len).unwrap_or(0).min(max_pages * page_size);
-        let table = memory.view::<i32>(self.page_table.offset_bytes(b * max_pages * 4), len.div_ceil(page_size))?;
+        let table = memory.view_at::<i32>(self.page_table, b * max_pages, len.div_ceil(page_size))?;
         let mut kv = HeadKv { head_dim, k: Vec::new(), v: Vec::new(), before: vec![0] };
         for key in 0..len {
             let page = i64::from(table[key / page_size].get());
             if (0..self.num_pages).contains(&page) {
                 let token = key % page_size * self.kv_heads() + head;
                 let place = (page * self.page_stride) as usize + token * head_dim;
-                let bytes = place * size_of::<T>();
-                extend_f32(&mut kv.k, memory.view::<T>(self.k.offset_bytes(bytes), head_dim)?);
-                extend_f32(&mut kv.v, memory.view::<T>(self.v.offset_bytes(bytes), head_dim)?);
+                extend_f32(&mut kv.k, memory.view_at::<T>(self.k, place, head_dim)?);
+                extend_f32(&mut kv.v, memory.view_at::<T>(self.v, place, head_dim)?);
             }
             kv.before.push(kv.k.len() / head_dim);
         }

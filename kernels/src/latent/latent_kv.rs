@@ -1,8 +1,6 @@
-//! Paged latents and rope keys, as the ops of latent attention read them; CUDA twin:
-//! `kernels/include/latent_attention.cuh`.
+//! Paged latents and rope keys, as the ops of latent attention read them.
 
-use bcg_runtime::{DType, DevicePtr, HostMemory, OpStream, Result, Tensor};
-use bytemuck::{AnyBitPattern, NoUninit};
+use bcg_runtime::{DType, DevicePtr, HostMemory, KernelArgs, OpStream, Result, Tensor};
 
 use crate::check::Check;
 use crate::float::{Float, dot, extend_f32};
@@ -27,11 +25,14 @@ pub struct LatentKv<'a> {
 }
 
 #[repr(C)]
-#[derive(Clone, Copy, Debug, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, Debug, KernelArgs)]
 pub(super) struct LatentKvArgs {
     latents: DevicePtr,
     rope_keys: DevicePtr,
+    /// `[B, max_pages]`.
+    #[points_to(const i32)]
     page_table: DevicePtr,
+    /// Elements from one page of a cache to the next.
     latent_page_stride: i64,
     rope_page_stride: i64,
     num_pages: i64,
@@ -119,14 +120,14 @@ impl LatentKvArgs {
     pub(super) fn gather<T: Float>(&self, memory: &HostMemory<'_>, b: usize, len: i32) -> Result<SequenceKv> {
         let (page_size, max_pages) = (self.page_size as usize, self.max_pages as usize);
         let len = usize::try_from(len).unwrap_or(0).min(max_pages * page_size);
-        let table = memory.view::<i32>(self.page_table.offset_bytes(b * max_pages * 4), len.div_ceil(page_size))?;
+        let table = memory.view_at::<i32>(self.page_table, b * max_pages, len.div_ceil(page_size))?;
         let mut kv = SequenceKv { latents: Vec::new(), rope_keys: Vec::new(), before: vec![0] };
         for key in 0..len {
             let page = i64::from(table[key / page_size].get());
             if (0..self.num_pages).contains(&page) {
                 let view = |pages: DevicePtr, stride: i64, dim: usize| {
                     let place = (page * stride) as usize + key % page_size * dim;
-                    memory.view::<T>(pages.offset_bytes(place * size_of::<T>()), dim)
+                    memory.view_at::<T>(pages, place, dim)
                 };
                 extend_f32(&mut kv.latents, view(self.latents, self.latent_page_stride, self.latent_dim())?);
                 extend_f32(&mut kv.rope_keys, view(self.rope_keys, self.rope_page_stride, self.rope_dim())?);

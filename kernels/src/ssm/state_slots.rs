@@ -1,7 +1,6 @@
 //! The slots of recurrent states that the sequences of a batch read and write, as the ops on states take them.
 
-use bcg_runtime::{DType, DevicePtr, Error, Freeze, HostMemory, OpStream, Result, Tensor};
-use bytemuck::{AnyBitPattern, NoUninit};
+use bcg_runtime::{DType, DevicePtr, Error, Freeze, HostMemory, KernelArgs, OpStream, Result, Tensor};
 
 use crate::check::Check;
 
@@ -14,11 +13,13 @@ pub struct StateSlots {
     pub write: Tensor,
 }
 
-/// Two `[B]` i32 arrays; in CUDA, the fields `read` and `write` of an argument struct.
+/// Two `[B]` i32 arrays, as kernels take them.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, Debug, KernelArgs)]
 pub(super) struct StateSlotsArgs {
+    #[points_to(const i32)]
     read: DevicePtr,
+    #[points_to(const i32)]
     write: DevicePtr,
 }
 

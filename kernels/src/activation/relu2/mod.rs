@@ -2,20 +2,19 @@
 
 mod host;
 
-use bcg_runtime::{DevicePtr, OpStream, Result, Source, Tensor};
-use bytemuck::{AnyBitPattern, NoUninit};
+use bcg_runtime::{DevicePtr, KernelArgs, OpStream, Result, Source, Tensor};
 
 use crate::check::Check;
 use crate::float::{PerFloat, pack_len, per_float};
 use host::host;
 
-static SOURCE: Source = source!("activation/relu2/relu2.cu");
+static SOURCE: Source = source!("activation/relu2/relu2.cu").takes::<Relu2Args>();
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("relu2");
 
 #[repr(C)]
-#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct Relu2Args {
     x: DevicePtr,
     out: DevicePtr,

@@ -1,13 +1,6 @@
 // Rows in x, pieces of a row in y. Host reference: host.rs; shapes and geometry: mod.rs.
+#include "args.cuh"
 #include "bcg.cuh"
-
-struct Relu2Args {
-    const void* x;
-    void* out;
-    i64 x_stride;
-    u32 columns;
-    u32 padding;
-};
 
 template <typename T, bool WIDE> BCG_DEVICE void relu2(const Relu2Args& a) {
     constexpr u32 LEN = Pack<T>::LEN;

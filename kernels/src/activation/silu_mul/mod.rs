@@ -2,8 +2,7 @@
 
 mod host;
 
-use bcg_runtime::{DevicePtr, OpStream, Result, Source, Tensor};
-use bytemuck::{AnyBitPattern, NoUninit};
+use bcg_runtime::{DevicePtr, KernelArgs, OpStream, Result, Source, Tensor};
 
 use crate::check::Check;
 use crate::float::{PerFloat, pack_len, per_float};
@@ -11,13 +10,13 @@ use host::host;
 
 pub(crate) use host::gated;
 
-static SOURCE: Source = source!("activation/silu_mul/silu_mul.cu");
+static SOURCE: Source = source!("activation/silu_mul/silu_mul.cu").takes::<SiluMulArgs>();
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("silu_mul");
 
 #[repr(C)]
-#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct SiluMulArgs {
     gate_up: DevicePtr,
     out: DevicePtr,

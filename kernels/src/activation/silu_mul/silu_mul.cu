@@ -1,13 +1,6 @@
 // Rows in x, pieces of a row in y. Host reference: host.rs; shapes and geometry: mod.rs.
+#include "args.cuh"
 #include "silu.cuh"
-
-struct SiluMulArgs {
-    const void* gate_up;
-    void* out;
-    i64 stride;
-    u32 columns;
-    u32 padding;
-};
 
 template <typename T, bool WIDE> BCG_DEVICE void silu_mul(const SiluMulArgs& a) {
     constexpr u32 LEN = Pack<T>::LEN;

@@ -5,8 +5,7 @@
 
 mod host;
 
-use bcg_runtime::{DType, Device, DevicePtr, Dims, Kernel, OpStream, Result, Source, Tensor};
-use bytemuck::{AnyBitPattern, NoUninit};
+use bcg_runtime::{DType, Device, DevicePtr, Dims, Kernel, KernelArgs, OpStream, Result, Source, Tensor};
 use half::{bf16, f16};
 
 use super::decode_plan::{self, DecodePlan};
@@ -16,8 +15,8 @@ use crate::check::Check;
 use crate::float::{PerFloat, per_float};
 use host::{host, host_tiled};
 
-static PORTABLE_SOURCE: Source = source!("attention/decode/portable.cu", "attention_decode.cuh");
-static TILED_SOURCE: Source = source!("attention/decode/tiled.cu", "attention_decode.cuh");
+static PORTABLE_SOURCE: Source = source!("attention/decode/portable.cu").takes::<AttentionDecodeArgs>();
+static TILED_SOURCE: Source = source!("attention/decode/tiled.cu").takes::<AttentionDecodeArgs>();
 pub(super) const SOURCES: &[&Source] = &[&PORTABLE_SOURCE, &TILED_SOURCE];
 
 const CHECK: Check = Check::new("attention_decode");
@@ -30,12 +29,16 @@ const TILED_WARPS: usize = decode_plan::TILE / 16;
 const STAGES: usize = 3;
 
 #[repr(C)]
-#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct AttentionDecodeArgs {
     q: DevicePtr,
     out: DevicePtr,
+    #[points_to(const i32)]
     kv_lens: DevicePtr,
+    #[points_to(BlockPlan)]
     plan: DevicePtr,
+    /// `[2 blocks, heads, D]`, then `[2 blocks, heads, 2]`: the largest score and the sum.
+    #[points_to(f32)]
     partials: DevicePtr,
     kv: PagedKvArgs,
     q_stride: i64,

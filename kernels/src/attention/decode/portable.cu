@@ -1,7 +1,8 @@
 // For any dtype and head dim: one block per sequence and query head. Its warps take the keys in turn and are merged in
 // the order of the warps.
 // Host reference: host.rs; shapes and geometry: mod.rs.
-#include "attention_decode.cuh"
+#include "args.cuh"
+#include "paged_attention.cuh"
 
 constexpr u32 WARPS = 8;
 

@@ -4,7 +4,7 @@
 // ring in shared memory, so warps meet at the end of an item only. Keys are the rows of the matrix instructions and query
 // heads the columns: S^T = K Q^T, O^T = V^T P^T.
 // Host reference: host.rs; shapes, geometry and plan: mod.rs.
-#include "attention_decode.cuh"
+#include "args.cuh"
 #include "persistent_decode.cuh"
 
 constexpr u32 WARPS = 4, CHUNK = 16, TILE = WARPS * CHUNK, STAGES = 3, BATCH = 8, THREADS = 32 * WARPS;

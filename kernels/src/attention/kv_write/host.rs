@@ -18,7 +18,7 @@ pub(super) fn host(a: &KvWriteArgs, dims: &Dims, memory: &HostMemory<'_>) -> Res
             (a.v, a.v_stride_bytes, a.v_cache, a.v_page_bytes, a.v_bytes),
         ] {
             let place = page * page_bytes as usize + offset * bytes as usize;
-            let to = memory.view::<u8>(cache.offset_bytes(place), bytes as usize)?;
+            let to = memory.view_at::<u8>(cache, place, bytes as usize)?;
             copy_cells(to, byte_row(memory, from, stride, t, bytes)?);
         }
     }

@@ -1,23 +1,7 @@
 // One token for each block in x, pieces of its key and value in y. Host reference: host.rs;
 // shapes and geometry: mod.rs.
+#include "args.cuh"
 #include "bcg.cuh"
-
-struct KvWriteArgs {
-    const u8* k;
-    const u8* v;
-    const i32* slots;
-    u8* k_cache;
-    u8* v_cache;
-    i64 k_stride_bytes;
-    i64 v_stride_bytes;
-    i64 k_page_bytes;  // from one page to the next
-    i64 v_page_bytes;
-    i64 k_bytes;
-    i64 v_bytes;
-    i64 num_pages;
-    u32 page_size;
-    u32 padding;
-};
 
 extern "C" __global__ void kv_write(KvWriteArgs a) {
     wait_for_inputs();

@@ -2,27 +2,32 @@
 
 mod host;
 
-use bcg_runtime::{DType, DevicePtr, Kernel, OpStream, Result, Source, Tensor};
-use bytemuck::{AnyBitPattern, NoUninit};
+use bcg_runtime::{DType, DevicePtr, Kernel, KernelArgs, OpStream, Result, Source, Tensor};
 
 use crate::check::{Check, row_bytes, row_stride_bytes};
 use host::host;
 
-static SOURCE: Source = source!("attention/kv_write/kv_write.cu");
+static SOURCE: Source = source!("attention/kv_write/kv_write.cu").takes::<KvWriteArgs>();
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("kv_write");
 
 #[repr(C)]
-#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct KvWriteArgs {
+    #[points_to(const u8)]
     k: DevicePtr,
+    #[points_to(const u8)]
     v: DevicePtr,
+    #[points_to(const i32)]
     slots: DevicePtr,
+    #[points_to(u8)]
     k_cache: DevicePtr,
+    #[points_to(u8)]
     v_cache: DevicePtr,
     k_stride_bytes: i64,
     v_stride_bytes: i64,
+    /// From one page to the next.
     k_page_bytes: i64,
     v_page_bytes: i64,
     k_bytes: i64,

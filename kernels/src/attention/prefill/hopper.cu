@@ -2,7 +2,7 @@
 // of shared tiles, two warpgroups of 64 query rows each multiply them with wgmma and keep scores and outputs in registers.
 // Host reference: host.rs; shapes and geometry: mod.rs.
 #include "hopper.cuh"
-#include "prefill.cuh"
+#include "work.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -42,7 +42,7 @@ BCG_DEVICE void wgmma_output(float (&o)[32], const u32* a, u64 b) {
 }
 
 // From the keys to the values, whichever come first, in bytes.
-BCG_DEVICE u64 distance(const PagedKv& kv) {
+BCG_DEVICE u64 distance(const PagedKvArgs& kv) {
     u64 k = (u64)kv.k, v = (u64)kv.v;
     return max(k, v) - min(k, v);
 }
@@ -50,7 +50,7 @@ BCG_DEVICE u64 distance(const PagedKv& kv) {
 // Rows of a box of the tensor map: whole groups that no page boundary cuts. 0 where threads have to copy: if the pages do
 // not allow that, if keys and values lie further apart than a stride of a map can say, and for a head dim of 64, where
 // boxes take longer (measured on an H200 with pages of 16).
-template <u32 D> BCG_DEVICE u32 box_rows(const PagedKv& kv) {
+template <u32 D> BCG_DEVICE u32 box_rows(const PagedKvArgs& kv) {
     u32 size = kv.page_size;
     bool fits = D == 128 && size % 8 == 0 && (size % 32 == 0 || 32 % size == 0) &&
                 kv.page_stride % ((i64)kv.kv_heads * D * 8) == 0 && distance(kv) < 1ull << 40;
@@ -59,7 +59,7 @@ template <u32 D> BCG_DEVICE u32 box_rows(const PagedKv& kv) {
 
 // Makes the tensor map of keys and values in shared memory, by one warp: [2, groups of 8 tokens, blocks of 64 columns, 8,
 // 64].
-template <u32 D> BCG_DEVICE void make_map(const PagedKv& kv, u32 rows, u32 shared) {
+template <u32 D> BCG_DEVICE void make_map(const PagedKvArgs& kv, u32 rows, u32 shared) {
     clear_map(shared);
     if (threadIdx.x % 32 == 0) {
         u64 k = (u64)kv.k, v = (u64)kv.v, token = (u64)kv.kv_heads * D * 2;
@@ -308,7 +308,7 @@ template <u32 D> struct Consumer {
             // Waiting in both branches keeps the compiler from waiting ahead of the weights.
             if (ends) {
                 wait_output(value_slot);
-                done.store<bf16>(a, w, first_row(w), o);
+                store_rows<bf16>(done, a, w, first_row(w), o);
                 clear_output();
             } else {
                 wait_output(value_slot);
@@ -324,7 +324,7 @@ template <u32 D> struct Consumer {
         multiply_output(slot);
         wgmma_wait<0>();
         pin(o);
-        rows.store<bf16>(a, w, first_row(w), o);
+        store_rows<bf16>(rows, a, w, first_row(w), o);
     }
 
     Work w;

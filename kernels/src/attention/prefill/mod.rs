@@ -9,8 +9,7 @@ mod host;
 
 use std::cmp::Reverse;
 
-use bcg_runtime::{Arch, DType, Device, DevicePtr, Dims, Kernel, OpStream, Result, Source, Tensor};
-use bytemuck::{AnyBitPattern, NoUninit};
+use bcg_runtime::{Arch, DType, Device, DevicePtr, Dims, Kernel, KernelArgs, OpStream, Result, Source, Tensor};
 
 use crate::check::Check;
 use crate::float::{PerFloat, per_float};
@@ -19,8 +18,8 @@ use host::host;
 use super::paged_kv::{PagedKv, PagedKvArgs};
 pub(crate) use host::check_plan;
 
-static HOPPER_SOURCE: Source = source!("attention/prefill/hopper.cu");
-static PORTABLE_SOURCE: Source = source!("attention/prefill/portable.cu");
+static HOPPER_SOURCE: Source = source!("attention/prefill/hopper.cu", "work.cuh").takes::<AttentionPrefillArgs>();
+static PORTABLE_SOURCE: Source = source!("attention/prefill/portable.cu", "work.cuh").takes::<AttentionPrefillArgs>();
 pub(super) const SOURCES: &[&Source] = &[&HOPPER_SOURCE, &PORTABLE_SOURCE];
 
 const CHECK: Check = Check::new("attention_prefill");
@@ -38,13 +37,18 @@ const SMALL_BYTES: u32 = 1024;
 const MAP_BYTES: usize = 128;
 
 #[repr(C)]
-#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct AttentionPrefillArgs {
     q: DevicePtr,
     out: DevicePtr,
+    #[points_to(const i32)]
     cu_seqlens_q: DevicePtr,
+    #[points_to(const i32)]
     kv_lens: DevicePtr,
+    #[points_to(const i32)]
     plan: DevicePtr,
+    /// 128 bytes for each block of the Hopper kernels.
+    #[points_to(u8)]
     maps: DevicePtr,
     kv: PagedKvArgs,
     q_stride: i64,

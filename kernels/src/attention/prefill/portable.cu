@@ -1,7 +1,8 @@
 // Attention of new tokens on any GPU: bf16 and f16 of head dim 64 and 128 on the tensor cores (mma.sync), one block for 128
 // query rows of a head and 64 keys at a time; everything else with a warp per query row.
 // Host reference: host.rs; shapes and geometry: mod.rs.
-#include "prefill.cuh"
+#include "paged_attention.cuh"
+#include "work.cuh"
 
 constexpr u32 TILE_KEYS = 64;
 constexpr u32 WARPS = 8;  // each has 16 query rows, and copies 8 keys of a tile
@@ -20,7 +21,7 @@ template <typename T> BCG_DEVICE void multiply(float* c, const u32 (&a)[4], u32 
 
 // Starts the copies of a tile of keys and values; `in_cache` gets a bit for each key.
 template <u32 D>
-BCG_DEVICE void copy_tile(const PagedKv& kv, const i32* pages, u32 kv_head, u32 n, i32 keys, u32 tile, u32 in_cache) {
+BCG_DEVICE void copy_tile(const PagedKvArgs& kv, const i32* pages, u32 kv_head, u32 n, i32 keys, u32 tile, u32 in_cache) {
     u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     bool skipped = false;
     u32 place = lane < 8 ? find_key(kv, pages, kv_head, (i32)(n * TILE_KEYS + warp * 8 + lane), keys, skipped) : NOWHERE;
@@ -106,7 +107,7 @@ BCG_DEVICE void attend_tiles(const AttentionPrefillArgs& a, const Work& w, const
         __syncthreads();  // before the copies of the tile after the next one
     }
     copy_async_wait<0>();
-    rows.store<T>(a, w, row, o);
+    store_rows<T>(rows, a, w, row, o);
 }
 
 template <typename T, u32 D> BCG_DEVICE void attention_prefill_tiles(const AttentionPrefillArgs& a) {

@@ -30,12 +30,12 @@ pub(super) fn host<T: Float>(a: &QkNormRopeKvWriteArgs, dims: &Dims, memory: &Ho
             continue;
         }
         let width = kv_heads * head_dim;
-        let place = (slot / page_size * a.page_stride as usize + slot % page_size * width) * size_of::<T>();
-        let k_out = memory.view::<T>(a.k_cache.offset_bytes(place), width)?;
+        let place = slot / page_size * a.page_stride as usize + slot % page_size * width;
+        let k_out = memory.view_at::<T>(a.k_cache, place, width)?;
         for (out, head) in k_out.chunks(head_dim).zip(k.chunks(head_dim)) {
             norm_rope(out, head, k_weight, &turns, a.eps);
         }
-        copy_cells(memory.view::<T>(a.v_cache.offset_bytes(place), width)?, v);
+        copy_cells(memory.view_at::<T>(a.v_cache, place, width)?, v);
     }
     Ok(())
 }

@@ -2,38 +2,43 @@
 
 mod host;
 
-use bcg_runtime::{DType, DevicePtr, OpStream, Result, Source, Tensor};
-use bytemuck::{AnyBitPattern, NoUninit};
+use bcg_runtime::{DType, DevicePtr, KernelArgs, OpStream, Result, Source, Tensor};
 
 use super::paged_kv::check_caches;
 use crate::check::Check;
 use crate::float::{PerFloat, pack_len, per_float};
 use host::host;
 
-static SOURCE: Source = source!("attention/qk_norm_rope_kv_write/qk_norm_rope_kv_write.cu");
+static SOURCE: Source =
+    source!("attention/qk_norm_rope_kv_write/qk_norm_rope_kv_write.cu").takes::<QkNormRopeKvWriteArgs>();
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("qk_norm_rope_kv_write");
 
 #[repr(C)]
-#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct QkNormRopeKvWriteArgs {
     qkv: DevicePtr,
     q_weight: DevicePtr,
     k_weight: DevicePtr,
+    #[points_to(const f32)]
     inv_freq: DevicePtr,
+    #[points_to(const i32)]
     positions: DevicePtr,
+    #[points_to(const i32)]
     slots: DevicePtr,
     q_out: DevicePtr,
     k_cache: DevicePtr,
     v_cache: DevicePtr,
     qkv_stride: i64,
+    /// Elements from one page of a cache to the next.
     page_stride: i64,
     num_pages: i64,
     q_heads: u32,
     kv_heads: u32,
     head_dim: u32,
     page_size: u32,
+    /// Lanes per head: the power of two from D / 2 / Pack::LEN on.
     group: u32,
     eps: f32,
 }

@@ -1,27 +1,7 @@
 // One block per token; a group of lanes per head (Hq query heads, then Hkv key heads, then Hkv value heads).
 // Host reference: host.rs; shapes and geometry: mod.rs.
+#include "args.cuh"
 #include "bcg.cuh"
-
-struct QkNormRopeKvWriteArgs {
-    const void* qkv;
-    const void* q_weight;
-    const void* k_weight;
-    const float* inv_freq;
-    const i32* positions;
-    const i32* slots;
-    void* q_out;
-    void* k_cache;
-    void* v_cache;
-    i64 qkv_stride;
-    i64 page_stride;  // elements from one page of a cache to the next
-    i64 num_pages;
-    u32 q_heads;
-    u32 kv_heads;
-    u32 head_dim;
-    u32 page_size;
-    u32 group;  // lanes per head: the power of two from D / 2 / Pack::LEN on
-    float eps;
-};
 
 constexpr u32 HEAD_DIM_MAX = 256;
 

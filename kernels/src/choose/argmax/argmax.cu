@@ -1,13 +1,6 @@
 // A cluster of blocks per row. Host reference: host.rs; shapes and geometry: mod.rs.
+#include "args.cuh"
 #include "logits.cuh"
-
-struct ArgmaxArgs {
-    const float* logits;
-    i32* out;
-    i64 stride;
-    u32 columns;
-    u32 padding;
-};
 
 extern "C" __global__ ROW_CLUSTER __launch_bounds__(LOGITS_THREADS, 2) void argmax(ArgmaxArgs a) {
     __shared__ u64 slots[CLUSTER];

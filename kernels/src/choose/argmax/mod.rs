@@ -2,8 +2,7 @@
 
 mod host;
 
-use bcg_runtime::{DType, DevicePtr, Kernel, OpStream, Result, Source, Tensor};
-use bytemuck::{AnyBitPattern, NoUninit};
+use bcg_runtime::{DType, DevicePtr, Kernel, KernelArgs, OpStream, Result, Source, Tensor};
 
 use crate::check::Check;
 use host::host;
@@ -11,15 +10,17 @@ use host::host;
 use super::logits;
 pub(super) use host::largest;
 
-static SOURCE: Source = source!("choose/argmax/argmax.cu");
+static SOURCE: Source = source!("choose/argmax/argmax.cu").takes::<ArgmaxArgs>();
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("argmax");
 
 #[repr(C)]
-#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct ArgmaxArgs {
+    #[points_to(const f32)]
     logits: DevicePtr,
+    #[points_to(i32)]
     out: DevicePtr,
     stride: i64,
     columns: u32,

@@ -1,17 +1,6 @@
 // One entry for each thread. Host reference: host.rs; shapes and geometry: mod.rs.
+#include "args.cuh"
 #include "bcg.cuh"
-
-struct LogitBiasArgs {
-    float* logits;
-    const i32* rows;
-    const i32* tokens;
-    const float* values;
-    i64 stride;
-    u32 num_rows;
-    u32 columns;
-    u32 num_entries;
-    u32 padding;
-};
 
 extern "C" __global__ void logit_bias(LogitBiasArgs a) {
     wait_for_inputs();

@@ -2,23 +2,26 @@
 
 mod host;
 
-use bcg_runtime::{DType, DevicePtr, Dims, Kernel, OpStream, Result, Source, Tensor};
-use bytemuck::{AnyBitPattern, NoUninit};
+use bcg_runtime::{DType, DevicePtr, Dims, Kernel, KernelArgs, OpStream, Result, Source, Tensor};
 
 use crate::check::Check;
 use host::host;
 
-static SOURCE: Source = source!("choose/logit_bias/logit_bias.cu");
+static SOURCE: Source = source!("choose/logit_bias/logit_bias.cu").takes::<LogitBiasArgs>();
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("logit_bias");
 
 #[repr(C)]
-#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct LogitBiasArgs {
+    #[points_to(f32)]
     logits: DevicePtr,
+    #[points_to(const i32)]
     rows: DevicePtr,
+    #[points_to(const i32)]
     tokens: DevicePtr,
+    #[points_to(const f32)]
     values: DevicePtr,
     stride: i64,
     num_rows: u32,

@@ -2,31 +2,39 @@
 
 mod host;
 
-use bcg_runtime::{DType, DevicePtr, Kernel, OpStream, Result, Source, Tensor};
-use bytemuck::{AnyBitPattern, NoUninit};
+use bcg_runtime::{DType, DevicePtr, Kernel, KernelArgs, OpStream, Result, Source, Tensor};
 
 use super::logits;
 use crate::check::Check;
 use host::host;
 
-static SOURCE: Source = source!("choose/sample/sample.cu", "logit_search.cuh");
+static SOURCE: Source = source!("choose/sample/sample.cu", "logit_search.cuh").takes::<SampleArgs>();
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("sample");
 
 #[repr(C)]
-#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct SampleArgs {
+    #[points_to(const f32)]
     logits: DevicePtr,
+    #[points_to(const f32)]
     temperature: DevicePtr,
+    #[points_to(const i32)]
     top_k: DevicePtr,
+    #[points_to(const f32)]
     top_p: DevicePtr,
+    #[points_to(const f32)]
     min_p: DevicePtr,
+    #[points_to(const i64)]
     seed: DevicePtr,
+    #[points_to(const i64)]
     step: DevicePtr,
+    #[points_to(i32)]
     out: DevicePtr,
     stride: i64,
     columns: u32,
+    /// Quads of a thread in dynamic shared memory: its whole share of the row, or none.
     num_kept: u32,
 }
 

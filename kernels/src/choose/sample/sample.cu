@@ -1,21 +1,8 @@
 // A cluster of blocks per row. Temperature, then top-k, then top-p, then min-p, then the Gumbel maximum of what is left.
 // Host reference: host.rs; shapes and geometry: mod.rs.
+#include "args.cuh"
 #include "logit_search.cuh"
 #include "random.cuh"
-
-struct SampleArgs {
-    const float* logits;
-    const float* temperature;
-    const i32* top_k;
-    const float* top_p;
-    const float* min_p;
-    const i64* seed;
-    const i64* step;
-    i32* out;
-    i64 stride;
-    u32 columns;
-    u32 num_kept;  // quads of a thread in dynamic shared memory: its whole share of the row, or none
-};
 
 // The number in (0, 1) that 23 bits make.
 BCG_DEVICE float uniform(u32 bits) { return ((float)bits + 0.5f) * (1.0f / 8388608.0f); }

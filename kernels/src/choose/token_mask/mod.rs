@@ -2,13 +2,12 @@
 
 mod host;
 
-use bcg_runtime::{DType, DevicePtr, Dims, Kernel, OpStream, Result, Source, Tensor};
-use bytemuck::{AnyBitPattern, NoUninit};
+use bcg_runtime::{DType, DevicePtr, Dims, Kernel, KernelArgs, OpStream, Result, Source, Tensor};
 
 use crate::check::Check;
 use host::host;
 
-static SOURCE: Source = source!("choose/token_mask/token_mask.cu");
+static SOURCE: Source = source!("choose/token_mask/token_mask.cu").takes::<TokenMaskArgs>();
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("token_mask");
@@ -18,10 +17,13 @@ const PER_THREAD: usize = 16;
 const THREADS: usize = 256;
 
 #[repr(C)]
-#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct TokenMaskArgs {
+    #[points_to(f32)]
     logits: DevicePtr,
+    #[points_to(const i32)]
     rows: DevicePtr,
+    #[points_to(const u32)]
     mask: DevicePtr,
     stride: i64,
     num_rows: u32,

@@ -1,16 +1,6 @@
 // Masks in x, pieces of a row in y. Host reference: host.rs; shapes and geometry: mod.rs.
+#include "args.cuh"
 #include "bcg.cuh"
-
-struct TokenMaskArgs {
-    float* logits;
-    const i32* rows;
-    const u32* mask;
-    i64 stride;
-    u32 num_rows;
-    u32 columns;
-    u32 words;
-    u32 padding;
-};
 
 extern "C" __global__ void token_mask(TokenMaskArgs a) {
     wait_for_inputs();

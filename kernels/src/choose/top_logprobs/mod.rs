@@ -2,25 +2,29 @@
 
 mod host;
 
-use bcg_runtime::{DType, DevicePtr, Kernel, OpStream, Result, Source, Tensor};
-use bytemuck::{AnyBitPattern, NoUninit};
+use bcg_runtime::{DType, DevicePtr, Kernel, KernelArgs, OpStream, Result, Source, Tensor};
 
 use super::logits;
 use crate::check::Check;
 use host::host;
 
-static SOURCE: Source = source!("choose/top_logprobs/top_logprobs.cu");
+static SOURCE: Source = source!("choose/top_logprobs/top_logprobs.cu").takes::<TopLogprobsArgs>();
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("top_logprobs");
 
 #[repr(C)]
-#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct TopLogprobsArgs {
+    #[points_to(const f32)]
     logits: DevicePtr,
+    #[points_to(const i32)]
     rows: DevicePtr,
+    #[points_to(const i32)]
     chosen: DevicePtr,
+    #[points_to(i32)]
     ids: DevicePtr,
+    #[points_to(f32)]
     logprobs: DevicePtr,
     stride: i64,
     num_rows: u32,

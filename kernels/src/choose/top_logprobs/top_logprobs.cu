@@ -1,18 +1,6 @@
 // A cluster of blocks per requested row. Host reference: host.rs; shapes and geometry: mod.rs.
+#include "args.cuh"
 #include "logits.cuh"
-
-struct TopLogprobsArgs {
-    const float* logits;
-    const i32* rows;
-    const i32* chosen;
-    i32* ids;
-    float* logprobs;
-    i64 stride;
-    u32 num_rows;
-    u32 columns;
-    u32 num_top;
-    u32 padding;
-};
 
 // The key of the thread's best logit below the key `last`; 0 for none.
 BCG_DEVICE u64 best_below(const LogitsRow& row, u64 last) {

@@ -5,8 +5,7 @@
 
 mod host;
 
-use bcg_runtime::{DType, Device, DevicePtr, Dims, Kernel, OpStream, Result, Source, Tensor};
-use bytemuck::{AnyBitPattern, NoUninit};
+use bcg_runtime::{DType, Device, DevicePtr, Dims, Kernel, KernelArgs, OpStream, Result, Source, Tensor};
 
 use super::latent_kv::{LatentKv, LatentKvArgs};
 use crate::arch::is_large;
@@ -15,8 +14,8 @@ use crate::check::Check;
 use crate::float::{PerFloat, per_float};
 use host::{host, host_tiled};
 
-static PORTABLE_SOURCE: Source = source!("latent/decode/portable.cu", "mla_decode.cuh");
-static TILED_SOURCE: Source = source!("latent/decode/tiled.cu", "mla_decode.cuh");
+static PORTABLE_SOURCE: Source = source!("latent/decode/portable.cu").takes::<MlaDecodeArgs>();
+static TILED_SOURCE: Source = source!("latent/decode/tiled.cu").takes::<MlaDecodeArgs>();
 pub(super) const SOURCES: &[&Source] = &[&PORTABLE_SOURCE, &TILED_SOURCE];
 
 const CHECK: Check = Check::new("mla_decode");
@@ -32,13 +31,20 @@ const STAGE_KEYS: usize = 32;
 const STAGES: usize = 3;
 
 #[repr(C)]
-#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct MlaDecodeArgs {
+    /// `[B H, L]`.
     q_latent: DevicePtr,
+    /// `[B, H R]`.
     q_pe: DevicePtr,
+    /// `[B H, L]`.
     out: DevicePtr,
+    #[points_to(const i32)]
     kv_lens: DevicePtr,
+    #[points_to(BlockPlan)]
     plan: DevicePtr,
+    /// `[2 blocks, 16, L]`, then `[2 blocks, 16, 2]`: the largest score and the sum.
+    #[points_to(f32)]
     partials: DevicePtr,
     kv: LatentKvArgs,
     sequences: u32,

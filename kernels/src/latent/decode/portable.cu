@@ -1,6 +1,7 @@
 // For any dtype and widths: one block per sequence and query head. Its warps take the keys in turn and are merged in the
 // order of the warps. Host reference: host.rs; shapes and geometry: mod.rs.
-#include "mla_decode.cuh"
+#include "args.cuh"
+#include "latent_attention.cuh"
 
 template <typename T> BCG_DEVICE void mla_decode(const MlaDecodeArgs& a) {
     wait_for_inputs();

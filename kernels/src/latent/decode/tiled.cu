@@ -6,7 +6,7 @@
 // of a stage and 8 of the 16 heads. O^T = V^T P^T: a warp takes a quarter of the latents' columns and all keys and heads,
 // with the weights that the four warps leave in shared memory.
 // Host reference: host.rs; shapes, geometry and plan: mod.rs.
-#include "mla_decode.cuh"
+#include "args.cuh"
 #include "persistent_decode.cuh"
 
 constexpr u32 WARPS = 4, THREADS = 32 * WARPS, STAGE_KEYS = 32, TILE = 2 * STAGE_KEYS, STAGES = 3;

@@ -30,18 +30,16 @@ pub(super) fn host<T: Float>(a: &MlaKvWriteArgs, dims: &Dims, memory: &HostMemor
         if slot >= a.num_pages as usize * page_size {
             continue;
         }
-        let place =
-            |stride: i64, dim: usize| (slot / page_size * stride as usize + slot % page_size * dim) * size_of::<T>();
+        let place = |stride: i64, dim: usize| slot / page_size * stride as usize + slot % page_size * dim;
         let (latent, rope_key) =
             row::<T>(memory, a.kv_a, a.kv_a_stride, t, latent_dim + rope_dim)?.split_at(latent_dim);
         let scale = rms_scale(latent, a.eps);
-        let place_of_latent = a.latents.offset_bytes(place(a.latent_page_stride, latent_dim));
-        let out = memory.view::<T>(place_of_latent, latent_dim)?;
+        let out = memory.view_at::<T>(a.latents, place(a.latent_page_stride, latent_dim), latent_dim)?;
         for ((out, x), weight) in out.iter().zip(latent).zip(weight) {
             out.set(T::from_f32(T::round(x.get().to_f32() * scale) * weight.get().to_f32()));
         }
-        let place_of_rope_key = a.rope_keys.offset_bytes(place(a.rope_page_stride, rope_dim));
-        rotate(memory.view::<T>(place_of_rope_key, rope_dim)?, rope_key, &turns, a.is_interleaved != 0);
+        let out = memory.view_at::<T>(a.rope_keys, place(a.rope_page_stride, rope_dim), rope_dim)?;
+        rotate(out, rope_key, &turns, a.is_interleaved != 0);
     }
     Ok(())
 }

@@ -1,31 +1,7 @@
 // One block per token: norms the latent, rotates the rope key and the queries' rope parts, writes latent and rope key.
 // Host reference: host.rs; shapes and geometry: mod.rs.
+#include "args.cuh"
 #include "bcg.cuh"
-
-struct MlaKvWriteArgs {
-    const void* q;
-    const void* kv_a;
-    const void* weight;
-    const float* inv_freq;
-    const i32* positions;
-    const i32* slots;
-    void* q_pe;
-    void* latents;
-    void* rope_keys;
-    i64 q_stride;
-    i64 kv_a_stride;
-    i64 latent_page_stride;  // elements from one page of a cache to the next
-    i64 rope_page_stride;
-    i64 num_pages;
-    u32 page_size;
-    u32 heads;
-    u32 head_dim;
-    u32 latent_dim;
-    u32 rope_dim;
-    u32 is_interleaved;
-    float eps;
-    float rope_scale;
-};
 
 constexpr u32 THREADS = 256;
 constexpr u32 PER_THREAD = 512 / THREADS;  // elements of a latent

@@ -2,34 +2,37 @@
 
 mod host;
 
-use bcg_runtime::{DType, DevicePtr, OpStream, Result, Source, Tensor};
-use bytemuck::{AnyBitPattern, NoUninit};
+use bcg_runtime::{DType, DevicePtr, KernelArgs, OpStream, Result, Source, Tensor};
 
 use super::latent_kv::check_caches;
 use crate::check::Check;
 use crate::float::{PerFloat, per_float};
 use host::host;
 
-static SOURCE: Source = source!("latent/kv_write/kv_write.cu");
+static SOURCE: Source = source!("latent/kv_write/kv_write.cu").takes::<MlaKvWriteArgs>();
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("mla_kv_write");
 const THREADS: u32 = 256;
 
 #[repr(C)]
-#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct MlaKvWriteArgs {
     q: DevicePtr,
     kv_a: DevicePtr,
     weight: DevicePtr,
+    #[points_to(const f32)]
     inv_freq: DevicePtr,
+    #[points_to(const i32)]
     positions: DevicePtr,
+    #[points_to(const i32)]
     slots: DevicePtr,
     q_pe: DevicePtr,
     latents: DevicePtr,
     rope_keys: DevicePtr,
     q_stride: i64,
     kv_a_stride: i64,
+    /// Elements from one page of a cache to the next.
     latent_page_stride: i64,
     rope_page_stride: i64,
     num_pages: i64,

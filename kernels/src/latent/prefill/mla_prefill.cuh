@@ -1,29 +1,7 @@
-// What the kernels of mla_prefill share: the arguments and the items of the plan. Rust twin:
-// mod.rs.
+// What the kernels of mla_prefill share: the items of the plan. Rust twin: mod.rs.
 #pragma once
+#include "args.cuh"
 #include "latent_attention.cuh"
-
-struct MlaPrefillArgs {
-    const void* q;       // [T, H (Dn + R)]
-    const void* q_pe;    // [T, H R]
-    const void* weight;  // [H, Dn + Dv, L]
-    void* out;           // [T, H Dv]
-    const i32* cu_seqlens_q;
-    const i32* kv_lens;
-    const i32* plan;
-    void* workspace;  // [workspace_rows, Dn + Dv]: keys and values of some sequences and heads
-    u32* arrivals;    // 0 before the launch
-    LatentKv kv;
-    i64 q_stride;
-    u32 rows;
-    u32 sequences;
-    u32 heads;
-    u32 plan_items;
-    u32 nope_dim;
-    u32 value_dim;
-    u32 workspace_rows;
-    float scale;
-};
 
 constexpr u32 PLAN_ROWS = 128;  // query rows of an item of the plan
 

@@ -10,8 +10,7 @@
 
 mod host;
 
-use bcg_runtime::{DType, Device, DevicePtr, Dims, Kernel, OpStream, Result, Source, Tensor};
-use bytemuck::{AnyBitPattern, NoUninit};
+use bcg_runtime::{DType, Device, DevicePtr, Dims, Kernel, KernelArgs, OpStream, Result, Source, Tensor};
 use half::bf16;
 
 use super::latent_kv::{LatentKv, LatentKvArgs};
@@ -20,8 +19,8 @@ use crate::check::Check;
 use crate::float::{PerFloat, per_float};
 use host::host;
 
-static PORTABLE_SOURCE: Source = source!("latent/prefill/portable.cu", "mla_prefill.cuh");
-static TILED_SOURCE: Source = source!("latent/prefill/tiled.cu", "mla_prefill.cuh");
+static PORTABLE_SOURCE: Source = source!("latent/prefill/portable.cu", "mla_prefill.cuh").takes::<MlaPrefillArgs>();
+static TILED_SOURCE: Source = source!("latent/prefill/tiled.cu", "mla_prefill.cuh").takes::<MlaPrefillArgs>();
 pub(super) const SOURCES: &[&Source] = &[&PORTABLE_SOURCE, &TILED_SOURCE];
 
 const CHECK: Check = Check::new("mla_prefill");
@@ -39,16 +38,26 @@ const STAGES: usize = 3;
 const SHARED_BYTES_MAX: usize = 160 << 10;
 
 #[repr(C)]
-#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct MlaPrefillArgs {
+    /// `[T, H (Dn + R)]`.
     q: DevicePtr,
+    /// `[T, H R]`.
     q_pe: DevicePtr,
+    /// `[H, Dn + Dv, L]`.
     weight: DevicePtr,
+    /// `[T, H Dv]`.
     out: DevicePtr,
+    #[points_to(const i32)]
     cu_seqlens_q: DevicePtr,
+    #[points_to(const i32)]
     kv_lens: DevicePtr,
+    #[points_to(const i32)]
     plan: DevicePtr,
+    /// `[workspace_rows, Dn + Dv]`: keys and values of some sequences and heads.
     workspace: DevicePtr,
+    /// 0 before the launch.
+    #[points_to(u32)]
     arrivals: DevicePtr,
     kv: LatentKvArgs,
     q_stride: i64,

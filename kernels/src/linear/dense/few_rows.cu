@@ -3,21 +3,8 @@
 // Each thread copies the very 16 bytes that it multiplies itself, so the loop over the columns needs no barrier. The
 // first copies start ahead of wait_for_inputs(), while the kernel before still runs. The order of a sum depends on the
 // number of columns only. Host reference: host.rs; shapes and geometry: few_rows.rs.
+#include "args.cuh"
 #include "few_rows.cuh"
-
-struct LinearFewRowsArgs {
-    const bf16* x;
-    const bf16* weight;
-    void* out;
-    i64 x_stride;
-    i64 weight_stride;
-    u32 rows;
-    u32 outputs;
-    u32 depth;  // a multiple of 8
-    u32 out_is_f32;
-    u32 weight_is_input;  // a kernel before may have written the weight
-    u32 padding;
-};
 
 constexpr u32 TURN = STEP * WARPS;
 

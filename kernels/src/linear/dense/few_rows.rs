@@ -8,14 +8,13 @@
 //! Called by `linear`, which checks the shapes. Never picked on the host device: there one way of summing serves
 //! every number of rows.
 
-use bcg_runtime::{DType, DevicePtr, Dims, Kernel, OpStream, Result, Source, Tensor};
-use bytemuck::{AnyBitPattern, NoUninit};
+use bcg_runtime::{DType, DevicePtr, Dims, Kernel, KernelArgs, OpStream, Result, Source, Tensor};
 use half::bf16;
 
 use super::host::host;
 use crate::check::Check;
 
-pub(super) static SOURCE: Source = source!("linear/dense/few_rows.cu");
+pub(super) static SOURCE: Source = source!("linear/dense/few_rows.cu").takes::<LinearFewRowsArgs>();
 
 const CHECK: Check = Check::new("linear");
 
@@ -29,17 +28,21 @@ const WARPS: usize = 16;
 const STEP_BYTES: usize = 64;
 
 #[repr(C)]
-#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 pub(super) struct LinearFewRowsArgs {
+    #[points_to(const bf16)]
     pub(super) x: DevicePtr,
+    #[points_to(const bf16)]
     pub(super) weight: DevicePtr,
     pub(super) out: DevicePtr,
     pub(super) x_stride: i64,
     pub(super) weight_stride: i64,
     pub(super) rows: u32,
     pub(super) outputs: u32,
+    /// A multiple of 8.
     pub(super) depth: u32,
     pub(super) out_is_f32: u32,
+    /// A kernel before may have written the weight.
     pub(super) weight_is_input: u32,
     pub(super) _padding: u32,
 }

@@ -1,16 +1,19 @@
-//! The arguments that all kernels of grouped products take; CUDA twin: `grouped_linear.cuh`.
+//! The arguments that all kernels of grouped products take.
 
-use bcg_runtime::DevicePtr;
-use bytemuck::{AnyBitPattern, NoUninit};
+use bcg_runtime::{DevicePtr, KernelArgs};
 
 /// The arguments of every kernel of this product.
 #[repr(C)]
-#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 pub(super) struct GroupedArgs {
     pub(super) x: DevicePtr,
     pub(super) weight: DevicePtr,
     pub(super) out: DevicePtr,
+    /// `[experts + 1]`.
+    #[points_to(const i32)]
     pub(super) offsets: DevicePtr,
+    /// `[places]`.
+    #[points_to(const i32)]
     pub(super) rows: DevicePtr,
     pub(super) x_stride: i64,
     pub(super) experts: u32,

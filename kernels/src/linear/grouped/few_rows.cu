@@ -3,8 +3,9 @@
 // and keeps copies on the way across the borders of items. The steps of all its items are dealt to its 16 warps in turn,
 // so that no warp idles at the end of an item; the sums are added by the place of a step in its item, in an order that
 // depends on the number of columns only. Host reference: host.rs; shapes and geometry: few_rows.rs.
+#include "args.cuh"
 #include "few_rows.cuh"
-#include "grouped_linear.cuh"
+#include "silu.cuh"
 
 // Up to `capacity` rows of one expert each, in the order of their places; in shared memory.
 struct List {

@@ -13,7 +13,7 @@ use super::args::GroupedArgs;
 use super::host::{host_gate_up, host_linear};
 use crate::check::Check;
 
-pub(super) static SOURCE: Source = source!("linear/grouped/few_rows.cu", "grouped_linear.cuh");
+pub(super) static SOURCE: Source = source!("linear/grouped/few_rows.cu").takes::<GroupedArgs>();
 
 const CHECK: Check = Check::new("grouped_linear");
 

@@ -4,13 +4,9 @@
 // warpgroup brings the weight by the copy engine, and the rows of x, which lie anywhere, by its threads; two warpgroups
 // multiply: with BOX 128 each half of the weight's rows, with BOX 64 each half of the rows of x. A sum is made in the same
 // order in either. Host reference: host.rs; shapes and geometry: hopper.rs.
-#include "grouped_linear.cuh"
+#include "args.cuh"
 #include "hopper.cuh"
-
-struct GroupedHopperArgs {
-    GroupedArgs grouped;
-    u8* maps;  // 128 bytes for each block
-};
+#include "silu.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 

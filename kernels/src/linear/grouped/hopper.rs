@@ -4,14 +4,13 @@
 //!
 //! Called by `grouped_linear` and `grouped_gate_up`, which check the shapes. Never picked on the host device.
 
-use bcg_runtime::{Arch, DType, Device, DevicePtr, Dims, Kernel, OpStream, Result, Source};
-use bytemuck::{AnyBitPattern, NoUninit};
+use bcg_runtime::{Arch, DType, Device, DevicePtr, Dims, Kernel, KernelArgs, OpStream, Result, Source};
 
 use super::args::GroupedArgs;
 use super::host::{hopper_gate_up, hopper_linear};
 use crate::check::Check;
 
-pub(super) static SOURCE: Source = source!("linear/grouped/hopper.cu", "grouped_linear.cuh");
+pub(super) static SOURCE: Source = source!("linear/grouped/hopper.cu").takes::<GroupedHopperArgs>();
 
 const CHECK: Check = Check::new("grouped_linear");
 
@@ -33,9 +32,11 @@ const _: () = assert!(RING_BYTES + SMALL_BYTES + EXPERT_BYTES * EXPERTS_MAX <= 2
 const ROWS_OF_LARGE_ITEMS: u32 = 32;
 
 #[repr(C)]
-#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 pub(super) struct GroupedHopperArgs {
     pub(super) grouped: GroupedArgs,
+    /// 128 bytes for each block.
+    #[points_to(u8)]
     maps: DevicePtr,
 }
 

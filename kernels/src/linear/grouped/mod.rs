@@ -17,7 +17,7 @@ use crate::moe::ExpertPlan;
 use args::GroupedArgs;
 use host::{host_gate_up, host_linear};
 
-static PORTABLE_SOURCE: Source = source!("linear/grouped/portable.cu", "grouped_linear.cuh");
+static PORTABLE_SOURCE: Source = source!("linear/grouped/portable.cu").takes::<GroupedArgs>();
 pub(super) const SOURCES: &[&Source] = &[&few_rows::SOURCE, &hopper::SOURCE, &PORTABLE_SOURCE];
 
 static GATE_UP: PerFloat<GroupedArgs> = per_float!("grouped_gate_up", PORTABLE_SOURCE, host_gate_up).programmatic();

@@ -1,7 +1,8 @@
 // Products of rows with the matrix of the expert that each belongs to, for any float dtype and any size. A persistent
 // grid: each block walks the experts and takes every gridDim.x-th tile of ROWS places by COLUMNS outputs. The order of a
 // sum depends on the depth only. Host reference: host.rs; shapes and geometry: mod.rs.
-#include "grouped_linear.cuh"
+#include "args.cuh"
+#include "silu.cuh"
 
 constexpr u32 THREADS = 256;
 constexpr u32 ROWS = 16;

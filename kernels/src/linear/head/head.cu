@@ -1,21 +1,8 @@
 // One matrix product per head. On tensor cores (bf16) a block takes 32 tokens and 32 outputs of a head: it copies all it
 // needs at once, its four warps share the depth, and their sums are added in order. Otherwise a thread takes an output of
 // one token. Host reference: host.rs; shapes and geometry: mod.rs.
+#include "args.cuh"
 #include "mma.cuh"
-
-struct HeadLinearArgs {
-    const void* x;       // [T H, K]
-    const void* weight;  // [H, N, K], or [H, K, N] if transposed
-    void* out;           // [T H, N]
-    i64 x_stride;
-    i64 weight_stride;  // elements from one head to the next
-    u32 tokens;
-    u32 heads;
-    u32 outputs;
-    u32 depth;
-    u32 is_transposed;
-    u32 padding;
-};
 
 constexpr u32 TILE_TOKENS = 32, TILE_OUTPUTS = 32, WARPS = 4, THREADS = 32 * WARPS;
 constexpr u32 SUM_PITCH = TILE_OUTPUTS + 2;

@@ -5,8 +5,7 @@
 
 mod host;
 
-use bcg_runtime::{DType, Device, DevicePtr, Dims, Kernel, OpStream, Result, Source, Tensor};
-use bytemuck::{AnyBitPattern, NoUninit};
+use bcg_runtime::{DType, Device, DevicePtr, Dims, Kernel, KernelArgs, OpStream, Result, Source, Tensor};
 use half::bf16;
 
 use crate::arch::is_large;
@@ -14,7 +13,7 @@ use crate::check::Check;
 use crate::float::{PerFloat, per_float};
 use host::host;
 
-static SOURCE: Source = source!("linear/head/head.cu");
+static SOURCE: Source = source!("linear/head/head.cu").takes::<HeadLinearArgs>();
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("head_linear");
@@ -29,12 +28,16 @@ const SHARED_BYTES_MAX: usize = 160 << 10;
 const THREADS: usize = 128;
 
 #[repr(C)]
-#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct HeadLinearArgs {
+    /// `[T H, K]`.
     x: DevicePtr,
+    /// `[H, N, K]`, or `[H, K, N]` if transposed.
     weight: DevicePtr,
+    /// `[T H, N]`.
     out: DevicePtr,
     x_stride: i64,
+    /// Elements from one head to the next.
     weight_stride: i64,
     tokens: u32,
     heads: u32,

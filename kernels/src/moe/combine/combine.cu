@@ -1,16 +1,6 @@
 // Rows in x, pieces of a row in y. Host reference: host.rs; shapes and geometry: mod.rs.
+#include "args.cuh"
 #include "bcg.cuh"
-
-struct MoeCombineArgs {
-    const void* y;
-    const i32* places;
-    const float* weights;
-    const void* shared;  // null without a shared expert
-    void* out;
-    i64 shared_stride;
-    u32 columns;
-    u32 chosen;
-};
 
 constexpr u32 AT_ONCE = 4;  // rows that a thread loads ahead
 

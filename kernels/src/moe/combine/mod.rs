@@ -2,25 +2,27 @@
 
 mod host;
 
-use bcg_runtime::{DType, DevicePtr, OpStream, Result, Source, Tensor};
-use bytemuck::{AnyBitPattern, NoUninit};
+use bcg_runtime::{DType, DevicePtr, KernelArgs, OpStream, Result, Source, Tensor};
 
 use super::route::Routing;
 use crate::check::Check;
 use crate::float::{PerFloat, pack_len, per_float};
 use host::host;
 
-static SOURCE: Source = source!("moe/combine/combine.cu");
+static SOURCE: Source = source!("moe/combine/combine.cu").takes::<MoeCombineArgs>();
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("moe_combine");
 
 #[repr(C)]
-#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct MoeCombineArgs {
     y: DevicePtr,
+    #[points_to(const i32)]
     places: DevicePtr,
+    #[points_to(const f32)]
     weights: DevicePtr,
+    /// Null without a shared expert.
     shared: DevicePtr,
     out: DevicePtr,
     shared_stride: i64,

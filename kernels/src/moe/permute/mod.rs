@@ -2,13 +2,12 @@
 
 mod host;
 
-use bcg_runtime::{DType, DevicePtr, Dims, HostMemory, Kernel, OpStream, Result, Source, Tensor};
-use bytemuck::{AnyBitPattern, NoUninit};
+use bcg_runtime::{DType, DevicePtr, Dims, HostMemory, Kernel, KernelArgs, OpStream, Result, Source, Tensor};
 
 use crate::check::Check;
 use host::host;
 
-static SOURCE: Source = source!("moe/permute/permute.cu");
+static SOURCE: Source = source!("moe/permute/permute.cu").takes::<MoePermuteArgs>();
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("moe_permute");
@@ -63,10 +62,16 @@ impl ExpertPlan {
 
 /// The addresses of a plan that a kernel writes.
 #[repr(C)]
-#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 pub(super) struct PlanOut {
+    /// `[num_experts + 1]`.
+    #[points_to(i32)]
     offsets: DevicePtr,
+    /// `[pairs]`.
+    #[points_to(i32)]
     rows: DevicePtr,
+    /// `[pairs]`.
+    #[points_to(i32)]
     places: DevicePtr,
 }
 
@@ -97,8 +102,9 @@ impl PlanOut {
 }
 
 #[repr(C)]
-#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct MoePermuteArgs {
+    #[points_to(const i32)]
     experts: DevicePtr,
     plan: PlanOut,
     pairs: u32,

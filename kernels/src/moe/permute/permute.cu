@@ -1,14 +1,6 @@
 // One block orders all pairs. Host reference: host.rs; shapes and geometry: mod.rs.
+#include "args.cuh"
 #include "moe_permute.cuh"
-
-struct MoePermuteArgs {
-    const i32* experts;
-    PlanOut plan;
-    u32 pairs;
-    u32 num_experts;
-    u32 is_staged;
-    u32 padding;
-};
 
 extern "C" __global__ __launch_bounds__(1024) void moe_permute(MoePermuteArgs a) {
     extern __shared__ u32 counts[];  // [32, num_experts], then the staged rows

@@ -2,14 +2,13 @@
 
 mod host;
 
-use bcg_runtime::{DType, DevicePtr, Dims, Kernel, OpStream, Result, Source, Tensor};
-use bytemuck::{AnyBitPattern, NoUninit};
+use bcg_runtime::{DType, DevicePtr, Dims, Kernel, KernelArgs, OpStream, Result, Source, Tensor};
 
 use super::permute::{ExpertPlan, PlanOut, counts_bytes, moe_permute};
 use crate::check::Check;
 use host::{host, host_fused};
 
-static SOURCE: Source = source!("moe/route/route.cu");
+static SOURCE: Source = source!("moe/route/route.cu").takes::<MoeRouteArgs>();
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("moe_route");
@@ -66,12 +65,18 @@ pub struct Routing {
 }
 
 #[repr(C)]
-#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct MoeRouteArgs {
+    #[points_to(const f32)]
     logits: DevicePtr,
+    /// Of sigmoid scores; null for softmax.
+    #[points_to(const f32)]
     bias: DevicePtr,
+    #[points_to(const i32)]
     num_valid: DevicePtr,
+    #[points_to(i32)]
     experts: DevicePtr,
+    #[points_to(f32)]
     weights: DevicePtr,
     plan: PlanOut,
     logits_stride: i64,

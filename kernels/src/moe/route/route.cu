@@ -1,24 +1,7 @@
 // Chooses the experts of each token: a warp for each row of logits. moe_route_and_permute also orders the choices by expert,
 // for few tokens, in one block. Host reference: host.rs; shapes and geometry: mod.rs.
+#include "args.cuh"
 #include "moe_permute.cuh"
-
-struct MoeRouteArgs {
-    const float* logits;
-    const float* bias;  // of sigmoid scores; null for softmax
-    const i32* num_valid;
-    i32* experts;
-    float* weights;
-    PlanOut plan;
-    i64 logits_stride;
-    u32 tokens;
-    u32 num_experts;
-    u32 chosen;
-    u32 groups;
-    u32 kept_groups;
-    u32 is_renormalised;
-    float scale;
-    u32 padding;
-};
 
 constexpr u32 NONE = 0xffffffffu;
 

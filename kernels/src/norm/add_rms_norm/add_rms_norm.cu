@@ -1,18 +1,7 @@
 // One block per row, which its threads keep in registers if it fits. Host reference: host.rs;
 // shapes and geometry: mod.rs.
+#include "args.cuh"
 #include "rms_norm.cuh"
-
-struct AddRmsNormArgs {
-    const void* x;
-    const void* residual;
-    const void* weight;
-    void* normed;
-    void* sum;
-    i64 x_stride;
-    i64 residual_stride;
-    u32 columns;
-    float eps;
-};
 
 template <typename T, bool WIDE> BCG_DEVICE void add_rms_norm(const AddRmsNormArgs& a) {
     constexpr u32 LEN = Pack<T>::LEN;

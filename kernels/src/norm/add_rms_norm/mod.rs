@@ -2,21 +2,20 @@
 
 mod host;
 
-use bcg_runtime::{DevicePtr, OpStream, Result, Source, Tensor};
-use bytemuck::{AnyBitPattern, NoUninit};
+use bcg_runtime::{DevicePtr, KernelArgs, OpStream, Result, Source, Tensor};
 
 use crate::check::Check;
 use crate::float::{PerFloat, per_float};
 use crate::norm::rms::rms_dims;
 use host::host;
 
-static SOURCE: Source = source!("norm/add_rms_norm/add_rms_norm.cu");
+static SOURCE: Source = source!("norm/add_rms_norm/add_rms_norm.cu").takes::<AddRmsNormArgs>();
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("add_rms_norm");
 
 #[repr(C)]
-#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct AddRmsNormArgs {
     x: DevicePtr,
     residual: DevicePtr,

@@ -1,19 +1,7 @@
 // One block per row and group, which its threads keep in registers if it fits. Host reference: host.rs;
 // shapes and geometry: mod.rs.
+#include "args.cuh"
 #include "silu.cuh"
-
-struct GatedRmsNormArgs {
-    const void* y;
-    const void* gate;
-    const void* weight;
-    void* out;
-    i64 y_stride;
-    i64 gate_stride;
-    u32 columns;
-    u32 group;  // columns of a group
-    float eps;
-    u32 padding;
-};
 
 // The gated elements of a pack, in f32.
 template <typename T> BCG_DEVICE void apply_gate(float (&to)[Pack<T>::LEN], const Pack<T>& y, const Pack<T>& gate) {

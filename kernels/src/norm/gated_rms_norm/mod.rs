@@ -2,20 +2,19 @@
 
 mod host;
 
-use bcg_runtime::{DevicePtr, OpStream, Result, Source, Tensor};
-use bytemuck::{AnyBitPattern, NoUninit};
+use bcg_runtime::{DevicePtr, KernelArgs, OpStream, Result, Source, Tensor};
 
 use crate::check::Check;
 use crate::float::{PerFloat, pack_len, per_float};
 use host::host;
 
-static SOURCE: Source = source!("norm/gated_rms_norm/gated_rms_norm.cu");
+static SOURCE: Source = source!("norm/gated_rms_norm/gated_rms_norm.cu").takes::<GatedRmsNormArgs>();
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("gated_rms_norm");
 
 #[repr(C)]
-#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct GatedRmsNormArgs {
     y: DevicePtr,
     gate: DevicePtr,
@@ -24,6 +23,7 @@ struct GatedRmsNormArgs {
     y_stride: i64,
     gate_stride: i64,
     columns: u32,
+    /// Columns of a group.
     group: u32,
     eps: f32,
     _padding: u32,

@@ -2,21 +2,20 @@
 
 mod host;
 
-use bcg_runtime::{DevicePtr, OpStream, Result, Source, Tensor};
-use bytemuck::{AnyBitPattern, NoUninit};
+use bcg_runtime::{DevicePtr, KernelArgs, OpStream, Result, Source, Tensor};
 
 use crate::check::Check;
 use crate::float::{PerFloat, per_float};
 use crate::norm::rms::rms_dims;
 use host::host;
 
-static SOURCE: Source = source!("norm/rms_norm/rms_norm.cu");
+static SOURCE: Source = source!("norm/rms_norm/rms_norm.cu").takes::<RmsNormArgs>();
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("rms_norm");
 
 #[repr(C)]
-#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct RmsNormArgs {
     x: DevicePtr,
     weight: DevicePtr,

@@ -1,15 +1,7 @@
 // One block per row, which its threads keep in registers if it fits. Host reference: host.rs;
 // shapes and geometry: mod.rs.
+#include "args.cuh"
 #include "rms_norm.cuh"
-
-struct RmsNormArgs {
-    const void* x;
-    const void* weight;
-    void* out;
-    i64 x_stride;
-    u32 columns;
-    float eps;
-};
 
 template <typename T, bool WIDE> BCG_DEVICE void rms_norm(const RmsNormArgs& a) {
     constexpr u32 LEN = Pack<T>::LEN;

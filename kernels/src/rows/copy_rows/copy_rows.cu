@@ -1,13 +1,6 @@
 // One row for each block in x. Host reference: host.rs; shapes and geometry: mod.rs.
+#include "args.cuh"
 #include "bcg.cuh"
-
-struct CopyRowsArgs {
-    const u8* src;
-    u8* dst;
-    i64 src_stride_bytes;
-    i64 dst_stride_bytes;
-    i64 row_bytes;
-};
 
 extern "C" __global__ void copy_rows(CopyRowsArgs a) {
     wait_for_inputs();

@@ -2,21 +2,22 @@
 
 mod host;
 
-use bcg_runtime::{DevicePtr, Kernel, OpStream, Result, Source, Tensor};
-use bytemuck::{AnyBitPattern, NoUninit};
+use bcg_runtime::{DevicePtr, Kernel, KernelArgs, OpStream, Result, Source, Tensor};
 
 use crate::check::{Check, row_bytes, row_stride_bytes};
 use host::host;
 
-static SOURCE: Source = source!("rows/copy_rows/copy_rows.cu");
+static SOURCE: Source = source!("rows/copy_rows/copy_rows.cu").takes::<CopyRowsArgs>();
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("copy_rows");
 
 #[repr(C)]
-#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct CopyRowsArgs {
+    #[points_to(const u8)]
     src: DevicePtr,
+    #[points_to(u8)]
     dst: DevicePtr,
     src_stride_bytes: i64,
     dst_stride_bytes: i64,

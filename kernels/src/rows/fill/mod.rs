@@ -2,23 +2,23 @@
 
 mod host;
 
-use bcg_runtime::{DevicePtr, Element, Kernel, OpStream, Result, Source, Tensor};
-use bytemuck::{AnyBitPattern, NoUninit};
+use bcg_runtime::{DevicePtr, Element, Kernel, KernelArgs, OpStream, Result, Source, Tensor};
 
 use crate::check::{Check, row_bytes, row_stride_bytes};
 use host::host;
 
-static SOURCE: Source = source!("rows/fill/fill.cu");
+static SOURCE: Source = source!("rows/fill/fill.cu").takes::<FillArgs>();
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("fill");
 
 #[repr(C)]
-#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct FillArgs {
+    #[points_to(u8)]
     x: DevicePtr,
     /// The element, repeated to 8 bytes.
-    pattern: [u8; 8],
+    pattern: u64,
     stride_bytes: i64,
     row_bytes: i64,
 }
@@ -52,7 +52,12 @@ pub fn fill<T: Element>(cx: &mut OpStream, x: &Tensor, value: T) -> Result<()> {
     CHECK.dtype("x", x, T::DTYPE)?;
     let mut pattern = [0; 8];
     pattern.chunks_mut(size_of::<T>()).for_each(|bytes| bytes.copy_from_slice(bytemuck::bytes_of(&value)));
-    let args = FillArgs { x: cx.addr(x)?, pattern, stride_bytes: row_stride_bytes(x), row_bytes: row_bytes(x) };
+    let args = FillArgs {
+        x: cx.addr(x)?,
+        pattern: u64::from_ne_bytes(pattern),
+        stride_bytes: row_stride_bytes(x),
+        row_bytes: row_bytes(x),
+    };
     cx.launch(&FILL, CHECK.blocks_per_row(x)?, args)
 }
 

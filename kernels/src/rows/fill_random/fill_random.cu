@@ -1,13 +1,6 @@
 // Threads stride over all elements. Host reference: host.rs; shapes and geometry: mod.rs.
+#include "args.cuh"
 #include "random.cuh"
-
-struct FillRandomArgs {
-    void* x;
-    i64 elements;
-    u64 key;
-    float mean;
-    float scale;
-};
 
 template <typename T> BCG_DEVICE void fill_random(const FillRandomArgs& a) {
     T* x = (T*)a.x;

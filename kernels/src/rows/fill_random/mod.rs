@@ -2,15 +2,14 @@
 
 mod host;
 
-use bcg_runtime::{DevicePtr, Dims, OpStream, Result, Source, Tensor};
-use bytemuck::{AnyBitPattern, NoUninit};
+use bcg_runtime::{DevicePtr, Dims, KernelArgs, OpStream, Result, Source, Tensor};
 
 use crate::check::Check;
 use crate::float::{PerFloat, per_float};
 use crate::random::{GOLDEN, mix};
 use host::host;
 
-static SOURCE: Source = source!("rows/fill_random/fill_random.cu");
+static SOURCE: Source = source!("rows/fill_random/fill_random.cu").takes::<FillRandomArgs>();
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("fill_random");
@@ -23,7 +22,7 @@ const THREADS: u32 = 256;
 const BLOCKS_MAX: usize = 8192;
 
 #[repr(C)]
-#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct FillRandomArgs {
     x: DevicePtr,
     elements: i64,

@@ -1,14 +1,6 @@
 // One output row for each block in x. Host reference: host.rs; shapes and geometry: mod.rs.
+#include "args.cuh"
 #include "bcg.cuh"
-
-struct GatherRowsArgs {
-    const u8* x;
-    const i32* index;
-    u8* out;
-    i64 x_stride_bytes;
-    i64 row_bytes;
-    i64 x_rows;
-};
 
 extern "C" __global__ void gather_rows(GatherRowsArgs a) {
     wait_for_inputs();

@@ -2,22 +2,24 @@
 
 mod host;
 
-use bcg_runtime::{DType, DevicePtr, Kernel, OpStream, Result, Source, Tensor};
-use bytemuck::{AnyBitPattern, NoUninit};
+use bcg_runtime::{DType, DevicePtr, Kernel, KernelArgs, OpStream, Result, Source, Tensor};
 
 use crate::check::{Check, row_bytes, row_stride_bytes};
 use host::host;
 
-static SOURCE: Source = source!("rows/gather_rows/gather_rows.cu");
+static SOURCE: Source = source!("rows/gather_rows/gather_rows.cu").takes::<GatherRowsArgs>();
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("gather_rows");
 
 #[repr(C)]
-#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct GatherRowsArgs {
+    #[points_to(const u8)]
     x: DevicePtr,
+    #[points_to(const i32)]
     index: DevicePtr,
+    #[points_to(u8)]
     out: DevicePtr,
     x_stride_bytes: i64,
     row_bytes: i64,

@@ -3,24 +3,27 @@
 
 mod host;
 
-use bcg_runtime::{DType, DevicePtr, Dims, Kernel, OpStream, Result, Source, Tensor};
-use bytemuck::{AnyBitPattern, NoUninit};
+use bcg_runtime::{DType, DevicePtr, Dims, Kernel, KernelArgs, OpStream, Result, Source, Tensor};
 
 use crate::check::Check;
 use host::host;
 
-static SOURCE: Source = source!("rows/unpack_inputs/unpack_inputs.cu");
+static SOURCE: Source = source!("rows/unpack_inputs/unpack_inputs.cu").takes::<UnpackInputsArgs>();
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("unpack_inputs");
 const BLOCK: u32 = 256;
 
 #[repr(C)]
-#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct UnpackInputsArgs {
+    #[points_to(i32)]
     tokens: DevicePtr,
+    #[points_to(const i32)]
     chosen: DevicePtr,
+    #[points_to(const i32)]
     packed: DevicePtr,
+    #[points_to(i32)]
     page_table: DevicePtr,
     table_stride: i64,
     rows: u32,

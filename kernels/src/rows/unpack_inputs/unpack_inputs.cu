@@ -1,17 +1,6 @@
 // One token and one page number for each thread. Host reference: host.rs; shapes and geometry: mod.rs.
+#include "args.cuh"
 #include "bcg.cuh"
-
-struct UnpackInputsArgs {
-    i32* tokens;
-    const i32* chosen;
-    const i32* packed;
-    i32* page_table;
-    i64 table_stride;
-    u32 rows;
-    u32 num_chosen;
-    u32 sequences;
-    u32 width;
-};
 
 extern "C" __global__ void unpack_inputs(UnpackInputsArgs a) {
     wait_for_inputs();

@@ -1,25 +1,7 @@
 // A thread for some neighbouring channels and rows: it slides down its rows with the K - 1 inputs before in registers.
 // Host reference: host.rs; shapes and geometry: mod.rs.
+#include "args.cuh"
 #include "silu.cuh"
-
-struct CausalConv1dArgs {
-    const void* x;
-    const void* weight;
-    const void* bias;  // null for none
-    void* state;
-    const i32* read;
-    const i32* write;
-    const i32* cu_seqlens_q;  // null: each row is a sequence of its own
-    void* out;
-    i64 x_stride;
-    i64 slot_stride;  // elements from one state to the next
-    u32 rows;
-    u32 channels;
-    u32 sequences;
-    u32 slots;
-    u32 kernel;
-    u32 tile_rows;  // rows of a thread
-};
 
 constexpr u32 AHEAD = 3;  // rows that a thread has on their way
 
@@ -55,9 +37,9 @@ template <u32 PAST, bool WIDE, typename T>
 BCG_DEVICE void load_past(Pack<T> (&past)[PAST], const CausalConv1dArgs& a, const Sequence& s, u32 t, u32 channel) {
     constexpr u32 LEN = Pack<T>::LEN;
     u32 seen = t - s.first;
-    i32 slot = a.read[s.idx];
+    i32 slot = a.slots.read[s.idx];
     Pack<T> state[PAST] = {};
-    if (seen < PAST && slot >= 0 && (u32)slot < a.slots) {
+    if (seen < PAST && slot >= 0 && (u32)slot < a.num_slots) {
         const T* from = (const T*)a.state + slot * a.slot_stride;
 #pragma unroll
         for (u32 i = 0; i < PAST; i++) state[i] = load_pack<WIDE>(from, channel * PAST + i * LEN, a.channels * PAST);
@@ -82,8 +64,8 @@ BCG_DEVICE void load_past(Pack<T> (&past)[PAST], const CausalConv1dArgs& a, cons
 template <u32 PAST, bool WIDE, typename T>
 BCG_DEVICE void store_past(const Pack<T> (&past)[PAST], const CausalConv1dArgs& a, const Sequence& s, u32 channel) {
     constexpr u32 LEN = Pack<T>::LEN;
-    i32 slot = a.write[s.idx];
-    if (slot < 0 || (u32)slot >= a.slots) return;
+    i32 slot = a.slots.write[s.idx];
+    if (slot < 0 || (u32)slot >= a.num_slots) return;
     T* to = (T*)a.state + slot * a.slot_stride;
 #pragma unroll
     for (u32 p = 0; p < PAST; p++) {

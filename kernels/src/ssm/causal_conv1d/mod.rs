@@ -2,36 +2,40 @@
 
 mod host;
 
-use bcg_runtime::{DType, DevicePtr, Dims, OpStream, Result, Source, Tensor};
-use bytemuck::{AnyBitPattern, NoUninit};
+use bcg_runtime::{DType, DevicePtr, Dims, KernelArgs, OpStream, Result, Source, Tensor};
 
 use super::state_slots::{StateSlots, StateSlotsArgs, check_slots};
 use crate::check::Check;
 use crate::float::{PerFloat, pack_len, per_float};
 use host::host;
 
-static SOURCE: Source = source!("ssm/causal_conv1d/causal_conv1d.cu");
+static SOURCE: Source = source!("ssm/causal_conv1d/causal_conv1d.cu").takes::<CausalConv1dArgs>();
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("causal_conv1d");
 
 #[repr(C)]
-#[derive(Clone, Copy, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, KernelArgs)]
 struct CausalConv1dArgs {
     x: DevicePtr,
     weight: DevicePtr,
+    /// Null for none.
     bias: DevicePtr,
     state: DevicePtr,
     slots: StateSlotsArgs,
+    /// Null: each row is a sequence of its own.
+    #[points_to(const i32)]
     cu_seqlens_q: DevicePtr,
     out: DevicePtr,
     x_stride: i64,
+    /// Elements from one state to the next.
     slot_stride: i64,
     rows: u32,
     channels: u32,
     sequences: u32,
     num_slots: u32,
     kernel: u32,
+    /// Rows of a thread.
     tile_rows: u32,
 }
 

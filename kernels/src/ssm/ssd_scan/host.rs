@@ -58,7 +58,7 @@ impl SsmArgs {
     fn state<'m, S: Float>(&self, memory: &HostMemory<'m>, slot: usize, head: usize) -> Result<&'m [Cell<S>]> {
         let len = self.head_dim as usize * self.state_size as usize;
         let first = slot * self.slot_stride as usize + head * len;
-        memory.view(self.state.offset_bytes(first * size_of::<S>()), len)
+        memory.view_at(self.state, first, len)
     }
 
     /// Takes a head's state over one token, and writes what it gives.

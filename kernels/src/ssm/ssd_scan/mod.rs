@@ -4,8 +4,7 @@
 mod host;
 mod tiled;
 
-use bcg_runtime::{DType, Device, DevicePtr, Dims, Kernel, OpStream, Result, Source, Tensor};
-use bytemuck::{AnyBitPattern, NoUninit};
+use bcg_runtime::{DType, Device, DevicePtr, Dims, Kernel, KernelArgs, OpStream, Result, Source, Tensor};
 
 use crate::check::Check;
 use crate::float::{PerFloat, per_float};
@@ -14,7 +13,7 @@ pub(super) use host::{host_bf16, host_f32};
 
 use super::state_slots::{StateSlots, StateSlotsArgs, check_slots};
 
-static PORTABLE_SOURCE: Source = source!("ssm/ssd_scan/portable.cu");
+static PORTABLE_SOURCE: Source = source!("ssm/ssd_scan/portable.cu").takes::<SsmArgs>();
 pub(super) const SOURCES: &[&Source] = &[&PORTABLE_SOURCE, &tiled::SOURCE];
 
 const CHECK: Check = Check::new("ssd_scan");
@@ -25,9 +24,9 @@ const WARP_ROWS: usize = 4;
 const STATE_SIZE_MAX: usize = 256;
 const WARPS: usize = 8;
 
-/// The arguments of [`ssd_scan()`] and of [`ssm_update()`](crate::ssm_update()); CUDA twin: `kernels/include/ssm.cuh`.
+/// The arguments of [`ssd_scan()`] and of [`ssm_update()`](crate::ssm_update()).
 #[repr(C)]
-#[derive(Clone, Copy, Debug, NoUninit, AnyBitPattern)]
+#[derive(Clone, Copy, Debug, KernelArgs)]
 pub(super) struct SsmArgs {
     pub(super) x: DevicePtr,
     pub(super) b: DevicePtr,
@@ -39,6 +38,7 @@ pub(super) struct SsmArgs {
     pub(super) state: DevicePtr,
     pub(super) slots: StateSlotsArgs,
     /// Null where each row is a sequence of its own.
+    #[points_to(const i32)]
     pub(super) cu_seqlens_q: DevicePtr,
     pub(super) out: DevicePtr,
     pub(super) x_stride: i64,

@@ -35,8 +35,8 @@ template <typename T, typename S> BCG_DEVICE void scan_item(const SsmArgs& a, u3
     if (first >= end) return;
     u32 lane = threadIdx.x % 32;
     SsmHead params = load_head<T>(a, head);
-    const S* before = state_of<S>(a, a.read[sequence], head);
-    S* after = state_of<S>(a, a.write[sequence], head);
+    const S* before = state_of<S>(a, a.slots.read[sequence], head);
+    S* after = state_of<S>(a, a.slots.write[sequence], head);
     float h[ROWS][COLUMNS];
 #pragma unroll
     for (u32 r = 0; r < ROWS; r++)

@@ -155,7 +155,7 @@ template <typename S, u32 N> struct Scan {
     BCG_DEVICE void enter(Place& p) const {
         for (; is_there(p); p.sequence++, p.head = 0) {
             p.first = p.row = start(p.sequence), p.end = start(p.sequence + 1);
-            p.read = a.read[p.sequence], p.write = a.write[p.sequence];
+            p.read = a.slots.read[p.sequence], p.write = a.slots.write[p.sequence];
             if (p.first < p.end) return;
         }
     }

@@ -13,7 +13,7 @@ use super::host::{host_bf16, host_f32};
 use super::{SsmArgs, SsmInputs};
 use crate::arch::is_large;
 
-pub(super) static SOURCE: Source = source!("ssm/ssd_scan/tiled.cu");
+pub(super) static SOURCE: Source = source!("ssm/ssd_scan/tiled.cu").takes::<SsmArgs>();
 
 /// P that the kernels are made for.
 const HEAD_DIM: usize = 64;

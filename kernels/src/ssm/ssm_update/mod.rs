@@ -2,11 +2,11 @@
 
 use bcg_runtime::{Dims, OpStream, Result, Source, Tensor};
 
-use super::ssd_scan::{PerState, SsmInputs, host_bf16, host_f32};
+use super::ssd_scan::{PerState, SsmArgs, SsmInputs, host_bf16, host_f32};
 use crate::check::Check;
 use crate::float::per_float;
 
-static SOURCE: Source = source!("ssm/ssm_update/ssm_update.cu");
+static SOURCE: Source = source!("ssm/ssm_update/ssm_update.cu").takes::<SsmArgs>();
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("ssm_update");

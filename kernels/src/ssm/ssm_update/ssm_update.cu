@@ -19,8 +19,8 @@ template <typename T, typename S, bool WIDE> BCG_DEVICE void ssm_update(const Ss
     SsmHead params = load_head<T>(a, head);
     wait_for_inputs();
     release_dependents();
-    const S* before = state_of<S>(a, a.read[t], head);
-    S* after = state_of<S>(a, a.write[t], head);
+    const S* before = state_of<S>(a, a.slots.read[t], head);
+    S* after = state_of<S>(a, a.slots.write[t], head);
     const T* x = (const T*)a.x + (i64)t * a.x_stride + (i64)head * a.head_dim;
     const T* b = (const T*)a.b + (i64)t * a.b_stride + (i64)group * a.state_size;
     const T* c = (const T*)a.c + (i64)t * a.c_stride + (i64)group * a.state_size;
