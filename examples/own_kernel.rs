@@ -2,8 +2,8 @@
 //! `cargo run -p bcg-examples --bin own_kernel`.
 
 use bcg_runtime::{
-    BreakableCudaGraph, Context, Device, DevicePtr, Dims, Eager, Kernel, KernelArgs, LiveBatch, Result, Runner,
-    RunnerOptions, Source, Tensor, eager_on_graph,
+    BreakableCudaGraph, Context, Device, DevicePtr, Dims, Eager, HostMemory, Kernel, KernelArgs, LiveBatch, Result,
+    Runner, RunnerOptions, Source, Tensor, eager_on_graph,
 };
 
 // 1. The kernel: its arguments, its CUDA source, its host reference.
@@ -28,10 +28,13 @@ extern "C" __global__ void scale(ScaleArgs a) {
 )
 .takes::<ScaleArgs>();
 
-static SCALE: Kernel<ScaleArgs> = Kernel::new("scale", &SOURCE, |a, _, memory| {
+fn scale_on_host(a: &ScaleArgs, _: &Dims, memory: &HostMemory<'_>) -> Result<()> {
     let x = memory.load::<f32>(a.x, a.len as usize)?;
     memory.store(a.out, &x.iter().map(|x| x * a.factor).collect::<Vec<_>>())
-});
+}
+
+// SAFETY: `scale`, the only function that launches it, gives two tensors of `len` elements; no thread goes beyond `len`.
+static SCALE: Kernel<ScaleArgs> = unsafe { Kernel::new("scale", &SOURCE, scale_on_host) };
 
 // 2. The break: its factor is a live value, so it is read anew in each run.
 struct Batch {

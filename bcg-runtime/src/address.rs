@@ -1,14 +1,17 @@
 //! Addresses of device memory.
 
-/// An address in a device's memory.
+/// An address in a device's memory, which [`OpStream::addr`](crate::OpStream::addr) gives.
+///
+/// Safe code can neither make one from a number nor move one, so the arguments of a kernel hold addresses of tensors, or
+/// none. What lies further on is reached by a view of the tensor, by the kernel's own arithmetic, and in a host reference by
+/// [`HostMemory::view_at`](crate::HostMemory::view_at).
 ///
 /// # Example
 /// ```
 /// use bcg_runtime::DevicePtr;
 /// assert!(DevicePtr::NULL.is_null());
-/// assert_eq!(DevicePtr::NULL.offset_bytes(16).as_u64(), 16);
 /// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, bytemuck::Pod, bytemuck::Zeroable)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(transparent)]
 pub struct DevicePtr(pub(crate) u64);
 
@@ -17,7 +20,7 @@ impl DevicePtr {
     pub const NULL: Self = Self(0);
 
     /// Returns the address `bytes` further on.
-    pub const fn offset_bytes(self, bytes: usize) -> Self {
+    pub(crate) const fn offset_bytes(self, bytes: usize) -> Self {
         Self(self.0 + bytes as u64)
     }
 

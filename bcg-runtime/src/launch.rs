@@ -74,7 +74,7 @@ pub type HostFn<A> = fn(&A, &Dims, &HostMemory<'_>) -> Result<()>;
 ///
 /// # Example
 /// ```
-/// use bcg_runtime::{Device, DevicePtr, Dims, Kernel, KernelArgs, Runner, RunnerOptions, Source};
+/// use bcg_runtime::{Device, DevicePtr, Dims, HostMemory, Kernel, KernelArgs, Result, Runner, RunnerOptions, Source};
 ///
 /// #[repr(C)]
 /// #[derive(Clone, Copy, KernelArgs)]
@@ -93,12 +93,15 @@ pub type HostFn<A> = fn(&A, &Dims, &HostMemory<'_>) -> Result<()>;
 ///     if (i < a.len) a.out[i] = 2.0f * a.x[i];
 /// }"#).takes::<DoubleArgs>();
 ///
-/// static DOUBLE: Kernel<DoubleArgs> = Kernel::new("double_f32", &SOURCE, |a, _, memory| {
+/// fn host(a: &DoubleArgs, _: &Dims, memory: &HostMemory<'_>) -> Result<()> {
 ///     let x = memory.view::<f32>(a.x, a.len as usize)?;
 ///     let out = memory.view::<f32>(a.out, a.len as usize)?;
 ///     out.iter().zip(x).for_each(|(o, x)| o.set(2.0 * x.get()));
 ///     Ok(())
-/// });
+/// }
+///
+/// // SAFETY: the only launch, below, gives two tensors of `len` elements; no thread goes beyond `len`.
+/// static DOUBLE: Kernel<DoubleArgs> = unsafe { Kernel::new("double_f32", &SOURCE, host) };
 ///
 /// let device = Device::host();
 /// let mut runner = Runner::new(&device, RunnerOptions::default())?;
@@ -123,12 +126,21 @@ pub struct Kernel<A: KernelArgs> {
 impl<A: KernelArgs> Kernel<A> {
     /// Names a kernel by its `extern "C"` entry point, its CUDA source and its host reference.
     ///
+    /// A launch is safe code, so the declaration of a kernel is the promise that all its launches rest on: write a
+    /// `// SAFETY:` comment that names the checks it rests on, and keep the kernel private to the code that makes them.
+    ///
+    /// # Safety
+    /// - The CUDA source touches only memory that its arguments give it, within what the shapes allow that the code which
+    ///   launches it has checked, whatever the contents of that memory.
+    /// - If the kernel is [`programmatic`](Self::programmatic), no thread touches that memory before it has waited.
+    /// - `host` writes what the source writes, and nothing else.
+    ///
     /// # Panics
     /// At compile time, in a `static`, if `source` does not list `A`; see [`Source::takes`].
-    pub const fn new(name: &'static str, source: &'static Source, host: HostFn<A>) -> Self {
+    pub const unsafe fn new(name: &'static str, source: &'static Source, host: HostFn<A>) -> Self {
         const { assert!(size_of::<A>() <= ARG_BYTES_MAX, "the argument struct is larger than ARG_BYTES_MAX") }
         assert!(
-            A::STRUCT.fields.is_empty() || source.lists(A::STRUCT),
+            source.lists(A::STRUCT),
             "the source does not list this kernel's argument struct: add `.takes::<A>()` to the `Source`"
         );
         Self { name, source, host, id: KernelId::new(), is_programmatic: false }
@@ -299,7 +311,8 @@ mod tests {
     }
 
     static SOURCE: Source = Source::new("nop.cu", "").takes::<NopArgs>();
-    static NOP: Kernel<NopArgs> = Kernel::new("nop", &SOURCE, |_, _, _| Ok(()));
+    // SAFETY: the source has no kernel, and the host reference does nothing.
+    static NOP: Kernel<NopArgs> = unsafe { Kernel::new("nop", &SOURCE, |_, _, _| Ok(())) };
 
     #[test]
     fn a_launch_holds_the_bytes_of_its_arguments() {

@@ -91,8 +91,10 @@ mod tests {
     }
 
     static SOURCE: Source = Source::new("nop.cu", "").takes::<OpArgs>();
-    static A: Kernel<OpArgs> = Kernel::new("a", &SOURCE, |_, _, _| Ok(()));
-    static B: Kernel<OpArgs> = Kernel::new("b", &SOURCE, |_, _, _| Ok(()));
+    // SAFETY: the source has no kernel, and the host reference does nothing.
+    static A: Kernel<OpArgs> = unsafe { Kernel::new("a", &SOURCE, |_, _, _| Ok(())) };
+    // SAFETY: as above.
+    static B: Kernel<OpArgs> = unsafe { Kernel::new("b", &SOURCE, |_, _, _| Ok(())) };
 
     fn launch(kernel: &'static Kernel<OpArgs>, blocks: u32, value: u32) -> Op {
         Op::Launch(Launch::new(kernel, Dims::linear(blocks, 32), &OpArgs { value }))

@@ -21,7 +21,9 @@ struct ScrubTailArgs {
 pub(crate) static SOURCE: Source =
     Source::new("scrub_tail.cu", include_str!("../cuda/scrub_tail.cu")).takes::<ScrubTailArgs>();
 
-static SCRUB_TAIL: Kernel<ScrubTailArgs> = Kernel::new("scrub_tail", &SOURCE, host).programmatic();
+// SAFETY: `scrub_rows`, the only launch, gets address, rows and bytes of one tensor or one bridge; the source writes
+// `row_bytes` of rows below `rows`, after `wait_for_inputs`, as `host` does.
+static SCRUB_TAIL: Kernel<ScrubTailArgs> = unsafe { Kernel::new("scrub_tail", &SOURCE, host) }.programmatic();
 
 /// Blocks of a launch at most: they take rows in turn.
 const BLOCKS_MAX: usize = 256;

@@ -7,8 +7,8 @@ use std::cell::Cell;
 
 use anyhow::{Result, ensure};
 use bcg_runtime::{
-    BreakableCudaGraph, Context, DType, Device, DevicePtr, Dims, Eager, Kernel, KernelArgs, LiveBatch, OpStream,
-    ReplayMode, ReplayPath, Runner, RunnerOptions, Source, Tensor, eager_on_graph,
+    BreakableCudaGraph, Context, DType, Device, DevicePtr, Dims, Eager, HostMemory, Kernel, KernelArgs, LiveBatch,
+    OpStream, ReplayMode, ReplayPath, Runner, RunnerOptions, Source, Tensor, eager_on_graph,
 };
 
 use crate::turns::Contestant;
@@ -81,12 +81,15 @@ impl Tag {
     }
 }
 
-static ADD_ONE: Kernel<AddOneArgs> = Kernel::new("add_one", &SOURCE, |args, _, memory| {
+fn host(args: &AddOneArgs, _: &Dims, memory: &HostMemory<'_>) -> bcg_runtime::Result<()> {
     let x = memory.view::<f32>(args.x, ELEMENTS)?;
     let out = memory.view::<f32>(args.out, ELEMENTS)?;
     out.iter().zip(x).for_each(|(out, x): (&Cell<f32>, &Cell<f32>)| out.set(x.get() + 1.0));
     Ok(())
-});
+}
+
+// SAFETY: `add_one`, the only launch, gives two tensors of `ELEMENTS` elements, and `len` is as many.
+static ADD_ONE: Kernel<AddOneArgs> = unsafe { Kernel::new("add_one", &SOURCE, host) };
 
 fn add_one(cx: &mut OpStream, out: &Tensor, x: &Tensor, Tag(tag): Tag) -> bcg_runtime::Result<()> {
     let args = AddOneArgs { x: cx.addr(x)?, out: cx.addr(out)?, len: ELEMENTS as u64, tag };

@@ -73,12 +73,17 @@ impl<A: KernelArgs> PerFloat<A> {
 }
 
 /// Names the kernels `<name>_bf16`, `<name>_f16` and `<name>_f32` of a source, with one generic host reference.
+///
+/// Each use is a promise about the source, as `Kernel::new` is, and says what it rests on.
 macro_rules! per_float {
     ($name:literal, $source:expr, $host:ident) => {
-        $crate::float::PerFloat {
-            bf16: bcg_runtime::Kernel::new(concat!($name, "_bf16"), &$source, $host::<half::bf16>),
-            f16: bcg_runtime::Kernel::new(concat!($name, "_f16"), &$source, $host::<half::f16>),
-            f32: bcg_runtime::Kernel::new(concat!($name, "_f32"), &$source, $host::<f32>),
+        // SAFETY: the comment at the use of this macro names the checks.
+        unsafe {
+            $crate::float::PerFloat {
+                bf16: bcg_runtime::Kernel::new(concat!($name, "_bf16"), &$source, $host::<half::bf16>),
+                f16: bcg_runtime::Kernel::new(concat!($name, "_f16"), &$source, $host::<half::f16>),
+                f32: bcg_runtime::Kernel::new(concat!($name, "_f32"), &$source, $host::<f32>),
+            }
         }
     };
 }

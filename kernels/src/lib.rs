@@ -24,8 +24,6 @@
 //! state size, G groups of heads, K kernel of the convolution; in latent attention H heads, L latent, R rotated part, Dn
 //! the other part of queries and keys, Dv values.
 
-#![forbid(unsafe_code)]
-
 #[macro_use]
 mod sources;
 

@@ -21,14 +21,21 @@ const BANNED_NAMES: &[&str] = &["util", "utils", "helper", "helpers", "misc", "c
 
 /// Where unsafe code may be; each place has its reason.
 const UNSAFE_PLACES: &[&str] = &[
-    "bcg-runtime/src/device/",         // the drivers, cuBLASLt, the host device
-    "bcg-runtime/src/arena/",          // graph memory
-    "bcg-runtime/src/launch.rs",       // argument structs as bytes
-    "bcg-macros/src/kernel_args.rs",   // what a derive writes
-    "bcg-runtime/src/compile/",        // loads CUDA's libraries, binds the compiler
-    "bcg-models/src/weights/files.rs", // maps the header of checkpoint files
-    "benches/src/raw.rs",              // raw driver calls to compare with
-    "tests/src/allocations.rs",        // counts allocations
+    "bcg-runtime/src/device/",          // the drivers, cuBLASLt, the host device
+    "bcg-runtime/src/arena/",           // graph memory
+    "bcg-runtime/src/launch.rs",        // argument structs as bytes
+    "bcg-runtime/src/op.rs",            // declares kernels in its tests
+    "bcg-runtime/src/scrub.rs",         // declares a kernel
+    "examples/own_kernel.rs",           // declares a kernel
+    "kernels/src/",                     // declare kernels
+    "tests/src/conformance/kernels.rs", // declares kernels
+    "tests/src/random/kernels.rs",      // declares kernels
+    "benches/src/program.rs",           // declares a kernel
+    "bcg-macros/src/kernel_args.rs",    // what a derive writes
+    "bcg-runtime/src/compile/",         // loads CUDA's libraries, binds the compiler
+    "bcg-models/src/weights/files.rs",  // maps the header of checkpoint files
+    "benches/src/raw.rs",               // raw driver calls to compare with
+    "tests/src/allocations.rs",         // counts allocations
 ];
 
 /// Folders whose Rust files are examples of what must not compile.

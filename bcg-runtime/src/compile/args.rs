@@ -172,14 +172,9 @@ unsafe impl<T: ArgValue, const N: usize> ArgValue for [T; N] {
     message = "`{Self}` is not a kernel's argument struct",
     note = "put `#[repr(C)]` and `#[derive(Clone, Copy, KernelArgs)]` on a struct of the arguments"
 )]
-pub unsafe trait KernelArgs: Copy + Send + Sync + 'static {
+pub unsafe trait KernelArgs: ArgValue {
     /// The struct, as CUDA declares it.
     const STRUCT: &'static ArgStruct;
-}
-
-// SAFETY: by bytemuck's traits the type has no padding, and any bytes are valid.
-unsafe impl<A: bytemuck::NoUninit + bytemuck::AnyBitPattern + Send + Sync + 'static> KernelArgs for A {
-    const STRUCT: &'static ArgStruct = &ArgStruct { name: "", bytes: size_of::<A>(), fields: &[] };
 }
 
 /// What C calls a number, or `void`, of Rust.

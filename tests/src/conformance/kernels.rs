@@ -2,7 +2,7 @@
 //!
 //! Matrices are `[T, C]` in f32, rows `stride` elements apart; a vector counts as one row.
 
-use bcg_runtime::{DType, DevicePtr, Dims, Kernel, KernelArgs, OpStream, Result, Source, Tensor};
+use bcg_runtime::{DType, DevicePtr, Dims, HostFn, Kernel, KernelArgs, OpStream, Result, Source, Tensor};
 
 static SOURCE: Source = Source::new(
     "conformance.cu",
@@ -85,6 +85,14 @@ extern "C" __global__ void copy_index(CopyIndexArgs a) {
 
 const BLOCK: u32 = 128;
 
+/// Declares a kernel of [`SOURCE`].
+const fn kernel<A: KernelArgs>(name: &'static str, host: HostFn<A>) -> Kernel<A> {
+    // SAFETY: each function below that launches one gives it rows, columns and strides of the tensors whose addresses it
+    // gives, and no thread goes beyond them. `read_beyond` does on purpose: a rule sees it refused on the host device, and
+    // asks no GPU for more than an element of its own memory.
+    unsafe { Kernel::new(name, &SOURCE, host) }
+}
+
 /// Returns rows, columns and stride of a matrix; a vector is one row, and inner dimensions are columns.
 fn matrix(x: &Tensor) -> (u64, u64, u64) {
     let rows = if x.rank() == 1 { 1 } else { x.dim(0) };
@@ -111,7 +119,7 @@ struct AxpyArgs {
     pad: u32,
 }
 
-static AXPY: Kernel<AxpyArgs> = Kernel::new("axpy", &SOURCE, |a, _, memory| {
+static AXPY: Kernel<AxpyArgs> = kernel("axpy", |a, _, memory| {
     for t in 0..a.rows as usize {
         let row = |ptr: DevicePtr, stride: u64| memory.view_at::<f32>(ptr, t * stride as usize, a.cols as usize);
         let (x, y, out) = (row(a.x, a.x_stride)?, row(a.y, a.y_stride)?, row(a.out, a.out_stride)?);
@@ -150,7 +158,7 @@ struct AddIndexArgs {
     out_stride: u64,
 }
 
-static ADD_INDEX: Kernel<AddIndexArgs> = Kernel::new("add_index", &SOURCE, |a, _, memory| {
+static ADD_INDEX: Kernel<AddIndexArgs> = kernel("add_index", |a, _, memory| {
     for t in 0..a.rows as usize {
         let x = memory.view_at::<f32>(a.x, t * a.x_stride as usize, a.cols as usize)?;
         let out = memory.view_at::<f32>(a.out, t * a.out_stride as usize, a.cols as usize)?;
@@ -183,7 +191,7 @@ struct CountArgs {
     cell: DevicePtr,
 }
 
-static COUNT: Kernel<CountArgs> = Kernel::new("count", &SOURCE, |a, _, memory| {
+static COUNT: Kernel<CountArgs> = kernel("count", |a, _, memory| {
     let cell = &memory.view::<i32>(a.cell, 1)?[0];
     cell.set(cell.get() + 1);
     Ok(())
@@ -205,7 +213,7 @@ struct ReadBeyondArgs {
     offset: u64,
 }
 
-static READ_BEYOND: Kernel<ReadBeyondArgs> = Kernel::new("read_beyond", &SOURCE, |a, _, memory| {
+static READ_BEYOND: Kernel<ReadBeyondArgs> = kernel("read_beyond", |a, _, memory| {
     let value = memory.view_at::<f32>(a.x, a.offset as usize, 1)?[0].get();
     memory.store(a.out, &[value])
 });
@@ -236,7 +244,7 @@ impl ColumnArgs {
     }
 }
 
-static COLUMN_SUM: Kernel<ColumnArgs> = Kernel::new("column_sum", &SOURCE, |a, _, memory| {
+static COLUMN_SUM: Kernel<ColumnArgs> = kernel("column_sum", |a, _, memory| {
     let cols = a.cols as usize;
     let x = memory.view::<f32>(a.x, a.rows as usize * cols)?;
     let out = memory.view::<f32>(a.out, cols)?;
@@ -256,7 +264,7 @@ pub fn column_sum(cx: &mut OpStream, x: &Tensor) -> Result<Tensor> {
     Ok(out)
 }
 
-static REVERSE_SCAN: Kernel<ColumnArgs> = Kernel::new("reverse_scan", &SOURCE, |a, _, memory| {
+static REVERSE_SCAN: Kernel<ColumnArgs> = kernel("reverse_scan", |a, _, memory| {
     let (rows, cols) = (a.rows as usize, a.cols as usize);
     let x = memory.view::<f32>(a.x, rows * cols)?;
     let out = memory.view::<f32>(a.out, rows * cols)?;
@@ -281,7 +289,7 @@ pub fn reverse_scan(cx: &mut OpStream, x: &Tensor) -> Result<Tensor> {
     Ok(out)
 }
 
-static ROUTE: Kernel<ColumnArgs> = Kernel::new("route", &SOURCE, |a, _, memory| {
+static ROUTE: Kernel<ColumnArgs> = kernel("route", |a, _, memory| {
     let keys = memory.view::<f32>(a.x, a.rows as usize)?;
     let counts = memory.view::<i32>(a.out, a.cols as usize)?;
     let valid = a.valid(memory)?;
@@ -313,7 +321,7 @@ struct CopyIndexArgs {
     out_len: u64,
 }
 
-static COPY_INDEX: Kernel<CopyIndexArgs> = Kernel::new("copy_index", &SOURCE, |a, _, memory| {
+static COPY_INDEX: Kernel<CopyIndexArgs> = kernel("copy_index", |a, _, memory| {
     let x = memory.view::<f32>(a.x, a.len as usize)?;
     let index = memory.view::<i32>(a.index, a.out_len as usize)?;
     let out = memory.view::<f32>(a.out, a.out_len as usize)?;
@@ -340,7 +348,7 @@ struct GeometryArgs {
     len: u64,
 }
 
-static GEOMETRY: Kernel<GeometryArgs> = Kernel::new("geometry", &SOURCE, |a, dims, memory| {
+static GEOMETRY: Kernel<GeometryArgs> = kernel("geometry", |a, dims, memory| {
     let value = dims.grid[0] * 100_000 + dims.block[0] * 100 + dims.shared_bytes / 1024;
     let out = memory.view::<f32>(a.out, a.len as usize)?;
     out.iter().take(dims.grid[0] as usize).for_each(|out| out.set(value as f32));

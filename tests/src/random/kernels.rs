@@ -1,6 +1,6 @@
 //! The kernels of random programs: wrapping i32 arithmetic on row-sliced matrices, so that every device agrees bit for bit.
 
-use bcg_runtime::{DevicePtr, Dims, HostMemory, Kernel, KernelArgs, OpStream, Result, Source, Tensor};
+use bcg_runtime::{DevicePtr, Dims, HostFn, HostMemory, Kernel, KernelArgs, OpStream, Result, Source, Tensor};
 
 static SOURCE: Source = Source::new(
     "random.cu",
@@ -61,6 +61,13 @@ extern "C" __global__ void scan_rows(Args k) {
 
 const BLOCK: u32 = 64;
 
+/// Declares a kernel of [`SOURCE`].
+const fn kernel(name: &'static str, host: HostFn<Args>) -> Kernel<Args> {
+    // SAFETY: `args`, below, makes the arguments of every launch: rows, columns and strides of the tensors whose addresses it
+    // gives. No thread goes beyond them.
+    unsafe { Kernel::new(name, &SOURCE, host) }
+}
+
 #[repr(C)]
 #[derive(Clone, Copy, KernelArgs)]
 struct Args {
@@ -108,7 +115,7 @@ impl Args {
     }
 }
 
-static MIX: Kernel<Args> = Kernel::new("mix", &SOURCE, |k, _, memory| {
+static MIX: Kernel<Args> = kernel("mix", |k, _, memory| {
     for t in 0..k.rows as usize {
         let (x, y, out) = (k.x(memory, t)?, k.y(memory, t, k.cols as usize)?, k.out(memory, t)?);
         for c in 0..out.len() {
@@ -119,7 +126,7 @@ static MIX: Kernel<Args> = Kernel::new("mix", &SOURCE, |k, _, memory| {
     Ok(())
 });
 
-static GATHER: Kernel<Args> = Kernel::new("gather", &SOURCE, |k, _, memory| {
+static GATHER: Kernel<Args> = kernel("gather", |k, _, memory| {
     for t in 0..k.rows as usize {
         let from = k.y(memory, t, 1)?[0].get() as u32 % k.x_rows as u32;
         let (x, out) = (k.x(memory, from as usize)?, k.out(memory, t)?);
@@ -128,7 +135,7 @@ static GATHER: Kernel<Args> = Kernel::new("gather", &SOURCE, |k, _, memory| {
     Ok(())
 });
 
-static ADD_ROW: Kernel<Args> = Kernel::new("add_row", &SOURCE, |k, _, memory| {
+static ADD_ROW: Kernel<Args> = kernel("add_row", |k, _, memory| {
     let y = k.y(memory, 0, k.cols as usize)?;
     for t in 0..k.rows as usize {
         let (x, out) = (k.x(memory, t)?, k.out(memory, t)?);
@@ -139,7 +146,7 @@ static ADD_ROW: Kernel<Args> = Kernel::new("add_row", &SOURCE, |k, _, memory| {
     Ok(())
 });
 
-static SUM_ROWS: Kernel<Args> = Kernel::new("sum_rows", &SOURCE, |k, _, memory| {
+static SUM_ROWS: Kernel<Args> = kernel("sum_rows", |k, _, memory| {
     let mut sums = vec![0i32; k.cols as usize];
     for t in 0..k.valid(memory)? {
         let row = k.x(memory, t)?;
@@ -148,7 +155,7 @@ static SUM_ROWS: Kernel<Args> = Kernel::new("sum_rows", &SOURCE, |k, _, memory| 
     memory.store(k.out, &sums)
 });
 
-static SCAN_ROWS: Kernel<Args> = Kernel::new("scan_rows", &SOURCE, |k, _, memory| {
+static SCAN_ROWS: Kernel<Args> = kernel("scan_rows", |k, _, memory| {
     let valid = k.valid(memory)?;
     let mut sums = vec![0i32; k.cols as usize];
     for t in (0..k.rows as usize).rev() {

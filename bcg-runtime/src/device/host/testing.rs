@@ -1,6 +1,6 @@
 //! What the unit tests of the host device share: one device with short names for its calls, and two kernels.
 
-use super::{HostBackend, HostControl, HostOptions};
+use super::{HostBackend, HostControl, HostMemory, HostOptions};
 use crate::compile::Source;
 use crate::device::traits::{
     EventBackend, EventHandle, ExecHandle, GraphBackend, MemoryBackend, StreamBackend, StreamHandle,
@@ -28,16 +28,20 @@ pub(super) struct PanicArgs {
 static SOURCE: Source = Source::new("testing.cu", "").takes::<AppendArgs>().takes::<PanicArgs>();
 
 /// Appends a value to a list in device memory, so that the list tells in which order work ran.
-pub(super) static APPEND: Kernel<AppendArgs> = Kernel::new("append", &SOURCE, |args, _, memory| {
+// SAFETY: the source has no kernel; `append` checks every access, as all host references do.
+pub(super) static APPEND: Kernel<AppendArgs> = unsafe { Kernel::new("append", &SOURCE, append) };
+
+fn append(args: &AppendArgs, _: &Dims, memory: &HostMemory<'_>) -> Result<()> {
     let len = memory.view::<i32>(args.log, 1)?[0].get();
     let list = memory.view::<i32>(args.log, len as usize + 2)?;
     list[0].set(len + 1);
     list[len as usize + 1].set(args.value);
     Ok(())
-});
+}
 
 /// Panics.
-pub(super) static PANIC: Kernel<PanicArgs> = Kernel::new("panic", &SOURCE, |_, _, _| panic!("asked for"));
+// SAFETY: the source has no kernel, and the host reference touches nothing.
+pub(super) static PANIC: Kernel<PanicArgs> = unsafe { Kernel::new("panic", &SOURCE, |_, _, _| panic!("asked for")) };
 
 /// How many values a log holds at most.
 const LOG_LEN: usize = 256;

@@ -25,6 +25,7 @@ struct SiluMulArgs {
     _padding: u32,
 }
 
+// SAFETY: `silu_mul` has checked the shapes when it launches, and the source indexes by these alone.
 static SILU_MUL: PerFloat<SiluMulArgs> = per_float!("silu_mul", SOURCE, host).programmatic();
 
 const THREADS: u32 = 128;

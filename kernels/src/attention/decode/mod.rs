@@ -48,6 +48,7 @@ struct AttentionDecodeArgs {
     _padding: u32,
 }
 
+// SAFETY: `attention_decode_to` has checked the shapes when it launches, and the source indexes by these alone.
 static ATTENTION_DECODE: PerFloat<AttentionDecodeArgs> =
     per_float!("attention_decode", PORTABLE_SOURCE, host).programmatic();
 
@@ -62,11 +63,15 @@ macro_rules! tiled {
         ]
     };
     ($dtype:ty, $name:literal, $variant:literal) => {
-        Kernel::new(concat!("attention_decode_", $name, $variant), &TILED_SOURCE, host_tiled::<$dtype>).programmatic()
+        // SAFETY: the comment at the use of this macro names the checks.
+        unsafe { Kernel::new(concat!("attention_decode_", $name, $variant), &TILED_SOURCE, host_tiled::<$dtype>) }
+            .programmatic()
     };
 }
 
+// SAFETY: as above.
 static TILED_BF16: [Kernel<AttentionDecodeArgs>; 4] = tiled!(bf16, "bf16");
+// SAFETY: as above.
 static TILED_F16: [Kernel<AttentionDecodeArgs>; 4] = tiled!(f16, "f16");
 
 /// Attends with one query of each sequence to all its keys.

@@ -37,7 +37,8 @@ struct KvWriteArgs {
     _padding: u32,
 }
 
-static KV_WRITE: Kernel<KvWriteArgs> = Kernel::new("kv_write", &SOURCE, host).programmatic();
+// SAFETY: `kv_write` has checked the shapes when it launches, and the source indexes by these alone.
+static KV_WRITE: Kernel<KvWriteArgs> = unsafe { Kernel::new("kv_write", &SOURCE, host) }.programmatic();
 
 /// Writes the keys and values of new tokens, as they are, into their pages.
 ///

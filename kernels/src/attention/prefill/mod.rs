@@ -61,26 +61,34 @@ struct AttentionPrefillArgs {
 }
 
 /// Any head dim and dtype, a warp for each row and head.
+// SAFETY: `attention_prefill_to` has checked the shapes when it launches, and the source indexes by these alone.
 static ATTENTION_PREFILL: PerFloat<AttentionPrefillArgs> =
     per_float!("attention_prefill", PORTABLE_SOURCE, host).programmatic();
 
 /// Kernels on tensor cores, a block for 128 rows of a head.
 macro_rules! tiled {
     ($name:literal, $source:ident, $dtype:ty) => {
-        Kernel::new($name, &$source, host::<$dtype>)
+        // SAFETY: the comment at the use of this macro names the checks.
+        unsafe { Kernel::new($name, &$source, host::<$dtype>) }
     };
 }
 
+// SAFETY: as above.
 static BF16_D64: Kernel<AttentionPrefillArgs> =
     tiled!("attention_prefill_bf16_d64", PORTABLE_SOURCE, half::bf16).programmatic();
+// SAFETY: as above.
 static BF16_D128: Kernel<AttentionPrefillArgs> =
     tiled!("attention_prefill_bf16_d128", PORTABLE_SOURCE, half::bf16).programmatic();
+// SAFETY: as above.
 static F16_D64: Kernel<AttentionPrefillArgs> =
     tiled!("attention_prefill_f16_d64", PORTABLE_SOURCE, half::f16).programmatic();
+// SAFETY: as above.
 static F16_D128: Kernel<AttentionPrefillArgs> =
     tiled!("attention_prefill_f16_d128", PORTABLE_SOURCE, half::f16).programmatic();
+// SAFETY: as above.
 static HOPPER_D64: Kernel<AttentionPrefillArgs> =
     tiled!("attention_prefill_hopper_d64", HOPPER_SOURCE, half::bf16).programmatic();
+// SAFETY: as above.
 static HOPPER_D128: Kernel<AttentionPrefillArgs> =
     tiled!("attention_prefill_hopper_d128", HOPPER_SOURCE, half::bf16).programmatic();
 

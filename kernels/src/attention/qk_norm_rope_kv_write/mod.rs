@@ -43,6 +43,7 @@ struct QkNormRopeKvWriteArgs {
     eps: f32,
 }
 
+// SAFETY: `qk_norm_rope_kv_write` has checked the shapes when it launches, and the source indexes by these alone.
 static QK_NORM_ROPE_KV_WRITE: PerFloat<QkNormRopeKvWriteArgs> =
     per_float!("qk_norm_rope_kv_write", SOURCE, host).programmatic();
 

@@ -27,7 +27,8 @@ struct ArgmaxArgs {
     _padding: u32,
 }
 
-static ARGMAX: Kernel<ArgmaxArgs> = Kernel::new("argmax", &SOURCE, host).programmatic();
+// SAFETY: `argmax_to` has checked the shapes when it launches, and the source indexes by these alone.
+static ARGMAX: Kernel<ArgmaxArgs> = unsafe { Kernel::new("argmax", &SOURCE, host) }.programmatic();
 
 /// Finds the index of the largest value of each row.
 ///

@@ -30,7 +30,8 @@ struct LogitBiasArgs {
     _padding: u32,
 }
 
-static LOGIT_BIAS: Kernel<LogitBiasArgs> = Kernel::new("logit_bias", &SOURCE, host).programmatic();
+// SAFETY: `logit_bias` has checked the shapes when it launches, and the source indexes by these alone.
+static LOGIT_BIAS: Kernel<LogitBiasArgs> = unsafe { Kernel::new("logit_bias", &SOURCE, host) }.programmatic();
 
 /// Adds to single logits, in place: `logits[rows[i], tokens[i]] += values[i]`.
 ///

@@ -38,7 +38,8 @@ struct SampleArgs {
     num_kept: u32,
 }
 
-static SAMPLE: Kernel<SampleArgs> = Kernel::new("sample", &SOURCE, host).programmatic();
+// SAFETY: `sample_to` has checked the shapes when it launches, and the source indexes by these alone.
+static SAMPLE: Kernel<SampleArgs> = unsafe { Kernel::new("sample", &SOURCE, host) }.programmatic();
 
 /// The most shared memory in which a block keeps its share of a row for the passes after the first, for V up to 163,840;
 /// two such blocks fit on a multiprocessor of Hopper.

@@ -32,7 +32,8 @@ struct TokenMaskArgs {
     _padding: u32,
 }
 
-static TOKEN_MASK: Kernel<TokenMaskArgs> = Kernel::new("token_mask", &SOURCE, host).programmatic();
+// SAFETY: `token_mask` has checked the shapes when it launches, and the source indexes by these alone.
+static TOKEN_MASK: Kernel<TokenMaskArgs> = unsafe { Kernel::new("token_mask", &SOURCE, host) }.programmatic();
 
 /// Sets the logits of tokens that a mask excludes to -infinity, in place.
 ///

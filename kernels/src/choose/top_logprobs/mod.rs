@@ -33,7 +33,8 @@ struct TopLogprobsArgs {
     _padding: u32,
 }
 
-static TOP_LOGPROBS: Kernel<TopLogprobsArgs> = Kernel::new("top_logprobs", &SOURCE, host).programmatic();
+// SAFETY: `top_logprobs` has checked the shapes when it launches, and the source indexes by these alone.
+static TOP_LOGPROBS: Kernel<TopLogprobsArgs> = unsafe { Kernel::new("top_logprobs", &SOURCE, host) }.programmatic();
 
 /// Finds the natural log probabilities of the chosen token and of the `n` likeliest tokens of some rows.
 ///

@@ -53,12 +53,15 @@ struct MlaDecodeArgs {
     _padding: u32,
 }
 
+// SAFETY: `mla_decode` has checked the shapes when it launches, and the source indexes by these alone.
 static MLA_DECODE: PerFloat<MlaDecodeArgs> = per_float!("mla_decode", PORTABLE_SOURCE, host).programmatic();
 
+// SAFETY: as above.
 static TILED_L512_R64: Kernel<MlaDecodeArgs> =
-    Kernel::new("mla_decode_l512_r64", &TILED_SOURCE, host_tiled).programmatic();
+    unsafe { Kernel::new("mla_decode_l512_r64", &TILED_SOURCE, host_tiled) }.programmatic();
+// SAFETY: as above.
 static TILED_L64_R32: Kernel<MlaDecodeArgs> =
-    Kernel::new("mla_decode_l64_r32", &TILED_SOURCE, host_tiled).programmatic();
+    unsafe { Kernel::new("mla_decode_l64_r32", &TILED_SOURCE, host_tiled) }.programmatic();
 
 /// Attends with one query of each sequence and head to all keys of the sequence, which are its values too.
 ///

@@ -46,6 +46,7 @@ struct MlaKvWriteArgs {
     rope_scale: f32,
 }
 
+// SAFETY: `mla_kv_write` has checked the shapes when it launches, and the source indexes by these alone.
 static MLA_KV_WRITE: PerFloat<MlaKvWriteArgs> = per_float!("mla_kv_write", SOURCE, host).programmatic();
 
 /// The inputs of [`mla_kv_write()`].

@@ -71,12 +71,15 @@ struct MlaPrefillArgs {
     scale: f32,
 }
 
+// SAFETY: `mla_prefill` has checked the shapes when it launches, and the source indexes by these alone.
 static MLA_PREFILL: PerFloat<MlaPrefillArgs> = per_float!("mla_prefill", PORTABLE_SOURCE, host).programmatic();
 
+// SAFETY: as above.
 static TILED_L512_D128: Kernel<MlaPrefillArgs> =
-    Kernel::new("mla_prefill_l512_d128", &TILED_SOURCE, host::<bf16>).programmatic();
+    unsafe { Kernel::new("mla_prefill_l512_d128", &TILED_SOURCE, host::<bf16>) }.programmatic();
+// SAFETY: as above.
 static TILED_L64_D32: Kernel<MlaPrefillArgs> =
-    Kernel::new("mla_prefill_l64_d32", &TILED_SOURCE, host::<bf16>).programmatic();
+    unsafe { Kernel::new("mla_prefill_l64_d32", &TILED_SOURCE, host::<bf16>) }.programmatic();
 
 /// The inputs of [`mla_prefill()`].
 #[derive(Clone, Copy, Debug)]

@@ -44,13 +44,18 @@ pub(super) struct GroupedHopperArgs {
 macro_rules! hopper {
     ($name:literal, $host:ident) => {
         [
-            Kernel::new(concat!($name, "_hopper_64"), &SOURCE, $host).programmatic(),
-            Kernel::new(concat!($name, "_hopper_128"), &SOURCE, $host).programmatic(),
+            // SAFETY: the comment at the use of this macro names the checks.
+            unsafe { Kernel::new(concat!($name, "_hopper_64"), &SOURCE, $host) }.programmatic(),
+            // SAFETY: as above.
+            unsafe { Kernel::new(concat!($name, "_hopper_128"), &SOURCE, $host) }.programmatic(),
         ]
     };
 }
 
+// SAFETY: `grouped_gate_up` and `grouped_linear` have checked the shapes when `launch` runs, and the source indexes by
+// these alone.
 static GATE_UP: [Kernel<GroupedHopperArgs>; 2] = hopper!("grouped_gate_up", hopper_gate_up);
+// SAFETY: as above.
 static LINEAR: [Kernel<GroupedHopperArgs>; 2] = hopper!("grouped_linear", hopper_linear);
 
 /// Tells whether [`launch`] serves this product of bf16 on a device.

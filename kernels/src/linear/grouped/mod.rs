@@ -20,7 +20,10 @@ use host::{host_gate_up, host_linear};
 static PORTABLE_SOURCE: Source = source!("linear/grouped/portable.cu").takes::<GroupedArgs>();
 pub(super) const SOURCES: &[&Source] = &[&few_rows::SOURCE, &hopper::SOURCE, &PORTABLE_SOURCE];
 
+// SAFETY: `grouped_gate_up` and `grouped_linear` have checked the shapes when `launch` runs, and the source indexes by
+// these alone.
 static GATE_UP: PerFloat<GroupedArgs> = per_float!("grouped_gate_up", PORTABLE_SOURCE, host_gate_up).programmatic();
+// SAFETY: as above.
 static LINEAR: PerFloat<GroupedArgs> = per_float!("grouped_linear", PORTABLE_SOURCE, host_linear).programmatic();
 
 /// Threads of a block of the portable kernels.

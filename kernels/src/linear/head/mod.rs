@@ -47,12 +47,14 @@ struct HeadLinearArgs {
     _padding: u32,
 }
 
+// SAFETY: `multiply` has checked the shapes when it launches, and the source indexes by these alone.
 static HEAD_LINEAR: PerFloat<HeadLinearArgs> = per_float!("head_linear", SOURCE, host).programmatic();
 
 /// On tensor cores: weights as `[N, K]`, and as `[K, N]`.
+// SAFETY: as above.
 static TILED: [Kernel<HeadLinearArgs>; 2] = [
-    Kernel::new("head_linear_tiled", &SOURCE, host::<bf16>).programmatic(),
-    Kernel::new("head_linear_tiled_transposed", &SOURCE, host::<bf16>).programmatic(),
+    unsafe { Kernel::new("head_linear_tiled", &SOURCE, host::<bf16>) }.programmatic(),
+    unsafe { Kernel::new("head_linear_tiled_transposed", &SOURCE, host::<bf16>) }.programmatic(),
 ];
 
 /// Multiplies the row of each token and head with the rows of the head's weight.

@@ -30,6 +30,7 @@ struct MoeCombineArgs {
     chosen: u32,
 }
 
+// SAFETY: `moe_combine` has checked the shapes when it launches, and the source indexes by these alone.
 static MOE_COMBINE: PerFloat<MoeCombineArgs> = per_float!("moe_combine", SOURCE, host).programmatic();
 
 const THREADS: u32 = 128;

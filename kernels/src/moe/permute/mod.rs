@@ -113,7 +113,8 @@ struct MoePermuteArgs {
     _padding: u32,
 }
 
-static MOE_PERMUTE: Kernel<MoePermuteArgs> = Kernel::new("moe_permute", &SOURCE, host).programmatic();
+// SAFETY: `moe_permute` has checked the shapes when it launches, and the source indexes by these alone.
+static MOE_PERMUTE: Kernel<MoePermuteArgs> = unsafe { Kernel::new("moe_permute", &SOURCE, host) }.programmatic();
 
 /// Orders the chosen `(token, k)` pairs by expert.
 ///

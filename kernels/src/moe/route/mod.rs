@@ -90,10 +90,12 @@ struct MoeRouteArgs {
     _padding: u32,
 }
 
+// SAFETY: `moe_route` has checked the shapes when it launches, and the source indexes by these alone.
 static MOE_ROUTE: Kernel<MoeRouteArgs> =
-    Kernel::new("moe_route", &SOURCE, |a, _, memory| host(a, memory).map(|_| ())).programmatic();
+    unsafe { Kernel::new("moe_route", &SOURCE, |a, _, memory| host(a, memory).map(|_| ())) }.programmatic();
+// SAFETY: as above.
 static MOE_ROUTE_AND_PERMUTE: Kernel<MoeRouteArgs> =
-    Kernel::new("moe_route_and_permute", &SOURCE, host_fused).programmatic();
+    unsafe { Kernel::new("moe_route_and_permute", &SOURCE, host_fused) }.programmatic();
 
 /// Chooses K experts for each token and orders the choices by expert.
 ///

@@ -28,6 +28,7 @@ struct AddRmsNormArgs {
     eps: f32,
 }
 
+// SAFETY: `add_rms_norm` has checked the shapes when it launches, and the source indexes by these alone.
 static ADD_RMS_NORM: PerFloat<AddRmsNormArgs> = per_float!("add_rms_norm", SOURCE, host).programmatic();
 
 /// Adds `x` to the residual and normalises the sum; returns the normed rows and the new residual.

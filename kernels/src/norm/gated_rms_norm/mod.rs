@@ -29,6 +29,7 @@ struct GatedRmsNormArgs {
     _padding: u32,
 }
 
+// SAFETY: `gated_rms_norm` has checked the shapes when it launches, and the source indexes by these alone.
 static GATED_RMS_NORM: PerFloat<GatedRmsNormArgs> = per_float!("gated_rms_norm", SOURCE, host).programmatic();
 
 /// Multiplies `y` with the SiLU of `gate`, normalises each group of columns by its root mean square and scales it by

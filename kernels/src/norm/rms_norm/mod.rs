@@ -25,6 +25,7 @@ struct RmsNormArgs {
     eps: f32,
 }
 
+// SAFETY: `rms_norm` has checked the shapes when it launches, and the source indexes by these alone.
 static RMS_NORM: PerFloat<RmsNormArgs> = per_float!("rms_norm", SOURCE, host).programmatic();
 
 /// Normalises each row of `x` by its root mean square and scales it by `weight`.

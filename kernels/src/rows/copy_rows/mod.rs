@@ -24,7 +24,8 @@ struct CopyRowsArgs {
     row_bytes: i64,
 }
 
-static COPY_ROWS: Kernel<CopyRowsArgs> = Kernel::new("copy_rows", &SOURCE, host).programmatic();
+// SAFETY: `copy_rows` has checked the shapes when it launches, and the source indexes by these alone.
+static COPY_ROWS: Kernel<CopyRowsArgs> = unsafe { Kernel::new("copy_rows", &SOURCE, host) }.programmatic();
 
 /// Copies the rows of `src` into `dst`, whatever the distance between the rows of either.
 ///

@@ -31,6 +31,7 @@ struct FillRandomArgs {
     scale: f32,
 }
 
+// SAFETY: `fill_random` has checked the shapes when it launches, and the source indexes by these alone.
 static FILL_RANDOM: PerFloat<FillRandomArgs> = per_float!("fill_random", SOURCE, host);
 
 /// Sets the elements of `x` to nearly normal random numbers, in place.

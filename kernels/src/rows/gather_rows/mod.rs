@@ -26,7 +26,8 @@ struct GatherRowsArgs {
     x_rows: i64,
 }
 
-static GATHER_ROWS: Kernel<GatherRowsArgs> = Kernel::new("gather_rows", &SOURCE, host).programmatic();
+// SAFETY: `gather_rows` has checked the shapes when it launches, and the source indexes by these alone.
+static GATHER_ROWS: Kernel<GatherRowsArgs> = unsafe { Kernel::new("gather_rows", &SOURCE, host) }.programmatic();
 
 /// Gathers rows of `x` by index, such as the embeddings of tokens or the last token of each sequence.
 ///

@@ -32,7 +32,8 @@ struct UnpackInputsArgs {
     width: u32,
 }
 
-static UNPACK_INPUTS: Kernel<UnpackInputsArgs> = Kernel::new("unpack_inputs", &SOURCE, host).programmatic();
+// SAFETY: `unpack_inputs` has checked the shapes when it launches, and the source indexes by these alone.
+static UNPACK_INPUTS: Kernel<UnpackInputsArgs> = unsafe { Kernel::new("unpack_inputs", &SOURCE, host) }.programmatic();
 
 /// Replaces each negative token `-1 - r` by `chosen[r]`, in place, and copies the rows of `packed` to those of `page_table`.
 /// A row that `chosen` does not have gives token 0.

@@ -78,6 +78,7 @@ impl PerState {
     }
 }
 
+// SAFETY: `ssd_scan` has checked the shapes when it launches, and the source indexes by these alone.
 static SSD_SCAN: PerState = PerState {
     f32: per_float!("ssd_scan_state_f32", PORTABLE_SOURCE, host_f32).programmatic(),
     bf16: per_float!("ssd_scan_state_bf16", PORTABLE_SOURCE, host_bf16).programmatic(),

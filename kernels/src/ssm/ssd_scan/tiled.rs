@@ -24,13 +24,15 @@ const THREADS: u32 = 256;
 const BLOCKS: u32 = 2;
 
 /// For N of 64 and 128, of states in f32 and in bf16.
+// SAFETY: `ssd_scan` has checked the shapes when it launches, and the source indexes by these alone.
 static N64: [Kernel<SsmArgs>; 2] = [
-    Kernel::new("ssd_scan_tiled_n64_f32", &SOURCE, host_f32::<bf16>).programmatic(),
-    Kernel::new("ssd_scan_tiled_n64_bf16", &SOURCE, host_bf16::<bf16>).programmatic(),
+    unsafe { Kernel::new("ssd_scan_tiled_n64_f32", &SOURCE, host_f32::<bf16>) }.programmatic(),
+    unsafe { Kernel::new("ssd_scan_tiled_n64_bf16", &SOURCE, host_bf16::<bf16>) }.programmatic(),
 ];
+// SAFETY: as above.
 static N128: [Kernel<SsmArgs>; 2] = [
-    Kernel::new("ssd_scan_tiled_n128_f32", &SOURCE, host_f32::<bf16>).programmatic(),
-    Kernel::new("ssd_scan_tiled_n128_bf16", &SOURCE, host_bf16::<bf16>).programmatic(),
+    unsafe { Kernel::new("ssd_scan_tiled_n128_f32", &SOURCE, host_f32::<bf16>) }.programmatic(),
+    unsafe { Kernel::new("ssd_scan_tiled_n128_bf16", &SOURCE, host_bf16::<bf16>) }.programmatic(),
 ];
 
 /// Shared memory of a block, `Memory` in the source.

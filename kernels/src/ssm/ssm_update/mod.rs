@@ -14,6 +14,7 @@ const CHECK: Check = Check::new("ssm_update");
 /// Threads of a block, which takes one head of one sequence.
 const THREADS: u32 = 256;
 
+// SAFETY: `ssm_update` has checked the shapes when it launches, and the source indexes by these alone.
 static SSM_UPDATE: PerState = PerState {
     f32: per_float!("ssm_update_state_f32", SOURCE, host_f32).programmatic(),
     bf16: per_float!("ssm_update_state_bf16", SOURCE, host_bf16).programmatic(),
