@@ -1,13 +1,11 @@
 // What matrix products of few rows share: the 16 warps of a block take 32 columns each in turn, through a ring of slots in
 // shared memory. Each thread copies the very 16 bytes that it multiplies itself, so the loop over the columns needs no
-// barrier.
+// barrier. WARPS and STEP_BYTES stand in the few_rows.rs of each op.
 #pragma once
 #include "mma.cuh"
 
-constexpr u32 WARPS = 16;
 constexpr u32 THREADS = 32 * WARPS;
-constexpr u32 STEP = 32;  // columns of a warp's step
-constexpr u32 STEP_BYTES = 2 * STEP;
+constexpr u32 STEP = STEP_BYTES / 2;        // columns of a warp's step
 constexpr u32 TILE_BYTES = 8 * STEP_BYTES;  // 8 rows of a step
 
 BCG_DEVICE uint4 load_shared(u32 from) {

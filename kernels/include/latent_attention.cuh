@@ -1,12 +1,11 @@
 // Paged latents and rope keys, and the online softmax of one query head over them by the warps of a block; shared by the
-// kernels of latent attention for any dtype.
+// kernels of latent attention for any dtype. Their bounds and ATTEND_WARPS stand in kernels/src/latent/latent_kv.rs.
 #pragma once
 #include "args.cuh"
 #include "bcg.cuh"
 
-constexpr u32 LATENT_PER_LANE = 16;  // L up to 512; lane l holds the elements l, l + 32, …
-constexpr u32 ROPE_PER_LANE = 4;     // R up to 128
-constexpr u32 ATTEND_WARPS = 8;
+constexpr u32 LATENT_PER_LANE = LATENT_DIM_MAX / 32;  // lane l holds the elements l, l + 32, …
+constexpr u32 ROPE_PER_LANE = ROPE_DIM_MAX / 32;
 
 // A lane's part of a query.
 struct LatentQuery {

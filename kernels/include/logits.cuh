@@ -1,9 +1,8 @@
 // What the kernels over rows of logits share: a cluster of blocks for each row, an order of floats, the best of a row.
+// CLUSTER, blocks of a row, and LOGITS_THREADS, of a block, stand in kernels/src/choose/logits.rs.
 #pragma once
 #include "bcg.cuh"
 
-constexpr u32 CLUSTER = 8;  // blocks of a row, as in kernels/src/choose/logits.rs
-constexpr u32 LOGITS_THREADS = 512;
 
 // Without clusters the first of a row's blocks does all of its work.
 #if __CUDA_ARCH__ >= 900

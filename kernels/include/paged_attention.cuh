@@ -1,9 +1,10 @@
 // Online softmax of one query head over paged keys and values, by one warp; shared by prefill and decode.
+// HEAD_DIM_MAX stands in kernels/src/attention/paged_kv.rs.
 #pragma once
 #include "args.cuh"
 #include "bcg.cuh"
 
-constexpr u32 PER_LANE_MAX = 8;  // head_dim up to 256; lane l holds the elements l, l + 32, …
+constexpr u32 PER_LANE_MAX = HEAD_DIM_MAX / 32;  // lane l holds the elements l, l + 32, …
 
 // What a warp knows after some keys: the largest score, the sum of exponentials relative to it, the weighted values.
 struct Softmax {

@@ -1,9 +1,7 @@
-// Random bits that depend on a counter alone, by SplitMix64. Rust twin: kernels/src/random.rs.
+// Random bits that depend on a counter alone, by SplitMix64. Rust twin, with GOLDEN, the step from one counter to the next:
+// kernels/src/random.rs.
 #pragma once
 #include "bcg.cuh"
-
-// From one counter to the next.
-constexpr u64 GOLDEN = 0x9e3779b97f4a7c15ull;
 
 // 64 random bits for each counter: the same on the host.
 BCG_DEVICE u64 mix(u64 z) {

@@ -1,8 +1,8 @@
-// The second half of the RMS norms: from the squares of a row to what is stored.
+// The second half of the RMS norms: from the squares of a row to what is stored. PACKS, words of a row and of the weight
+// that a thread keeps, stands in kernels/src/norm/rms.rs.
 #pragma once
 #include "bcg.cuh"
 
-constexpr u32 PACKS = 2;  // words of a row and of the weight that a thread keeps
 
 // Normalises a row by all threads of the block, whose squares are summed here. A row of more words than they keep is read
 // again from `row`, in which each thread reads what it read or wrote before.

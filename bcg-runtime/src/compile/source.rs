@@ -42,7 +42,7 @@ pub struct Source {
     pub text: &'static str,
     headers: &'static [&'static [Header]],
     structs: [Option<&'static ArgStruct>; ENTRIES_MAX],
-    constants: [Option<(&'static str, u64)>; ENTRIES_MAX],
+    constants: [Option<(&'static str, usize)>; ENTRIES_MAX],
 }
 
 impl Source {
@@ -74,20 +74,21 @@ impl Source {
         self
     }
 
-    /// Passes a constant that Rust and CUDA share: the source, and its headers, see `name` as a macro.
+    /// Passes a constant that Rust and CUDA share: the source, and its headers, see `name` as a macro, a literal of 32 bits
+    /// without sign, or of 64 bits where it does not fit.
     ///
     /// # Example
     /// ```
     /// use bcg_runtime::Source;
     ///
-    /// const THREADS: u32 = 128;
-    /// static SOURCE: Source = Source::new("scale.cu", "__shared__ float sums[THREADS];").define("THREADS", THREADS as u64);
+    /// const THREADS: usize = 128;
+    /// static SOURCE: Source = Source::new("scale.cu", "__shared__ float sums[THREADS];").define("THREADS", THREADS);
     /// ```
     ///
     /// # Panics
     /// At compile time, at the 17th constant of a source.
     #[must_use]
-    pub const fn define(mut self, name: &'static str, value: u64) -> Self {
+    pub const fn define(mut self, name: &'static str, value: usize) -> Self {
         let mut i = 0;
         while i < ENTRIES_MAX && self.constants[i].is_some() {
             i += 1;
@@ -118,7 +119,11 @@ impl Source {
 
     /// Returns the compiler's options that define the constants.
     pub(super) fn definitions(&self) -> impl Iterator<Item = String> {
-        self.constants.iter().flatten().map(|(name, value)| format!("--define-macro={name}={value}"))
+        let constants = self.constants.iter().flatten();
+        constants.map(|(name, value)| {
+            let suffix = if u32::try_from(*value).is_ok() { "u" } else { "ull" };
+            format!("--define-macro={name}={value}{suffix}")
+        })
     }
 
     /// Returns the headers that the source includes, itself or by way of other headers, each once.

@@ -7,8 +7,11 @@ use crate::float::{Float, dot, extend_f32};
 use crate::softmax::softmax_mean;
 
 /// The widest latent and rope key that the kernels for any dtype hold in registers.
-const LATENT_DIM_MAX: usize = 512;
-const ROPE_DIM_MAX: usize = 128;
+pub(super) const LATENT_DIM_MAX: usize = 512;
+pub(super) const ROPE_DIM_MAX: usize = 128;
+
+/// Warps that attend to the keys of one sequence together, in the kernels for any dtype.
+pub(super) const ATTEND_WARPS: u32 = 8;
 
 /// The pages of one layer of latent attention, and which of them each sequence has.
 ///

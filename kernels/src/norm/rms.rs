@@ -7,10 +7,12 @@ use bcg_runtime::{Dims, Result, Tensor};
 use crate::check::Check;
 use crate::float::{Float, dot, extend_f32, pack_len};
 
+/// Words of a row and of the weight that a thread keeps.
+pub(super) const PACKS: usize = 2;
+
 /// The geometry of the RMS norms: one block per row, of as many threads as let each keep two words of a row of up to
 /// 1024 words.
 pub(crate) fn rms_dims(check: Check, x: &Tensor) -> Result<Dims> {
-    const PACKS: usize = 2;
     let threads = x.dim(1).div_ceil(PACKS * pack_len(x.dtype())).next_multiple_of(32);
     check.block_per_row(x, threads.clamp(32, 512) as u32)
 }

@@ -9,14 +9,21 @@ use bcg_runtime::{DType, Device, DevicePtr, Dims, Kernel, KernelArgs, OpStream, 
 use half::{bf16, f16};
 
 use super::decode_plan::{self, DecodePlan};
-use super::paged_kv::{PagedKv, PagedKvArgs};
+use super::paged_kv::{HEAD_DIM_MAX, PagedKv, PagedKvArgs};
 use crate::arch::is_large;
 use crate::check::Check;
 use crate::float::{PerFloat, per_float};
 use host::{host, host_tiled};
 
-static PORTABLE_SOURCE: Source = source!("attention/decode/portable.cu").takes::<AttentionDecodeArgs>();
-static TILED_SOURCE: Source = source!("attention/decode/tiled.cu").takes::<AttentionDecodeArgs>();
+static PORTABLE_SOURCE: Source = source!("attention/decode/portable.cu")
+    .takes::<AttentionDecodeArgs>()
+    .define("WARPS", WARPS as usize)
+    .define("HEAD_DIM_MAX", HEAD_DIM_MAX);
+static TILED_SOURCE: Source = source!("attention/decode/tiled.cu")
+    .takes::<AttentionDecodeArgs>()
+    .define("TILE_KEYS", decode_plan::TILE)
+    .define("TILED_WARPS", TILED_WARPS)
+    .define("RING_STAGES", STAGES);
 pub(super) const SOURCES: &[&Source] = &[&PORTABLE_SOURCE, &TILED_SOURCE];
 
 const CHECK: Check = Check::new("attention_decode");

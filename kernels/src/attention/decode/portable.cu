@@ -4,8 +4,6 @@
 #include "args.cuh"
 #include "paged_attention.cuh"
 
-constexpr u32 WARPS = 8;
-
 template <typename T> BCG_DEVICE void attention_decode(const AttentionDecodeArgs& a) {
     __shared__ Softmax parts[WARPS][32];
     wait_for_inputs();

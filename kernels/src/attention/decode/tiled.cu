@@ -7,7 +7,8 @@
 #include "args.cuh"
 #include "persistent_decode.cuh"
 
-constexpr u32 WARPS = 4, CHUNK = 16, TILE = WARPS * CHUNK, STAGES = 3, BATCH = 8, THREADS = 32 * WARPS;
+constexpr u32 WARPS = TILED_WARPS, CHUNK = 16, TILE = TILE_KEYS, STAGES = RING_STAGES, BATCH = 8, THREADS = 32 * WARPS;
+static_assert(TILE == WARPS * CHUNK, "each warp takes a chunk of each tile");
 
 template <typename T, u32 D, u32 NT>
 struct Decode

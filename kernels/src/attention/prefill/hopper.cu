@@ -10,7 +10,7 @@ constexpr u32 TILE_KEYS = 128;
 
 // Shared memory: two tiles of queries, a ring of tiles of keys and values in the order of their use, then small things.
 template <u32 D> struct Shared {
-    static constexpr u32 SLOTS = 5;
+    static constexpr u32 SLOTS = RING_SLOTS;
     static constexpr u32 TILE_BYTES = TILE_KEYS * D * 2;
     static constexpr u32 Q = 0, RING = 2 * TILE_BYTES, MAP = RING + SLOTS * TILE_BYTES;
     static constexpr u32 WORK = MAP + 128;          // [2] the items of the queries

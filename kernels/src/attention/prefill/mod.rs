@@ -15,21 +15,32 @@ use crate::check::Check;
 use crate::float::{PerFloat, per_float};
 use host::host;
 
-use super::paged_kv::{PagedKv, PagedKvArgs};
+use super::paged_kv::{HEAD_DIM_MAX, PagedKv, PagedKvArgs};
 pub(crate) use host::check_plan;
 
-static HOPPER_SOURCE: Source = source!("attention/prefill/hopper.cu", "work.cuh").takes::<AttentionPrefillArgs>();
-static PORTABLE_SOURCE: Source = source!("attention/prefill/portable.cu", "work.cuh").takes::<AttentionPrefillArgs>();
+static HOPPER_SOURCE: Source = source!("attention/prefill/hopper.cu", "work.cuh")
+    .takes::<AttentionPrefillArgs>()
+    .define("PLAN_ROWS", PLAN_ROWS)
+    .define("RING_SLOTS", HOPPER_RING_SLOTS);
+static PORTABLE_SOURCE: Source = source!("attention/prefill/portable.cu", "work.cuh")
+    .takes::<AttentionPrefillArgs>()
+    .define("PLAN_ROWS", PLAN_ROWS)
+    .define("TILE_KEYS", TILE_KEYS)
+    .define("HEAD_DIM_MAX", HEAD_DIM_MAX);
 pub(super) const SOURCES: &[&Source] = &[&HOPPER_SOURCE, &PORTABLE_SOURCE];
 
 const CHECK: Check = Check::new("attention_prefill");
 
-/// Rows of an item of the plan; `TILE_ROWS` in `kernels/include/prefill.cuh`.
+/// Rows of an item of the plan.
 const PLAN_ROWS: usize = 128;
+/// Keys of a tile of the portable kernel.
+const TILE_KEYS: usize = 64;
+/// Tiles of keys and values that the ring of the Hopper kernel holds.
+const HOPPER_RING_SLOTS: usize = 5;
 /// Rows of queries, keys and values that a block of the portable tiled kernels keeps in shared memory.
-const TILE_ROWS: usize = PLAN_ROWS + 4 * 64;
+const TILE_ROWS: usize = PLAN_ROWS + 4 * TILE_KEYS;
 /// Tiles of 128 queries, keys or values that a block of the Hopper kernels keeps in shared memory.
-const HOPPER_TILES: usize = 2 + 5;
+const HOPPER_TILES: usize = 2 + HOPPER_RING_SLOTS;
 /// What the tiled kernels keep in shared memory besides, at most: which keys are in the cache, and on Hopper a tensor map,
 /// two items and barriers.
 const SMALL_BYTES: u32 = 1024;

@@ -4,12 +4,11 @@
 #include "paged_attention.cuh"
 #include "work.cuh"
 
-constexpr u32 TILE_KEYS = 64;
 constexpr u32 WARPS = 8;  // each has 16 query rows, and copies 8 keys of a tile
 
 template <u32 D> struct Tiles {
     static constexpr u32 KV_BYTES = TILE_KEYS * D * 2;
-    static constexpr u32 Q = 0, KV = TILE_ROWS * D * 2;  // then keys and values of one tile, keys and values of the next
+    static constexpr u32 Q = 0, KV = PLAN_ROWS * D * 2;  // then keys and values of one tile, keys and values of the next
     static constexpr u32 IN_CACHE = KV + 4 * KV_BYTES;  // 64 bits for each of the two tiles
 };
 

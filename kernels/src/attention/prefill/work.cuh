@@ -3,9 +3,7 @@
 #include "args.cuh"
 #include "prefill.cuh"
 
-constexpr u32 TILE_ROWS = 128;  // query rows of an item of the plan
-
-// One item of the plan for one head: up to TILE_ROWS query rows of one sequence.
+// One item of the plan for one head: up to PLAN_ROWS query rows of one sequence.
 struct Work {
     i32 row;      // the first query row
     i32 row_end;  // behind the last one
@@ -33,7 +31,7 @@ BCG_DEVICE Work load_work(const AttentionPrefillArgs& a, u64 index, u32& sequenc
     Work w;
     w.head = (u32)(index % a.q_heads);
     w.row = item[1];
-    w.row_end = min(min(w.row + (i32)TILE_ROWS, end), (i32)a.rows);
+    w.row_end = min(min(w.row + (i32)PLAN_ROWS, end), (i32)a.rows);
     w.shift = a.kv_lens[sequence] - end;
     w.keys = (i32)max(min((i64)w.row_end + w.shift, (i64)a.kv.max_pages * a.kv.page_size), (i64)0);
     return w;

@@ -4,13 +4,14 @@ mod host;
 
 use bcg_runtime::{DType, DevicePtr, KernelArgs, OpStream, Result, Source, Tensor};
 
-use super::paged_kv::check_caches;
+use super::paged_kv::{HEAD_DIM_MAX, check_caches};
 use crate::check::Check;
 use crate::float::{PerFloat, pack_len, per_float};
 use host::host;
 
-static SOURCE: Source =
-    source!("attention/qk_norm_rope_kv_write/qk_norm_rope_kv_write.cu").takes::<QkNormRopeKvWriteArgs>();
+static SOURCE: Source = source!("attention/qk_norm_rope_kv_write/qk_norm_rope_kv_write.cu")
+    .takes::<QkNormRopeKvWriteArgs>()
+    .define("HEAD_DIM_MAX", HEAD_DIM_MAX);
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("qk_norm_rope_kv_write");

@@ -3,7 +3,6 @@
 #include "args.cuh"
 #include "bcg.cuh"
 
-constexpr u32 HEAD_DIM_MAX = 256;
 
 // A lane's pairs of one head: elements first … and, D / 2 further on, their partners.
 template <typename T> struct Pairs {

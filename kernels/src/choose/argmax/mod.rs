@@ -10,7 +10,10 @@ use host::host;
 use super::logits;
 pub(super) use host::largest;
 
-static SOURCE: Source = source!("choose/argmax/argmax.cu").takes::<ArgmaxArgs>();
+static SOURCE: Source = source!("choose/argmax/argmax.cu")
+    .takes::<ArgmaxArgs>()
+    .define("CLUSTER", logits::CLUSTER)
+    .define("LOGITS_THREADS", logits::THREADS);
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("argmax");

@@ -6,9 +6,14 @@ use bcg_runtime::{DType, DevicePtr, Kernel, KernelArgs, OpStream, Result, Source
 
 use super::logits;
 use crate::check::Check;
+use crate::random::GOLDEN;
 use host::host;
 
-static SOURCE: Source = source!("choose/sample/sample.cu", "logit_search.cuh").takes::<SampleArgs>();
+static SOURCE: Source = source!("choose/sample/sample.cu", "logit_search.cuh")
+    .takes::<SampleArgs>()
+    .define("CLUSTER", logits::CLUSTER)
+    .define("LOGITS_THREADS", logits::THREADS)
+    .define("GOLDEN", GOLDEN as usize);
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("sample");

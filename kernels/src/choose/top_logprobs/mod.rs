@@ -8,7 +8,10 @@ use super::logits;
 use crate::check::Check;
 use host::host;
 
-static SOURCE: Source = source!("choose/top_logprobs/top_logprobs.cu").takes::<TopLogprobsArgs>();
+static SOURCE: Source = source!("choose/top_logprobs/top_logprobs.cu")
+    .takes::<TopLogprobsArgs>()
+    .define("CLUSTER", logits::CLUSTER)
+    .define("LOGITS_THREADS", logits::THREADS);
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("top_logprobs");

@@ -7,21 +7,29 @@ mod host;
 
 use bcg_runtime::{DType, Device, DevicePtr, Dims, Kernel, KernelArgs, OpStream, Result, Source, Tensor};
 
-use super::latent_kv::{LatentKv, LatentKvArgs};
+use super::latent_kv::{ATTEND_WARPS, LATENT_DIM_MAX, LatentKv, LatentKvArgs, ROPE_DIM_MAX};
 use crate::arch::is_large;
-use crate::attention::decode_plan::DecodePlan;
+use crate::attention::decode_plan::{self, DecodePlan};
 use crate::check::Check;
 use crate::float::{PerFloat, per_float};
 use host::{host, host_tiled};
 
-static PORTABLE_SOURCE: Source = source!("latent/decode/portable.cu").takes::<MlaDecodeArgs>();
-static TILED_SOURCE: Source = source!("latent/decode/tiled.cu").takes::<MlaDecodeArgs>();
+static PORTABLE_SOURCE: Source = source!("latent/decode/portable.cu")
+    .takes::<MlaDecodeArgs>()
+    .define("ATTEND_WARPS", ATTEND_WARPS as usize)
+    .define("LATENT_DIM_MAX", LATENT_DIM_MAX)
+    .define("ROPE_DIM_MAX", ROPE_DIM_MAX);
+static TILED_SOURCE: Source = source!("latent/decode/tiled.cu")
+    .takes::<MlaDecodeArgs>()
+    .define("TILE_KEYS", decode_plan::TILE)
+    .define("TILED_WARPS", TILED_WARPS)
+    .define("STAGE_KEYS", STAGE_KEYS)
+    .define("RING_STAGES", STAGES)
+    .define("ITEM_HEADS", ITEM_HEADS);
 pub(super) const SOURCES: &[&Source] = &[&PORTABLE_SOURCE, &TILED_SOURCE];
 
 const CHECK: Check = Check::new("mla_decode");
 
-/// Warps of a block of the kernel for any width, which share the keys of one sequence and head.
-const WARPS: u32 = 8;
 /// Warps of a block of the tiled kernel, which share the columns of the latents.
 const TILED_WARPS: usize = 4;
 /// Query heads that a block of the tiled kernel takes together.
@@ -140,7 +148,7 @@ pub fn mla_decode(
         _padding: 0,
     };
     let Some(kernel) = tiled(cx.device(), dtype, &args.kv) else {
-        let dims = Dims::linear(CHECK.u32("B * H", sequences * heads)?, 32 * WARPS);
+        let dims = Dims::linear(CHECK.u32("B * H", sequences * heads)?, 32 * ATTEND_WARPS);
         cx.launch(MLA_DECODE.get(CHECK, "q_latent", dtype)?, dims, args)?;
         return Ok(out);
     };

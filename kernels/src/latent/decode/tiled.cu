@@ -9,8 +9,9 @@
 #include "args.cuh"
 #include "persistent_decode.cuh"
 
-constexpr u32 WARPS = 4, THREADS = 32 * WARPS, STAGE_KEYS = 32, TILE = 2 * STAGE_KEYS, STAGES = 3;
-constexpr u32 ITEM_HEADS = 16, BATCH = 4, ROWS_PER_WARP = STAGE_KEYS / WARPS;
+constexpr u32 WARPS = TILED_WARPS, THREADS = 32 * WARPS, TILE = TILE_KEYS, STAGES = RING_STAGES, BATCH = 4;
+constexpr u32 ROWS_PER_WARP = STAGE_KEYS / WARPS;
+static_assert(TILE == 2 * STAGE_KEYS, "a stage is half a tile");
 
 // Where a 16-byte chunk of a row of CHUNKS chunks lies, so that eight rows of one chunk lie in different banks.
 template <u32 CHUNKS> BCG_DEVICE u32 chunk_at(u32 row, u32 chunk) {

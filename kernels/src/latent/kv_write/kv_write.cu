@@ -3,9 +3,8 @@
 #include "args.cuh"
 #include "bcg.cuh"
 
-constexpr u32 THREADS = 256;
-constexpr u32 PER_THREAD = 512 / THREADS;  // elements of a latent
-constexpr u32 HALF_MAX = 64;               // pairs of a rope part
+constexpr u32 PER_THREAD = LATENT_DIM_MAX / THREADS;  // elements of a latent
+constexpr u32 HALF_MAX = ROPE_DIM_MAX / 2;            // pairs of a rope part
 
 template <typename T> BCG_DEVICE void mla_kv_write(const MlaKvWriteArgs& a) {
     __shared__ float cosines[HALF_MAX], sines[HALF_MAX];

@@ -4,12 +4,16 @@ mod host;
 
 use bcg_runtime::{DType, DevicePtr, KernelArgs, OpStream, Result, Source, Tensor};
 
-use super::latent_kv::check_caches;
+use super::latent_kv::{LATENT_DIM_MAX, ROPE_DIM_MAX, check_caches};
 use crate::check::Check;
 use crate::float::{PerFloat, per_float};
 use host::host;
 
-static SOURCE: Source = source!("latent/kv_write/kv_write.cu").takes::<MlaKvWriteArgs>();
+static SOURCE: Source = source!("latent/kv_write/kv_write.cu")
+    .takes::<MlaKvWriteArgs>()
+    .define("THREADS", THREADS as usize)
+    .define("LATENT_DIM_MAX", LATENT_DIM_MAX)
+    .define("ROPE_DIM_MAX", ROPE_DIM_MAX);
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("mla_kv_write");

@@ -3,8 +3,6 @@
 #include "args.cuh"
 #include "latent_attention.cuh"
 
-constexpr u32 PLAN_ROWS = 128;  // query rows of an item of the plan
-
 // One item of the plan: up to PLAN_ROWS query rows of one sequence.
 struct PlanItem {
     u32 sequence;

@@ -13,14 +13,28 @@ mod host;
 use bcg_runtime::{DType, Device, DevicePtr, Dims, Kernel, KernelArgs, OpStream, Result, Source, Tensor};
 use half::bf16;
 
-use super::latent_kv::{LatentKv, LatentKvArgs};
+use super::latent_kv::{ATTEND_WARPS, LATENT_DIM_MAX, LatentKv, LatentKvArgs, ROPE_DIM_MAX};
 use crate::arch::is_large;
 use crate::check::Check;
 use crate::float::{PerFloat, per_float};
 use host::host;
 
-static PORTABLE_SOURCE: Source = source!("latent/prefill/portable.cu", "mla_prefill.cuh").takes::<MlaPrefillArgs>();
-static TILED_SOURCE: Source = source!("latent/prefill/tiled.cu", "mla_prefill.cuh").takes::<MlaPrefillArgs>();
+static PORTABLE_SOURCE: Source = source!("latent/prefill/portable.cu", "mla_prefill.cuh")
+    .takes::<MlaPrefillArgs>()
+    .define("ATTEND_WARPS", ATTEND_WARPS as usize)
+    .define("LATENT_DIM_MAX", LATENT_DIM_MAX)
+    .define("ROPE_DIM_MAX", ROPE_DIM_MAX)
+    .define("PLAN_ROWS", TILE_ROWS);
+static TILED_SOURCE: Source = source!("latent/prefill/tiled.cu", "mla_prefill.cuh")
+    .takes::<MlaPrefillArgs>()
+    .define("ATTEND_WARPS", ATTEND_WARPS as usize)
+    .define("LATENT_DIM_MAX", LATENT_DIM_MAX)
+    .define("ROPE_DIM_MAX", ROPE_DIM_MAX)
+    .define("PLAN_ROWS", TILE_ROWS)
+    .define("WORKSPACE_TILE", WORKSPACE_TILE)
+    .define("TILE_KEYS", TILE_KEYS)
+    .define("STAGES", STAGES)
+    .define("STAGE_COLUMNS", STAGE_COLUMNS);
 pub(super) const SOURCES: &[&Source] = &[&PORTABLE_SOURCE, &TILED_SOURCE];
 
 const CHECK: Check = Check::new("mla_prefill");

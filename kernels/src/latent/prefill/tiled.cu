@@ -12,9 +12,8 @@
 #include "prefill.cuh"
 
 constexpr u32 WARPS = 8, THREADS = 32 * WARPS;
-constexpr u32 WORKSPACE_TILE = 128;  // latents that a block decompresses together
-constexpr u32 TILE_KEYS = 64, KEYS_PER_WARP = TILE_KEYS / WARPS;
-constexpr u32 STAGES = 3, STAGE_COLUMNS = 64, STAGE_CHUNKS = STAGE_COLUMNS / 8;
+constexpr u32 KEYS_PER_WARP = TILE_KEYS / WARPS;
+constexpr u32 STAGE_CHUNKS = STAGE_COLUMNS / 8;
 
 // Bytes from one row to the next in shared memory.
 BCG_DEVICE constexpr u32 pitch(u32 elements) { return (elements + 8) * 2; }

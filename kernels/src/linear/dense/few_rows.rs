@@ -14,7 +14,10 @@ use half::bf16;
 use super::host::host;
 use crate::check::Check;
 
-pub(super) static SOURCE: Source = source!("linear/dense/few_rows.cu").takes::<LinearFewRowsArgs>();
+pub(super) static SOURCE: Source = source!("linear/dense/few_rows.cu")
+    .takes::<LinearFewRowsArgs>()
+    .define("WARPS", WARPS)
+    .define("STEP_BYTES", STEP_BYTES);
 
 const CHECK: Check = Check::new("linear");
 

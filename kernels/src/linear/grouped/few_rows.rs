@@ -13,7 +13,10 @@ use super::args::GroupedArgs;
 use super::host::{host_gate_up, host_linear};
 use crate::check::Check;
 
-pub(super) static SOURCE: Source = source!("linear/grouped/few_rows.cu").takes::<GroupedArgs>();
+pub(super) static SOURCE: Source = source!("linear/grouped/few_rows.cu")
+    .takes::<GroupedArgs>()
+    .define("WARPS", WARPS)
+    .define("STEP_BYTES", STEP_BYTES);
 
 const CHECK: Check = Check::new("grouped_linear");
 

@@ -13,7 +13,7 @@
 constexpr u32 THREADS = 3 * WARPGROUP;
 constexpr u32 ROW_BYTES = 128;  // of 64 columns
 constexpr u32 GROUP_BYTES = 8 * ROW_BYTES;
-constexpr u32 SLOTS = 4;
+constexpr u32 SLOTS = RING_SLOTS;
 
 // Shared memory: a ring of slots, each with columns of 2 BOX rows of the weight and of BOX rows of x, then small things.
 // All is in blocks of 64 columns, whose rows' 16-byte chunks are swizzled: chunk c of row r stands at c ^ (r % 8).
@@ -26,6 +26,7 @@ template <u32 BOX> struct Shared {
     static constexpr u32 MAP = SLOTS * SLOT_BYTES;
     static constexpr u32 FULL = MAP + 128, EMPTY = FULL + 8 * SLOTS;
     static constexpr u32 SCHEDULE = EMPTY + 8 * SLOTS;
+    static_assert(MAP == RING_BYTES && SCHEDULE == RING_BYTES + SMALL_BYTES, "the op reckons with another layout");
 
     BCG_DEVICE static u32 weight_at(u32 slot, u32 block, u32 part) {
         return slot * SLOT_BYTES + (2 * block + part) * BOX_BYTES;

@@ -10,7 +10,11 @@ use super::args::GroupedArgs;
 use super::host::{hopper_gate_up, hopper_linear};
 use crate::check::Check;
 
-pub(super) static SOURCE: Source = source!("linear/grouped/hopper.cu").takes::<GroupedHopperArgs>();
+pub(super) static SOURCE: Source = source!("linear/grouped/hopper.cu")
+    .takes::<GroupedHopperArgs>()
+    .define("RING_SLOTS", RING_SLOTS as usize)
+    .define("RING_BYTES", RING_BYTES as usize)
+    .define("SMALL_BYTES", SMALL_BYTES as usize);
 
 const CHECK: Check = Check::new("grouped_linear");
 
@@ -20,8 +24,10 @@ const EXPERTS_MAX: u32 = 512;
 const DEPTH_MIN: u32 = 64;
 /// Bytes of a tensor map.
 const MAP_BYTES: usize = 128;
+/// Slots of the ring.
+const RING_SLOTS: u32 = 4;
 /// Slots of the ring in shared memory, each of 384 rows of 128 bytes.
-const RING_BYTES: u32 = 4 * 384 * 128;
+const RING_BYTES: u32 = RING_SLOTS * 384 * 128;
 /// What follows the ring: a tensor map and barriers.
 const SMALL_BYTES: u32 = 128 + 64;
 /// Shared memory for each expert.

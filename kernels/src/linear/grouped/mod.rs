@@ -17,7 +17,8 @@ use crate::moe::ExpertPlan;
 use args::GroupedArgs;
 use host::{host_gate_up, host_linear};
 
-static PORTABLE_SOURCE: Source = source!("linear/grouped/portable.cu").takes::<GroupedArgs>();
+static PORTABLE_SOURCE: Source =
+    source!("linear/grouped/portable.cu").takes::<GroupedArgs>().define("THREADS", THREADS as usize);
 pub(super) const SOURCES: &[&Source] = &[&few_rows::SOURCE, &hopper::SOURCE, &PORTABLE_SOURCE];
 
 // SAFETY: `grouped_gate_up` and `grouped_linear` have checked the shapes when `launch` runs, and the source indexes by

@@ -4,7 +4,6 @@
 #include "args.cuh"
 #include "silu.cuh"
 
-constexpr u32 THREADS = 256;
 constexpr u32 ROWS = 16;
 constexpr u32 COLUMNS = 64;
 constexpr u32 STEP = 32;  // a warp loads a step of a row

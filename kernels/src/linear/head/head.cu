@@ -4,7 +4,7 @@
 #include "args.cuh"
 #include "mma.cuh"
 
-constexpr u32 TILE_TOKENS = 32, TILE_OUTPUTS = 32, WARPS = 4, THREADS = 32 * WARPS;
+constexpr u32 THREADS = 32 * WARPS;
 constexpr u32 SUM_PITCH = TILE_OUTPUTS + 2;
 
 // Copies rows of `columns` elements, a multiple of 8, to rows of shared memory that are 16 bytes longer; zeros where

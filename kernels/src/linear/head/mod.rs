@@ -13,7 +13,11 @@ use crate::check::Check;
 use crate::float::{PerFloat, per_float};
 use host::host;
 
-static SOURCE: Source = source!("linear/head/head.cu").takes::<HeadLinearArgs>();
+static SOURCE: Source = source!("linear/head/head.cu")
+    .takes::<HeadLinearArgs>()
+    .define("TILE_TOKENS", TILE_TOKENS)
+    .define("TILE_OUTPUTS", TILE_OUTPUTS)
+    .define("WARPS", WARPS);
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("head_linear");

@@ -6,10 +6,10 @@ use bcg_runtime::{DevicePtr, KernelArgs, OpStream, Result, Source, Tensor};
 
 use crate::check::Check;
 use crate::float::{PerFloat, per_float};
-use crate::norm::rms::rms_dims;
+use crate::norm::rms::{PACKS, rms_dims};
 use host::host;
 
-static SOURCE: Source = source!("norm/add_rms_norm/add_rms_norm.cu").takes::<AddRmsNormArgs>();
+static SOURCE: Source = source!("norm/add_rms_norm/add_rms_norm.cu").takes::<AddRmsNormArgs>().define("PACKS", PACKS);
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("add_rms_norm");

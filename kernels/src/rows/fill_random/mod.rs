@@ -9,7 +9,8 @@ use crate::float::{PerFloat, per_float};
 use crate::random::{GOLDEN, mix};
 use host::host;
 
-static SOURCE: Source = source!("rows/fill_random/fill_random.cu").takes::<FillRandomArgs>();
+static SOURCE: Source =
+    source!("rows/fill_random/fill_random.cu").takes::<FillRandomArgs>().define("GOLDEN", GOLDEN as usize);
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("fill_random");

@@ -139,8 +139,6 @@ template <typename T> BCG_DEVICE void causal_conv1d(const CausalConv1dArgs& a) {
     else causal_conv1d<T, false>(a);
 }
 
-constexpr u32 THREADS = 128;
-
 extern "C" __global__ __launch_bounds__(THREADS) void causal_conv1d_bf16(CausalConv1dArgs a) { causal_conv1d<bf16>(a); }
 extern "C" __global__ __launch_bounds__(THREADS) void causal_conv1d_f16(CausalConv1dArgs a) { causal_conv1d<f16>(a); }
 extern "C" __global__ __launch_bounds__(THREADS) void causal_conv1d_f32(CausalConv1dArgs a) { causal_conv1d<float>(a); }

@@ -9,7 +9,8 @@ use crate::check::Check;
 use crate::float::{PerFloat, pack_len, per_float};
 use host::host;
 
-static SOURCE: Source = source!("ssm/causal_conv1d/causal_conv1d.cu").takes::<CausalConv1dArgs>();
+static SOURCE: Source =
+    source!("ssm/causal_conv1d/causal_conv1d.cu").takes::<CausalConv1dArgs>().define("THREADS", THREADS);
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("causal_conv1d");

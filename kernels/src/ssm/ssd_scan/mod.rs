@@ -13,7 +13,10 @@ pub(super) use host::{host_bf16, host_f32};
 
 use super::state_slots::{StateSlots, StateSlotsArgs, check_slots};
 
-static PORTABLE_SOURCE: Source = source!("ssm/ssd_scan/portable.cu").takes::<SsmArgs>();
+static PORTABLE_SOURCE: Source = source!("ssm/ssd_scan/portable.cu")
+    .takes::<SsmArgs>()
+    .define("WARP_ROWS", WARP_ROWS)
+    .define("STATE_SIZE_MAX", STATE_SIZE_MAX);
 pub(super) const SOURCES: &[&Source] = &[&PORTABLE_SOURCE, &tiled::SOURCE];
 
 const CHECK: Check = Check::new("ssd_scan");

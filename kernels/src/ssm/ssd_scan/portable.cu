@@ -2,8 +2,7 @@
 // Host reference: host.rs; shapes and geometry: mod.rs.
 #include "ssm.cuh"
 
-constexpr u32 ROWS = 4;             // rows of the state that a warp keeps; `WARP_ROWS` of the op
-constexpr u32 STATE_SIZE_MAX = 256;
+constexpr u32 ROWS = WARP_ROWS;               // rows of the state that a warp keeps
 constexpr u32 COLUMNS = STATE_SIZE_MAX / 32;  // columns of each row that a lane keeps
 
 // What a lane reads of one token.

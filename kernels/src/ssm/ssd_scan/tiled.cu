@@ -12,10 +12,7 @@
 #include "mma.cuh"
 #include "ssm.cuh"
 
-constexpr u32 THREADS = 256;
-constexpr u32 BLOCKS = 2;  // of a multiprocessor
-constexpr u32 P = 64;      // channels of a head
-constexpr u32 CHUNK = 64;  // rows at a time
+constexpr u32 P = HEAD_DIM;  // channels of a head
 constexpr u32 TILES = CHUNK / 16;
 
 // What reading and writing a state costs, in chunks.

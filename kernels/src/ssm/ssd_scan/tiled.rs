@@ -13,7 +13,12 @@ use super::host::{host_bf16, host_f32};
 use super::{SsmArgs, SsmInputs};
 use crate::arch::is_large;
 
-pub(super) static SOURCE: Source = source!("ssm/ssd_scan/tiled.cu").takes::<SsmArgs>();
+pub(super) static SOURCE: Source = source!("ssm/ssd_scan/tiled.cu")
+    .takes::<SsmArgs>()
+    .define("HEAD_DIM", HEAD_DIM)
+    .define("CHUNK", CHUNK)
+    .define("THREADS", THREADS as usize)
+    .define("BLOCKS", BLOCKS as usize);
 
 /// P that the kernels are made for.
 const HEAD_DIM: usize = 64;
