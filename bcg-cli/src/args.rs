@@ -81,7 +81,7 @@ pub struct EngineArgs {
     #[arg(long)]
     pub enable_breakable_cuda_graph: bool,
 
-    /// Largest token count that gets a graph; larger steps run eagerly
+    /// Largest token count of a prefill that gets a graph; larger steps run eagerly [default: --chunked-prefill-size]
     #[arg(long, value_name = "TOKENS")]
     pub cuda_graph_max_tokens: Option<usize>,
 

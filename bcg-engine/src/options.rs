@@ -45,7 +45,7 @@ pub struct EngineOptions {
     pub device: DeviceChoice,
     /// Replays prefills as breakable CUDA graphs and decodes as full ones.
     pub enable_breakable_cuda_graph: bool,
-    /// The largest token count that gets a graph; `None` takes the default.
+    /// The largest token count of a prefill that gets a graph; `None` takes `chunked_prefill_size`.
     pub cuda_graph_max_tokens: Option<usize>,
     /// Token counts of prefills to capture; `None` takes the default ladder.
     pub cuda_graph_sizes: Option<Vec<usize>>,
@@ -170,7 +170,7 @@ impl EngineOptions {
             graph: self.graph_mode(),
             cuda_graph_sizes: self.cuda_graph_sizes.clone(),
             cuda_graph_decode_sizes: self.cuda_graph_decode_sizes.clone(),
-            cuda_graph_max_tokens: self.cuda_graph_max_tokens.unwrap_or(default.cuda_graph_max_tokens),
+            cuda_graph_max_tokens: self.cuda_graph_max_tokens,
             cuda_graph_lazy_max_graphs: self.cuda_graph_lazy_max_graphs.unwrap_or(default.cuda_graph_lazy_max_graphs),
             cuda_graph_lazy_max_mib: self.cuda_graph_lazy_max_mib.unwrap_or(default.cuda_graph_lazy_max_mib),
             debug_cuda_graph: self.debug_cuda_graph,

@@ -92,8 +92,9 @@ pub struct ModelRunnerOptions {
     pub cuda_graph_sizes: Option<Vec<usize>>,
     /// The capture sizes of decodes, in sequences. If `None`, those up to `max_running_requests`, as for prefills.
     pub cuda_graph_decode_sizes: Option<Vec<usize>>,
-    /// The largest size that is captured if `cuda_graph_sizes` is `None`.
-    pub cuda_graph_max_tokens: usize,
+    /// The largest size of a prefill that is captured if `cuda_graph_sizes` is `None`. If this is `None` too, the largest
+    /// step that there can be, so that every step of prompts has a graph.
+    pub cuda_graph_max_tokens: Option<usize>,
     /// The most graphs of each phase that are held in [`GraphMode::Lazy`]; the least recently used one goes first.
     pub cuda_graph_lazy_max_graphs: usize,
     /// The most device memory that the graphs of each phase may take in [`GraphMode::Lazy`], in MiB; the least recently
@@ -122,7 +123,7 @@ impl Default for ModelRunnerOptions {
             graph: GraphMode::Off,
             cuda_graph_sizes: None,
             cuda_graph_decode_sizes: None,
-            cuda_graph_max_tokens: 512,
+            cuda_graph_max_tokens: None,
             cuda_graph_lazy_max_graphs: 128,
             cuda_graph_lazy_max_mib: 256,
             debug_cuda_graph: false,
@@ -204,7 +205,8 @@ impl ModelRunnerOptions {
         }
         let (sizes, largest, default) = match phase {
             Phase::Prefill => {
-                (&self.cuda_graph_sizes, self.largest_step(), self.cuda_graph_max_tokens.min(self.largest_step()))
+                let largest = self.largest_step();
+                (&self.cuda_graph_sizes, largest, self.cuda_graph_max_tokens.map_or(largest, |max| max.min(largest)))
             }
             // A decode may be padded beyond the most sequences, but not beyond the rows of a step.
             Phase::Decode => (&self.cuda_graph_decode_sizes, self.chunked_prefill_size, self.max_running_requests),
@@ -352,6 +354,10 @@ mod tests {
             |options: &ModelRunnerOptions, phase| options.ladder(phase).expect("a ladder").expect("graphs are on");
         assert_eq!(ladder(&options, Phase::Prefill).largest(), 100);
         assert_eq!(ladder(&options, Phase::Decode).largest(), 16);
+        let defaults = ModelRunnerOptions { graph: GraphMode::Ahead, ..ModelRunnerOptions::default() };
+        assert_eq!(ladder(&defaults, Phase::Prefill).largest(), defaults.chunked_prefill_size, "no step runs eagerly");
+        let capped = ModelRunnerOptions { cuda_graph_max_tokens: Some(50), ..options.clone() };
+        assert_eq!(ladder(&capped, Phase::Prefill).largest(), 50);
         let sizes = Some(vec![512, 64, 8]);
         let explicit = ModelRunnerOptions { cuda_graph_sizes: sizes, ..options.clone() };
         assert_eq!(ladder(&explicit, Phase::Prefill).sizes(), [8, 64]);
