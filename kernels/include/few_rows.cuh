@@ -36,6 +36,8 @@ template <u32 R, u32 ROWS, u32 STAGES> struct FewRows {
     static constexpr u32 TILES = R / 8;
     static constexpr u32 HALVES = ROWS > 8 ? 2 : 1;  // of the 16 rows of x that an instruction takes
     static constexpr u32 PITCH = R + 8;              // of the partial sums: no bank holds two of a warp's
+    // Shared memory of a block that takes ROWS rows of x: the ring, then the partial sums of all warps.
+    static constexpr u32 BLOCK_BYTES = STAGES * WARPS * (R + ROWS) * STEP_BYTES + WARPS * ROWS * PITCH * 4;
 
     u32 capacity;
     u32 lane, warp;

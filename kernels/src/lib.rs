@@ -29,6 +29,8 @@ mod sources;
 
 mod arch;
 mod check;
+#[cfg(test)]
+mod cubin;
 mod float;
 mod random;
 mod softmax;

@@ -27,12 +27,15 @@ pub(crate) fn run() -> Result<()> {
             .env("LD_LIBRARY_PATH", &libraries)
             .env("BCG_CUDA_INCLUDE", cuda.join("include")),
     )?;
-    // The tests of the compiler; a named NVRTC must be there, so none of them does less without one.
-    process::run(
-        cargo(["test", "--quiet", "-p", "bcg-runtime", "--lib", "compile::"])
-            .env("BCG_NVRTC", libraries.join("libnvrtc.so.13"))
-            .env("LD_LIBRARY_PATH", &libraries),
-    )
+    // The tests that compile; a named NVRTC must be there, so none of them does less without one.
+    for (package, tests) in [("bcg-runtime", "compile::"), ("bcg-kernels", "fits_into_shared_memory")] {
+        process::run(
+            cargo(["test", "--quiet", "-p", package, "--lib", tests])
+                .env("BCG_NVRTC", libraries.join("libnvrtc.so.13"))
+                .env("LD_LIBRARY_PATH", &libraries),
+        )?;
+    }
+    Ok(())
 }
 
 fn cuda_root(venv: &Path) -> Result<PathBuf> {

@@ -93,7 +93,10 @@ template <u32 R, u32 ROWS, u32 STAGES> struct Block : FewRows<R, ROWS, STAGES> {
     }
 };
 
+// Beside each kernel stands the shared memory that it needs for its most rows, for the test of the host's formula.
 #define LINEAR_FEW_ROWS(R, ROWS, STAGES)                                                                      \
+    extern "C" __constant__ const u32 linear_few_rows_##R##_##ROWS##_bytes =                                  \
+        FewRows<R, ROWS, STAGES>::BLOCK_BYTES;                                                                \
     extern "C" __global__ void __launch_bounds__(THREADS) linear_few_rows_##R##_##ROWS(LinearFewRowsArgs a) { \
         extern __shared__ __align__(16) u8 shared[];                                                          \
         release_dependents();                                                                                 \
