@@ -107,7 +107,7 @@ pub struct EngineArgs {
     #[arg(long, value_name = "MIB")]
     pub cuda_graph_lazy_max_mib: Option<usize>,
 
-    /// Run each captured forward as one eager break, to tell a graph problem from a model problem
+    /// Run eagerly what would replay a graph, as padded as that graph, to tell a graph problem from a model problem
     #[arg(long)]
     pub debug_cuda_graph: bool,
 

@@ -57,7 +57,8 @@ pub struct EngineOptions {
     pub cuda_graph_lazy_max_graphs: Option<usize>,
     /// The most device memory of the graphs of each phase with [`CaptureMode::Lazy`], in MiB; `None` takes the default.
     pub cuda_graph_lazy_max_mib: Option<usize>,
-    /// Runs each captured forward as one eager break, to tell a bug of a graph from a bug of the model.
+    /// Runs eagerly what would replay a graph, with the padded rows of that graph, and captures nothing: to tell a bug of a
+    /// graph from a bug of the model.
     pub debug_cuda_graph: bool,
     /// Compares every Nth replay with an eager run of the same step.
     pub verify_graph: Option<u32>,
