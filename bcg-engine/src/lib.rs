@@ -235,7 +235,7 @@ impl EventStream {
 /// Why a request was not accepted.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SubmitError {
-    /// As many requests wait as may wait.
+    /// The queue is full: the most requests that may wait do so already.
     #[error("the queue of {max_queued_requests} requests is full")]
     QueueFull {
         /// Requests that may wait.

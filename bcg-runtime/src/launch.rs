@@ -1,6 +1,6 @@
 //! Kernel + geometry + argument bytes: the one description of a launch.
 //!
-//! Eager runs, captures, recorded launches and the host device all use this description, so it holds everything that a
+//! Eager runs, captures, work lists and the host device all use this description, so it holds everything that a
 //! launch needs and nothing that a device adds. A kernel takes one `#[repr(C)]` argument struct by value.
 //!
 //! Invariants, on which the host device's reading of argument bytes rests:
@@ -244,7 +244,7 @@ impl KernelId {
     }
 }
 
-/// The bytes of an argument struct, inline, so that a recorded launch needs no allocation.
+/// The bytes of an argument struct, inline, so that a launch on a work list needs no allocation.
 #[derive(Clone, Copy)]
 #[repr(C, align(16))]
 pub struct ArgBytes {

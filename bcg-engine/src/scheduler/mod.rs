@@ -6,7 +6,7 @@
 //! cache still has of it.
 //!
 //! Steps overlap: the next one is planned while the last one runs, so a sequence's newest token may be known to the device
-//! only. [`Scheduler::launch`] records that a plan was enqueued, [`Scheduler::collect`] what it chose.
+//! only. [`Scheduler::launch`] notes that a plan was enqueued, [`Scheduler::collect`] what it chose.
 //!
 //! Invariants, checked by [`Scheduler::check`]:
 //! - no page is written by two sequences, and none is lost (kept by [`PrefixCache`]);
@@ -249,7 +249,7 @@ impl Scheduler {
         admitted
     }
 
-    /// Records that a plan was enqueued.
+    /// Notes that a plan was enqueued.
     pub fn launch(&mut self, plan: &StepPlan) {
         // Rows name the step launched last, and that is now this one.
         self.running.iter_mut().for_each(|sequence| sequence.row = None);

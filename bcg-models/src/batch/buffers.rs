@@ -126,7 +126,7 @@ fn push_section(staging: &mut Vec<i32>, len: usize, padding: i32, push: impl FnO
     begin..begin + len
 }
 
-/// The row behind the last one of each sequence.
+/// The row after the last one of each sequence.
 fn ends(batch: &[SequenceInput<'_>]) -> impl Iterator<Item = i32> {
     batch.iter().scan(0, |end, sequence| {
         *end += sequence.num_new() as i32;

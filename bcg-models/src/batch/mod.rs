@@ -51,7 +51,7 @@ pub struct SequenceInput<'a> {
 }
 
 impl<'a> SequenceInput<'a> {
-    /// New tokens behind `past_len` tokens, without a state and with nothing asked for but the next token.
+    /// New tokens after `past_len` tokens, without a state and with nothing asked for but the next token.
     pub fn new(tokens: &'a [u32], past_len: usize, pages: &'a [u32], sampling: &'a SamplingParams) -> Self {
         Self {
             tokens,
@@ -169,7 +169,7 @@ pub struct AttentionSplit {
     pub prompt_starts: Tensor,
     /// The plan of [`attention_prefill`](bcg_kernels::attention_prefill) for them.
     pub prompt_plan: Tensor,
-    /// `[Bmax]` i32: keys of each sequence at the front; 0 behind the last one of them.
+    /// `[Bmax]` i32: keys of each sequence at the front; 0 after the last one of them.
     pub decode_kv_lens: Tensor,
     /// The plan of [`attention_decode`](bcg_kernels::attention_decode) for them.
     pub decode_plan: Tensor,
@@ -178,7 +178,7 @@ pub struct AttentionSplit {
 /// The live batch.
 ///
 /// Apart from `last_rows`, its tensors have room for the most sequences of the padded rows, Bmax: all batches of a phase
-/// and a padded size have the same addresses and shapes. Sequences behind the last one are empty.
+/// and a padded size have the same addresses and shapes. Sequences after the last one are empty.
 #[derive(Debug)]
 pub struct ForwardBatch {
     rows: Rows,
@@ -186,7 +186,7 @@ pub struct ForwardBatch {
     phase: Phase,
     /// `[Bmax + 1]` i32: the first row of each sequence, and from there on the end of the last one.
     pub cu_seqlens_q: Tensor,
-    /// `[Bmax]` i32, new tokens included; 0 behind the last sequence.
+    /// `[Bmax]` i32, new tokens included; 0 after the last sequence.
     pub kv_lens: Tensor,
     /// `[Bmax, pages]` i32, as wide as the longest possible sequence needs. Only the pages of the sequences' tokens count.
     pub page_table: Tensor,

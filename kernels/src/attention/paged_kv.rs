@@ -23,7 +23,7 @@ pub struct PagedKv<'a> {
     pub k_cache: &'a Tensor,
     /// `[P, S, Hkv, D]`: the pages of values.
     pub v_cache: &'a Tensor,
-    /// `[B, max_pages]` i32; entries behind a sequence's last page are never read.
+    /// `[B, max_pages]` i32; entries after a sequence's last page are never read.
     pub page_table: &'a Tensor,
 }
 

@@ -26,7 +26,7 @@ pub(super) fn packs_per_thread(columns: usize) -> usize {
     columns.div_ceil(PACK_LEN * CLUSTER * THREADS)
 }
 
-/// The bytes of so many packs of each thread of a block.
+/// The bytes of a block whose threads have `packs` packs each.
 pub(super) fn packs_bytes(packs: usize) -> usize {
     packs * THREADS * PACK_LEN * size_of::<f32>()
 }

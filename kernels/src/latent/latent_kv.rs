@@ -23,7 +23,7 @@ pub struct LatentKv<'a> {
     pub latents: &'a Tensor,
     /// `[P, S, 1, R]`: the pages of rotated rope keys.
     pub rope_keys: &'a Tensor,
-    /// `[B, max_pages]` i32; entries behind a sequence's last page are never read.
+    /// `[B, max_pages]` i32; entries after a sequence's last page are never read.
     pub page_table: &'a Tensor,
 }
 

@@ -127,7 +127,7 @@ impl Prefill {
         out
     }
 
-    /// The formula, with so many keys hidden from every row of a sequence.
+    /// The formula, with this many keys hidden from every row of a sequence.
     fn expected(&self, hidden: usize) -> Vec<f64> {
         let width = self.q.tensor.dim(1);
         let mut expected = vec![];

@@ -127,7 +127,7 @@ impl Fixture {
         self.random_between(rows, columns, 3, 5, dtype)
     }
 
-    /// Makes a matrix of numbers in -1..1 between so many columns of NaN.
+    /// Makes a matrix of numbers in -1..1 between this many columns of NaN.
     pub(super) fn random_between(
         &mut self,
         rows: usize,

@@ -32,7 +32,7 @@ const CHECK: Check = Check::new("attention_decode");
 const WARPS: u32 = 8;
 /// Warps of a block of the tiled kernel, which take 16 keys of each tile each.
 const TILED_WARPS: usize = decode_plan::TILE / 16;
-/// Keys and values of so many tiles fit into a block's ring.
+/// The tiles whose keys and values fit into a block's ring.
 const STAGES: usize = 3;
 
 #[repr(C)]

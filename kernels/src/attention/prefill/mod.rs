@@ -116,7 +116,7 @@ static HOPPER_D128: Kernel<AttentionPrefillArgs> =
 /// use bcg_kernels::attention_prefill_plan;
 ///
 /// let mut plan = vec![];
-/// // Sequence 0 has 130 new tokens, sequence 1 has 3 behind a prefix of 200.
+/// // Sequence 0 has 130 new tokens, sequence 1 has 3 after a prefix of 200.
 /// attention_prefill_plan(&[0, 130, 133], &[130, 203], &mut plan);
 /// assert_eq!(plan, [3, 1, 130, 0, 128, 0, 0]);
 /// ```

@@ -55,7 +55,7 @@ const KEPT_BYTES_MAX: usize = 80 * 1024;
 pub struct SampleInputs<'a> {
     /// `[B]` f32: divides the logits; 0 or less takes the largest logit.
     pub temperature: &'a Tensor,
-    /// `[B]` i32: keeps so many of the likeliest tokens; 0 or less keeps all.
+    /// `[B]` i32: keeps this many of the likeliest tokens; 0 or less keeps all.
     pub top_k: &'a Tensor,
     /// `[B]` f32: keeps the likeliest tokens whose probabilities first reach this sum; 1 keeps all.
     pub top_p: &'a Tensor,

@@ -39,7 +39,7 @@ pub(super) const SOURCES: &[&Source] = &[&PORTABLE_SOURCE, &TILED_SOURCE];
 
 const CHECK: Check = Check::new("mla_prefill");
 
-/// Sequences begin at multiples of so many rows of the workspace.
+/// Sequences begin at multiples of this many rows of the workspace.
 const WORKSPACE_TILE: usize = 128;
 /// Query rows of a block of the tiled kernel, and keys of a tile.
 const TILE_ROWS: usize = 128;

@@ -33,7 +33,7 @@ const SMALL_BYTES: u32 = 128 + 64;
 /// Shared memory for each expert.
 const EXPERT_BYTES: u32 = 24;
 const _: () = assert!(RING_BYTES + SMALL_BYTES + EXPERT_BYTES * EXPERTS_MAX <= 227 << 10);
-/// From so many rows of an expert on, on average, the large items serve better: they read less from the cache for each
+/// From this many rows of an expert on, on average, the large items serve better: they read less from the cache for each
 /// product, but there are fewer of them to share among the blocks.
 const ROWS_OF_LARGE_ITEMS: u32 = 32;
 

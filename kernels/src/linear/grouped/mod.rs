@@ -36,7 +36,7 @@ const BLOCKS_PER_MULTIPROCESSOR: u32 = 2;
 ///
 /// For each place p in use, of expert e: `out[p, i] = round(silu(g)) * u` with `g = round(x[t] . weight[e, i])`,
 /// `u = round(x[t] . weight[e, I + i])` and `t = plan.rows[p] / K`; summed in f32, rounded as
-/// [`silu_mul()`](crate::silu_mul()) of a product rounds. Rows behind the last place in use stay as they are.
+/// [`silu_mul()`](crate::silu_mul()) of a product rounds. Rows after the last place in use stay as they are.
 ///
 /// # Shapes
 /// - `x`: `[T, C]`, bf16, f16 or f32; may be row-sliced.   - `weight`: `[E, 2 I, C]`, same dtype, contiguous.
@@ -88,7 +88,7 @@ pub fn grouped_gate_up(cx: &mut OpStream, x: &Tensor, weight: &Tensor, plan: &Ex
 
 /// Multiplies each row with the matrix of the expert that the row's place belongs to.
 ///
-/// For each place p in use, of expert e: `out[p, n] = x[p] . weight[e, n]`, summed in f32 and rounded once. Rows behind
+/// For each place p in use, of expert e: `out[p, n] = x[p] . weight[e, n]`, summed in f32 and rounded once. Rows after
 /// the last place in use are not read, and stay as they are.
 ///
 /// # Shapes

@@ -28,7 +28,7 @@ const STAGED_BYTES_MAX: usize = 160 << 10;
 pub struct ExpertPlan {
     /// `[E + 1]` i32: expert e has the places `offsets[e]..offsets[e + 1]`; the last one is the number of places in use.
     pub offsets: Tensor,
-    /// `[T K]` i32: place to `t K + k`; -1 behind the last place in use.
+    /// `[T K]` i32: place to `t K + k`; -1 after the last place in use.
     pub rows: Tensor,
     /// `[T, K]` i32: the place of each pair; -1 in padded rows.
     pub places: Tensor,

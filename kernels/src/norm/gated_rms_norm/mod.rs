@@ -1,4 +1,4 @@
-//! RMS norm of groups of columns behind a gate; CUDA source: `gated_rms_norm.cu`.
+//! RMS norm of groups of columns, after a gate; CUDA source: `gated_rms_norm.cu`.
 
 mod host;
 

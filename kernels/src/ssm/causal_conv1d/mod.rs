@@ -46,7 +46,7 @@ static CAUSAL_CONV1D: PerFloat<CausalConv1dArgs> = per_float!("causal_conv1d", S
 const THREADS: usize = 128;
 /// The most rows that a thread slides down; each thread reads K − 1 more.
 const TILE_ROWS_MAX: usize = 16;
-/// Threads that keep a device busy: beyond so many a thread takes more rows.
+/// Threads that keep a device busy: with more threads than this, each takes more rows.
 const BUSY_THREADS: usize = 1 << 17;
 
 /// The inputs of [`causal_conv1d()`].

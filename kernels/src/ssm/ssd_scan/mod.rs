@@ -193,7 +193,7 @@ impl SsmInputs<'_> {
 /// The rows `cu_seqlens_q[b]..cu_seqlens_q[b + 1]` are sequence `b`. For each of its tokens and each head, with
 /// `dt = clamp(softplus(dt + dt_bias), dt_limits)` and the B and C of the head's group,
 /// `h = exp(-dt exp(a_log)) h + dt x Bᵀ` and `out = h C + d x`, in f32, rounded once. `h` starts from the slot that is read,
-/// or from zeros, and is rounded to the state's dtype only where it is written, behind the last token. Rows that belong to
+/// or from zeros, and is rounded to the state's dtype only where it is written, after the last token. Rows that belong to
 /// no sequence (padding) are left as they are; a sequence without rows reads and writes no state.
 ///
 /// # Shapes
