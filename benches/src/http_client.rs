@@ -1,7 +1,7 @@
 //! The HTTP client of this crate: a pool of connections, over TLS where the URL says https.
 //!
-//! The load generator and the exporter of traces send through it. Certificates are checked against the roots that the
-//! system trusts; `SSL_CERT_FILE` names others.
+//! The load generator sends through it. Certificates are checked against the roots that the system trusts;
+//! `SSL_CERT_FILE` names others.
 
 use anyhow::{Context, bail};
 use axum::body::Bytes;
