@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 
-use bcg_models::{GenerateOptions, GraphMode, ModelRunner, ModelRunnerOptions, Phase, SamplingParams};
+use bcg_models::{GenerateOptions, GraphMode, ModelRunner, ModelRunnerOptions, Phase, SamplingParams, SequenceInput};
 use bcg_runtime::{Device, HostOptions};
 use bcg_tests::golden::{self, folder};
 
@@ -41,6 +41,23 @@ fn serve(runner: &mut ModelRunner, lens: impl IntoIterator<Item = usize>) {
     }
 }
 
+/// Runs a prompt beside a decode, in steps of these many rows.
+fn serve_mixed(runner: &mut ModelRunner, steps: impl IntoIterator<Item = usize>) {
+    let (pool, greedy) = (runner.pages().clone(), SamplingParams::greedy());
+    for rows in steps {
+        let decode = pool.lease(pool.pages_for(11)).expect("pages");
+        let prompt = pool.lease(pool.pages_for(rows)).expect("pages");
+        let tokens = vec![7; rows];
+        let batch = [
+            SequenceInput::new(&tokens[..1], 10, decode.pages(), &greedy),
+            SequenceInput::new(&tokens[1..], 0, prompt.pages(), &greedy),
+        ];
+        for _ in 0..2 {
+            runner.step(&batch).expect("a step");
+        }
+    }
+}
+
 #[test]
 fn weights_activations_graphs_and_kv_cache_stay_within_the_fraction() {
     let lazy = ModelRunnerOptions {
@@ -56,6 +73,7 @@ fn weights_activations_graphs_and_kv_cache_stay_within_the_fraction() {
         runner.capture(&mut |_| ()).expect("every size is captured");
         let loaded = used_bytes(&device);
         serve(&mut runner, (1..16).chain([300]));
+        serve_mixed(&mut runner, [3, 4, 6, 8, 39, 40, 63, 64, 399, 400, 447, 448, 512]);
         let served = used_bytes(&device);
         assert!(served <= fraction_bytes, "{} of {fraction_bytes} bytes with {:?}", served, options.graph);
         if options.graph == GraphMode::Lazy {

@@ -92,7 +92,8 @@ impl ModelRunner {
         Ok(total)
     }
 
-    /// Captures the graph of a size, drops it, and returns what it took, in bytes, with what a padded replay adds.
+    /// Captures the graph of a size, drops it, and returns what it took, in bytes, with what replays of other kinds of
+    /// batches add.
     fn measure_graph(&mut self, phase: Phase, size: usize) -> Result<usize> {
         let unbounded = {
             let mut changed = self.options.graph_cache(phase)?;
@@ -102,24 +103,32 @@ impl ModelRunner {
         };
         let cache = GraphCache::new(phase.name(), unbounded);
         let kept = std::mem::replace(self.graphs_and_runtime(phase).0, cache);
-        let captured = self.capture_size(phase, size).and_then(|()| self.replay_padded(phase, size));
+        let captured = self.capture_size(phase, size).and_then(|()| self.replay_all_kinds(phase, size));
         let measured = std::mem::replace(self.graphs_and_runtime(phase).0, kept);
         captured.map_err(|error| self.options.without_room(error))?;
         Ok(measured.graph_bytes())
     }
 
-    /// Replays a graph with a padded row, if the ladder has such batches: its breaks then scrub their outputs, which
-    /// makes other executables than those of the capture.
-    fn replay_padded(&mut self, phase: Phase, size: usize) -> Result<()> {
-        let ladder = self.graphs(phase).ladder();
-        if phase == Phase::Decode || size < 2 || ladder.and_then(|ladder| ladder.size_for(size - 1)) != Some(size) {
+    /// Replays a graph of prefills with a mixed batch, and both kinds of batches with a padded row if the ladder has such
+    /// batches. The breaks of each do other work than those of the capture, which makes an executable of its own.
+    fn replay_all_kinds(&mut self, phase: Phase, size: usize) -> Result<()> {
+        if phase == Phase::Decode {
             return Ok(());
         }
-        self.with_dummy(size - 1, DUMMY_SEQUENCE_TOKENS, |runner, dummy| {
-            let live = runner.inputs.fill(&mut runner.runtime, dummy, phase, size, false)?;
-            let (graphs, runtime) = runner.graphs_and_runtime(phase);
-            graphs.replay(size, runtime, &live).map(drop)
-        })
+        let is_padded =
+            |rows: usize| self.graphs(phase).ladder().and_then(|ladder| ladder.size_for(rows)) == Some(size);
+        let fewer = (size >= 2 && is_padded(size - 1)).then(|| size - 1);
+        for (rows, decodes) in [size].into_iter().chain(fewer).flat_map(|rows| [(rows, 0), (rows, 1)]) {
+            if (rows, decodes) == (size, 0) || (decodes > 0 && !self.can_mix(rows)?) {
+                continue;
+            }
+            self.with_dummy((rows, decodes), DUMMY_SEQUENCE_TOKENS, |runner, dummy| {
+                let live = runner.inputs.fill(&mut runner.runtime, dummy, phase, size, false)?;
+                let (graphs, runtime) = runner.graphs_and_runtime(phase);
+                graphs.replay(size, runtime, &live).map(drop)
+            })?;
+        }
+        Ok(())
     }
 }
 

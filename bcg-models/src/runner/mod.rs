@@ -193,7 +193,7 @@ impl ModelRunner {
             Phase::Prefill => DUMMY_SEQUENCE_TOKENS.min(size),
             Phase::Decode => 1,
         };
-        self.with_dummy(size, longest, |runner, dummy| {
+        self.with_dummy((size, 0), longest, |runner, dummy| {
             let batch = runner.inputs.fill(&mut runner.runtime, dummy, phase, size, false)?;
             let forward = runner.forward(phase, size, HiddenRows::Last)?;
             let (graphs, runtime) = runner.graphs_and_runtime(phase);
@@ -363,7 +363,7 @@ impl ModelRunner {
 
     /// Runs every kernel of a step once, at the largest captured size, so that no later capture has to grow the arena;
     /// and where the KV cache gets what is left of the memory, at the largest size that a step can have, so that none
-    /// grows it.
+    /// grows it. A mixed batch needs more than one of prompts alone, and runs all of its kernels.
     fn warm_up(&mut self) -> Result<()> {
         let options = &self.options;
         let largest = |phase| self.graph_sizes(phase).last().copied();
@@ -376,8 +376,11 @@ impl ModelRunner {
             Some(_) => (options.largest_step(), options.largest_step().div_ceil(options.max_running_requests)),
         };
         let decode = largest(Phase::Decode).unwrap_or(0).max(options.max_running_requests);
-        for (phase, rows, longest) in [(Phase::Prefill, prefill, longest), (Phase::Decode, decode, 1)] {
-            self.with_dummy(rows, longest, |runner, dummy| {
+        let decodes = usize::from(self.can_mix(prefill)?);
+        for (phase, (rows, decodes), longest) in
+            [(Phase::Prefill, (prefill, decodes), longest), (Phase::Decode, (decode, 0), 1)]
+        {
+            self.with_dummy((rows, decodes), longest, |runner, dummy| {
                 let live = runner.inputs.fill(&mut runner.runtime, dummy, phase, rows, false)?;
                 let forward = runner.forward(phase, rows, HiddenRows::Last)?;
                 let hidden = runner.runtime.eager(&live, forward)?;
@@ -395,22 +398,29 @@ impl ModelRunner {
         Ok(self.runtime.synchronize()?)
     }
 
-    /// Calls `f` with a batch of `rows` tokens, in sequences of `longest` where that is few enough sequences. They read
-    /// page 0 and write no page.
+    /// Tells whether a step of this many rows can be a mixed batch.
+    fn can_mix(&self, rows: usize) -> Result<bool> {
+        let prompts = self.options.limits()?.sequences - 1;
+        Ok(rows >= 3 && rows - 1 <= prompts.saturating_mul(self.options.context_length))
+    }
+
+    /// Calls `f` with a batch of `rows` tokens: as many sequences of one token as `decodes` says, fewer than can run
+    /// together, then sequences of `longest` tokens where that is few enough sequences. They read page 0 and write no page.
     fn with_dummy<R>(
         &mut self,
-        rows: usize,
+        (rows, decodes): (usize, usize),
         longest: usize,
         f: impl FnOnce(&mut Self, &[SequenceInput<'_>]) -> bcg_runtime::Result<R>,
     ) -> Result<R> {
-        let sequences = self.options.limits()?.sequences;
+        let (rows, sequences) = (rows - decodes, self.options.limits()?.sequences - decodes);
         let longest = longest.min(self.options.context_length).max(rows.div_ceil(sequences));
         let tokens = vec![0; longest];
         let pages = vec![0; longest.div_ceil(self.options.page_size)];
         let sampling = SamplingParams::default();
-        let batch: Vec<_> = (0..rows)
-            .step_by(longest)
-            .map(|first| SequenceInput::new(&tokens[..longest.min(rows - first)], 0, &pages, &sampling))
+        let prompts = (0..rows).step_by(longest).map(|first| longest.min(rows - first));
+        let batch: Vec<_> = std::iter::repeat_n(1, decodes)
+            .chain(prompts)
+            .map(|len| SequenceInput::new(&tokens[..len], 0, &pages, &sampling))
             .collect();
         Ok(f(self, &batch)?)
     }
