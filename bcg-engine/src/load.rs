@@ -95,7 +95,8 @@ fn settings(options: &EngineOptions, runner: &ModelRunner, has_prefix_cache: boo
 /// As [`start`].
 pub fn load_runner(options: &EngineOptions, progress: &mut dyn FnMut(Progress)) -> anyhow::Result<ModelRunner> {
     let mut runner = load_uncaptured(options, progress)?;
-    if options.graph_mode() == GraphMode::Ahead {
+    // With debug_cuda_graph the sizes of the ladder run eagerly, and nothing is captured.
+    if options.graph_mode() == GraphMode::Ahead && !options.debug_cuda_graph {
         let mut stages = Stages::new(progress);
         let summary = runner.capture(&mut |done| stages.update(done))?;
         tracing::info!("{}", summary_line(&summary));

@@ -42,8 +42,8 @@ pub enum HttpError {
 impl HttpError {
     /// Makes an [`HttpError::Value`].
     #[cfg(any(feature = "otel", feature = "tls"))]
-    pub(crate) fn value(option: &'static str, value: impl ToString, source: BoxError) -> Self {
-        Self::Value { option, value: value.to_string(), source }
+    pub(crate) fn value(option: &'static str, value: String, source: BoxError) -> Self {
+        Self::Value { option, value, source }
     }
 }
 

@@ -34,7 +34,7 @@ mod with_tls {
     }
 
     fn config(cert: &Path, key: &Path) -> Result<Arc<ServerConfig>, HttpError> {
-        let refused = |error| HttpError::value("tls_cert", cert.display(), error);
+        let refused = |error| HttpError::value("tls_cert", cert.display().to_string(), error);
         let chain = CertificateDer::pem_file_iter(cert).map_err(|error| refused(error.into()))?;
         let chain = chain.collect::<Result<Vec<_>, _>>().map_err(|error| refused(error.into()))?;
         if chain.is_empty() {

@@ -84,7 +84,7 @@ fn collector(endpoint: &str) -> Result<(Uri, HttpClient), HttpError> {
 }
 
 fn refused(endpoint: &str, error: BoxError) -> HttpError {
-    HttpError::value("otlp_endpoint", endpoint, error)
+    HttpError::value("otlp_endpoint", endpoint.to_string(), error)
 }
 
 /// Makes spans and sends them.

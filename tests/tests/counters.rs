@@ -45,12 +45,15 @@ const SIZE: usize = 40;
 /// Tokens that each sequence of a step holds already, and new ones.
 type Batch = &'static [(usize, usize)];
 
+/// A step and its cost.
+type Pinned = ((Phase, Batch), [u64; 7]);
+
 const PREFILL: (Phase, Batch) = (Phase::Prefill, &[(0, 17), (0, 23)]);
 const MIXED: (Phase, Batch) = (Phase::Prefill, &[(10, 1), (5, 1), (0, 38)]);
 const DECODE: (Phase, Batch) = (Phase::Decode, &[(10, 1), (5, 1), (7, 1), (30, 1)]);
 
 /// The pinned costs, in the order of [`Cost`]'s fields.
-const PINNED: [(Checkpoint, [((Phase, Batch), [u64; 7]); 3]); 4] = [
+const PINNED: [(Checkpoint, [Pinned; 3]); 4] = [
     (
         "tiny-qwen3",
         [(PREFILL, [9, 1, 7, 45, 0, 0, 1]), (MIXED, [9, 1, 11, 49, 0, 0, 1]), (DECODE, [10, 1, 4, 44, 0, 0, 1])],
@@ -136,7 +139,7 @@ fn a_warm_step_costs_what_it_did() {
         };
         let mut runner = load(&device, checkpoint, graphs);
         for ((phase, batch), pinned) in steps {
-            let (pinned, cost) = (Cost::of(pinned), cost(&mut runner, &control, phase, batch));
+            let (pinned, cost) = (Cost::of(pinned), cost(&mut runner, control, phase, batch));
             if cost != pinned {
                 moved.push(format!("{checkpoint} {phase:?} of {batch:?}:\n  pinned {pinned:?}\n  now    {cost:?}"));
             }
