@@ -53,7 +53,7 @@ impl Runner {
     /// Makes a runner on a device.
     ///
     /// # Errors
-    /// The driver's; [`Error::OutOfMemory`] if `arena_bytes` are not free.
+    /// The driver's; [`Error::OutOfMemory`](crate::Error::OutOfMemory) if `arena_bytes` are not free.
     pub fn new(device: &Device, options: RunnerOptions) -> Result<Self> {
         Ok(Self { stream: OpStream::new(device, options)? })
     }
@@ -66,7 +66,8 @@ impl Runner {
     /// Runs a forward eagerly. Arena tensors of earlier forwards become stale.
     ///
     /// # Errors
-    /// Those of `forward`; [`Error::Panic`] if it panics; [`Error::UnjoinedStream`].
+    /// Those of `forward`; [`Error::Panic`](crate::Error::Panic) if it panics;
+    /// [`Error::UnjoinedStream`](crate::Error::UnjoinedStream).
     pub fn eager<L: LiveBatch, O>(
         &mut self,
         live: &L,
@@ -99,7 +100,7 @@ impl Runner {
     /// Enqueues a copy of `data`, in row-major order, into a persistent tensor: an input of the coming forward.
     ///
     /// # Errors
-    /// [`Error::Shape`] if dtype or length differ; those of [`OpStream::addr`]; the driver's.
+    /// [`Error::Shape`](crate::Error::Shape) if dtype or length differ; those of [`OpStream::addr`]; the driver's.
     pub fn upload<T: Element>(&mut self, tensor: &Tensor, data: &[T]) -> Result<()> {
         tensor.check_dtype("Runner::upload", T::DTYPE)?;
         let ptr = self.stream.addr(tensor)?;
@@ -109,8 +110,8 @@ impl Runner {
     /// Reads a tensor, in row-major order, after the work enqueued so far. Waits for the device.
     ///
     /// # Errors
-    /// [`Error::Shape`] if `T` is not its dtype; [`Error::Stale`] for a tensor of an earlier forward; the first error
-    /// of the work waited for.
+    /// [`Error::Shape`](crate::Error::Shape) if `T` is not its dtype; [`Error::Stale`](crate::Error::Stale) for a tensor
+    /// of an earlier forward; the first error of the work waited for.
     pub fn read<T: Element>(&mut self, tensor: &Tensor) -> Result<Vec<T>> {
         tensor.check_dtype("Runner::read", T::DTYPE)?;
         let ptr = self.stream.addr(tensor)?;
@@ -139,7 +140,7 @@ impl Runner {
     /// Gives the arena's addresses memory again (wake).
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`].
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
     pub fn restore_memory(&mut self) -> Result<()> {
         self.stream.arena().restore()
     }
