@@ -7,6 +7,7 @@
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 constexpr u32 TILE_KEYS = 128;
+static_assert(THREADS == 3 * WARPGROUP, "one warpgroup copies, two multiply");
 
 // Shared memory: two tiles of queries, a ring of tiles of keys and values in the order of their use, then small things.
 template <u32 D> struct Shared {
@@ -366,10 +367,10 @@ template <u32 D> BCG_DEVICE void attention_prefill(const AttentionPrefillArgs& a
     }
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1) attention_prefill_hopper_d64(AttentionPrefillArgs a) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_hopper_d64(AttentionPrefillArgs a) {
     attention_prefill<64>(a);
 }
-extern "C" __global__ void __launch_bounds__(384, 1) attention_prefill_hopper_d128(AttentionPrefillArgs a) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_prefill_hopper_d128(AttentionPrefillArgs a) {
     attention_prefill<128>(a);
 }
 

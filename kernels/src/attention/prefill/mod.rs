@@ -21,11 +21,13 @@ pub(crate) use host::check_plan;
 static HOPPER_SOURCE: Source = source!("attention/prefill/hopper.cu", "work.cuh")
     .takes::<AttentionPrefillArgs>()
     .define("PLAN_ROWS", PLAN_ROWS)
+    .define("THREADS", HOPPER_THREADS as usize)
     .define("RING_SLOTS", HOPPER_RING_SLOTS);
 static PORTABLE_SOURCE: Source = source!("attention/prefill/portable.cu", "work.cuh")
     .takes::<AttentionPrefillArgs>()
     .define("PLAN_ROWS", PLAN_ROWS)
     .define("TILE_KEYS", TILE_KEYS)
+    .define("WARPS", WARPS as usize)
     .define("HEAD_DIM_MAX", HEAD_DIM_MAX);
 pub(super) const SOURCES: &[&Source] = &[&HOPPER_SOURCE, &PORTABLE_SOURCE];
 
@@ -33,6 +35,10 @@ const CHECK: Check = Check::new("attention_prefill");
 
 /// Rows of an item of the plan.
 const PLAN_ROWS: usize = 128;
+/// Warps of a block of the portable kernels.
+const WARPS: u32 = 8;
+/// Threads of a block of the Hopper kernels: one warpgroup copies, two multiply.
+const HOPPER_THREADS: u32 = 3 * 128;
 /// Keys of a tile of the portable kernel.
 const TILE_KEYS: usize = 64;
 /// Tiles of keys and values that the ring of the Hopper kernel holds.
@@ -287,14 +293,17 @@ fn choose(
     let shared_bytes = |rows: usize| (rows * head_dim * 2) as u32 + SMALL_BYTES;
     Ok(match kernel {
         None => {
-            let dims = Dims { grid: blocks(8), block: [256, 1, 1], shared_bytes: 0 };
+            let dims = Dims { grid: blocks(8), block: [32 * WARPS, 1, 1], shared_bytes: 0 };
             (ATTENTION_PREFILL.get(CHECK, "q", dtype)?, dims)
         }
         Some(kernel) if is_hopper && dtype == DType::Bf16 => {
             let shared_bytes = shared_bytes(HOPPER_TILES * PLAN_ROWS);
-            (kernel, Dims { grid: blocks(1), block: [384, 1, 1], shared_bytes })
+            (kernel, Dims { grid: blocks(1), block: [HOPPER_THREADS, 1, 1], shared_bytes })
         }
-        Some(kernel) => (kernel, Dims { grid: blocks(2), block: [256, 1, 1], shared_bytes: shared_bytes(TILE_ROWS) }),
+        Some(kernel) => {
+            let shared_bytes = shared_bytes(TILE_ROWS);
+            (kernel, Dims { grid: blocks(2), block: [32 * WARPS, 1, 1], shared_bytes })
+        }
     })
 }
 

@@ -4,7 +4,8 @@
 #include "paged_attention.cuh"
 #include "work.cuh"
 
-constexpr u32 WARPS = 8;  // each has 16 query rows, and copies 8 keys of a tile
+// A warp has 16 query rows, and copies 8 keys of a tile.
+static_assert(PLAN_ROWS == 16 * WARPS && TILE_KEYS == 8 * WARPS, "the warps share the rows of a tile evenly");
 
 template <u32 D> struct Tiles {
     static constexpr u32 KV_BYTES = TILE_KEYS * D * 2;

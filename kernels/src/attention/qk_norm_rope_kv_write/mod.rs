@@ -11,10 +11,14 @@ use host::host;
 
 static SOURCE: Source = source!("attention/qk_norm_rope_kv_write/qk_norm_rope_kv_write.cu")
     .takes::<QkNormRopeKvWriteArgs>()
+    .define("THREADS_MAX", THREADS_MAX)
     .define("HEAD_DIM_MAX", HEAD_DIM_MAX);
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("qk_norm_rope_kv_write");
+
+/// The most threads of a block.
+const THREADS_MAX: usize = 768;
 
 #[repr(C)]
 #[derive(Clone, Copy, KernelArgs)]
@@ -179,7 +183,7 @@ pub fn qk_norm_rope_kv_write(cx: &mut OpStream, input: &QkNormRopeKvWrite<'_>) -
 /// The threads of a token's block: `group` lanes for each head, in as few equal turns as registers allow. Where there are
 /// tokens enough to fill the device, more blocks with a few turns each are faster.
 fn block_threads(tokens: usize, heads: usize, group: usize) -> u32 {
-    let threads_max = if tokens < 1024 { 768 } else { 192 };
+    let threads_max = if tokens < 1024 { THREADS_MAX } else { 192 };
     let turns = (heads * group).div_ceil(threads_max);
     (heads.div_ceil(turns) * group).next_multiple_of(32) as u32
 }

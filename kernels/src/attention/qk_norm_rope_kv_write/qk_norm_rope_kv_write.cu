@@ -96,8 +96,6 @@ template <typename T> BCG_DEVICE void qk_norm_rope_kv_write(const QkNormRopeKvWr
 }
 
 // 16-bit elements leave room for two blocks of the most threads that the op asks for; f32 needs its registers.
-constexpr u32 THREADS_MAX = 768;
-
 extern "C" __global__ __launch_bounds__(THREADS_MAX, 2) void qk_norm_rope_kv_write_bf16(QkNormRopeKvWriteArgs a) {
     qk_norm_rope_kv_write<bf16>(a);
 }

@@ -31,6 +31,7 @@ static TILED_SOURCE: Source = source!("latent/prefill/tiled.cu", "mla_prefill.cu
     .define("LATENT_DIM_MAX", LATENT_DIM_MAX)
     .define("ROPE_DIM_MAX", ROPE_DIM_MAX)
     .define("PLAN_ROWS", TILE_ROWS)
+    .define("WARPS", WARPS as usize)
     .define("WORKSPACE_TILE", WORKSPACE_TILE)
     .define("TILE_KEYS", TILE_KEYS)
     .define("STAGES", STAGES)
@@ -41,6 +42,8 @@ const CHECK: Check = Check::new("mla_prefill");
 
 /// Sequences begin at multiples of this many rows of the workspace.
 const WORKSPACE_TILE: usize = 128;
+/// Warps of a block of the tiled kernel.
+const WARPS: u32 = 8;
 /// Query rows of a block of the tiled kernel, and keys of a tile.
 const TILE_ROWS: usize = 128;
 const TILE_KEYS: usize = 64;
@@ -211,7 +214,7 @@ pub fn mla_prefill(cx: &mut OpStream, input: &MlaPrefill<'_>) -> Result<Tensor> 
         scale: input.scale,
     };
     let Some(kernel) = tiled(cx.device(), dtype, &args) else {
-        let dims = Dims::linear(8 * cx.device().num_multiprocessors(), 256);
+        let dims = Dims::linear(8 * cx.device().num_multiprocessors(), 32 * ATTEND_WARPS);
         cx.launch(MLA_PREFILL.get(CHECK, "q", dtype)?, dims, args)?;
         return Ok(out);
     };
@@ -222,7 +225,7 @@ pub fn mla_prefill(cx: &mut OpStream, input: &MlaPrefill<'_>) -> Result<Tensor> 
     args.workspace = cx.addr(&workspace)?;
     args.arrivals = cx.addr(&arrivals)?;
     args.workspace_rows = CHECK.u32("rows of the workspace", workspace_rows)?;
-    let mut dims = Dims::linear(cx.device().num_multiprocessors(), 256);
+    let mut dims = Dims::linear(cx.device().num_multiprocessors(), 32 * WARPS);
     dims.shared_bytes = args.shared_bytes() as u32;
     cx.launch(kernel, dims, args)?;
     Ok(out)

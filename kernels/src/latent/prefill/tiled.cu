@@ -11,7 +11,7 @@
 #include "mla_prefill.cuh"
 #include "prefill.cuh"
 
-constexpr u32 WARPS = 8, THREADS = 32 * WARPS;
+constexpr u32 THREADS = 32 * WARPS;
 constexpr u32 KEYS_PER_WARP = TILE_KEYS / WARPS;
 constexpr u32 STAGE_CHUNKS = STAGE_COLUMNS / 8;
 

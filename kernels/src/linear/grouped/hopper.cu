@@ -10,7 +10,7 @@
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-constexpr u32 THREADS = 3 * WARPGROUP;
+static_assert(THREADS == 3 * WARPGROUP, "one warpgroup copies, two multiply");
 constexpr u32 ROW_BYTES = 128;  // of 64 columns
 constexpr u32 GROUP_BYTES = 8 * ROW_BYTES;
 constexpr u32 SLOTS = RING_SLOTS;

@@ -12,12 +12,15 @@ use crate::check::Check;
 
 pub(super) static SOURCE: Source = source!("linear/grouped/hopper.cu")
     .takes::<GroupedHopperArgs>()
+    .define("THREADS", THREADS as usize)
     .define("RING_SLOTS", RING_SLOTS as usize)
     .define("RING_BYTES", RING_BYTES as usize)
     .define("SMALL_BYTES", SMALL_BYTES as usize);
 
 const CHECK: Check = Check::new("grouped_linear");
 
+/// Threads of a block: one warpgroup copies, two multiply.
+const THREADS: u32 = 3 * 128;
 /// The most experts: each block sorts them all.
 const EXPERTS_MAX: u32 = 512;
 /// Columns of a block of the weight in shared memory; the kernels take no smaller depth.
@@ -87,7 +90,7 @@ pub(super) fn launch(cx: &mut OpStream, is_gated: bool, grouped: GroupedArgs) ->
     // In eights, because the kernel may read its list of experts in wide words, beyond the last one.
     let listed = CHECK.u32("E", grouped.experts as usize)?.next_multiple_of(8);
     let shared_bytes = RING_BYTES + SMALL_BYTES + EXPERT_BYTES * listed;
-    let dims = Dims { shared_bytes, ..Dims::linear(blocks, 3 * 128) };
+    let dims = Dims { shared_bytes, ..Dims::linear(blocks, THREADS) };
     let args = GroupedHopperArgs { grouped, maps: cx.addr(&maps)? };
     cx.launch(&kernels[usize::from(is_large)], dims, args)
 }

@@ -7,7 +7,7 @@ use bcg_runtime::{DType, DevicePtr, Dims, HostMemory, Kernel, KernelArgs, OpStre
 use crate::check::Check;
 use host::host;
 
-static SOURCE: Source = source!("moe/permute/permute.cu").takes::<MoePermuteArgs>();
+static SOURCE: Source = source!("moe/permute/permute.cu").takes::<MoePermuteArgs>().define("THREADS", THREADS as usize);
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("moe_permute");

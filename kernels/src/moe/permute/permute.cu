@@ -2,10 +2,10 @@
 #include "args.cuh"
 #include "moe_permute.cuh"
 
-extern "C" __global__ __launch_bounds__(1024) void moe_permute(MoePermuteArgs a) {
-    extern __shared__ u32 counts[];  // [32, num_experts], then the staged rows
+extern "C" __global__ __launch_bounds__(THREADS) void moe_permute(MoePermuteArgs a) {
+    extern __shared__ u32 counts[];  // [THREADS / 32, num_experts], then the staged rows
     wait_for_inputs();
     release_dependents();
-    u16* staged = a.is_staged ? (u16*)(counts + 32 * a.num_experts) : nullptr;
+    u16* staged = a.is_staged ? (u16*)(counts + THREADS / 32 * a.num_experts) : nullptr;
     permute(a.plan, a.experts, a.pairs, a.num_experts, counts, staged);
 }

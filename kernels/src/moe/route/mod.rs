@@ -8,7 +8,10 @@ use super::permute::{ExpertPlan, PlanOut, counts_bytes, moe_permute};
 use crate::check::Check;
 use host::{host, host_fused};
 
-static SOURCE: Source = source!("moe/route/route.cu").takes::<MoeRouteArgs>();
+static SOURCE: Source = source!("moe/route/route.cu")
+    .takes::<MoeRouteArgs>()
+    .define("WARPS", WARPS as usize)
+    .define("WARPS_MAX", WARPS_MAX);
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("moe_route");

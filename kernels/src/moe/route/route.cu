@@ -147,14 +147,14 @@ BCG_DEVICE void write_rows(const MoeRouteArgs& a, u32 first, u32 step, i32* expe
     }
 }
 
-extern "C" __global__ __launch_bounds__(128) void moe_route(MoeRouteArgs a) {
+extern "C" __global__ __launch_bounds__(32 * WARPS) void moe_route(MoeRouteArgs a) {
     u32 warps = blockDim.x / 32;
     wait_for_inputs();
     release_dependents();
     write_rows(a, blockIdx.x * warps + threadIdx.x / 32, gridDim.x * warps, nullptr);
 }
 
-extern "C" __global__ __launch_bounds__(1024) void moe_route_and_permute(MoeRouteArgs a) {
+extern "C" __global__ __launch_bounds__(32 * WARPS_MAX) void moe_route_and_permute(MoeRouteArgs a) {
     extern __shared__ u32 counts[];  // [warps, num_experts], then the choices
     u32 warps = blockDim.x / 32;
     i32* experts = (i32*)(counts + warps * a.num_experts);

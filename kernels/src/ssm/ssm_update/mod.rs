@@ -6,7 +6,7 @@ use super::ssd_scan::{PerState, SsmArgs, SsmInputs, host_bf16, host_f32};
 use crate::check::Check;
 use crate::float::per_float;
 
-static SOURCE: Source = source!("ssm/ssm_update/ssm_update.cu").takes::<SsmArgs>();
+static SOURCE: Source = source!("ssm/ssm_update/ssm_update.cu").takes::<SsmArgs>().define("THREADS", THREADS as usize);
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("ssm_update");

@@ -73,7 +73,7 @@ template <typename T, typename S> BCG_DEVICE void ssm_update(const SsmArgs& a) {
 // The dtype of the state, then that of all else. So many blocks a multiprocessor that some load while others store, and no
 // more than registers are there for.
 #define SSM_UPDATE(name, T, S, blocks) \
-    extern "C" __global__ void __launch_bounds__(256, blocks) name(SsmArgs a) { ssm_update<T, S>(a); }
+    extern "C" __global__ void __launch_bounds__(THREADS, blocks) name(SsmArgs a) { ssm_update<T, S>(a); }
 
 SSM_UPDATE(ssm_update_state_f32_bf16, bf16, float, 4)
 SSM_UPDATE(ssm_update_state_f32_f16, f16, float, 4)
