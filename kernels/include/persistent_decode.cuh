@@ -6,7 +6,7 @@
 // blocks leaves a piece per block in `partials`; the block that ends last merges them, in the order of the blocks,
 // whichever it is.
 #pragma once
-#include "decode_plan.cuh"
+#include "args.cuh"
 #include "mma.cuh"
 
 // Loads of what another block wrote. In the order of the program, so several are under way together.

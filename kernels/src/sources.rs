@@ -28,7 +28,6 @@ macro_rules! ops {
 
 /// The headers that several ops share.
 pub(crate) const HEADERS: &[Header] = &[
-    ("decode_plan.cuh", include_str!("../include/decode_plan.cuh")),
     ("few_rows.cuh", include_str!("../include/few_rows.cuh")),
     ("hopper.cuh", include_str!("../include/hopper.cuh")),
     ("latent_attention.cuh", include_str!("../include/latent_attention.cuh")),

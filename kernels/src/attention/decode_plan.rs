@@ -1,5 +1,4 @@
-//! How decode attention is spread over a persistent grid; CUDA twin: `BlockPlan` in
-//! `kernels/include/decode_plan.cuh`.
+//! How decode attention is spread over a persistent grid; `persistent_decode.cuh` reads the plans.
 //!
 //! The work is a list: for each sequence, for each of its items (query heads that share a key-value head), the item's
 //! tiles of [`TILE`] keys. Each block takes a stretch of the list, all of about the same cost, so that one long sequence
@@ -8,7 +7,9 @@
 //! - Grid and size depend on the device alone, so a captured kernel reads any plan.
 //! - A sequence without keys takes no part: padding a batch changes no other sequence's stretches, and so no bit.
 
-use bcg_runtime::{Device, DevicePtr, HostMemory, Result};
+use std::mem::offset_of;
+
+use bcg_runtime::{Device, DevicePtr, HostMemory, KernelArgs, Result};
 
 use crate::check::Check;
 
@@ -23,11 +24,30 @@ const ITEM_COST: usize = 1;
 /// Tiles per block from which on blocks are never short of work.
 const BUSY_TILES: usize = 4;
 
-/// i32s of a block: where it begins (sequence, item, tile), how many tiles it takes, the blocks on which its first item
-/// begins and its last item ends, the keys of the sequence that it begins with, and a counter of the kernel's.
-pub(crate) const WIDTH: usize = 8;
-const TILES: usize = 3;
-const LAST: usize = 5;
+/// A block's share of the work, as the kernels read it: a row of the plan.
+#[repr(C)]
+#[derive(Clone, Copy, KernelArgs)]
+pub(crate) struct BlockPlan {
+    /// Where the block begins: sequence, item, tile.
+    sequence: i32,
+    item: i32,
+    tile: i32,
+    /// How many tiles the block takes.
+    tiles: i32,
+    /// The block on which the block's first item begins, and the one on which its last item ends.
+    first: i32,
+    last: i32,
+    /// Keys of the sequence that the block begins with.
+    len: i32,
+    /// The kernel's counter: pieces that are written of the item that begins but does not end on this block; 0 between
+    /// runs.
+    arrivals: u32,
+}
+
+/// Numbers of a row of the plan, and where some of them stand in it.
+pub(crate) const WIDTH: usize = size_of::<BlockPlan>() / size_of::<i32>();
+const TILES: usize = offset_of!(BlockPlan, tiles) / size_of::<i32>();
+const LAST: usize = offset_of!(BlockPlan, last) / size_of::<i32>();
 
 /// The shape of the plans by which [`attention_decode`](crate::attention_decode()) spreads its work over a device.
 ///

@@ -8,7 +8,7 @@ mod host;
 use bcg_runtime::{DType, Device, DevicePtr, Dims, Kernel, KernelArgs, OpStream, Result, Source, Tensor};
 use half::{bf16, f16};
 
-use super::decode_plan::{self, DecodePlan};
+use super::decode_plan::{self, BlockPlan, DecodePlan};
 use super::paged_kv::{HEAD_DIM_MAX, PagedKv, PagedKvArgs};
 use crate::arch::is_large;
 use crate::check::Check;
@@ -21,6 +21,7 @@ static PORTABLE_SOURCE: Source = source!("attention/decode/portable.cu")
     .define("HEAD_DIM_MAX", HEAD_DIM_MAX);
 static TILED_SOURCE: Source = source!("attention/decode/tiled.cu")
     .takes::<AttentionDecodeArgs>()
+    .takes::<BlockPlan>()
     .define("TILE_KEYS", decode_plan::TILE)
     .define("TILED_WARPS", TILED_WARPS)
     .define("RING_STAGES", STAGES);

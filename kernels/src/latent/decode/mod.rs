@@ -9,7 +9,7 @@ use bcg_runtime::{DType, Device, DevicePtr, Dims, Kernel, KernelArgs, OpStream, 
 
 use super::latent_kv::{ATTEND_WARPS, LATENT_DIM_MAX, LatentKv, LatentKvArgs, ROPE_DIM_MAX};
 use crate::arch::is_large;
-use crate::attention::decode_plan::{self, DecodePlan};
+use crate::attention::decode_plan::{self, BlockPlan, DecodePlan};
 use crate::check::Check;
 use crate::float::{PerFloat, per_float};
 use host::{host, host_tiled};
@@ -21,6 +21,7 @@ static PORTABLE_SOURCE: Source = source!("latent/decode/portable.cu")
     .define("ROPE_DIM_MAX", ROPE_DIM_MAX);
 static TILED_SOURCE: Source = source!("latent/decode/tiled.cu")
     .takes::<MlaDecodeArgs>()
+    .takes::<BlockPlan>()
     .define("TILE_KEYS", decode_plan::TILE)
     .define("TILED_WARPS", TILED_WARPS)
     .define("STAGE_KEYS", STAGE_KEYS)
