@@ -1,8 +1,10 @@
-// What kernels for compute capability 9.0 share: barriers in shared memory, tensor maps, wgmma.
+// What kernels for compute capability 9.0 share: barriers in shared memory, tensor maps, wgmma. MAP_BYTES stands in
+// kernels/src/arch.rs.
 #pragma once
 #include "mma.cuh"
 
 constexpr u32 WARPGROUP = 128;
+static_assert(MAP_BYTES == 128, "the instructions below clear and copy tensor maps of 128 bytes");
 
 // The slot of the ring whose turn it is, and the parity of its barriers.
 template <u32 SLOTS> struct Ring {

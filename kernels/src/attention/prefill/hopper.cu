@@ -14,7 +14,7 @@ template <u32 D> struct Shared {
     static constexpr u32 SLOTS = RING_SLOTS;
     static constexpr u32 TILE_BYTES = TILE_KEYS * D * 2;
     static constexpr u32 Q = 0, RING = 2 * TILE_BYTES, MAP = RING + SLOTS * TILE_BYTES;
-    static constexpr u32 WORK = MAP + 128;          // [2] the items of the queries
+    static constexpr u32 WORK = MAP + MAP_BYTES;    // [2] the items of the queries
     static constexpr u32 IN_CACHE = WORK + 2 * 32;        // [SLOTS][4] a bit for each key
     static constexpr u32 SKIPS = IN_CACHE + SLOTS * 16;   // [SLOTS][4] bytes: whether a warp's bits have a 0
     static constexpr u32 BARRIERS = (SKIPS + SLOTS * 4 + 7) / 8 * 8;
@@ -354,7 +354,7 @@ template <u32 D> BCG_DEVICE void attention_prefill(const AttentionPrefillArgs& a
     release_dependents();
     if (threadIdx.x < WARPGROUP) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
-        u8* map = a.maps + blockIdx.x * 128;
+        u8* map = a.maps + blockIdx.x * MAP_BYTES;
         if (rows > 0) {
             if (warp == 0) publish_map(base + S::MAP, map);
             asm volatile("bar.sync 3, 128;" ::: "memory");

@@ -11,6 +11,7 @@ use std::cmp::Reverse;
 
 use bcg_runtime::{Arch, DType, Device, DevicePtr, Dims, Kernel, KernelArgs, OpStream, Result, Source, Tensor};
 
+use crate::arch::MAP_BYTES;
 use crate::check::Check;
 use crate::float::{PerFloat, per_float};
 use host::host;
@@ -22,6 +23,7 @@ static HOPPER_SOURCE: Source = source!("attention/prefill/hopper.cu", "work.cuh"
     .takes::<AttentionPrefillArgs>()
     .define("PLAN_ROWS", PLAN_ROWS)
     .define("THREADS", HOPPER_THREADS as usize)
+    .define("MAP_BYTES", MAP_BYTES)
     .define("RING_SLOTS", HOPPER_RING_SLOTS);
 static PORTABLE_SOURCE: Source = source!("attention/prefill/portable.cu", "work.cuh")
     .takes::<AttentionPrefillArgs>()
@@ -50,8 +52,6 @@ const HOPPER_TILES: usize = 2 + HOPPER_RING_SLOTS;
 /// What the tiled kernels keep in shared memory besides, at most: which keys are in the cache, and on Hopper a tensor map,
 /// two items and barriers.
 const SMALL_BYTES: u32 = 1024;
-/// Bytes of a tensor map.
-const MAP_BYTES: usize = 128;
 
 #[repr(C)]
 #[derive(Clone, Copy, KernelArgs)]

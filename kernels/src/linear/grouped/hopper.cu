@@ -24,7 +24,7 @@ template <u32 BOX> struct Shared {
     static constexpr u32 WEIGHT_BYTES = BLOCKS * 2 * BOX_BYTES;
     static constexpr u32 SLOT_BYTES = WEIGHT_BYTES + BLOCKS * BOX_BYTES;
     static constexpr u32 MAP = SLOTS * SLOT_BYTES;
-    static constexpr u32 FULL = MAP + 128, EMPTY = FULL + 8 * SLOTS;
+    static constexpr u32 FULL = MAP + MAP_BYTES, EMPTY = FULL + 8 * SLOTS;
     static constexpr u32 SCHEDULE = EMPTY + 8 * SLOTS;
     static_assert(MAP == RING_BYTES && SCHEDULE == RING_BYTES + SMALL_BYTES, "the op reckons with another layout");
 
@@ -53,6 +53,8 @@ template <bool GATED, u32 BOX> struct Schedule {
         u32 first;  // place
         u32 places;
     };
+    using Key = uint2;  // of an expert: what it is ordered by, and its tiles
+    static_assert(sizeof(Entry) + sizeof(Key) == EXPERT_BYTES, "the op reckons with another size of an expert");
 
     const GroupedArgs& a;
     Entry* entries;
@@ -69,7 +71,7 @@ template <bool GATED, u32 BOX> struct Schedule {
     // By all threads of the block.
     BCG_DEVICE Schedule(const GroupedArgs& args, u8* shared) : a(args) {
         entries = (Entry*)shared;
-        uint2* keys = (uint2*)(entries + a.experts);
+        Key* keys = (Key*)(entries + a.experts);
         for (u32 e = threadIdx.x; e < a.experts; e += THREADS) {
             u32 places = (u32)(a.offsets[e + 1] - a.offsets[e]);
             keys[e] = make_uint2(tile_size(places) << 16 | (0xffff - e), tiles(places));
@@ -79,7 +81,7 @@ template <bool GATED, u32 BOX> struct Schedule {
             u32 key = keys[e].x, rank = 0, tiles_before = 0, first = (u32)a.offsets[e];
 #pragma unroll 8
             for (u32 other = 0; other < a.experts; other++) {
-                uint2 k = keys[other];
+                Key k = keys[other];
                 rank += k.x > key;
                 tiles_before += k.x > key ? k.y : 0;
             }
@@ -354,7 +356,7 @@ template <bool GATED, u32 BOX> BCG_DEVICE void grouped(const GroupedHopperArgs& 
     // Everything in device memory comes after this: also the maps, whose place an earlier kernel may still use.
     wait_for_inputs();
     release_dependents();
-    u8* map = args.maps + blockIdx.x * 128;
+    u8* map = args.maps + blockIdx.x * MAP_BYTES;
     if (warp == 0) {
         publish_map(base + S::MAP, map);
         acquire_map(map);

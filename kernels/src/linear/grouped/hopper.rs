@@ -8,11 +8,14 @@ use bcg_runtime::{Arch, DType, Device, DevicePtr, Dims, Kernel, KernelArgs, OpSt
 
 use super::args::GroupedArgs;
 use super::host::{hopper_gate_up, hopper_linear};
+use crate::arch::MAP_BYTES;
 use crate::check::Check;
 
 pub(super) static SOURCE: Source = source!("linear/grouped/hopper.cu")
     .takes::<GroupedHopperArgs>()
     .define("THREADS", THREADS as usize)
+    .define("MAP_BYTES", MAP_BYTES)
+    .define("EXPERT_BYTES", EXPERT_BYTES as usize)
     .define("RING_SLOTS", RING_SLOTS as usize)
     .define("RING_BYTES", RING_BYTES as usize)
     .define("SMALL_BYTES", SMALL_BYTES as usize);
@@ -25,14 +28,12 @@ const THREADS: u32 = 3 * 128;
 const EXPERTS_MAX: u32 = 512;
 /// Columns of a block of the weight in shared memory; the kernels take no smaller depth.
 const DEPTH_MIN: u32 = 64;
-/// Bytes of a tensor map.
-const MAP_BYTES: usize = 128;
 /// Slots of the ring.
 const RING_SLOTS: u32 = 4;
 /// Slots of the ring in shared memory, each of 384 rows of 128 bytes.
 const RING_BYTES: u32 = RING_SLOTS * 384 * 128;
 /// What follows the ring: a tensor map and barriers.
-const SMALL_BYTES: u32 = 128 + 64;
+const SMALL_BYTES: u32 = MAP_BYTES as u32 + 64;
 /// Shared memory for each expert.
 const EXPERT_BYTES: u32 = 24;
 const _: () = assert!(RING_BYTES + SMALL_BYTES + EXPERT_BYTES * EXPERTS_MAX <= 227 << 10);
@@ -44,7 +45,7 @@ const ROWS_OF_LARGE_ITEMS: u32 = 32;
 #[derive(Clone, Copy, KernelArgs)]
 pub(super) struct GroupedHopperArgs {
     pub(super) grouped: GroupedArgs,
-    /// 128 bytes for each block.
+    /// A tensor map for each block.
     #[points_to(u8)]
     maps: DevicePtr,
 }
