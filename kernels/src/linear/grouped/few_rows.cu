@@ -7,6 +7,8 @@
 #include "few_rows.cuh"
 #include "silu.cuh"
 
+static_assert(EXPERTS_MAX <= THREADS, "a thread lists each expert");
+
 // Up to `capacity` rows of one expert each, in the order of their places; in shared memory.
 struct List {
     u16* expert;
@@ -18,6 +20,10 @@ struct List {
     BCG_DEVICE List(const GroupedArgs& a, u8* shared) {
         first = (u16*)shared, expert = first + a.experts + a.chosen + 1;
         token = (u8*)(expert + a.experts + a.chosen);
+    }
+
+    BCG_DEVICE static constexpr u32 bytes(u32 experts, u32 chosen, u32 tokens) {
+        return (2 * (experts + chosen) + 1) * sizeof(u16) + tokens * chosen;
     }
 
     // Fills the list by all threads of the block, which are as many as experts at least.
@@ -50,6 +56,10 @@ template <bool GATED, u32 R, u32 ROWS, u32 STAGES> struct Block : FewRows<R, ROW
     using Base = FewRows<R, ROWS, STAGES>;
     using Base::HALVES, Base::TILES, Base::capacity, Base::row, Base::slot, Base::warp;
     static constexpr u32 OUTPUTS = GATED ? R / 2 : R;  // of an item
+    // Shared memory of a block for ROWS tokens that choose one of EXPERTS_MAX experts each: what any block of few rows
+    // has, the partial sums of a second item, and the list.
+    static constexpr u32 ALL_BYTES =
+        Base::BLOCK_BYTES + WARPS * ROWS * Base::PITCH * 4 + List::bytes(EXPERTS_MAX, 1, ROWS);
 
     const GroupedArgs& a;
     List list;
@@ -160,11 +170,14 @@ template <bool GATED, u32 R, u32 ROWS, u32 STAGES> struct Block : FewRows<R, ROW
     }
 };
 
+// Beside each kernel stands ALL_BYTES, for the test of the host's formula.
 #define GROUPED_FEW_ROWS(NAME, GATED, ROWS, STAGES)                                                     \
-    extern "C" __global__ void __launch_bounds__(THREADS) NAME##_few_rows_##ROWS(GroupedArgs a) { \
+    extern "C" __constant__ const u32 NAME##_few_rows_##ROWS##_bytes =                                  \
+        Block<GATED, GROUP, ROWS, STAGES>::ALL_BYTES;                                                   \
+    extern "C" __global__ void __launch_bounds__(THREADS) NAME##_few_rows_##ROWS(GroupedArgs a) {       \
         extern __shared__ __align__(16) u8 shared[];                                                    \
         release_dependents();                                                                           \
-        Block<GATED, 32, ROWS, STAGES>(a, shared).run();                                                \
+        Block<GATED, GROUP, ROWS, STAGES>(a, shared).run();                                             \
     }
 
 // As many stages as fit into 227 KiB of shared memory.

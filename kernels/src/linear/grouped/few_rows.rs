@@ -16,6 +16,8 @@ use crate::check::Check;
 pub(super) static SOURCE: Source = source!("linear/grouped/few_rows.cu")
     .takes::<GroupedArgs>()
     .define("WARPS", WARPS)
+    .define("GROUP", GROUP)
+    .define("EXPERTS_MAX", EXPERTS_MAX)
     .define("STEP_BYTES", STEP_BYTES);
 
 const CHECK: Check = Check::new("grouped_linear");
@@ -30,8 +32,10 @@ const WARPS: usize = 16;
 const GROUP: usize = 32;
 /// Bytes of a row that a warp copies in a step.
 const STEP_BYTES: usize = 64;
+/// Shared memory that the kernels have beside the dynamic one: a number of each warp.
+const FIXED_BYTES: usize = WARPS * size_of::<u32>();
 /// Dynamic shared memory of a block, at most.
-const SHARED_BYTES_MAX: usize = (227 << 10) - WARPS * size_of::<u32>();
+const SHARED_BYTES_MAX: usize = (227 << 10) - FIXED_BYTES;
 
 /// Kernels and the geometry that their source is made for.
 struct Variant {
@@ -99,7 +103,11 @@ pub(super) fn launch(cx: &mut OpStream, is_gated: bool, args: GroupedArgs) -> Re
 #[cfg(test)]
 mod tests {
     use super::*;
-    use bcg_runtime::DevicePtr;
+    use crate::cubin;
+    use bcg_runtime::{CompileError, DevicePtr, compile_uncached};
+
+    /// What CUDA keeps for itself of each block's shared memory; the block may take 227 KiB besides.
+    const RESERVED_BYTES: usize = 1 << 10;
 
     fn args(tokens: u32, chosen: u32, experts: u32) -> GroupedArgs {
         GroupedArgs {
@@ -115,6 +123,29 @@ mod tests {
             chosen,
             places: tokens * chosen,
             weight_is_input: 0,
+        }
+    }
+
+    #[test]
+    fn every_variant_fits_into_shared_memory() {
+        for variant in &VARIANTS {
+            assert!(variant.shared_bytes(variant.tokens_max, EXPERTS_MAX, 1) <= SHARED_BYTES_MAX);
+        }
+        // `cargo xtask kernels` names an NVRTC, so that this part runs there whatever else is installed.
+        for arch in [Arch::new(9, 0), Arch::new(10, 0)] {
+            let cubin = match compile_uncached(&SOURCE, arch) {
+                Err(CompileError::NoCompiler { .. }) if std::env::var_os("BCG_NVRTC").is_none() => return,
+                compiled => compiled.expect("a cubin"),
+            };
+            for variant in &VARIANTS {
+                let expected = variant.shared_bytes(variant.tokens_max, EXPERTS_MAX, 1);
+                for name in [variant.gate_up.name(), variant.linear.name()] {
+                    let needed = cubin::constant_u32(&cubin, &format!("{name}_bytes")).expect("a constant");
+                    assert_eq!(needed as usize, expected, "{name} for {arch}");
+                    let fixed = cubin::static_shared_bytes(&cubin, name);
+                    assert_eq!(fixed, RESERVED_BYTES + FIXED_BYTES, "{name} for {arch}");
+                }
+            }
         }
     }
 
