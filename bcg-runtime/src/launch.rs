@@ -132,7 +132,8 @@ impl<A: KernelArgs> Kernel<A> {
     /// # Safety
     /// - The CUDA source touches only memory that its arguments give it, within what the shapes allow that the code which
     ///   launches it has checked, whatever the contents of that memory.
-    /// - If the kernel is [`programmatic`](Self::programmatic), no thread touches that memory before it has waited.
+    /// - If the kernel is [`programmatic`](Self::programmatic), no thread touches memory that an earlier kernel of the stream
+    ///   reads or writes before it has waited.
     /// - `host` writes what the source writes, and nothing else.
     ///
     /// # Panics

@@ -28,8 +28,9 @@ pub struct ReplayArgs {
 const NOTE: &str = "\
 host time in µs, median (p10..p90), of one round each in turns; four batches take turns: one, two and three sequences of \
 different lengths, and one after a prefix. healed_us, chain_us: upload of the step's inputs, planning of attention, and \
-the replay, until all is enqueued. mixed_us: the same as healed_us for a batch of \
-four decodes and one prompt. upload_us: that upload and planning alone. patched_nodes: by all replays together. step_us: a whole step with LM head, greedy choice and read-back, without the time that the host waits for the \
+the replay, until all is enqueued. mixed_us: the same as healed_us for a batch of four decodes and one prompt. upload_us: \
+that upload and planning alone. patched_nodes: by all replays together. step_us: a whole step with LM head, greedy choice \
+and read-back, without the time that the host waits for the \
 device.";
 
 /// Times replays.
