@@ -9,8 +9,12 @@
 
 #![forbid(unsafe_code)]
 
+use std::fmt;
+use std::sync::Arc;
+
 use serde_json::{Map, Value};
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 
 pub use bcg_models::{ChatMessage, FinishReason, OptionError, Progress, SamplingParams, Stage};
 
@@ -91,6 +95,60 @@ pub struct GenerationRequest {
     pub top_logprobs: Option<usize>,
     /// Go on past the model's end-of-text tokens.
     pub ignore_eos: bool,
+}
+
+/// Whose request it is. Clients share the queue, the batch and the compilers of grammars fairly; an engine knows nothing
+/// else of them.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ClientId(Arc<str>);
+
+impl ClientId {
+    /// Names a client; equal names are the same client.
+    pub fn new(name: &str) -> Self {
+        Self(Arc::from(name))
+    }
+}
+
+impl Default for ClientId {
+    /// The one client of an engine that is not shared.
+    fn default() -> Self {
+        Self::new("")
+    }
+}
+
+impl fmt::Display for ClientId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// What one client asks for at once: one or several prompts, each with `n` answers. It takes one place in the queue, and
+/// is accepted or refused as a whole.
+#[derive(Debug, Clone)]
+pub struct Submission {
+    /// One request for each prompt, at least one.
+    pub requests: Vec<GenerationRequest>,
+    /// Answers to each prompt, at least 1; answer `i` of a request with a seed has the seed `seed + i`.
+    pub n: usize,
+    /// Whose it is.
+    pub client: ClientId,
+    /// Orders the waiting requests of one client: greater ones run first, equal ones as they came.
+    pub priority: i32,
+    /// Ends the work of submitting once the client has left. Afterwards, dropping the event streams does.
+    pub cancelled: CancellationToken,
+}
+
+impl Submission {
+    /// One answer to one request, of the default client.
+    pub fn one(request: GenerationRequest) -> Self {
+        Self {
+            requests: vec![request],
+            n: 1,
+            client: ClientId::default(),
+            priority: 0,
+            cancelled: CancellationToken::new(),
+        }
+    }
 }
 
 /// What a constrained answer must look like.
@@ -188,7 +246,24 @@ pub enum EngineEvent {
         usage: Usage,
     },
     /// The request failed; the engine goes on.
-    Failed(String),
+    Failed(RequestError),
+}
+
+/// Why an accepted request has no complete answer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RequestError {
+    /// It asks for something that cannot be done, which showed only while it ran.
+    #[error("{0}")]
+    Refused(String),
+    /// It waited too long for its turn.
+    #[error("the request waited {seconds} seconds in the queue; try again later")]
+    QueueTimeout {
+        /// The limit in seconds.
+        seconds: u64,
+    },
+    /// The engine failed while it worked on it.
+    #[error("{0}")]
+    Engine(String),
 }
 
 /// The events of one request. Dropping it cancels the request.
@@ -225,8 +300,8 @@ impl EventStream {
     }
 
     fn note(&mut self, event: Option<EngineEvent>) -> EngineEvent {
-        let event =
-            event.unwrap_or_else(|| EngineEvent::Failed("the engine stopped before the answer was complete".into()));
+        let stopped = || RequestError::Engine("the engine stopped before the answer was complete".into());
+        let event = event.unwrap_or_else(|| EngineEvent::Failed(stopped()));
         self.done = !matches!(event, EngineEvent::Delta(_));
         event
     }
@@ -241,6 +316,12 @@ pub enum SubmitError {
         /// Requests that may wait.
         max_queued_requests: usize,
     },
+    /// The compilers of grammars have as much to do as they may have.
+    #[error("the queue of grammars to compile is full")]
+    CompilersBusy,
+    /// The client left while its request was submitted.
+    #[error("the client left")]
+    Cancelled,
     /// The engine finishes what it has and takes nothing new.
     #[error("the engine is shutting down")]
     ShuttingDown,
@@ -282,11 +363,30 @@ pub trait Engine: Send + Sync + 'static {
     /// Describes the served model.
     fn info(&self) -> &ModelInfo;
 
-    /// Accepts a request or says why not. May tokenize, so call it off the async threads.
+    /// Accepts what a client asks for, or says why not: an event stream for each answer, prompt by prompt. May tokenize
+    /// and compile, so call it off the async threads.
     ///
     /// # Errors
-    /// [`SubmitError`]; a refused request has used nothing.
-    fn submit(&self, request: GenerationRequest) -> Result<EventStream, SubmitError>;
+    /// [`SubmitError`]; a refused submission has used nothing.
+    fn submit_all(&self, submission: Submission) -> Result<Vec<EventStream>, SubmitError>;
+
+    /// Accepts one request of the default client, with one answer.
+    ///
+    /// # Errors
+    /// As [`submit_all`](Self::submit_all).
+    fn submit(&self, request: GenerationRequest) -> Result<EventStream, SubmitError> {
+        let mut streams = self.submit_all(Submission::one(request))?;
+        streams.pop().ok_or_else(|| SubmitError::Stopped("the engine returned no events".into()))
+    }
+
+    /// Asks for one token, to learn whether the engine works. It takes no place in the queue.
+    ///
+    /// # Errors
+    /// [`SubmitError::ShuttingDown`], [`SubmitError::Stopped`].
+    fn probe(&self) -> Result<EventStream, SubmitError>;
+
+    /// Returns how many steps were finished since the engine started. While it grows, the engine works.
+    fn num_steps(&self) -> u64;
 
     /// Turns text into tokens, with the special tokens that the tokenizer puts around a text if `add_special_tokens`.
     ///

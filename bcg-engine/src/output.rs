@@ -7,7 +7,7 @@ use bcg_models::{SampledToken, TokenStream, Tokenizer};
 use tokio::sync::mpsc;
 
 use super::stop::StopWatch;
-use super::{Delta, EngineEvent, FinishReason, TokenLogprob, TokenText, Usage};
+use super::{Delta, EngineEvent, FinishReason, RequestError, TokenLogprob, TokenText, Usage};
 
 /// What ends an answer.
 #[derive(Debug, Clone)]
@@ -130,8 +130,8 @@ impl Output {
     }
 
     /// Ends the answer with an error.
-    pub fn fail(&self, message: &str) {
-        self.send(EngineEvent::Failed(message.to_owned()));
+    pub fn fail(&self, error: RequestError) {
+        self.send(EngineEvent::Failed(error));
     }
 
     fn send(&self, event: EngineEvent) {
@@ -209,7 +209,7 @@ mod tests {
                     run.logprobs.extend(delta.logprobs);
                 }
                 EngineEvent::Finished { reason, .. } => run.reason = Some(reason),
-                EngineEvent::Failed(message) => panic!("{message}"),
+                EngineEvent::Failed(error) => panic!("{error}"),
             }
         }
         run

@@ -12,7 +12,7 @@
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 use bcg_models::{SampledToken, SamplingParams, SequenceInput};
 use tokio::sync::{Notify, OwnedSemaphorePermit};
 
+use super::RequestError;
 use super::choice::Choice;
 use super::metrics::{Metrics, PhaseLabel};
 use super::model::{GraphCounters, StepError, StepModel};
@@ -63,6 +64,8 @@ pub struct Shared {
     pub stop: AtomicBool,
     /// Asks the worker to empty the prefix cache.
     pub flush_cache: AtomicBool,
+    /// Steps that were collected without an error.
+    pub num_steps: AtomicU64,
     failure: Mutex<Option<String>>,
     /// Held while a request is sent, so that none comes after those that the end of the engine fails.
     gave_up: RwLock<bool>,
@@ -136,7 +139,7 @@ impl Requests {
     pub fn fail_all(&mut self, metrics: &Metrics, message: &str) {
         let arriving = self.arriving.try_iter().map(|request| request.output);
         for output in self.active.drain().map(|(_, active)| active.output).chain(arriving) {
-            output.fail(message);
+            output.fail(RequestError::Engine(message.to_owned()));
             metrics.count_finished("failed");
         }
     }
@@ -325,6 +328,7 @@ impl<'a, M: StepModel> Worker<'a, M> {
         match sampled {
             Ok(sampled) => {
                 self.failed_steps = 0;
+                self.shared.num_steps.fetch_add(1, Ordering::Relaxed);
                 self.deliver(&plan, &sampled);
                 Ok(())
             }
@@ -342,7 +346,7 @@ impl<'a, M: StepModel> Worker<'a, M> {
         let after = self.in_flight.take();
         let message = format!("the {phase} step of this request failed: {}", error.message);
         for entry in plan.entries.iter().chain(after.iter().flat_map(|step| &step.plan.entries)) {
-            self.fail(entry.id, &message);
+            self.fail(entry.id, RequestError::Engine(message.clone()));
         }
         if error.is_device_lost || self.failed_steps >= FAILED_STEPS_MAX { Err(error.message) } else { Ok(()) }
     }
@@ -360,8 +364,8 @@ impl<'a, M: StepModel> Worker<'a, M> {
                 None => metrics.time_to_first_token.observe((now - active.arrived).as_secs_f64()),
                 Some(last) => metrics.inter_token_latency.observe((now - last).as_secs_f64()),
             }
-            let pushed = active.output.push(sampled).and_then(|reason| match reason {
-                None => active.choice.accept(sampled.id).map(|()| None),
+            let pushed = active.output.push(sampled).map_err(RequestError::Engine).and_then(|reason| match reason {
+                None => active.choice.accept(sampled.id).map(|()| None).map_err(RequestError::Refused),
                 Some(reason) => Ok(Some(reason)),
             });
             match pushed {
@@ -370,14 +374,14 @@ impl<'a, M: StepModel> Worker<'a, M> {
                     metrics.request_latency.observe((now - active.arrived).as_secs_f64());
                     self.end(entry.id, reason.as_str());
                 }
-                Err(error) => self.fail(entry.id, &error),
+                Err(error) => self.fail(entry.id, error),
             }
         }
     }
 
-    fn fail(&mut self, id: SequenceId, message: &str) {
+    fn fail(&mut self, id: SequenceId, error: RequestError) {
         if let Some(active) = self.requests.active.get(&id) {
-            active.output.fail(message);
+            active.output.fail(error);
         }
         self.end(id, "failed");
     }
@@ -385,7 +389,7 @@ impl<'a, M: StepModel> Worker<'a, M> {
     fn fail_all_but_kept(&mut self, message: &str) {
         let is_kept = |id: &SequenceId| self.requests.kept.iter().any(|sequence| sequence.id == *id);
         let left: Vec<SequenceId> = self.requests.active.keys().copied().filter(|id| !is_kept(id)).collect();
-        left.into_iter().for_each(|id| self.fail(id, message));
+        left.into_iter().for_each(|id| self.fail(id, RequestError::Engine(message.to_owned())));
     }
 
     fn end(&mut self, id: SequenceId, reason: &'static str) {

@@ -71,8 +71,8 @@ impl Answer {
 pub(crate) async fn collect(mut answers: Answers) -> Result<Vec<Answer>, ApiError> {
     let mut choices: Vec<Answer> = Vec::new();
     while let Some((index, event)) = answers.next().await {
-        if let EngineEvent::Failed(message) = event {
-            return Err(ApiError::Engine(message));
+        if let EngineEvent::Failed(error) = event {
+            return Err(error.into());
         }
         choices.resize(choices.len().max(index + 1), Answer::default());
         choices[index].take(event);
@@ -108,7 +108,7 @@ impl TotalUsage {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use bcg_engine::Delta;
+    use bcg_engine::{Delta, RequestError};
     use tokio::sync::mpsc;
 
     fn events(events: Vec<EngineEvent>) -> EventStream {
@@ -139,7 +139,10 @@ mod tests {
     #[tokio::test]
     async fn one_failure_fails_all_and_cancels_the_rest() {
         let (sender, receiver) = mpsc::channel(8);
-        let streams = vec![EventStream::new(receiver), events(vec![text("a"), EngineEvent::Failed("lost".into())])];
+        let streams = vec![
+            EventStream::new(receiver),
+            events(vec![text("a"), EngineEvent::Failed(RequestError::Engine("lost".into()))]),
+        ];
         let error = collect(Answers::new(streams)).await.expect_err("a failure");
         assert_eq!(error, ApiError::Engine("lost".into()));
         assert!(sender.is_closed());

@@ -8,7 +8,7 @@ use std::time::Duration;
 use axum::Json;
 use axum::http::{HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use bcg_engine::{OptionError, SubmitError};
+use bcg_engine::{OptionError, RequestError, SubmitError};
 use serde_json::{Value, json};
 
 /// Any error.
@@ -102,6 +102,18 @@ pub(crate) enum ApiError {
         /// When to try again.
         retry_after: Duration,
     },
+    /// The compilers of grammars have as much to do as they may have.
+    #[error("The server compiles as many formats of answers as it may; try again later.")]
+    CompilersBusy,
+    /// The request waited too long for its turn.
+    #[error("The request waited {seconds} seconds in the queue; try again later.")]
+    QueueTimeout {
+        /// The limit in seconds.
+        seconds: u64,
+    },
+    /// The client left before its request was accepted; nobody reads this answer.
+    #[error("The client left.")]
+    ClientLeft,
     /// The server is shutting down.
     #[error("The server is shutting down.")]
     ShuttingDown,
@@ -131,7 +143,9 @@ impl ApiError {
             Self::RequestTimeout { .. } => StatusCode::REQUEST_TIMEOUT,
             Self::TooManyConnections { .. } => StatusCode::SERVICE_UNAVAILABLE,
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::QueueFull { .. } => StatusCode::TOO_MANY_REQUESTS,
+            Self::QueueFull { .. } | Self::CompilersBusy => StatusCode::TOO_MANY_REQUESTS,
+            Self::QueueTimeout { .. } => StatusCode::SERVICE_UNAVAILABLE,
+            Self::ClientLeft => StatusCode::REQUEST_TIMEOUT,
             Self::ShuttingDown => StatusCode::SERVICE_UNAVAILABLE,
             Self::Engine(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
@@ -150,6 +164,9 @@ impl ApiError {
             Self::TooManyConnections { .. } => ("server_error", None, Some("too_many_connections")),
             Self::BodyTooLarge { .. } => ("invalid_request_error", None, Some("request_too_large")),
             Self::QueueFull { .. } => ("rate_limit_error", None, Some("queue_full")),
+            Self::CompilersBusy => ("rate_limit_error", None, Some("compilers_busy")),
+            Self::QueueTimeout { .. } => ("server_error", None, Some("queue_timeout")),
+            Self::ClientLeft => ("invalid_request_error", None, Some("client_left")),
             Self::ShuttingDown => ("server_error", None, Some("shutting_down")),
             Self::Engine(_) => ("server_error", None, Some("engine_error")),
         };
@@ -163,10 +180,22 @@ impl From<SubmitError> for ApiError {
             SubmitError::QueueFull { max_queued_requests } => {
                 Self::QueueFull { max_queued_requests, retry_after: Duration::from_secs(1) }
             }
+            SubmitError::CompilersBusy => Self::CompilersBusy,
+            SubmitError::Cancelled => Self::ClientLeft,
             SubmitError::ShuttingDown => Self::ShuttingDown,
             SubmitError::ContextLength { .. } => Self::ContextLength { message: error.to_string() },
             SubmitError::Prompt(message) => Self::bad_body(message),
             SubmitError::Stopped(message) => Self::Engine(message),
+        }
+    }
+}
+
+impl From<RequestError> for ApiError {
+    fn from(error: RequestError) -> Self {
+        match error {
+            RequestError::Refused(message) => Self::bad_body(message),
+            RequestError::QueueTimeout { seconds } => Self::QueueTimeout { seconds },
+            RequestError::Engine(message) => Self::Engine(message),
         }
     }
 }
@@ -178,7 +207,9 @@ impl IntoResponse for ApiError {
             Self::QueueFull { retry_after, .. } => {
                 (header::RETRY_AFTER, HeaderValue::from(retry_after.as_secs().max(1)))
             }
-            Self::TooManyConnections { .. } => (header::RETRY_AFTER, HeaderValue::from(1)),
+            Self::TooManyConnections { .. } | Self::CompilersBusy | Self::QueueTimeout { .. } => {
+                (header::RETRY_AFTER, HeaderValue::from(1))
+            }
             Self::Unauthorized(_) => (header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer")),
             _ => return response,
         };

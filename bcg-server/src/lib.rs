@@ -14,8 +14,9 @@ use std::sync::Arc;
 use axum::Router;
 use axum::http::{Method, Uri};
 use axum::routing::{get, post};
-use bcg_engine::{Engine, GenerationRequest, Prompt, SubmitError};
+use bcg_engine::{ClientId, Engine, GenerationRequest, Submission, SubmitError};
 use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
 
 use self::answers::Answers;
 use self::error::ApiError;
@@ -63,22 +64,13 @@ pub(crate) struct App {
 }
 
 impl App {
-    /// Submits `n` requests for each of these, with seeds of their own; one that is refused takes back all of them.
+    /// Submits `n` answers to each of these requests, all or none.
     async fn submit(&self, requests: Vec<GenerationRequest>, n: usize) -> Result<Answers, ApiError> {
-        let submit = move |engine: &dyn Engine| {
-            let mut streams = Vec::with_capacity(requests.len() * n);
-            for mut request in requests {
-                if n > 1 {
-                    request.prompt = Prompt::Tokens(engine.prompt_tokens(request.prompt)?);
-                }
-                for index in 0..n as u64 {
-                    let seed = request.seed.map(|seed| seed.wrapping_add(index));
-                    streams.push(engine.submit(GenerationRequest { seed, ..request.clone() })?);
-                }
-            }
-            Ok(streams)
-        };
-        let streams = self.with_engine(submit).await?;
+        let cancelled = CancellationToken::new();
+        // Dropped with this future, when the client leaves.
+        let _cancels = cancelled.clone().drop_guard();
+        let submission = Submission { requests, n, client: ClientId::default(), priority: 0, cancelled };
+        let streams = self.with_engine(move |engine| engine.submit_all(submission)).await?;
         Ok(Answers::new(streams.into_iter().map(trace::watched).collect()))
     }
 

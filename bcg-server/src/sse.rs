@@ -38,8 +38,8 @@ struct Stream<C> {
 impl<C: Chunks> Stream<C> {
     fn take(&mut self, event: Option<(usize, EngineEvent)>) {
         match event {
-            Some((_, EngineEvent::Failed(message))) => {
-                self.ready.push_back(frame(&ApiError::Engine(message).body()));
+            Some((_, EngineEvent::Failed(error))) => {
+                self.ready.push_back(frame(&ApiError::from(error).body()));
                 self.end();
             }
             Some((index, event)) => self.ready.extend(self.chunks.chunks(index, event).iter().map(frame)),
@@ -83,7 +83,7 @@ pub(crate) fn respond<C: Chunks>(answers: Answers, mut chunks: C) -> Response {
 mod tests {
     use super::*;
     use axum::body::to_bytes;
-    use bcg_engine::{Delta, EventStream, FinishReason, Usage};
+    use bcg_engine::{Delta, EventStream, FinishReason, RequestError, Usage};
     use serde_json::json;
     use tokio::sync::mpsc;
 
@@ -129,7 +129,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_failure_is_an_error_frame_and_the_stream_still_ends() {
-        let text = body(vec![EngineEvent::Failed("device lost".into())]).await;
+        let text = body(vec![EngineEvent::Failed(RequestError::Engine("device lost".into()))]).await;
         assert!(text.contains("\"message\":\"device lost\""), "{text}");
         assert!(text.ends_with("data: [DONE]\n\n"));
     }

@@ -184,7 +184,7 @@ impl RequestSpan {
                 open.input_tokens = usage.prompt_tokens;
                 open.output_tokens += usage.completion_tokens;
             }
-            EngineEvent::Failed(message) => open.failure = Some(message.clone()),
+            EngineEvent::Failed(error) => open.failure = Some(error.to_string()),
         }
     }
 

@@ -17,7 +17,7 @@ use super::model::StepModel;
 use super::output::{Output, OutputOptions};
 use super::scheduler::Scheduler;
 use super::worker::{Accepted, Exit, Requests, Shared, Worker};
-use super::{Engine, EventStream, GenerationRequest, Health, ModelInfo, Prompt, SubmitError};
+use super::{Engine, EventStream, GenerationRequest, Health, ModelInfo, Prompt, Submission, SubmitError};
 
 /// What a [`LocalEngine`] knows of its model besides the runner.
 #[derive(Debug)]
@@ -169,6 +169,40 @@ impl LocalEngine {
         }
         Ok(max_tokens)
     }
+
+    /// Takes one request with one answer into the queue.
+    fn accept(&self, request: GenerationRequest) -> Result<EventStream, SubmitError> {
+        if self.draining.load(Ordering::Relaxed) {
+            return Err(SubmitError::ShuttingDown);
+        }
+        let max_queued_requests = self.options.max_queued_requests;
+        let Ok(slot) = self.slots.clone().try_acquire_owned() else {
+            return Err(SubmitError::QueueFull { max_queued_requests });
+        };
+        let prompt = self.tokens(&request.prompt)?;
+        let max_tokens = self.max_tokens(prompt.len(), request.max_tokens)?;
+        if !request.stop.is_empty() || request.top_logprobs.is_some() {
+            self.text()?;
+        }
+        let choice = self.choice(&request)?;
+        let options = OutputOptions {
+            prompt_tokens: prompt.len(),
+            max_tokens,
+            stop: request.stop,
+            ends: self.ends(&request.stop_token_ids, request.ignore_eos)?,
+            logprobs: request.top_logprobs.is_some(),
+        };
+        let (output, receiver) = Output::new(self.tokenizer(), options);
+        let seed = request.seed.unwrap_or_else(|| fresh_seed(&self.next_seed));
+        let sampling = SamplingParams { seed, ..request.sampling };
+        let (top_logprobs, arrived) = (request.top_logprobs, Instant::now());
+        let (slot, last_token) = (Some(slot), None);
+        let request = Accepted { prompt, sampling, choice, top_logprobs, output, slot, arrived, last_token };
+        if self.worker.as_ref().is_some_and(|worker| self.shared.send(worker, request)) {
+            return Ok(EventStream::new(receiver));
+        }
+        Err(SubmitError::Stopped("The engine has stopped; see the server's log.".into()))
+    }
 }
 
 fn refuse_unknown(tokens: &[u32], vocab_size: usize) -> Result<(), SubmitError> {
@@ -231,37 +265,28 @@ impl Engine for LocalEngine {
         &self.options.info
     }
 
-    fn submit(&self, request: GenerationRequest) -> Result<EventStream, SubmitError> {
-        if self.draining.load(Ordering::Relaxed) {
-            return Err(SubmitError::ShuttingDown);
+    fn submit_all(&self, submission: Submission) -> Result<Vec<EventStream>, SubmitError> {
+        let Submission { requests, n, .. } = submission;
+        let mut streams = Vec::with_capacity(requests.len() * n);
+        for mut request in requests {
+            if n > 1 {
+                request.prompt = Prompt::Tokens(self.tokens(&request.prompt)?);
+            }
+            for index in 0..n as u64 {
+                let seed = request.seed.map(|seed| seed.wrapping_add(index));
+                streams.push(self.accept(GenerationRequest { seed, ..request.clone() })?);
+            }
         }
-        let max_queued_requests = self.options.max_queued_requests;
-        let Ok(slot) = self.slots.clone().try_acquire_owned() else {
-            return Err(SubmitError::QueueFull { max_queued_requests });
-        };
-        let prompt = self.tokens(&request.prompt)?;
-        let max_tokens = self.max_tokens(prompt.len(), request.max_tokens)?;
-        if !request.stop.is_empty() || request.top_logprobs.is_some() {
-            self.text()?;
-        }
-        let choice = self.choice(&request)?;
-        let options = OutputOptions {
-            prompt_tokens: prompt.len(),
-            max_tokens,
-            stop: request.stop,
-            ends: self.ends(&request.stop_token_ids, request.ignore_eos)?,
-            logprobs: request.top_logprobs.is_some(),
-        };
-        let (output, receiver) = Output::new(self.tokenizer(), options);
-        let seed = request.seed.unwrap_or_else(|| fresh_seed(&self.next_seed));
-        let sampling = SamplingParams { seed, ..request.sampling };
-        let (top_logprobs, arrived) = (request.top_logprobs, Instant::now());
-        let (slot, last_token) = (Some(slot), None);
-        let request = Accepted { prompt, sampling, choice, top_logprobs, output, slot, arrived, last_token };
-        if self.worker.as_ref().is_some_and(|worker| self.shared.send(worker, request)) {
-            return Ok(EventStream::new(receiver));
-        }
-        Err(SubmitError::Stopped("The engine has stopped; see the server's log.".into()))
+        Ok(streams)
+    }
+
+    fn probe(&self) -> Result<EventStream, SubmitError> {
+        let prompt = Prompt::Tokens(vec![0]);
+        self.accept(GenerationRequest { max_tokens: Some(1), ignore_eos: true, ..GenerationRequest::greedy(prompt) })
+    }
+
+    fn num_steps(&self) -> u64 {
+        self.shared.num_steps.load(Ordering::Relaxed)
     }
 
     fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, SubmitError> {

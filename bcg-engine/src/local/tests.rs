@@ -93,7 +93,7 @@ fn tokens(mut events: EventStream) -> Result<(Vec<u32>, FinishReason), String> {
         match events.next_blocking() {
             Some(EngineEvent::Delta(delta)) => tokens.extend(delta.tokens),
             Some(EngineEvent::Finished { reason, .. }) => return Ok((tokens, reason)),
-            Some(EngineEvent::Failed(message)) => return Err(message),
+            Some(EngineEvent::Failed(error)) => return Err(error.to_string()),
             None => return Err("no last event".to_owned()),
         }
     }

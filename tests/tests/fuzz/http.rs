@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use bcg_engine::Metrics;
 use bcg_engine::{
-    Delta, Engine, EngineEvent, EventStream, FinishReason, GenerationRequest, Health, ModelInfo, Prompt, SubmitError,
-    TokenLogprob, TokenText, Usage,
+    Delta, Engine, EngineEvent, EventStream, FinishReason, GenerationRequest, Health, ModelInfo, Prompt, Submission,
+    SubmitError, TokenLogprob, TokenText, Usage,
 };
 use bcg_server::{HttpOptions, serve};
 use serde_json::{Value, json};
@@ -27,12 +27,8 @@ struct Echo {
     metrics: Metrics,
 }
 
-impl Engine for Echo {
-    fn info(&self) -> &ModelInfo {
-        &self.info
-    }
-
-    fn submit(&self, request: GenerationRequest) -> Result<EventStream, SubmitError> {
+impl Echo {
+    fn answer(&self, request: &GenerationRequest) -> Result<EventStream, SubmitError> {
         let text = match &request.prompt {
             Prompt::Text(text) => text.clone(),
             Prompt::Tokens(tokens) => self.decode(tokens, false)?,
@@ -53,6 +49,25 @@ impl Engine for Echo {
         ];
         events.into_iter().for_each(|event| sender.try_send(event).expect("room for two"));
         Ok(EventStream::new(receiver))
+    }
+}
+
+impl Engine for Echo {
+    fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    fn submit_all(&self, submission: Submission) -> Result<Vec<EventStream>, SubmitError> {
+        let Submission { requests, n, .. } = submission;
+        requests.iter().flat_map(|request| (0..n).map(|_| self.answer(request))).collect()
+    }
+
+    fn probe(&self) -> Result<EventStream, SubmitError> {
+        self.answer(&GenerationRequest::greedy(Prompt::Tokens(vec![0])))
+    }
+
+    fn num_steps(&self) -> u64 {
+        0
     }
 
     fn encode(&self, text: &str, _add_special_tokens: bool) -> Result<Vec<u32>, SubmitError> {

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use bcg_engine::{EngineEvent, Grammar, Prompt, SubmitError};
+use bcg_engine::{EngineEvent, Grammar, Prompt, RequestError, SubmitError};
 use serde_json::{Value, json};
 
 use crate::client::Server;
@@ -68,7 +68,12 @@ fn several_prompts_are_answered_prompt_by_prompt() {
 
 #[test]
 fn the_failure_of_one_choice_fails_the_answer_and_cancels_the_rest() {
-    let failing = || vec![Script::Hang, Script::Answer(vec![text("a"), EngineEvent::Failed("device lost".into())])];
+    let failing = || {
+        vec![
+            Script::Hang,
+            Script::Answer(vec![text("a"), EngineEvent::Failed(RequestError::Engine("device lost".into()))]),
+        ]
+    };
     let (server, engine) = Server::scripted([failing(), failing()].into_iter().flatten().collect());
     server.post("/v1/completions", &completion(&json!({"n": 2}))).assert_error(500, &Value::Null, "device lost");
     let frames = server.post("/v1/completions", &completion(&json!({"n": 2, "stream": true}))).frames();

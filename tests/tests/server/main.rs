@@ -12,7 +12,7 @@ use std::net::TcpStream;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use bcg_engine::{Delta, Engine, EngineEvent, Health, SubmitError, TokenLogprob, TokenText};
+use bcg_engine::{Delta, Engine, EngineEvent, Health, RequestError, SubmitError, TokenLogprob, TokenText};
 use bcg_server::HttpOptions;
 use serde_json::{Value, json};
 
@@ -103,7 +103,7 @@ fn a_completion_streams_text_and_log_probabilities() {
 
 #[test]
 fn a_failure_in_a_stream_is_an_error_frame() {
-    let events = || vec![text("a"), EngineEvent::Failed("device lost".into())];
+    let events = || vec![text("a"), EngineEvent::Failed(RequestError::Engine("device lost".into()))];
     let (server, _) = Server::scripted(vec![Script::Answer(events()), Script::Answer(events())]);
     let frames = server.post("/v1/chat/completions", &chat(&json!({"stream": true}))).frames();
     assert_eq!(frames.last().expect("a frame")["error"]["message"], "device lost");

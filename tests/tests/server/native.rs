@@ -3,7 +3,8 @@
 use std::sync::atomic::Ordering;
 
 use bcg_engine::{
-    Delta, Engine, EngineEvent, FinishReason, Grammar, Prompt, SubmitError, TokenLogprob, TokenText, Usage,
+    Delta, Engine, EngineEvent, FinishReason, Grammar, Prompt, RequestError, SubmitError, TokenLogprob, TokenText,
+    Usage,
 };
 use serde_json::{Value, json};
 
@@ -157,7 +158,7 @@ fn embeddings_are_refused() {
 
 #[test]
 fn health_generate_asks_the_engine_for_a_token() {
-    let failed = Script::Answer(vec![text("a"), EngineEvent::Failed("device lost".into())]);
+    let failed = Script::Answer(vec![text("a"), EngineEvent::Failed(RequestError::Engine("device lost".into()))]);
     let full = Script::Refuse(SubmitError::QueueFull { max_queued_requests: 1 });
     let (server, engine) = Server::scripted(vec![Script::Answer(answer(&["a"])), failed, full]);
     assert_eq!(server.get("/health_generate").status, 200);

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use bcg_engine::Metrics;
 use bcg_engine::{
-    Delta, Engine, EngineEvent, EventStream, FinishReason, GenerationRequest, Health, ModelInfo, Prompt, SubmitError,
-    Usage,
+    Delta, Engine, EngineEvent, EventStream, FinishReason, GenerationRequest, Health, ModelInfo, Prompt, Submission,
+    SubmitError, Usage,
 };
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
@@ -59,14 +59,8 @@ impl Scripted {
     pub(crate) fn last_request(&self) -> GenerationRequest {
         self.seen.lock().expect("lock").last().expect("a request arrived").clone()
     }
-}
 
-impl Engine for Scripted {
-    fn info(&self) -> &ModelInfo {
-        &self.info
-    }
-
-    fn submit(&self, request: GenerationRequest) -> Result<EventStream, SubmitError> {
+    fn accept(&self, request: GenerationRequest) -> Result<EventStream, SubmitError> {
         if self.draining.load(Ordering::SeqCst) {
             return Err(SubmitError::ShuttingDown);
         }
@@ -101,6 +95,32 @@ impl Engine for Scripted {
             }
         }
         Ok(EventStream::new(receiver))
+    }
+}
+
+impl Engine for Scripted {
+    fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    fn submit_all(&self, submission: Submission) -> Result<Vec<EventStream>, SubmitError> {
+        let Submission { requests, n, .. } = submission;
+        let mut streams = Vec::new();
+        for request in requests {
+            for index in 0..n as u64 {
+                let seed = request.seed.map(|seed| seed.wrapping_add(index));
+                streams.push(self.accept(GenerationRequest { seed, ..request.clone() })?);
+            }
+        }
+        Ok(streams)
+    }
+
+    fn probe(&self) -> Result<EventStream, SubmitError> {
+        self.accept(GenerationRequest { max_tokens: Some(1), ..GenerationRequest::greedy(Prompt::Tokens(vec![0])) })
+    }
+
+    fn num_steps(&self) -> u64 {
+        0
     }
 
     fn encode(&self, text: &str, _add_special_tokens: bool) -> Result<Vec<u32>, SubmitError> {

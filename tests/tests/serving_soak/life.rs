@@ -14,7 +14,7 @@ use bcg_engine::metrics::{Metrics, ReasonLabel};
 use bcg_engine::model::{GraphCounters, StepError, StepModel};
 use bcg_engine::prefix_cache::PrefixCache;
 use bcg_engine::scheduler::{Limits, Scheduler};
-use bcg_engine::{Engine, EventStream, GenerationRequest, Health, ModelInfo, Prompt, SubmitError};
+use bcg_engine::{Engine, EventStream, Health, ModelInfo, Prompt, Submission, SubmitError};
 use bcg_models::state::PagePool;
 use bcg_models::{ChatTemplate, GraphMode, ModelRunner, ModelRunnerOptions, SampledToken, SequenceInput};
 use bcg_runtime::{Device, HostControl, LiveObjects};
@@ -146,10 +146,20 @@ impl Engine for Counted {
         self.engine.info()
     }
 
-    fn submit(&self, request: GenerationRequest) -> Result<EventStream, SubmitError> {
-        let submitted = self.engine.submit(request);
-        self.accepted.fetch_add(u64::from(submitted.is_ok()), Ordering::Relaxed);
+    fn submit_all(&self, submission: Submission) -> Result<Vec<EventStream>, SubmitError> {
+        let submitted = self.engine.submit_all(submission);
+        self.accepted.fetch_add(submitted.as_ref().map_or(0, Vec::len) as u64, Ordering::Relaxed);
         submitted
+    }
+
+    fn probe(&self) -> Result<EventStream, SubmitError> {
+        let probe = self.engine.probe();
+        self.accepted.fetch_add(u64::from(probe.is_ok()), Ordering::Relaxed);
+        probe
+    }
+
+    fn num_steps(&self) -> u64 {
+        self.engine.num_steps()
     }
 
     fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, SubmitError> {
