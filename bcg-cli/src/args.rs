@@ -177,6 +177,14 @@ pub struct ServerArgs {
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
 
+    /// Serve from a worker process that is started again when it is lost; meanwhile requests get a 503
+    #[arg(long)]
+    pub supervise: bool,
+
+    /// With --supervise: workers that may be lost within ten minutes before the server gives up
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    pub max_restarts: usize,
+
     /// Flags of the HTTP layer.
     #[command(flatten)]
     pub http: HttpArgs,

@@ -20,6 +20,7 @@ pub mod inspect;
 pub mod logging;
 pub mod serve;
 mod shutdown;
+mod supervise;
 
 /// Flags of `bcg`.
 #[derive(Debug, Parser)]

@@ -9,7 +9,8 @@ use bcg_benches::progress::LoadBar;
 use bcg_engine::{Engine, Health, load};
 
 use crate::args::ServerArgs;
-use crate::shutdown;
+use crate::shutdown::{self, Shutdown};
+use crate::supervise::{self, Parent};
 
 /// Serves until it is told to stop; `began` is when the process did.
 ///
@@ -19,34 +20,61 @@ pub fn run(args: &ServerArgs, began: Instant) -> anyhow::Result<()> {
     let (mut options, http) = (args.engine.options(), args.http.options());
     options.served_model_name = args.served_model_name.clone();
     options.check()?;
-    // Taken before the model is loaded, so that a port in use is known at once.
-    let address = (args.host.as_str(), args.port);
-    let listener = TcpListener::bind(address)
-        .with_context(|| format!("--host {} --port {}: cannot listen", args.host, args.port))?;
+    let (parent, listener) = match Parent::find()? {
+        Some((parent, listener)) => (Some(parent), listener),
+        None => (None, listen(args)?),
+    };
     listener.set_nonblocking(true)?;
+    if args.supervise && parent.is_none() {
+        http.check()?;
+        return supervise::run(args, &http, &listener);
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     http.check()?;
     let engine = Arc::new(load::start(&options, LoadBar::show())?);
-    runtime.block_on(async {
+    // Until here a signal ends the process at once, as nothing is lost.
+    let shutdown = Shutdown::watch();
+    let served = runtime.block_on(async {
         let listener = tokio::net::TcpListener::from_std(listener)?;
         let (address, model) = (listener.local_addr()?, &engine.info().name);
         let ready_ms = format!("{:.0}", began.elapsed().as_secs_f64() * 1e3);
         let scheme = if http.tls_cert.is_some() { "https" } else { "http" };
         tracing::info!(%model, ready_ms, "serving on {scheme}://{address}");
-        let ends = engine.clone();
+        if let Some(parent) = &parent {
+            parent.ready()?;
+        }
+        let (ends, deadline) = (engine.clone(), http.shutdown_deadline);
         let shutdown = async move {
             tokio::select! {
-                () = shutdown::signal() => {}
+                () = shutdown.asked() => {}
                 () = ends.given_up() => {}
+                () = wants_end(parent) => {}
             }
+            shutdown::force_after(deadline);
         };
         anyhow::Ok(bcg_server::serve(engine.clone(), listener, &http, shutdown).await?)
-    })?;
+    });
+    // A blocking task that never ends must not keep the process.
+    runtime.shutdown_background();
+    served?;
     match engine.health() {
         Health::Failed(error) => anyhow::bail!("the engine gave up: {error}"),
         Health::Ready | Health::Draining => {
             tracing::info!("stopped");
             Ok(())
         }
+    }
+}
+
+/// Taken before the model is loaded, so that a port in use is known at once.
+fn listen(args: &ServerArgs) -> anyhow::Result<TcpListener> {
+    TcpListener::bind((args.host.as_str(), args.port))
+        .with_context(|| format!("--host {} --port {}: cannot listen", args.host, args.port))
+}
+
+async fn wants_end(parent: Option<Parent>) {
+    match parent {
+        Some(parent) => parent.wants_end().await,
+        None => std::future::pending().await,
     }
 }

@@ -1,13 +1,60 @@
 //! SIGTERM and ctrl-c.
 
-/// Resolves when the process is asked to end. A second request ends it at once.
-pub(crate) async fn signal() {
-    requested().await;
-    tokio::spawn(async {
-        requested().await;
-        tracing::warn!("asked to end twice: leaving at once");
-        std::process::exit(130);
+use std::process::exit;
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+/// How much longer than its deadline a shutdown may take before the process is ended as it is: something hangs then.
+const HARD_EXIT_AFTER: Duration = Duration::from_secs(5);
+/// The exit status of a process that was told twice to end.
+const TOLD_TWICE: i32 = 130;
+
+/// Whether the process was asked to end. It is watched on a thread of its own, so that nothing that hangs can hide it.
+#[derive(Debug, Clone)]
+pub(crate) struct Shutdown(watch::Receiver<bool>);
+
+impl Shutdown {
+    /// Begins to watch. A second request ends the process at once.
+    pub(crate) fn watch() -> Self {
+        let (sender, receiver) = watch::channel(false);
+        let thread = std::thread::Builder::new().name("bcg-signals".into()).spawn(move || {
+            let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+                Ok(runtime) => runtime,
+                Err(error) => return tracing::warn!(%error, "signals cannot be watched"),
+            };
+            runtime.block_on(async {
+                requested().await;
+                let _ = sender.send(true);
+                requested().await;
+                tracing::warn!("asked to end twice: leaving at once");
+                exit(TOLD_TWICE);
+            });
+        });
+        if let Err(error) = thread {
+            tracing::warn!(%error, "signals cannot be watched");
+        }
+        Self(receiver)
+    }
+
+    /// Resolves when the process is asked to end.
+    pub(crate) async fn asked(mut self) {
+        if self.0.wait_for(|asked| *asked).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+/// Ends the process if it has not ended by itself a few seconds after `deadline`.
+pub(crate) fn force_after(deadline: Duration) {
+    let thread = std::thread::Builder::new().name("bcg-hard-exit".into()).spawn(move || {
+        std::thread::sleep(deadline + HARD_EXIT_AFTER);
+        tracing::error!("something hangs and does not let the process end: leaving as it is");
+        exit(1);
     });
+    if let Err(error) = thread {
+        tracing::warn!(%error, "a shutdown that hangs is not ended");
+    }
 }
 
 #[cfg(unix)]

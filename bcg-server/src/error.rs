@@ -114,6 +114,12 @@ pub(crate) enum ApiError {
     /// The client left before its request was accepted; nobody reads this answer.
     #[error("The client left.")]
     ClientLeft,
+    /// There is no engine at the moment, and why.
+    #[error("The server cannot answer now: {reason}; try again later.")]
+    Unavailable {
+        /// One sentence without a full stop.
+        reason: String,
+    },
     /// The server is shutting down.
     #[error("The server is shutting down.")]
     ShuttingDown,
@@ -144,7 +150,7 @@ impl ApiError {
             Self::TooManyConnections { .. } => StatusCode::SERVICE_UNAVAILABLE,
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::QueueFull { .. } | Self::CompilersBusy => StatusCode::TOO_MANY_REQUESTS,
-            Self::QueueTimeout { .. } => StatusCode::SERVICE_UNAVAILABLE,
+            Self::QueueTimeout { .. } | Self::Unavailable { .. } => StatusCode::SERVICE_UNAVAILABLE,
             Self::ClientLeft => StatusCode::REQUEST_TIMEOUT,
             Self::ShuttingDown => StatusCode::SERVICE_UNAVAILABLE,
             Self::Engine(_) => StatusCode::INTERNAL_SERVER_ERROR,
@@ -167,6 +173,7 @@ impl ApiError {
             Self::CompilersBusy => ("rate_limit_error", None, Some("compilers_busy")),
             Self::QueueTimeout { .. } => ("server_error", None, Some("queue_timeout")),
             Self::ClientLeft => ("invalid_request_error", None, Some("client_left")),
+            Self::Unavailable { .. } => ("server_error", None, Some("unavailable")),
             Self::ShuttingDown => ("server_error", None, Some("shutting_down")),
             Self::Engine(_) => ("server_error", None, Some("engine_error")),
         };

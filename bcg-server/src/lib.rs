@@ -43,6 +43,7 @@ mod models;
 mod options;
 mod request;
 mod sse;
+mod standby;
 mod tls;
 mod tokenize;
 mod tools;
@@ -54,6 +55,7 @@ mod trace;
 
 pub use error::HttpError;
 pub use options::{ApiKey, HttpOptions};
+pub use standby::stand_by;
 
 /// What every route sees.
 #[derive(Clone)]

@@ -96,7 +96,7 @@ pub(crate) async fn run(listener: TcpListener, app: App, setup: Setup, shutdown:
 }
 
 /// A connection that broke before it was accepted is none; anything else (too many open files) may pass.
-async fn pause_after(error: &io::Error) {
+pub(crate) async fn pause_after(error: &io::Error) {
     use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
     if !matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset) {
         tracing::error!(%error, "connections cannot be accepted; trying again in a second");
