@@ -8,6 +8,34 @@ use crate::break_site::BreakSite;
 /// A result whose error is [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
+/// The driver's results after which a process has no working context any more, by code and name.
+///
+/// `cuda.h` says of nearly all that the process must be terminated and relaunched. After uncorrectable errors of memory
+/// and of links (214, 220) and after a context was destroyed (709) nothing on it can be trusted or used either.
+const CONTEXT_LOST: &[(i32, &str)] = &[
+    (214, "CUDA_ERROR_ECC_UNCORRECTABLE"),
+    (220, "CUDA_ERROR_NVLINK_UNCORRECTABLE"),
+    (226, "CUDA_ERROR_CONTAINED"),
+    (700, "CUDA_ERROR_ILLEGAL_ADDRESS"),
+    (702, "CUDA_ERROR_LAUNCH_TIMEOUT"),
+    (709, "CUDA_ERROR_CONTEXT_IS_DESTROYED"),
+    (710, "CUDA_ERROR_ASSERT"),
+    (714, "CUDA_ERROR_HARDWARE_STACK_ERROR"),
+    (715, "CUDA_ERROR_ILLEGAL_INSTRUCTION"),
+    (716, "CUDA_ERROR_MISALIGNED_ADDRESS"),
+    (717, "CUDA_ERROR_INVALID_ADDRESS_SPACE"),
+    (718, "CUDA_ERROR_INVALID_PC"),
+    (719, "CUDA_ERROR_LAUNCH_FAILED"),
+    (721, "CUDA_ERROR_TENSOR_MEMORY_LEAK"),
+    (810, "CUDA_ERROR_MPS_CLIENT_TERMINATED"),
+    (911, "CUDA_ERROR_EXTERNAL_DEVICE"),
+];
+
+/// Returns the name of a driver's result after which the context is lost.
+pub(crate) fn context_lost_name(code: i32) -> Option<&'static str> {
+    CONTEXT_LOST.iter().find(|(known, _)| *known == code).map(|(_, name)| *name)
+}
+
 /// Everything that can go wrong in the runtime.
 ///
 /// An error is reported once, where it first happened: later failures that it causes never replace it (law L5).
@@ -248,6 +276,22 @@ impl Error {
         }
     }
 
+    /// Tells whether the device's context is lost for good: a kernel trapped or touched memory that is not its own, or
+    /// the hardware failed. Every later call of this process fails then, on a new context too, so only a new process can
+    /// go on. After any other error of the driver, such as a lack of memory or a refused value, the context works on.
+    ///
+    /// # Example
+    /// ```
+    /// use bcg_runtime::Error;
+    /// let name = "CUDA_ERROR_LAUNCH_FAILED".to_owned();
+    /// assert!(Error::Driver { call: "cuStreamSynchronize", code: 719, name }.is_context_lost());
+    /// let name = "CUDA_ERROR_INVALID_VALUE".to_owned();
+    /// assert!(!Error::Driver { call: "cuLaunchKernel", code: 1, name }.is_context_lost());
+    /// ```
+    pub fn is_context_lost(&self) -> bool {
+        matches!(self.root(), Self::Driver { code, .. } if context_lost_name(*code).is_some())
+    }
+
     /// Makes the error of a failed driver call.
     pub(crate) fn driver(call: &'static str, code: i32, name: impl Into<String>) -> Self {
         Self::Driver { call, code, name: name.into() }
@@ -305,5 +349,17 @@ mod tests {
             assert!(error.source().is_none(), "who joins an error with its sources tells the cause once too");
             assert!(matches!(error.root(), Error::Driver { code: 700, .. }));
         }
+    }
+
+    #[test]
+    fn a_context_is_lost_after_what_the_driver_says_ends_the_process_and_after_nothing_else() {
+        let lost = [214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721, 810, 911];
+        let failed = |code| Error::driver("cuStreamSynchronize", code, "A NAME");
+        let found: Vec<i32> = (-1..=1000).filter(|code| failed(*code).is_context_lost()).collect();
+        // Among the others: 1 a refused value, 2 no memory, 701 no resources for a launch, 720 a cooperative launch that
+        // is too large, 901 a spoiled capture, 999 an injected fault.
+        assert_eq!(found, lost);
+        assert!(failed(719).in_segment(3).is_context_lost(), "wherever it happened");
+        assert!(!Error::OutOfMemory { device: "host:0".into(), requested_bytes: 1, free_bytes: 0 }.is_context_lost());
     }
 }
