@@ -187,10 +187,11 @@ fn summary_line(summary: &CaptureSummary) -> String {
 /// Opens the device that the option `device` names.
 ///
 /// # Errors
-/// If there is no usable GPU and one is asked for.
+/// If there is no usable GPU and one is asked for, or if the faults that `BCG_HOST_FAULT` asks for of a host device are none
+/// ([`Device::host_from_env`]).
 pub fn open_device(device: DeviceChoice) -> anyhow::Result<Device> {
     match device {
-        DeviceChoice::Host => Ok(Device::host()),
+        DeviceChoice::Host => Ok(Device::host_from_env()?),
         DeviceChoice::Cuda => Device::cuda(0)
             .context("`device` cuda: no usable GPU; use `device` auto or `device` host to run without one"),
         DeviceChoice::Auto => {

@@ -10,7 +10,7 @@
 use std::fmt;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use crate::compile::{ArgType, ArgValue, KernelArgs, Source};
+use crate::compile::{ArgStruct, ArgType, ArgValue, KernelArgs, Source};
 use crate::device::host::HostMemory;
 use crate::{DevicePtr, Result};
 
@@ -181,6 +181,9 @@ pub trait AnyKernel: Send + Sync + fmt::Debug {
     fn index(&self) -> Result<usize>;
     /// Tells whether the kernel may start while the kernel before it still runs; see [`Kernel::programmatic`].
     fn is_programmatic(&self) -> bool;
+    /// Returns the kernel's argument struct.
+    #[doc(hidden)]
+    fn arg_struct(&self) -> &'static ArgStruct;
     /// Runs the host reference.
     ///
     /// # Safety
@@ -207,6 +210,10 @@ impl<A: KernelArgs> AnyKernel for Kernel<A> {
 
     fn is_programmatic(&self) -> bool {
         self.is_programmatic
+    }
+
+    fn arg_struct(&self) -> &'static ArgStruct {
+        A::STRUCT
     }
 
     unsafe fn run_host(&self, args: &ArgBytes, dims: &Dims, memory: &HostMemory<'_>) -> Result<()> {
@@ -296,6 +303,11 @@ impl Launch {
     /// As [`Launch::new`], with the bytes of the kernel's argument struct.
     pub(crate) fn from_bytes(kernel: &'static dyn AnyKernel, dims: Dims, args: &[u8]) -> Self {
         Self { kernel, dims, args: ArgBytes::new(args) }
+    }
+
+    /// Returns the first address among its arguments that its kernel may write to.
+    pub(crate) fn output(&self) -> Option<DevicePtr> {
+        self.kernel.arg_struct().first_output(self.args.as_slice())
     }
 }
 

@@ -3,12 +3,16 @@
 //! A scenario is run once to count its driver calls; then once for each call, with that call failing. Every time the
 //! error that comes back is the injected one, the runner then works (an eager run, a capture and a replay give right
 //! values), and dropping everything returns every object of the device.
+//!
+//! Then the faults that do not pass: a call that hangs, one that is slow, a device that is lost, a bit that is wrong.
 
+use std::process::Command;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use bcg_runtime::{
-    BreakableCudaGraph, Context, DType, Device, Eager, Error, LiveObjects, PinnedBuffer, ReplayMode, ReplayPath,
-    Result, Runner, RunnerOptions, Tensor, eager_on_graph,
+    BreakableCudaGraph, Context, DType, Device, Eager, Error, HostControl, LiveObjects, PinnedBuffer, ReplayMode,
+    ReplayPath, Result, Runner, RunnerOptions, Tensor, eager_on_graph,
 };
 use bcg_tests::conformance::fixture::{Batch, Graph, assert_usable, batch, failure, iota, padded, scaled, step};
 use bcg_tests::conformance::kernels::{axpy, count};
@@ -401,4 +405,190 @@ fn two_faults_in_one_run_report_the_first() {
         control.clear_faults();
         assert_usable(&mut state.runner);
     }
+}
+
+fn control(device: &Device) -> &HostControl {
+    device.host_control().expect("a host device")
+}
+
+/// Waits until a call of `device` hangs.
+fn wait_for_a_hang(device: &Device) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while control(device).num_hanging() == 0 {
+        assert!(Instant::now() < deadline, "no call hangs");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn a_call_hangs_until_it_is_released_and_others_go_on() {
+    let device = Device::host();
+    let x = iota(&device, &[SIZE], 1.0);
+    let mut runner = Runner::new(&device, RunnerOptions::default()).expect("a runner");
+    control(&device).inject("hang:cuMemcpyDtoHAsync:2").expect("a fault");
+    std::thread::scope(|scope| {
+        let reads = scope.spawn(|| [(); 3].map(|()| device.read::<f32>(&x).expect("a read")[0]));
+        wait_for_a_hang(&device);
+        assert_usable_without_reading(&mut runner);
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(!reads.is_finished());
+        control(&device).clear_faults();
+        assert_eq!(reads.join().expect("no panic"), [1.0; 3], "the call goes on where it hung");
+    });
+    assert_eq!(control(&device).num_hanging(), 0);
+}
+
+/// Uses a device of which one thread reads, without a read.
+fn assert_usable_without_reading(runner: &mut Runner) {
+    let output = runner.eager(&(), |cx| cx.empty(&[SIZE], DType::F32).and_then(|out| cx.fill_zero(&out)));
+    output.expect("other calls do not wait for one that hangs");
+    runner.device().synchronize().expect("nor do waits");
+}
+
+#[test]
+fn a_hang_that_nobody_releases_ends_by_itself() {
+    let device = Device::host();
+    control(&device).inject("hang:any:1:60").expect("a fault");
+    let began = Instant::now();
+    device.synchronize().expect("the call goes on");
+    assert!(began.elapsed() >= Duration::from_millis(60), "{:?}", began.elapsed());
+    let began = Instant::now();
+    device.synchronize().expect("a call");
+    assert!(began.elapsed() < Duration::from_secs(60), "one call hangs, not every one");
+}
+
+#[test]
+fn slow_calls_take_longer_until_the_faults_are_cleared() {
+    let device = Device::host();
+    control(&device).inject("slow:cuCtxSynchronize:2:30").expect("a fault");
+    let took = || {
+        let began = Instant::now();
+        device.synchronize().expect("a slow call works");
+        began.elapsed()
+    };
+    let slow = [took(), took(), took()];
+    assert!(slow[1] >= Duration::from_millis(30) && slow[2] >= Duration::from_millis(30), "{slow:?}");
+    control(&device).clear_faults();
+    let quickest = (0..20).map(|_| took()).min().expect("a time");
+    assert!(quickest < Duration::from_millis(30), "{quickest:?}");
+}
+
+#[test]
+fn every_call_fails_once_the_device_is_lost_and_dropping_everything_leaves_nothing() {
+    let live = padded(3.0, 4, SIZE);
+    let rig = Rig::new();
+    let mut state = make_state(&rig);
+    let forward = state.forward.clone();
+    drop(state.graph.capture(&mut state.runner, &live, forward).expect("a capture"));
+    control(&rig.device).inject("lost:cuGraphLaunch:2").expect("a fault");
+    let error = failure(state.graph.replay(&mut state.runner, &live));
+    assert!(matches!(error.root(), Error::Driver { call: "cuGraphLaunch", code: 719, .. }), "{error}");
+    control(&rig.device).clear_faults();
+    for error in [
+        failure(state.graph.replay(&mut state.runner, &live)),
+        failure(state.runner.eager(&live, &state.forward)),
+        failure(rig.device.empty(&[1], DType::F32)),
+        failure(rig.device.synchronize()),
+    ] {
+        assert!(error.is_context_lost(), "no call works again: {error}");
+    }
+    drop(state);
+    assert_eq!(rig.device.live_objects(), rig.baseline, "what is dropped is given back to the emulated driver");
+    assert_usable(&mut Rig::new().runner());
+}
+
+/// Replays layers that are verified, with the faults asked for; returns what the verification says.
+fn verify_with(faults: &str, mode: ReplayMode) -> String {
+    let live = padded(3.0, 4, SIZE);
+    let rig = Rig::new();
+    let mut runner = rig.runner();
+    runner.set_replay_mode(mode);
+    let mut graph = Graph::new("verified");
+    drop(graph.capture(&mut runner, &live, layers(&rig)).expect("a capture"));
+    runner.device().synchronize().expect("the capture has run");
+    control(&rig.device).inject(faults).expect("faults");
+    let error = failure(graph.replay_verified(&mut runner, &live));
+    assert!(matches!(error, Error::Mismatch { .. }), "{error}");
+    drop(graph.replay_verified(&mut runner, &live).expect("the fault has happened, and the next replay is right"));
+    error.to_string()
+}
+
+#[test]
+fn a_flipped_bit_is_silent_and_a_verified_replay_names_its_segment() {
+    let named = |error: &str| {
+        let start = "graph `verified`: replay differs from eager first in segment 1, before break `scaled` (";
+        assert!(error.starts_with(start) && error.ends_with("tensor 0: 1 of 96 bytes differ"), "{error}");
+    };
+    // `add_index` runs once in each of the three segments.
+    named(&verify_with("flip:add_index:2:70", ReplayMode::Chain));
+    // After a healed replay whose output differs, a chain of its steps tells where: there the fault happens again.
+    named(&verify_with("flip:add_index:2:70,flip:add_index:8:70", ReplayMode::Healed));
+    let once = verify_with("flip:add_index:2:70", ReplayMode::Healed);
+    assert!(once.contains("first in the output of a healed replay: a chain of the same steps gives what"), "{once}");
+
+    let device = Device::host();
+    let mut runner = Runner::new(&device, RunnerOptions::default()).expect("a runner");
+    let (x, y) = (iota(&device, &[2], 1.0), iota(&device, &[2], 5.0));
+    control(&device).inject("flip:copy:2:31").expect("a fault");
+    for expected in [[1.0, 2.0], [-1.0, 2.0], [1.0, 2.0]] {
+        runner.eager(&(), |cx| cx.copy(&y, &x)).expect("a copy");
+        assert_eq!(device.read::<f32>(&y).expect("a read"), expected, "bit 31 of the first value is its sign");
+    }
+}
+
+#[test]
+fn a_fault_that_cannot_be_read_is_refused_with_the_remedy() {
+    let device = Device::host();
+    for faults in [
+        "hang",
+        "hang:cuMemAlloc",
+        "hang:cuMemAlloc:0",
+        "hang:cuMemAlloc:x",
+        "hang::1",
+        "hang:cuMemAlloc:1:2:3",
+        "slow:cuMemAlloc:1",
+        "lost:cuMemAlloc:1:2",
+        "lost:cuMemAlloc:1:-1",
+        "fail:cuMemAlloc:1:9",
+        "burn:cuMemAlloc:1",
+        "fail:cuMemAlloc:1,hang",
+    ] {
+        let error = failure(control(&device).inject(faults)).to_string();
+        let start = "BCG_HOST_FAULT: cannot read the fault `";
+        assert!(error.starts_with(start) && error.contains("write `fail:CALL:N`, `hang:CALL:N[:MILLI"), "{error}");
+        drop(device.empty(&[1], DType::F32).expect("a refused text asks for no fault"));
+    }
+    control(&device).inject("").expect("no fault");
+    control(&device).inject(" fail:cuMemAlloc:2 ,, fail:cuMemAlloc:3 ").expect("two faults");
+    let made = [(); 4].map(|()| device.empty(&[1], DType::F32).is_ok());
+    assert_eq!(made, [true, false, false, true]);
+}
+
+/// Run as a process of its own by the test below: opens a host device and reports how its first wait went.
+#[test]
+#[ignore = "a process that another test starts"]
+fn child_that_opens_a_device_from_its_environment() {
+    match Device::host_from_env().and_then(|device| device.synchronize()) {
+        Ok(()) => println!("the wait went well"),
+        Err(error) => println!("{error}"),
+    }
+}
+
+#[test]
+fn a_process_takes_its_faults_from_its_environment_and_from_a_file_once() {
+    let run = |faults: &std::ffi::OsStr| {
+        let mut child = Command::new(std::env::current_exe().expect("this program"));
+        child.args(["--exact", "child_that_opens_a_device_from_its_environment", "--ignored", "--nocapture"]);
+        let output = child.env("BCG_HOST_FAULT", faults).output().expect("a process");
+        String::from_utf8(output.stdout).expect("a report")
+    };
+    let lost = "cuCtxSynchronize failed: CUDA_ERROR_LAUNCH_FAILED (code 719)";
+    assert!(run("lost:cuCtxSynchronize:1".as_ref()).contains(lost));
+    assert!(run("hang:cuCtxSynchronize".as_ref()).contains("BCG_HOST_FAULT: cannot read the fault `hang:cuCtxSynch"));
+    let path = std::env::temp_dir().join(format!("bcg-faults-{}", std::process::id()));
+    std::fs::write(&path, "lost:cuCtxSynchronize:1\n").expect("a file");
+    let from_file = format!("@{}", path.display());
+    assert!(run(from_file.as_ref()).contains(lost));
+    assert!(!path.exists(), "the file is taken");
+    assert!(run(from_file.as_ref()).contains("the wait went well"), "a process that is started again has no fault");
 }

@@ -21,6 +21,7 @@ pub use info::{DeviceKind, KernelRun, MemoryInfo};
 use crate::launch::AnyKernel;
 use crate::{Arch, Error, Result};
 use guard::OwnStream;
+use host::fault::FAULT_VARIABLE;
 use host::{HostBackend, HostControl, HostOptions};
 use traits::Backend;
 
@@ -55,6 +56,30 @@ impl Device {
         let backend = Arc::new(HostBackend::new(options));
         let host = Some(backend.control());
         Self::with_backend(backend, host)
+    }
+
+    /// Makes a host device with default options and the faults that the environment variable `BCG_HOST_FAULT` asks for:
+    /// how the test of a whole process makes its device hang, slow, lost or wrong.
+    ///
+    /// The variable holds a text for [`HostControl::inject`], or `@PATH`. The file at that path holds the text then, and
+    /// is removed as it is read: a process that is started again with the same environment has no fault. A file that is
+    /// not there asks for none. Faults count calls from the opening of the device on.
+    ///
+    /// # Errors
+    /// [`Error::Option`] with the remedy, if the text is none or the file cannot be read and removed.
+    ///
+    /// # Example
+    /// ```
+    /// use bcg_runtime::Device;
+    /// let device = Device::host_from_env()?; // as `Device::host()` where the variable is not set
+    /// # Ok::<(), bcg_runtime::Error>(())
+    /// ```
+    pub fn host_from_env() -> Result<Self> {
+        let device = Self::host();
+        if let (Some(control), Some(value)) = (&device.host, std::env::var_os(FAULT_VARIABLE)) {
+            control.inject(&host::fault::text(&value)?)?;
+        }
+        Ok(device)
     }
 
     fn with_backend(backend: Arc<dyn Backend>, host: Option<HostControl>) -> Self {

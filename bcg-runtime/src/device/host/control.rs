@@ -1,74 +1,55 @@
-//! Faults and the schedule of a host device: what a test can change from outside.
+//! The controls of a host device: what a test can change from outside, and how each driver call begins.
 //!
-//! Owns the count of driver calls. Every fallible call of the backend enters here once, under the name of the CUDA
-//! driver function that it stands for; calls that cannot fail (free, destroy, abort) are not counted.
+//! Every fallible call of the backend enters here once, under the name of the CUDA driver function that it stands for;
+//! calls that cannot fail (free, destroy, abort) do not. A call that hangs or is slow holds no lock meanwhile, so other
+//! threads use the device.
 
-use std::collections::{HashMap, VecDeque};
 use std::fmt;
-use std::sync::{Arc, MutexGuard};
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::time::Duration;
 
+use super::fault::{Fate, ask};
 use super::{HostBackend, Shared, State};
 use crate::{Error, Result};
 
-/// How many names of calls are kept.
-const LOG_MAX: usize = 1 << 16;
-
-/// The calls so far and those that shall fail.
-#[derive(Debug, Default)]
-pub(super) struct Faults {
-    num_calls: u64,
-    log: VecDeque<&'static str>,
-    /// Numbers of calls that fail.
-    at: Vec<u64>,
-    /// Name → how many of its next calls fail.
-    named: HashMap<String, u64>,
-}
-
-impl Faults {
-    /// Counts a call; tells whether it fails.
-    fn count(&mut self, call: &'static str) -> bool {
-        if self.log.len() == LOG_MAX {
-            self.log.pop_front();
-        }
-        self.log.push_back(call);
-        self.num_calls += 1;
-        if self.at.is_empty() && self.named.is_empty() {
-            return false;
-        }
-        if let Some(idx) = self.at.iter().position(|at| *at == self.num_calls) {
-            self.at.swap_remove(idx);
-            return true;
-        }
-        match self.named.get_mut(call) {
-            Some(left) => {
-                *left -= 1;
-                if *left == 0 {
-                    self.named.remove(call);
-                }
-                true
-            }
-            None => false,
-        }
-    }
-}
-
 impl HostBackend {
-    /// Begins a driver call: counts it and fails it if a fault was asked for, else locks the device.
+    /// Begins a driver call: counts it and lets it meet the faults that were asked for, else locks the device.
     pub(super) fn enter(&self, call: &'static str) -> Result<MutexGuard<'_, State>> {
-        let mut state = self.lock();
-        if state.faults.count(call) {
-            return Err(Error::driver(call, 999, "INJECTED"));
-        }
-        Ok(state)
+        self.begin(call, |_| Error::driver(call, 999, "INJECTED"))
     }
 
     /// As [`HostBackend::enter`], for a call that fails by lack of memory.
     pub(super) fn enter_alloc(&self, call: &'static str, bytes: usize) -> Result<MutexGuard<'_, State>> {
+        self.begin(call, |state| state.memory.out_of_memory(bytes))
+    }
+
+    fn begin(&self, call: &'static str, failed: impl FnOnce(&State) -> Error) -> Result<MutexGuard<'_, State>> {
         let mut state = self.lock();
-        if state.faults.count(call) {
-            return Err(state.memory.out_of_memory(bytes));
+        let Fate { slow_by, hangs, fails } = state.faults.count(call);
+        if slow_by > Duration::ZERO {
+            drop(state);
+            std::thread::sleep(slow_by);
+            state = self.lock();
         }
-        Ok(state)
+        if let Some(at_most) = hangs {
+            state = self.hang(state, at_most);
+        }
+        match state.faults.lost(call) {
+            Some(error) => Err(error),
+            None if fails => Err(failed(&state)),
+            None => Ok(state),
+        }
+    }
+
+    /// Waits, without the lock, until hanging calls are released, at most that long.
+    fn hang<'a>(&'a self, mut state: MutexGuard<'a, State>, at_most: Duration) -> MutexGuard<'a, State> {
+        let num_releases = state.faults.num_releases;
+        state.faults.num_hanging += 1;
+        let waits = |state: &mut State| state.faults.num_releases == num_releases;
+        let waited = self.shared.released.wait_timeout_while(state, at_most, waits);
+        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        state.faults.num_hanging -= 1;
+        state
     }
 }
 
@@ -116,11 +97,54 @@ impl HostControl {
         }
     }
 
-    /// Forgets all faults that were asked for and did not happen yet.
+    /// Asks for faults by their text: one, or several with commas between them. `N` counts from now on, from 1;
+    /// `CALL` is the name of a driver function, such as `cuGraphLaunch`, or `any`.
+    ///
+    /// - `fail:CALL:N`: the `N`-th call fails once, as after [`HostControl::fail_calls_named`].
+    /// - `hang:CALL:N`: the `N`-th call hangs until [`HostControl::clear_faults`] releases it, at most 300 s, and goes on
+    ///   then. `hang:CALL:N:MILLISECONDS` bounds it lower. Other threads can use the device meanwhile.
+    /// - `slow:CALL:N:MILLISECONDS`: the `N`-th call and every later one take that much longer.
+    /// - `lost:CALL:N`: the `N`-th call, and from then on every call of any name, fails with code 719, as after a kernel
+    ///   that trapped: the device is lost for good ([`Error::is_context_lost`]). `lost:CALL:N:CODE` says another code
+    ///   after which a context is lost.
+    /// - `flip:WORK:N`: the `N`-th run of the work leaves one bit of what it wrote flipped, and says nothing.
+    ///   `flip:WORK:N:BIT` says which, counted from the first address that the work may write to; it is 0 otherwise.
+    ///   `WORK` is a kernel's entry name, `matmul`, `fill`, `copy`, `copy from host`, `copy from pinned` or
+    ///   `copy to pinned`. It runs when somebody waits for it, wherever it was enqueued.
+    ///
+    /// A name that nothing has is no error; its fault never happens.
+    ///
+    /// # Errors
+    /// [`Error::Option`] if the text is none of these; then no fault of it is asked for.
+    ///
+    /// # Example
+    /// ```
+    /// use bcg_runtime::{Device, Error};
+    /// let device = Device::host();
+    /// let control = device.host_control().expect("a host device");
+    /// control.inject("slow:cuCtxSynchronize:1:5, lost:cuCtxSynchronize:2:700")?;
+    /// device.synchronize()?; // 5 ms late
+    /// assert!(device.synchronize().unwrap_err().is_context_lost());
+    /// assert!(matches!(control.inject("hang:cuCtxSynchronize:soon"), Err(Error::Option { .. })));
+    /// # Ok::<(), Error>(())
+    /// ```
+    pub fn inject(&self, faults: &str) -> Result<()> {
+        let state = &mut *self.shared.lock();
+        ask(faults, &mut state.faults, &mut state.queue.flips)
+    }
+
+    /// Forgets all faults that were asked for and did not happen yet, ends slowness, and releases the calls that hang. A
+    /// lost device stays lost.
     pub fn clear_faults(&self) {
-        let faults = &mut self.shared.lock().faults;
-        faults.at.clear();
-        faults.named.clear();
+        let state = &mut *self.shared.lock();
+        state.faults.clear();
+        state.queue.flips.clear();
+        self.shared.released.notify_all();
+    }
+
+    /// Returns how many calls hang now.
+    pub fn num_hanging(&self) -> usize {
+        self.shared.lock().faults.num_hanging
     }
 
     /// Returns how many driver calls were made. Calls that cannot fail (free, destroy, abort) are not counted.

@@ -16,7 +16,7 @@ use super::work::Work;
 use crate::device::traits::{Matmul, MatmulBackend, MatmulPlan, MatmulShape, MatmulTuning, StreamHandle};
 use crate::{DType, DevicePtr, Error, Result};
 
-const NAME: &str = "matmul";
+pub(super) const NAME: &str = "matmul";
 const CALL: &str = "cublasLtMatmul";
 /// Rows multiplied at a time; missing ones are zeros.
 const TILE_ROWS: usize = 8;

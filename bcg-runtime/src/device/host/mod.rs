@@ -9,12 +9,13 @@
 //!
 //! Files are named by the trait that they implement: `memory`, `stream`, `matmul`, `event`, `graph`. Under them lie
 //! `regions` (addresses), `backing` (bytes), `view` (what kernels see), `queue` (order), `work` (one operation) and
-//! `capture` (open captures); `fault` is the tests' control.
+//! `capture` (open captures); `control` is the tests' hand on all this, and `fault` what they can make go wrong.
 
 mod backing;
 mod capture;
+mod control;
 mod event;
-mod fault;
+pub(super) mod fault;
 mod graph;
 mod matmul;
 mod memory;
@@ -29,10 +30,10 @@ mod work;
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::ThreadId;
 
-pub use fault::HostControl;
+pub use control::HostControl;
 pub use view::HostMemory;
 
 use super::traits::Backend;
@@ -90,6 +91,8 @@ struct Shared {
     name: String,
     options: HostOptions,
     state: Mutex<State>,
+    /// Told when calls that hang are released.
+    released: Condvar,
 }
 
 impl Shared {
@@ -150,7 +153,7 @@ impl HostBackend {
             lanes: Vec::new(),
             deferred: Vec::new(),
         };
-        Self { shared: Arc::new(Shared { name, options, state: Mutex::new(state) }) }
+        Self { shared: Arc::new(Shared { name, options, state: Mutex::new(state), released: Condvar::new() }) }
     }
 
     pub(crate) fn control(&self) -> HostControl {

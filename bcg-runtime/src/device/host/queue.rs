@@ -9,6 +9,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
+use super::fault::Flips;
 use super::graph::GraphNodes;
 use super::regions::Memory;
 use super::work::Work;
@@ -78,6 +79,8 @@ pub(super) struct Queue {
     failed: HashMap<u64, u64>,
     /// Slots of the nodes of the graph being launched.
     scratch: Vec<u32>,
+    /// Bits of results that tests want flipped.
+    pub(super) flips: Flips,
 }
 
 impl Queue {
@@ -95,6 +98,7 @@ impl Queue {
             failures: BTreeMap::new(),
             failed: HashMap::new(),
             scratch: Vec::new(),
+            flips: Flips::default(),
         }
     }
 
@@ -270,7 +274,7 @@ impl Queue {
         let work = std::mem::replace(&mut slot.work, Work::Nothing);
         let mut poison = slot.poison.take();
         if poison.is_none()
-            && let Err(error) = work.run(memory)
+            && let Err(error) = work.run(memory).and_then(|()| self.flips.ran(&work, memory))
         {
             poison = Some(self.keep(seq, error));
         }

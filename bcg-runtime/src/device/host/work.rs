@@ -17,6 +17,10 @@ use crate::{DevicePtr, Dims, Error, Result};
 /// Dynamic shared memory that a block may have on the GPUs that bcg runs on.
 const SHARED_BYTES_MAX: u32 = 227 << 10;
 
+/// The names of work that has none of its own.
+const FILL: &str = "fill";
+const COPY_FROM_HOST: &str = "copy from host";
+
 /// What an operation does.
 #[derive(Clone, Debug)]
 pub(super) enum Work {
@@ -48,10 +52,35 @@ impl Work {
             Self::Nothing => Ok(()),
             Self::Launch(launch) => run_kernel(launch, memory),
             Self::Matmul(product) => matmul::run(product, memory),
-            Self::Fill { dst, pattern, bytes } => memory.fill("fill", *dst, *pattern, *bytes),
+            Self::Fill { dst, pattern, bytes } => memory.fill(FILL, *dst, *pattern, *bytes),
             Self::Copy { name, copy } => copy_rows(name, copy, memory),
-            Self::Upload { dst, data } => memory.write("copy from host", *dst, data),
+            Self::Upload { dst, data } => memory.write(COPY_FROM_HOST, *dst, data),
             Self::Node(graph, idx) => graph.nodes[*idx as usize].work.run(memory),
+        }
+    }
+
+    /// Returns the name that errors give it.
+    pub(super) fn name(&self) -> &str {
+        match self {
+            Self::Nothing => "nothing",
+            Self::Launch(launch) => launch.kernel.name(),
+            Self::Matmul(_) => matmul::NAME,
+            Self::Fill { .. } => FILL,
+            Self::Copy { name, .. } => name,
+            Self::Upload { .. } => COPY_FROM_HOST,
+            Self::Node(graph, idx) => graph.nodes[*idx as usize].work.name(),
+        }
+    }
+
+    /// Returns the first address that it may write to.
+    pub(super) fn output(&self) -> Option<DevicePtr> {
+        match self {
+            Self::Nothing => None,
+            Self::Launch(launch) => launch.output(),
+            Self::Matmul(product) => Some(product.out),
+            Self::Fill { dst, .. } | Self::Upload { dst, .. } => Some(*dst),
+            Self::Copy { copy, .. } => Some(copy.dst),
+            Self::Node(graph, idx) => graph.nodes[*idx as usize].work.output(),
         }
     }
 
