@@ -219,7 +219,7 @@ impl<L: LiveBatch, O: Freeze> GraphCache<L, O> {
             return Decision::Eager(EagerReason::NoRows);
         }
         let Some(size) = ladder.size_for(rows) else { return Decision::Eager(EagerReason::AboveLargest) };
-        if size > 2 * rows {
+        if size > rows.saturating_mul(2) {
             return Decision::Eager(EagerReason::TooMuchPadding);
         }
         if self.graphs.contains_key(&size) {

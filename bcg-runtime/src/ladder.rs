@@ -39,12 +39,11 @@ impl Ladder {
         let mut size = EXACT_BELOW;
         while size < max {
             sizes.push(size);
-            size += 1 << (size / 8).ilog2();
+            size = size.saturating_add(1 << (size / 8).ilog2());
         }
         sizes.push(max);
-        Self::explicit(
-            sizes.into_iter().map(|size| size.next_multiple_of(alignment)).filter(|&size| size <= max).collect(),
-        )
+        let aligned = sizes.into_iter().filter_map(|size| size.checked_next_multiple_of(alignment));
+        Self::explicit(aligned.filter(|&size| size <= max).collect())
     }
 
     /// Makes a ladder of every size up to `max`, so that nothing is padded: for a cache that captures lazily.
@@ -218,6 +217,12 @@ mod tests {
             assert!(matches!(refused, Err(Error::Option { .. })), "{refused:?}");
         }
         assert!(Ladder::explicit(vec![64]).unwrap().clamped(32).is_err());
+    }
+
+    #[test]
+    fn sizes_up_to_the_largest_number_there_is_do_not_overflow() {
+        let largest = |alignment| Ladder::relative(usize::MAX, alignment).unwrap().largest();
+        assert_eq!([1, 64, usize::MAX].map(largest), [usize::MAX, usize::MAX - 63, usize::MAX]);
     }
 
     #[test]

@@ -56,9 +56,11 @@ impl Dims {
         Self { grid: [grid, 1, 1], block: [block, 1, 1], shared_bytes: 0 }
     }
 
-    /// Makes the one-dimensional geometry with one thread for each of `items`, in blocks of `block` threads.
+    /// Makes the one-dimensional geometry with one thread for each of `items`, in blocks of `block` threads. More items
+    /// than a grid has blocks for give a grid that the device refuses.
     pub const fn per_item(items: usize, block: u32) -> Self {
-        Self::linear((items as u64).div_ceil(block as u64) as u32, block)
+        let blocks = (items as u64).div_ceil(block as u64);
+        Self::linear(if blocks > u32::MAX as u64 { u32::MAX } else { blocks as u32 }, block)
     }
 
     /// Tells whether the geometry holds no thread; such a launch is skipped, since CUDA refuses it.
@@ -326,6 +328,17 @@ mod tests {
     static SOURCE: Source = Source::new("nop.cu", "").takes::<NopArgs>();
     // SAFETY: the source has no kernel, and the host reference does nothing.
     static NOP: Kernel<NopArgs> = unsafe { Kernel::new("nop", &SOURCE, |_, _, _| Ok(())) };
+
+    #[test]
+    fn a_grid_for_too_many_items_is_too_large_and_not_a_small_one() {
+        let grid = |items| Dims::per_item(items, 128).grid[0];
+        assert_eq!([grid(0), grid(1), grid(129), grid(128 << 30)], [0, 1, 2, 1 << 30]);
+        assert_eq!(
+            [grid(128 << 32), grid((128 << 32) + 1), grid(usize::MAX)],
+            [u32::MAX; 3],
+            "2^32 blocks are not none"
+        );
+    }
 
     #[test]
     fn a_launch_holds_the_bytes_of_its_arguments() {

@@ -151,14 +151,18 @@ impl PinnedBuffer {
 
     /// Writes `bytes`, which fit, from an offset in bytes on.
     pub(crate) fn write_bytes_at(&self, offset: usize, bytes: &[u8]) -> Result<()> {
-        assert!(offset + bytes.len() <= self.bytes, "the bytes fit into the pinned buffer");
+        assert!(self.holds(offset, bytes.len()), "the bytes fit into the pinned buffer");
         self.device.backend().write_pinned(self.ptr.offset_bytes(offset), bytes)
     }
 
     /// Fills `into` with what lies from an offset in bytes on. No work that writes the buffer may be under way.
     pub(crate) fn read_bytes_at(&self, offset: usize, into: &mut [u8]) -> Result<()> {
-        assert!(offset + into.len() <= self.bytes, "the bytes lie in the pinned buffer");
+        assert!(self.holds(offset, into.len()), "the bytes lie in the pinned buffer");
         self.device.backend().read_pinned(self.ptr.offset_bytes(offset), into)
+    }
+
+    fn holds(&self, offset: usize, len: usize) -> bool {
+        offset.checked_add(len).is_some_and(|end| end <= self.bytes)
     }
 
     /// Returns the size in bytes.
@@ -191,7 +195,10 @@ pub(crate) struct Reservation {
 
 impl Reservation {
     pub(crate) fn new(device: &Device, bytes: usize) -> Result<Self> {
-        let bytes = bytes.next_multiple_of(device.backend().map_granularity());
+        let Some(bytes) = bytes.checked_next_multiple_of(device.backend().map_granularity()) else {
+            let message = format!("{bytes} bytes are more than there are addresses; lower the bound");
+            return Err(Error::Option { option: "RunnerOptions::arena_bytes_max", message });
+        };
         let base = device.backend().reserve(bytes)?;
         Ok(Self { device: device.clone(), base, bytes, chunks: Vec::new() })
     }
@@ -211,15 +218,15 @@ impl Reservation {
     /// Maps at least `bytes` more at the end.
     pub(crate) fn grow(&mut self, bytes: usize) -> Result<()> {
         let mapped = self.mapped_bytes();
-        let bytes = bytes.next_multiple_of(self.device.backend().map_granularity());
-        if mapped + bytes > self.bytes {
+        let rounded = bytes.checked_next_multiple_of(self.device.backend().map_granularity());
+        let Some(bytes) = rounded.filter(|rounded| *rounded <= self.bytes - mapped) else {
             return Err(Error::ArenaFull {
                 requested_bytes: bytes,
                 in_use_bytes: mapped,
                 limit_bytes: self.bytes,
                 hint: "; raise RunnerOptions::arena_bytes_max or lower the largest capture size",
             });
-        }
+        };
         self.device.backend().map(self.base, mapped, bytes)?;
         self.device.counters().add_memory(bytes);
         self.chunks.push(bytes);

@@ -38,9 +38,13 @@ impl OpStream {
             let message = format!("{valid} valid rows do not fit into {padded} padded rows");
             return Err(Error::Option { option: "LiveBatch::rows", message });
         }
+        let Ok(valid) = rows.map_or(Ok(i32::MAX), |rows| i32::try_from(rows.valid)) else {
+            let message = format!("{rows:?} are more than the {} that a device counts", i32::MAX);
+            return Err(Error::Option { option: "LiveBatch::rows", message });
+        };
         self.reset_forks();
         self.arena().begin_forward(extent)?;
-        self.set_valid_rows(rows.map(|rows| rows.valid))
+        self.set_valid_rows(valid.cast_unsigned())
     }
 
     /// In poison mode, fills the arena memory of a replay with NaN: all of it is dead when the replay begins.
@@ -53,8 +57,7 @@ impl OpStream {
     }
 
     /// Tells the device how many rows of the coming forward are valid.
-    fn set_valid_rows(&mut self, valid: Option<usize>) -> Result<()> {
-        let valid = valid.map_or(i32::MAX as u32, |rows| rows as u32);
+    fn set_valid_rows(&mut self, valid: u32) -> Result<()> {
         if self.valid_rows_now == Some(valid) {
             return Ok(());
         }

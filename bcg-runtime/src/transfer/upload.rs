@@ -201,7 +201,7 @@ impl Uploader {
     }
 
     fn staging_bytes(&self) -> usize {
-        self.options.staging_bytes.max(1).next_multiple_of(8)
+        self.options.staging_bytes.clamp(1, usize::MAX - 7).next_multiple_of(8)
     }
 }
 

@@ -3,13 +3,13 @@
 use std::sync::{Arc, Mutex};
 
 use bcg_runtime::{
-    BreakableCudaGraph, CacheOptions, Context, DType, Device, Eager, Error, GraphCache, Ladder, Result, Runner, Tensor,
-    eager_on_graph,
+    BreakableCudaGraph, CacheOptions, Context, DType, Device, Eager, Error, GraphCache, Ladder, PinnedBuffer, Result,
+    Runner, Tensor, eager_on_graph,
 };
 
 use super::fixture::{
-    Batch, Graph, assert_like_eager, assert_usable, batch, batches, bits, failure, iota, options, replays_like_eager,
-    runner, scaled, step,
+    Batch, Graph, assert_like_eager, assert_usable, batch, batches, bits, failure, iota, options, padded,
+    replays_like_eager, runner, scaled, step,
 };
 use super::kernels::{axpy, axpy_into};
 
@@ -217,6 +217,42 @@ pub fn the_arena_keeps_to_its_bound(device: &Device) {
     let bytes = runner.arena_stats().reserved_bytes + 1;
     let error = failure(runner.eager(&(), |cx| cx.empty(&[bytes], DType::U8)));
     assert!(matches!(error, Error::ArenaFull { .. }), "{error}");
+    assert_usable(&mut runner);
+}
+
+/// Sizes whose elements, bytes or strides cannot be counted are refused, and the error names them: none wraps around to a
+/// small number.
+pub fn sizes_that_would_overflow_are_refused(device: &Device) {
+    // In 64 bits, 8 * (2^61 + 1) elements of four bytes wrap around to 32 bytes.
+    let wraps = (1 << 61) + 1;
+    let mut runner = runner(device);
+    let empty = device.empty(&[0, 1 << 40], DType::F32).expect("an empty tensor");
+    for shape in [&[wraps, 8][..], &[1 << 32, 1 << 32], &[usize::MAX], &[1 << 62], &[0, 1 << 62], &[1 << 20; 4]] {
+        for error in [
+            failure(device.empty(shape, DType::F32)),
+            failure(device.zeros(shape, DType::U8)),
+            failure(device.tensor(shape, &[1.0f32; 8])),
+            failure(runner.eager(&(), |cx| cx.empty(shape, DType::F32))),
+            failure(empty.reshape(shape)),
+        ] {
+            assert!(matches!(error, Error::Shape { .. }), "{error}");
+            assert!(error.to_string().contains(&format!("got {shape:?}")), "{error}");
+        }
+    }
+    assert_eq!(empty.reshape(&[1 << 40, 0]).expect("as empty").row_bytes(), 0);
+    let beyond = failure(empty.rows(1..2)).to_string();
+    assert_eq!(beyond, "Tensor::rows: expected a range within 0..0, got 1..2");
+    let large = failure(device.empty(&[1 << 59], DType::I64));
+    assert!(!matches!(large, Error::Shape { .. }), "counted, and more than there is: {large}");
+
+    let mut unbounded = options();
+    unbounded.arena_bytes_max = Some(usize::MAX);
+    let error = failure(Runner::new(device, unbounded));
+    assert!(matches!(error, Error::Option { option: "RunnerOptions::arena_bytes_max", .. }), "{error}");
+    failure(PinnedBuffer::new(device, usize::MAX));
+    let many = 1 << 32; // 0 in 32 bits
+    let error = failure(runner.eager(&padded(1.0, many, many), |_| Ok(())));
+    assert!(matches!(error, Error::Option { option: "LiveBatch::rows", .. }), "{error}");
     assert_usable(&mut runner);
 }
 

@@ -89,6 +89,7 @@ macro_rules! conformance_rules {
                 an_argument_given_away_is_not_overwritten_early,
                 memory_read_on_a_side_stream_of_a_break_is_kept_at_replay,
                 the_arena_keeps_to_its_bound,
+                sizes_that_would_overflow_are_refused,
                 allocating_device_memory_in_a_segment_is_refused,
                 a_tensor_of_one_capture_is_refused_in_another,
                 a_tensor_is_refused_after_a_later_forward_took_its_memory,

@@ -214,13 +214,14 @@ impl Memory {
 
     fn place(&mut self, region: Region) -> Result<DevicePtr> {
         let at = self.next;
-        let next = (at + region.bytes as u64 + GAP_BYTES).next_multiple_of(GAP_BYTES);
-        if next > self.base + DEVICE_SPAN {
+        let end = at.checked_add(region.bytes as u64).and_then(|end| end.checked_add(GAP_BYTES));
+        let next = end.and_then(|end| end.checked_next_multiple_of(GAP_BYTES));
+        let Some(next) = next.filter(|next| *next <= self.base + DEVICE_SPAN) else {
             if let Kind::Device = region.kind {
                 self.used_bytes -= region.bytes;
             }
             return Err(self.out_of_memory(region.bytes));
-        }
+        };
         self.next = next;
         self.regions.insert(at, region);
         Ok(DevicePtr(at))

@@ -106,9 +106,8 @@ impl Work {
 pub(super) fn check_dims(dims: &Dims) -> Result<()> {
     let [gx, gy, gz] = dims.grid;
     let [bx, by, bz] = dims.block;
-    let threads = u64::from(bx) * u64::from(by) * u64::from(bz);
     let grid = gx <= i32::MAX as u32 && gy <= 65_535 && gz <= 65_535;
-    let block = bx <= 1024 && by <= 1024 && bz <= 64 && threads <= 1024;
+    let block = bx <= 1024 && by <= 1024 && bz <= 64 && bx * by * bz <= 1024;
     if dims.is_empty() || !grid || !block || dims.shared_bytes > SHARED_BYTES_MAX {
         return Err(Error::driver("cuLaunchKernel", 1, "CUDA_ERROR_INVALID_VALUE"));
     }

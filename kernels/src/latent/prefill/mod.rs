@@ -251,7 +251,8 @@ fn workspace_rows(input: &MlaPrefill<'_>, width: usize) -> usize {
     let LatentKv { latents, page_table, .. } = input.kv;
     let page_size = latents.dim(1);
     let longest = (page_table.dim(1) * page_size).next_multiple_of(WORKSPACE_TILE);
-    let all = input.kv_b_proj.dim(0) * (latents.dim(0) * page_size + page_table.dim(0) * WORKSPACE_TILE);
+    let rows_of_head = latents.dim(0) * page_size + page_table.dim(0) * WORKSPACE_TILE;
+    let all = input.kv_b_proj.dim(0).saturating_mul(rows_of_head);
     all.min(input.workspace_bytes / (width * size_of::<bf16>())).max(longest)
 }
 

@@ -262,7 +262,7 @@ fn choose(device: &Device, input: &SsmInputs<'_>, args: &SsmArgs) -> Result<(&'s
         return Err(CHECK.error(format!("N of at most {STATE_SIZE_MAX}"), args.state_size));
     }
     let pieces = (args.head_dim as usize).div_ceil(WARP_ROWS);
-    let items = args.sequences as usize * args.heads as usize * pieces;
+    let items = (args.sequences as usize * args.heads as usize).saturating_mul(pieces);
     // As many blocks as the device holds at once; they take further items in turn.
     let blocks = items.div_ceil(WARPS).min(8 * device.num_multiprocessors() as usize);
     Ok((kernel, Dims::linear(if args.rows == 0 { 0 } else { blocks as u32 }, 32 * WARPS as u32)))
