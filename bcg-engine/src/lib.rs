@@ -18,10 +18,12 @@ use tokio_util::sync::CancellationToken;
 
 pub use bcg_models::{ChatMessage, FinishReason, OptionError, Progress, SamplingParams, Stage};
 
+pub use self::fair_places::{FairPlaces, Place};
 pub use self::metrics::Metrics;
 pub use self::options::{CaptureMode, DeviceChoice, EngineOptions};
 
 pub mod choice;
+pub mod fair_places;
 pub mod guide;
 pub mod load;
 pub mod local;
