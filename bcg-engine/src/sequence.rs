@@ -32,6 +32,8 @@ pub struct Sequence {
     pub(super) max_len: usize,
     /// Whether the host must know a token before the next step can be prepared: for a grammar, or penalties.
     pub(super) waits_for_tokens: bool,
+    /// Whether no step takes it along for now, because what its next token may be is not known yet.
+    pub(super) is_held: bool,
     /// Tokens that the KV cache holds after the steps that were launched.
     pub(super) launched: usize,
     /// Tokens after `tokens` that launched steps choose and the host has not read.
@@ -58,6 +60,7 @@ impl Sequence {
             num_prompt,
             max_len: num_prompt.saturating_add(max_tokens),
             waits_for_tokens,
+            is_held: false,
             launched: 0,
             unread: 0,
             row: None,
@@ -111,9 +114,9 @@ impl Sequence {
         self.len() - self.launched
     }
 
-    /// Whether a step could take it along: it is not at its end, and what the host must know is known.
+    /// Whether a step could take it along: it is not at its end, it is not held, and what the host must know is known.
     pub(super) fn is_ready(&self) -> bool {
-        self.len() < self.max_len && !(self.waits_for_tokens && self.unread > 0)
+        self.len() < self.max_len && !self.is_held && !(self.waits_for_tokens && self.unread > 0)
     }
 
     /// Gives everything up that it holds, to be computed again.

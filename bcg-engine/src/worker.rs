@@ -6,14 +6,14 @@
 //!
 //! Invariants:
 //! - it never waits for a client: every event channel has room for all the events of its answer;
-//! - it sleeps only when nothing waits, runs or is under way;
+//! - it sleeps only when no step is under way and none can be planned, and a message wakes it;
 //! - a step that fails, by an error or by a panic, ends the requests that are under way and no other;
 //! - after an error of the device the model is loaded anew, once; requests that had not begun are kept.
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, TryRecvError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -55,6 +55,68 @@ pub struct Accepted {
     pub last_token: Option<Instant>,
 }
 
+/// What reaches the worker from other threads.
+#[derive(Debug)]
+pub enum Message {
+    /// A request, accepted.
+    Request(Box<Accepted>),
+    /// Nothing but the news that something else changed, so that an idle worker looks.
+    Wake,
+}
+
+/// The sending end of the worker's channel.
+///
+/// The channel holds no more requests than may wait, and one wake-up, so sending never waits.
+#[derive(Debug, Clone)]
+pub struct MessageSender {
+    sender: Sender<Message>,
+    /// Whether a wake-up is in the channel.
+    is_waking: Arc<AtomicBool>,
+}
+
+impl MessageSender {
+    /// Lets the worker look for what changed, if it sleeps. Cheap, from any thread, and as often as one likes: wake-ups
+    /// that the worker has not seen yet count as one.
+    pub fn wake(&self) {
+        if !self.is_waking.swap(true, Ordering::AcqRel) {
+            // Without a worker there is nobody to wake.
+            let _ = self.sender.send(Message::Wake);
+        }
+    }
+}
+
+/// The receiving end of the worker's channel.
+#[derive(Debug)]
+pub struct MessageReceiver {
+    receiver: Receiver<Message>,
+    is_waking: Arc<AtomicBool>,
+}
+
+/// Makes the channel of a worker.
+pub fn channel() -> (MessageSender, MessageReceiver) {
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let is_waking = Arc::new(AtomicBool::new(false));
+    (MessageSender { sender, is_waking: Arc::clone(&is_waking) }, MessageReceiver { receiver, is_waking })
+}
+
+impl MessageReceiver {
+    /// Waits no longer than `timeout`; an error if nothing came, or nothing can.
+    fn recv(&self, timeout: Duration) -> Result<Message, RecvTimeoutError> {
+        self.receiver.recv_timeout(timeout).inspect(|message| self.note(message))
+    }
+
+    fn try_recv(&self) -> Result<Message, TryRecvError> {
+        self.receiver.try_recv().inspect(|message| self.note(message))
+    }
+
+    /// From here on another wake-up is sent again: whoever changes something after this wakes the worker anew.
+    fn note(&self, message: &Message) {
+        if matches!(message, Message::Wake) {
+            self.is_waking.store(false, Ordering::Release);
+        }
+    }
+}
+
 /// What the worker shares with the engine's handle.
 #[derive(Debug, Default)]
 pub struct Shared {
@@ -84,9 +146,9 @@ impl Shared {
     }
 
     /// Sends a request to the worker; `false` if there is none any more.
-    pub fn send(&self, worker: &SyncSender<Accepted>, request: Accepted) -> bool {
+    pub fn send(&self, worker: &MessageSender, request: Accepted) -> bool {
         let gave_up = self.gave_up.read().unwrap_or_else(PoisonError::into_inner);
-        !*gave_up && worker.try_send(request).is_ok()
+        !*gave_up && worker.sender.send(Message::Request(Box::new(request))).is_ok()
     }
 
     /// Says that the engine will never serve again. No request is sent from now on.
@@ -122,7 +184,7 @@ pub enum Exit {
 /// The requests of a worker, which outlive its model.
 #[derive(Debug)]
 pub struct Requests {
-    arriving: Receiver<Accepted>,
+    arriving: MessageReceiver,
     active: HashMap<SequenceId, Accepted>,
     /// Sequences that had not begun when the model was lost.
     kept: Vec<Sequence>,
@@ -131,13 +193,16 @@ pub struct Requests {
 
 impl Requests {
     /// Makes one that has nothing to do yet.
-    pub fn new(arriving: Receiver<Accepted>) -> Self {
+    pub fn new(arriving: MessageReceiver) -> Self {
         Self { arriving, active: HashMap::new(), kept: Vec::new(), next_id: 0 }
     }
 
     /// Ends every request, also those that were not taken yet.
     pub fn fail_all(&mut self, metrics: &Metrics, message: &str) {
-        let arriving = self.arriving.try_iter().map(|request| request.output);
+        let arriving = self.arriving.receiver.try_iter().filter_map(|message| match message {
+            Message::Request(request) => Some(request.output),
+            Message::Wake => None,
+        });
         for output in self.active.drain().map(|(_, active)| active.output).chain(arriving) {
             output.fail(RequestError::Engine(message.to_owned()));
             metrics.count_finished("failed");
@@ -158,6 +223,8 @@ pub struct Worker<'a, M: StepModel> {
     /// When the device's last step was collected.
     last_step: Instant,
     failed_steps: u32,
+    /// Whether the last turn found nothing to launch.
+    is_resting: bool,
 }
 
 impl<'a, M: StepModel> Worker<'a, M> {
@@ -166,7 +233,17 @@ impl<'a, M: StepModel> Worker<'a, M> {
         shared.metrics.kv_pages.set(gauge(scheduler.cache().pool().num_pages()));
         requests.kept.drain(..).for_each(|sequence| scheduler.add(sequence));
         let (counted, last_step) = (GraphCounters::default(), Instant::now());
-        Self { model, scheduler, requests, shared, in_flight: None, counted, last_step, failed_steps: 0 }
+        Self {
+            model,
+            scheduler,
+            requests,
+            shared,
+            in_flight: None,
+            counted,
+            last_step,
+            failed_steps: 0,
+            is_resting: true,
+        }
     }
 
     /// Works until every handle is gone and nothing is left, until it is told to stop, or until the device is lost.
@@ -197,6 +274,7 @@ impl<'a, M: StepModel> Worker<'a, M> {
     /// Launches the next step, then ends the one before. An error means that the device is lost.
     fn turn(&mut self) -> Result<(), String> {
         let plan = self.scheduler.plan();
+        self.is_resting = plan.is_none();
         let launched = plan.map_or(Ok(None), |plan| {
             self.note(&plan);
             self.launch(plan)
@@ -211,24 +289,26 @@ impl<'a, M: StepModel> Worker<'a, M> {
 
     /// Takes what has arrived, waiting for it only when idle; `false` once no more can come.
     fn take_arrived(&mut self) -> bool {
-        if self.scheduler.is_idle() && self.in_flight.is_none() {
+        if self.is_resting && self.in_flight.is_none() {
             self.publish();
-            match self.requests.arriving.recv_timeout(IDLE_TICK) {
-                Ok(request) => self.take(request),
-                Err(std::sync::mpsc::RecvTimeoutError::Timeout) => return true,
-                Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => return false,
+            match self.requests.arriving.recv(IDLE_TICK) {
+                Ok(message) => self.take(message),
+                Err(RecvTimeoutError::Timeout) => return true,
+                Err(RecvTimeoutError::Disconnected) => return false,
             }
         }
         loop {
             match self.requests.arriving.try_recv() {
-                Ok(request) => self.take(request),
+                Ok(message) => self.take(message),
                 Err(TryRecvError::Empty) => return true,
                 Err(TryRecvError::Disconnected) => return false,
             }
         }
     }
 
-    fn take(&mut self, mut request: Accepted) {
+    fn take(&mut self, message: Message) {
+        let Message::Request(request) = message else { return };
+        let mut request = *request;
         self.requests.next_id += 1;
         let (id, prompt) = (SequenceId(self.requests.next_id), std::mem::take(&mut request.prompt));
         self.shared.metrics.prompt_tokens.inc_by(prompt.len() as u64);
@@ -468,6 +548,16 @@ mod tests {
             Ok((Lost, Scheduler::new(limits, PrefixCache::new(PagePool::new(4, 16), true)), options))
         });
         engine.expect("starts")
+    }
+
+    #[test]
+    fn wake_ups_that_nobody_has_seen_count_as_one() {
+        let (sender, receiver) = channel();
+        for _ in 0..2 {
+            (0..3).for_each(|_| sender.wake());
+            assert!(matches!(receiver.recv(IDLE_TICK), Ok(Message::Wake)));
+            assert!(matches!(receiver.try_recv(), Err(TryRecvError::Empty)));
+        }
     }
 
     #[test]

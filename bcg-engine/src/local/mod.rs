@@ -16,7 +16,7 @@ use super::metrics::Metrics;
 use super::model::StepModel;
 use super::output::{Output, OutputOptions};
 use super::scheduler::Scheduler;
-use super::worker::{Accepted, Exit, Requests, Shared, Worker};
+use super::worker::{Accepted, Exit, MessageSender, Requests, Shared, Worker, channel};
 use super::{Engine, EventStream, GenerationRequest, Health, ModelInfo, Prompt, Submission, SubmitError};
 
 /// What a [`LocalEngine`] knows of its model besides the runner.
@@ -41,7 +41,7 @@ pub struct LocalOptions {
 pub struct LocalEngine {
     options: LocalOptions,
     eos: Arc<[u32]>,
-    worker: Option<SyncSender<Accepted>>,
+    worker: MessageSender,
     slots: Arc<Semaphore>,
     /// `None` without a tokenizer.
     guides: Option<GuideFactory>,
@@ -83,7 +83,7 @@ impl LocalEngine {
             slots: Arc::new(Semaphore::new(options.max_queued_requests)),
             guides,
             options,
-            worker: Some(worker),
+            worker,
             shared,
             draining: AtomicBool::new(false),
             next_seed: AtomicU64::new(0),
@@ -198,7 +198,7 @@ impl LocalEngine {
         let (top_logprobs, arrived) = (request.top_logprobs, Instant::now());
         let (slot, last_token) = (Some(slot), None);
         let request = Accepted { prompt, sampling, choice, top_logprobs, output, slot, arrived, last_token };
-        if self.worker.as_ref().is_some_and(|worker| self.shared.send(worker, request)) {
+        if self.shared.send(&self.worker, request) {
             return Ok(EventStream::new(receiver));
         }
         Err(SubmitError::Stopped("The engine has stopped; see the server's log.".into()))
@@ -215,11 +215,8 @@ fn refuse_unknown(tokens: &[u32], vocab_size: usize) -> Result<(), SubmitError> 
 }
 
 /// The worker's thread: makes a model and works with it, and once more if its device is lost.
-fn work<M, F>(
-    mut load: F,
-    ready: &SyncSender<anyhow::Result<(SyncSender<Accepted>, LocalOptions)>>,
-    shared: &Arc<Shared>,
-) where
+fn work<M, F>(mut load: F, ready: &SyncSender<anyhow::Result<(MessageSender, LocalOptions)>>, shared: &Arc<Shared>)
+where
     M: StepModel,
     F: FnMut() -> anyhow::Result<(M, Scheduler, LocalOptions)>,
 {
@@ -227,8 +224,7 @@ fn work<M, F>(
         Ok(loaded) => loaded,
         Err(error) => return drop(ready.send(Err(error))),
     };
-    // No more requests than queue slots are ever on their way, so sending never waits.
-    let (sender, receiver) = sync_channel(options.max_queued_requests);
+    let (sender, receiver) = channel();
     if ready.send(Ok((sender, options))).is_err() {
         return;
     }
@@ -348,7 +344,7 @@ impl Engine for LocalEngine {
 impl Drop for LocalEngine {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::Relaxed);
-        self.worker = None;
+        self.worker.wake();
         let thread = self.thread.get_mut().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(thread) = thread {
             let _ = thread.join();

@@ -10,7 +10,7 @@
 //!
 //! Invariants, checked by [`Scheduler::check`]:
 //! - no page is written by two sequences, and none is lost (kept by [`PrefixCache`]);
-//! - every running sequence is older than every waiting one, so the oldest always advances and every sequence ends;
+//! - the oldest running sequence never gives its pages back, so it always advances, unless it is held, and every one ends;
 //! - a step has at most `chunked_prefill_size` tokens, and at most `max_running_requests` sequences run;
 //! - a running sequence that is ready decodes in every step: the tokens of prompts never hold it up.
 //!
@@ -144,7 +144,7 @@ impl Scheduler {
     /// If it leaves no room for one generated token, or is not newer than those that are known.
     pub fn add(&mut self, mut sequence: Sequence) {
         assert!(sequence.tokens.len() < self.limits.context_length, "the context has room for one more token");
-        let newest = self.waiting.back().or(self.running.last()).map(|known| known.id);
+        let newest = self.waiting.back().into_iter().chain(self.running.last()).map(|known| known.id).max();
         assert!(newest < Some(sequence.id), "sequences arrive in order");
         sequence.max_len = sequence.max_len.min(self.limits.context_length);
         self.waiting.push_back(sequence);
@@ -173,6 +173,16 @@ impl Scheduler {
     /// Returns a running sequence.
     pub fn running(&self, id: SequenceId) -> Option<&Sequence> {
         self.position(id).map(|at| &self.running[at])
+    }
+
+    /// Leaves a sequence out of all plans until it is released, or releases it. Steps that were launched with it go on.
+    /// `false` if it is not known.
+    pub fn set_held(&mut self, id: SequenceId, is_held: bool) -> bool {
+        let sequence = match self.position(id) {
+            Some(at) => Some(&mut self.running[at]),
+            None => self.waiting.iter_mut().find(|sequence| sequence.id == id),
+        };
+        sequence.map(|sequence| sequence.is_held = is_held).is_some()
     }
 
     /// Decides what runs next and reserves its pages; `None` when there is nothing to do before the last step is collected.
@@ -222,7 +232,8 @@ impl Scheduler {
             self.cache.release(pages);
         }
         let id = sequence.id;
-        self.waiting.push_front(sequence);
+        let at = self.waiting.partition_point(|waiting| waiting.id < id);
+        self.waiting.insert(at, sequence);
         Some(id)
     }
 
@@ -230,7 +241,12 @@ impl Scheduler {
     fn admit(&mut self, budget: &mut usize, entries: &mut Vec<StepEntry>) -> Vec<SequenceId> {
         let mut admitted = Vec::new();
         while *budget > 0 && self.running.len() < self.limits.max_running_requests {
-            let Some(sequence) = self.waiting.front_mut().filter(|sequence| sequence.unread == 0) else { break };
+            // One that is held lets those behind it pass.
+            let Some(at) = self.waiting.iter().position(|sequence| !sequence.is_held) else { break };
+            let sequence = &mut self.waiting[at];
+            if sequence.unread > 0 {
+                break;
+            }
             // One token more than it has: a prefill that is preempted at its first decode step is wasted.
             let Some(pages) = self.cache.claim(&sequence.tokens, sequence.tokens.len() + 1) else { break };
             // And one page for each of the others, which would soon take those of the newest.
@@ -244,7 +260,11 @@ impl Scheduler {
             sequence.pages = Some(pages);
             entries.push(take_chunk(sequence, budget));
             admitted.push(sequence.id);
-            self.running.extend(self.waiting.pop_front());
+            let id = sequence.id;
+            let at_running = self.running.partition_point(|running| running.id < id);
+            if let Some(sequence) = self.waiting.remove(at) {
+                self.running.insert(at_running, sequence);
+            }
         }
         admitted
     }
@@ -322,8 +342,12 @@ impl Scheduler {
     /// # Panics
     /// Says which invariant is broken, and by whom.
     pub fn check(&self) {
-        let ids: Vec<SequenceId> = self.running.iter().chain(&self.waiting).map(|sequence| sequence.id).collect();
-        assert!(ids.is_sorted_by(|a, b| a < b), "sequences out of order: {ids:?}");
+        for (what, ids) in [
+            ("running", self.running.iter().map(|sequence| sequence.id).collect::<Vec<_>>()),
+            ("waiting", self.waiting.iter().map(|sequence| sequence.id).collect()),
+        ] {
+            assert!(ids.is_sorted_by(|a, b| a < b), "{what} sequences out of order: {ids:?}");
+        }
         assert!(self.running.len() <= self.limits.max_running_requests, "{} sequences run", self.running.len());
         for sequence in &self.running {
             let (id, len) = (sequence.id, sequence.len());

@@ -100,6 +100,28 @@ fn who_must_know_its_token_waits_for_it_and_nobody_runs_beyond_the_last_token() 
 }
 
 #[test]
+fn a_held_sequence_is_in_no_plan_and_lets_others_pass_until_it_is_released() {
+    let mut scheduler = scheduler(8, 32);
+    scheduler.add(sequence(1, 2));
+    scheduler.add(sequence(2, 2));
+    step(&mut scheduler);
+    assert!(scheduler.set_held(SequenceId(1), true));
+    scheduler.add(sequence(3, 2));
+    assert!(scheduler.set_held(SequenceId(3), true));
+    scheduler.add(sequence(4, 2));
+    assert_eq!(ids(&step(&mut scheduler).expect("work")), [2, 4]);
+    assert!(scheduler.set_held(SequenceId(3), false));
+    assert_eq!(ids(&step(&mut scheduler).expect("work")), [2, 4, 3]);
+    scheduler.remove(SequenceId(2));
+    scheduler.remove(SequenceId(3));
+    scheduler.remove(SequenceId(4));
+    assert_eq!((step(&mut scheduler), scheduler.is_idle()), (None, false));
+    assert!(scheduler.set_held(SequenceId(1), false));
+    assert_eq!(ids(&step(&mut scheduler).expect("work")), [1]);
+    assert!(!scheduler.set_held(SequenceId(9), true));
+}
+
+#[test]
 fn the_newest_gives_its_pages_back_and_takes_up_what_the_cache_kept() {
     let mut scheduler = scheduler(5, 16);
     scheduler.add(sequence(1, 7));
