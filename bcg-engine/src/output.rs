@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bcg_models::{SampledToken, TokenStream, Tokenizer};
 use tokio::sync::mpsc;
 
-use super::stop::StopWatch;
+use super::stop::{StopStrings, StopWatch};
 use super::{Delta, EngineEvent, FinishReason, RequestError, TokenLogprob, TokenText, Usage};
 
 /// What ends an answer.
@@ -17,7 +17,7 @@ pub struct OutputOptions {
     /// Tokens to generate at most.
     pub max_tokens: usize,
     /// Strings that end the answer.
-    pub stop: Vec<String>,
+    pub stop: StopStrings,
     /// Tokens that end the answer; empty to go on past them.
     pub ends: Arc<[u32]>,
     /// Whether log probabilities are reported.
@@ -50,7 +50,7 @@ impl Output {
         let output = Self {
             tokenizer: tokenizer.cloned(),
             stream: tokenizer.map(|tokenizer| tokenizer.stream(true)),
-            watch: StopWatch::new(&options.stop),
+            watch: StopWatch::new(options.stop.clone()),
             events,
             generated: 0,
             cached_tokens: 0,
@@ -178,7 +178,17 @@ mod tests {
     }
 
     fn options(max_tokens: usize) -> OutputOptions {
-        OutputOptions { prompt_tokens: 3, max_tokens, stop: Vec::new(), ends: Arc::from([2]), logprobs: true }
+        OutputOptions {
+            prompt_tokens: 3,
+            max_tokens,
+            stop: StopStrings::default(),
+            ends: Arc::from([2]),
+            logprobs: true,
+        }
+    }
+
+    fn stop(text: &str) -> StopStrings {
+        StopStrings::new(&[text.to_owned()]).expect("a short stop string")
     }
 
     struct Run {
@@ -231,7 +241,7 @@ mod tests {
 
     #[test]
     fn a_stop_string_hides_itself_and_its_log_probabilities() {
-        let options = OutputOptions { stop: vec![" ####".to_owned()], ..options(100) };
+        let options = OutputOptions { stop: stop(" ####"), ..options(100) };
         let run = run(options, "3+4=7 #### 7", true);
         assert_eq!((run.text.as_str(), run.reason), ("3+4=7", Some(FinishReason::Stop)));
         assert_eq!(run.logprobs.iter().map(|entry| entry.token.text.as_str()).collect::<String>(), "3+4=7");
@@ -239,7 +249,7 @@ mod tests {
 
     #[test]
     fn text_held_back_for_a_stop_string_is_shown_at_the_end() {
-        let options = OutputOptions { stop: vec!["7!".to_owned()], ..options(100) };
+        let options = OutputOptions { stop: stop("7!"), ..options(100) };
         let run = run(options, "3+4=7", true);
         assert_eq!(run.text, "3+4=7");
         assert_eq!(run.logprobs.len(), 5);

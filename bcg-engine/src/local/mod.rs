@@ -16,6 +16,7 @@ use super::metrics::Metrics;
 use super::model::StepModel;
 use super::output::{Output, OutputOptions};
 use super::scheduler::Scheduler;
+use super::stop::StopStrings;
 use super::worker::{Accepted, Exit, MessageSender, Requests, Shared, Worker, channel};
 use super::{Engine, EventStream, GenerationRequest, Health, ModelInfo, Prompt, Submission, SubmitError};
 
@@ -188,7 +189,7 @@ impl LocalEngine {
         let options = OutputOptions {
             prompt_tokens: prompt.len(),
             max_tokens,
-            stop: request.stop,
+            stop: StopStrings::new(&request.stop).map_err(SubmitError::Prompt)?,
             ends: self.ends(&request.stop_token_ids, request.ignore_eos)?,
             logprobs: request.top_logprobs.is_some(),
         };
