@@ -13,7 +13,8 @@ use minijinja::{Environment, ErrorKind};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::error::{Error, Result, read_file};
+use crate::checkpoint::{self, CONFIG_BYTES_MAX, TEMPLATE_BYTES_MAX};
+use crate::error::{Error, Result};
 
 /// One message of a chat.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -120,17 +121,18 @@ impl ChatTemplate {
     /// [`Error::File`], [`Error::Format`] if a file cannot be read or the template does not parse.
     pub fn load(dir: &Path) -> Result<Option<Self>> {
         let config_file = dir.join("tokenizer_config.json");
-        let config: Value = if config_file.exists() {
-            serde_json::from_slice(&read_file(&config_file)?).map_err(|error| Error::format(&config_file, error))?
-        } else {
-            Value::Null
+        let config: Value = match checkpoint::read_optional(&config_file, CONFIG_BYTES_MAX)? {
+            Some(bytes) => serde_json::from_slice(&bytes).map_err(|error| Error::format(&config_file, error))?,
+            None => Value::Null,
         };
         let template_file = dir.join("chat_template.jinja");
-        let (file, source) = if template_file.exists() {
-            let bytes = read_file(&template_file)?;
+        let (file, source) = if let Some(bytes) = checkpoint::read_optional(&template_file, TEMPLATE_BYTES_MAX)? {
             let text = String::from_utf8(bytes).map_err(|error| Error::format(&template_file, error))?;
             (template_file, text)
         } else if let Some(text) = template_in(&config) {
+            if text.len() as u64 > TEMPLATE_BYTES_MAX {
+                return Err(Error::format(&config_file, "`chat_template` is larger than 1 MiB; check it"));
+            }
             (config_file, text.to_owned())
         } else {
             return Ok(None);

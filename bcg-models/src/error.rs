@@ -140,11 +140,6 @@ impl Error {
     }
 }
 
-/// Reads a file whole, naming it when that fails.
-pub(crate) fn read_file(file: &Path) -> Result<Vec<u8>> {
-    std::fs::read(file).map_err(|source| Error::File { file: file.to_path_buf(), source })
-}
-
 /// The first names of a list, and how many more there are.
 fn listed(names: &[String]) -> String {
     const SHOWN: usize = 8;
@@ -162,7 +157,7 @@ mod tests {
 
     #[test]
     fn a_cause_stands_in_the_chain_and_not_in_the_message_too() {
-        let error = read_file(Path::new("/nonexistent/config.json")).expect_err("no such file");
+        let error = crate::checkpoint::read(Path::new("/nonexistent/config.json"), 1).expect_err("no such file");
         let cause = error.source().expect("a cause").to_string();
         assert_eq!(error.to_string(), "/nonexistent/config.json: cannot be read");
         assert!(!cause.is_empty() && !error.to_string().contains(&cause));

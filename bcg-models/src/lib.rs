@@ -14,6 +14,7 @@
 
 pub mod batch;
 pub mod chat;
+pub mod checkpoint;
 pub mod config;
 mod error;
 pub mod layers;

@@ -6,6 +6,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::checkpoint::{self, TOKENIZER_BYTES_MAX};
 use crate::error::{Error, Result};
 
 /// The tokenizer of a checkpoint (`tokenizer.json`). Cheap to clone.
@@ -24,10 +25,11 @@ impl Tokenizer {
     /// Reads `tokenizer.json` from a checkpoint folder.
     ///
     /// # Errors
-    /// [`Error::Format`] if the file is absent or malformed.
+    /// [`Error::File`] if the file cannot be read, [`Error::Format`] if it is malformed.
     pub fn load(dir: &Path) -> Result<Self> {
         let file = dir.join("tokenizer.json");
-        let mut inner = tokenizers::Tokenizer::from_file(&file).map_err(|error| Error::format(&file, error))?;
+        let bytes = checkpoint::read(&file, TOKENIZER_BYTES_MAX)?;
+        let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|error| Error::format(&file, error))?;
         // Batching belongs to the engine: a file that asks for padding or truncation must not change a prompt.
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|error| Error::format(&file, error))?;

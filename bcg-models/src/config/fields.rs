@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use bcg_runtime::DType;
 use serde_json::Value;
 
-use crate::error::{Error, Result, read_file};
+use crate::checkpoint::{self, CONFIG_BYTES_MAX};
+use crate::error::{Error, Result};
 
 /// The top-level object of one configuration file, with readers that name the file and the field when they fail.
 ///
@@ -27,8 +28,21 @@ impl Fields {
     /// # Errors
     /// [`Error::File`], [`Error::Format`] if it is absent or holds no JSON object.
     pub(super) fn read(file: PathBuf) -> Result<Self> {
-        let bytes = read_file(&file)?;
-        let parsed = match std::str::from_utf8(&bytes) {
+        let bytes = checkpoint::read(&file, CONFIG_BYTES_MAX)?;
+        Self::parse(file, &bytes)
+    }
+
+    /// Reads a file that may be absent.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read), if it is there.
+    pub(super) fn read_optional(file: PathBuf) -> Result<Option<Self>> {
+        let bytes = checkpoint::read_optional(&file, CONFIG_BYTES_MAX)?;
+        bytes.map(|bytes| Self::parse(file, &bytes)).transpose()
+    }
+
+    fn parse(file: PathBuf, bytes: &[u8]) -> Result<Self> {
+        let parsed = match std::str::from_utf8(bytes) {
             Ok(text) => serde_json::from_str(&as_json(text)).map_err(|error| error.to_string()),
             Err(error) => Err(error.to_string()),
         };

@@ -51,8 +51,7 @@ impl ModelConfig {
     /// absent or that cannot be honoured.
     pub fn load(dir: &Path) -> Result<Self> {
         let config = Fields::read(dir.join("config.json"))?;
-        let generation_file = dir.join("generation_config.json");
-        let generation = if generation_file.exists() { Some(Fields::read(generation_file)?) } else { None };
+        let generation = Fields::read_optional(dir.join("generation_config.json"))?;
         Self::parse(config, generation.as_ref())
     }
 

@@ -11,7 +11,8 @@ use half::{bf16, f16};
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorInfo;
 
-use crate::error::{Error, Result, read_file};
+use crate::checkpoint::{self, INDEX_BYTES_MAX};
+use crate::error::{Error, Result};
 
 /// The files, and the place of each tensor that was not taken yet.
 pub(super) struct WeightFiles {
@@ -51,11 +52,11 @@ impl WeightFiles {
     pub(super) fn open(dir: &Path) -> Result<Self> {
         let mut files = Self { dir: dir.to_path_buf(), tensors: BTreeMap::new() };
         let index_file = dir.join("model.safetensors.index.json");
-        if !index_file.exists() {
+        let Some(index) = checkpoint::read_optional(&index_file, INDEX_BYTES_MAX)? else {
             files.add(&dir.join("model.safetensors"))?;
             return Ok(files);
-        }
-        let index: Index = serde_json::from_slice(&read_file(&index_file)?)
+        };
+        let index: Index = serde_json::from_slice(&index)
             .map_err(|error| Error::format(&index_file, format!("expected an object `weight_map`: {error}")))?;
         let shards: std::collections::BTreeSet<&String> = index.weight_map.values().collect();
         for shard in shards {
@@ -71,7 +72,7 @@ impl WeightFiles {
 
     fn add(&mut self, path: &Path) -> Result<()> {
         let refuse = |source| Error::File { file: path.to_path_buf(), source };
-        let file = File::open(path).map_err(refuse)?;
+        let file = checkpoint::open(path)?;
         let map = map(&file).map_err(refuse)?;
         let (header_bytes, metadata) = SafeTensors::read_metadata(&map)
             .map_err(|error| Error::format(path, format!("not a whole safetensors file: {error}")))?;
