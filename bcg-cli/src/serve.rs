@@ -6,17 +6,33 @@ use std::time::Instant;
 
 use anyhow::Context;
 use bcg_benches::progress::LoadBar;
-use bcg_engine::{Engine, Health, load};
+use bcg_engine::local::LocalEngine;
+use bcg_engine::{Engine, EngineOptions, Health, Progress, load};
 
 use crate::args::ServerArgs;
 use crate::shutdown::{self, Shutdown};
 use crate::supervise::{self, Parent};
+
+/// Sees how far the load of a model is.
+pub type OnProgress = Box<dyn FnMut(Progress) + Send>;
 
 /// Serves until it is told to stop; `began` is when the process did.
 ///
 /// # Errors
 /// What is wrong with the flags, the files, the model or the address; that the engine gave up.
 pub fn run(args: &ServerArgs, began: Instant) -> anyhow::Result<()> {
+    run_with(args, began, load::start)
+}
+
+/// As [`run`], with an engine that `start` makes.
+///
+/// # Errors
+/// As [`run`]; what `start` returns.
+pub fn run_with(
+    args: &ServerArgs,
+    began: Instant,
+    start: impl FnOnce(&EngineOptions, OnProgress) -> anyhow::Result<LocalEngine>,
+) -> anyhow::Result<()> {
     let (mut options, http) = (args.engine.options(), args.http.options());
     options.served_model_name = args.served_model_name.clone();
     options.check()?;
@@ -31,7 +47,7 @@ pub fn run(args: &ServerArgs, began: Instant) -> anyhow::Result<()> {
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     http.check()?;
-    let engine = Arc::new(load::start(&options, LoadBar::show())?);
+    let engine = Arc::new(start(&options, Box::new(LoadBar::show()))?);
     // Until here a signal ends the process at once, as nothing is lost.
     let shutdown = Shutdown::watch();
     let served = runtime.block_on(async {

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use super::ModelInfo;
 use super::local::{LocalEngine, LocalOptions};
+use super::model::StepModel;
 use super::options::{DeviceChoice, EngineOptions};
 use super::prefix_cache::PrefixCache;
 use super::scheduler::{Limits, Scheduler};
@@ -28,9 +29,18 @@ const HOST_KV_BYTES: usize = 128 << 20;
 ///
 /// # Errors
 /// [`OptionError`](crate::OptionError) for options that do not fit together or not the model; what is wrong with the checkpoint or the device.
-pub fn start(
+pub fn start(options: &EngineOptions, progress: impl FnMut(Progress) + Send + 'static) -> anyhow::Result<LocalEngine> {
+    start_with(options, progress, Ok)
+}
+
+/// As [`start`], with what `model` makes of the runner: a model that counts, or one that fails on purpose.
+///
+/// # Errors
+/// As [`start`]; what `model` returns.
+pub fn start_with<M: StepModel>(
     options: &EngineOptions,
     mut progress: impl FnMut(Progress) + Send + 'static,
+    mut model: impl FnMut(ModelRunner) -> anyhow::Result<M> + Send + 'static,
 ) -> anyhow::Result<LocalEngine> {
     options.check()?;
     let options = options.clone();
@@ -66,7 +76,7 @@ pub fn start(
             settings: settings(&options, &runner, has_prefix_cache),
         };
         let scheduler = Scheduler::new(limits, PrefixCache::new(runner.pages().clone(), has_prefix_cache));
-        Ok((runner, scheduler, local))
+        Ok((model(runner)?, scheduler, local))
     })
 }
 

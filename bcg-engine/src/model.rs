@@ -56,11 +56,11 @@ impl StepModel for ModelRunner {
     type Pending = PendingStep;
 
     fn launch(&mut self, batch: &[SequenceInput<'_>]) -> Result<PendingStep, StepError> {
-        Self::launch(self, batch).map_err(step_error)
+        Self::launch(self, batch).map_err(StepError::from)
     }
 
     fn collect(&mut self, step: PendingStep) -> Result<Vec<SampledToken>, StepError> {
-        Self::collect(self, step).map(|output| output.tokens).map_err(step_error)
+        Self::collect(self, step).map(|output| output.tokens).map_err(StepError::from)
     }
 
     fn stats(&self) -> GraphCounters {
@@ -76,13 +76,15 @@ impl StepModel for ModelRunner {
     }
 }
 
-/// An error of the driver, or of memory that a kernel must not touch, is the device's.
-fn step_error(error: bcg_models::Error) -> StepError {
-    let is_device_lost = match &error {
-        bcg_models::Error::Runtime(error) => {
-            matches!(error.root(), bcg_runtime::Error::Driver { .. } | bcg_runtime::Error::Memory { .. })
-        }
-        _ => false,
-    };
-    StepError { message: format!("{:#}", anyhow::Error::from(error)), is_device_lost }
+impl From<bcg_models::Error> for StepError {
+    /// An error of the driver, or of memory that a kernel must not touch, is the device's.
+    fn from(error: bcg_models::Error) -> Self {
+        let is_device_lost = match &error {
+            bcg_models::Error::Runtime(error) => {
+                matches!(error.root(), bcg_runtime::Error::Driver { .. } | bcg_runtime::Error::Memory { .. })
+            }
+            _ => false,
+        };
+        Self { message: format!("{:#}", anyhow::Error::from(error)), is_device_lost }
+    }
 }

@@ -5,6 +5,7 @@
 
 pub mod allocations;
 pub mod conformance;
+pub mod device_faults;
 pub mod geometry;
 pub mod golden;
 pub mod ops;
