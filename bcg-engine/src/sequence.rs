@@ -1,10 +1,13 @@
 //! A sequence: tokens, and how far the KV cache holds them.
 
 use std::fmt;
+use std::sync::Arc;
 
 use bcg_models::state::StateLease;
 
+use super::ClientId;
 use super::prefix_cache::SequencePages;
+use super::scheduler::ClientIdx;
 
 /// Identity of a sequence; a later sequence has a greater one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -16,6 +19,16 @@ impl fmt::Display for SequenceId {
     }
 }
 
+/// Room for tokens of the answer that a sequence gets at once.
+const ANSWER_TOKENS: usize = 256;
+
+/// Tokens that the host knows: until the first of the answer, the prompt may be shared with other answers to it.
+#[derive(Debug)]
+enum Tokens {
+    Shared(Arc<[u32]>),
+    Own(Vec<u32>),
+}
+
 /// Prompt and answer of one request, as the scheduler sees them.
 ///
 /// The host is one step behind the device: a step may run tokens that the step before it chose and nobody has read yet.
@@ -25,8 +38,14 @@ impl fmt::Display for SequenceId {
 pub struct Sequence {
     /// Its identity.
     pub id: SequenceId,
-    /// Tokens that the host knows.
-    pub(super) tokens: Vec<u32>,
+    pub(super) client: ClientId,
+    /// Where the scheduler knows its client.
+    pub(super) client_idx: ClientIdx,
+    /// Orders the waiting sequences of one client, greater ones first.
+    pub(super) priority: i32,
+    /// Whether it only asks if the engine works: then its turn comes before all others.
+    pub(super) is_probe: bool,
+    tokens: Tokens,
     pub(super) num_prompt: usize,
     /// Prompt and answer together have no more tokens.
     pub(super) max_len: usize,
@@ -47,16 +66,21 @@ pub struct Sequence {
 }
 
 impl Sequence {
-    /// Makes a sequence that has not run yet and ends at `max_tokens` generated tokens.
+    /// Makes a sequence of the default client that has not run yet and ends at `max_tokens` generated tokens.
     ///
     /// # Panics
     /// If `prompt` is empty.
-    pub fn new(id: SequenceId, prompt: Vec<u32>, max_tokens: usize, waits_for_tokens: bool) -> Self {
+    pub fn new(id: SequenceId, prompt: impl Into<Arc<[u32]>>, max_tokens: usize, waits_for_tokens: bool) -> Self {
+        let prompt = prompt.into();
         assert!(!prompt.is_empty(), "a sequence has at least one token");
         let num_prompt = prompt.len();
         Self {
             id,
-            tokens: prompt,
+            client: ClientId::default(),
+            client_idx: ClientIdx::default(),
+            priority: 0,
+            is_probe: false,
+            tokens: Tokens::Shared(prompt),
             num_prompt,
             max_len: num_prompt.saturating_add(max_tokens),
             waits_for_tokens,
@@ -69,14 +93,42 @@ impl Sequence {
         }
     }
 
+    /// Says whose it is, and its priority among the sequences of that client.
+    #[must_use]
+    pub fn of(self, client: ClientId, priority: i32) -> Self {
+        Self { client, priority, ..self }
+    }
+
+    /// Lets it take its turn before all others, because it only asks if the engine works.
+    #[must_use]
+    pub fn as_probe(self) -> Self {
+        Self { is_probe: true, ..self }
+    }
+
     /// Returns prompt and generated tokens, as far as the host knows them.
     pub fn tokens(&self) -> &[u32] {
-        &self.tokens
+        match &self.tokens {
+            Tokens::Shared(prompt) => prompt,
+            Tokens::Own(tokens) => tokens,
+        }
+    }
+
+    /// Appends a token of the answer.
+    pub(super) fn push(&mut self, token: u32) {
+        match &mut self.tokens {
+            Tokens::Shared(prompt) => {
+                let mut tokens = Vec::with_capacity(prompt.len() + ANSWER_TOKENS);
+                tokens.extend_from_slice(prompt);
+                tokens.push(token);
+                self.tokens = Tokens::Own(tokens);
+            }
+            Tokens::Own(tokens) => tokens.push(token),
+        }
     }
 
     /// Returns the tokens of the answer that the host knows.
     pub fn generated(&self) -> &[u32] {
-        &self.tokens[self.num_prompt..]
+        &self.tokens()[self.num_prompt..]
     }
 
     /// Returns how many tokens the answer has, with those that the host has not read.
@@ -91,12 +143,12 @@ impl Sequence {
 
     /// Returns the number of its tokens, with those that the host has not read.
     pub fn len(&self) -> usize {
-        self.tokens.len() + self.unread
+        self.tokens().len() + self.unread
     }
 
     /// Whether it has no tokens, which never happens.
     pub fn is_empty(&self) -> bool {
-        self.tokens.is_empty()
+        self.tokens().is_empty()
     }
 
     /// Returns its state, for a model that has one.

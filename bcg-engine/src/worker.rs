@@ -342,7 +342,7 @@ impl<'a, M: StepModel> Worker<'a, M> {
         }
         metrics.preemptions.inc_by(plan.preempted.len() as u64);
         for id in &plan.preempted {
-            tracing::debug!(sequence = %id, "preempted: the KV cache is full");
+            tracing::debug!(sequence = %id, "preempted: pages or a place went to others");
         }
     }
 

@@ -1,25 +1,39 @@
 //! Continuous batching as a pure rule: which sequences run next, on which pages.
 //!
 //! A step takes the newest token of every running sequence, then fills its budget of tokens with prompts: those that are
-//! under way first, then waiting ones in order of arrival. A long prompt is prefilled in chunks, beside the decodes of
-//! others. When pages run out, the newest sequence gives its pages back and is computed again later, from what the prefix
-//! cache still has of it.
+//! under way first, then waiting ones in their turn ([`queue`]). A long prompt is prefilled in chunks, beside the decodes
+//! of others. When pages run out, a sequence gives its pages back and is computed again later, from what the prefix cache
+//! still has of it: the newest of the client that runs the most.
+//!
+//! Clients share fairly what is scarce (max-min: nobody gets more by taking it from one who has less):
+//! - the tokens of a step: each client with prompts gets its part of the budget, and what one leaves goes to the others;
+//! - the places among those that run: where all are taken, or all pages, the client that runs the most lets its newest
+//!   sequence give way to one that runs at least two fewer.
+//!
+//! This ends. Each time a sequence gives way to another client's, the sum of the squares of what clients run falls: from
+//! `m` and `w`, with `m >= w + 2`, to `m - 1` and `w + 1`. So it cannot go back and forth, and only an end or an arrival
+//! lets it go on. And the oldest running sequence never gives way, neither to a client nor for pages: whoever does is the
+//! newest of a client that runs at least two, or runs beside others that are older. So the oldest advances in every step
+//! that it is ready for, until it ends or an older one runs again, of which there are finitely many.
 //!
 //! Steps overlap: the next one is planned while the last one runs, so a sequence's newest token may be known to the device
 //! only. [`Scheduler::launch`] notes that a plan was enqueued, [`Scheduler::collect`] what it chose.
 //!
 //! Invariants, checked by [`Scheduler::check`]:
 //! - no page is written by two sequences, and none is lost (kept by [`PrefixCache`]);
-//! - the oldest running sequence never gives its pages back, so it always advances, unless it is held, and every one ends;
+//! - running sequences stand in order of arrival, waiting ones in their clients' order;
 //! - a step has at most `chunked_prefill_size` tokens, and at most `max_running_requests` sequences run;
 //! - a running sequence that is ready decodes in every step: the tokens of prompts never hold it up.
 //!
 //! Called by [`super::worker`] only. It never sees text, channels or devices.
 
-use std::collections::VecDeque;
-
 use super::prefix_cache::PrefixCache;
 use super::sequence::{Sequence, SequenceId};
+use queue::FairQueue;
+
+pub(crate) use queue::ClientIdx;
+
+mod queue;
 
 /// The bounds of a scheduler.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,7 +90,7 @@ pub struct StepPlan {
     pub entries: Vec<StepEntry>,
     /// Sequences that left the queue for this step, including those that come back from a preemption.
     pub admitted: Vec<SequenceId>,
-    /// Sequences that gave their pages back.
+    /// Sequences that gave their pages back: for want of pages, or to let another client run.
     pub preempted: Vec<SequenceId>,
 }
 
@@ -101,9 +115,11 @@ impl StepPlan {
 #[derive(Debug)]
 pub struct Scheduler {
     limits: Limits,
-    waiting: VecDeque<Sequence>,
+    waiting: FairQueue,
+    /// In order of arrival.
     running: Vec<Sequence>,
     cache: PrefixCache,
+    newest: Option<SequenceId>,
 }
 
 impl Scheduler {
@@ -120,7 +136,7 @@ impl Scheduler {
             "a step holds the newest token of every sequence"
         );
         assert!(pool.pages_for(limits.context_length) <= pool.num_pages(), "the cache holds one full sequence");
-        Self { limits, waiting: VecDeque::new(), running: Vec::new(), cache }
+        Self { limits, waiting: FairQueue::default(), running: Vec::new(), cache, newest: None }
     }
 
     /// Returns the bounds.
@@ -138,16 +154,16 @@ impl Scheduler {
         self.cache.flush()
     }
 
-    /// Queues a sequence after all others. It ends at the end of the context at the latest.
+    /// Queues a sequence after all others of its client and priority. It ends at the end of the context at the latest.
     ///
     /// # Panics
-    /// If it leaves no room for one generated token, or is not newer than those that are known.
+    /// If it leaves no room for one generated token, or is not newer than all before it.
     pub fn add(&mut self, mut sequence: Sequence) {
-        assert!(sequence.tokens.len() < self.limits.context_length, "the context has room for one more token");
-        let newest = self.waiting.back().into_iter().chain(self.running.last()).map(|known| known.id).max();
-        assert!(newest < Some(sequence.id), "sequences arrive in order");
+        assert!(sequence.tokens().len() < self.limits.context_length, "the context has room for one more token");
+        let before = self.newest.replace(sequence.id);
+        assert!(before < Some(sequence.id), "sequences arrive in order");
         sequence.max_len = sequence.max_len.min(self.limits.context_length);
-        self.waiting.push_back(sequence);
+        self.waiting.push(sequence);
     }
 
     /// Returns how many sequences wait.
@@ -167,7 +183,7 @@ impl Scheduler {
 
     /// Whether there is nothing to do.
     pub fn is_idle(&self) -> bool {
-        self.waiting.is_empty() && self.running.is_empty()
+        self.waiting.len() == 0 && self.running.is_empty()
     }
 
     /// Returns a running sequence.
@@ -178,31 +194,44 @@ impl Scheduler {
     /// Leaves a sequence out of all plans until it is released, or releases it. Steps that were launched with it go on.
     /// `false` if it is not known.
     pub fn set_held(&mut self, id: SequenceId, is_held: bool) -> bool {
-        let sequence = match self.position(id) {
-            Some(at) => Some(&mut self.running[at]),
-            None => self.waiting.iter_mut().find(|sequence| sequence.id == id),
-        };
-        sequence.map(|sequence| sequence.is_held = is_held).is_some()
+        self.known(id).map(|sequence| sequence.is_held = is_held).is_some()
     }
 
     /// Decides what runs next and reserves its pages; `None` when there is nothing to do before the last step is collected.
     pub fn plan(&mut self) -> Option<StepPlan> {
-        let preempted = self.make_room();
+        let mut plan = StepPlan { entries: Vec::new(), admitted: Vec::new(), preempted: self.make_room() };
         let mut budget = self.limits.chunked_prefill_size;
-        let mut entries = Vec::new();
-        for is_decode in [true, false] {
-            for sequence in self.running.iter().filter(|sequence| sequence.is_ready()) {
-                if budget > 0 && (sequence.pending() == 1) == is_decode {
-                    entries.push(take_chunk(sequence, &mut budget));
-                }
+        self.waiting.clear_demands();
+        for sequence in self.running.iter().filter(|sequence| sequence.is_ready()) {
+            if sequence.pending() > 1 {
+                self.waiting.add_demand(sequence.client_idx, sequence.pending());
+            } else if budget > 0 {
+                plan.entries.push(take_chunk(sequence, 1));
+                budget -= 1;
             }
         }
-        // Who gave way would only come back to give way again.
-        let admitted = if preempted.is_empty() { self.admit(&mut budget, &mut entries) } else { Vec::new() };
-        if entries.is_empty() && preempted.is_empty() {
-            return None;
+        // Who gave way for want of pages would only come back to give way again.
+        if plan.preempted.is_empty() {
+            self.admit(&mut budget, &mut plan);
         }
-        Some(StepPlan { entries, admitted, preempted })
+        self.share_out(budget, &mut plan);
+        let is_empty = plan.entries.is_empty() && plan.preempted.is_empty() && plan.admitted.is_empty();
+        (!is_empty).then_some(plan)
+    }
+
+    /// Gives the prompts that are under way, and then those that begin, the tokens that are left in the step.
+    fn share_out(&mut self, budget: usize, plan: &mut StepPlan) {
+        self.waiting.share(budget);
+        for sequence in &self.running {
+            if sequence.is_ready() && sequence.pending() > 1 && !plan.admitted.contains(&sequence.id) {
+                take_share(sequence, &mut self.waiting, &mut plan.entries);
+            }
+        }
+        for id in &plan.admitted {
+            if let Ok(at) = self.running.binary_search_by_key(id, |sequence| sequence.id) {
+                take_share(&self.running[at], &mut self.waiting, &mut plan.entries);
+            }
+        }
     }
 
     /// Reserves the pages of the next tokens, the oldest sequence first, and returns who had to give way.
@@ -218,55 +247,112 @@ impl Scheduler {
             };
             if has_room {
                 at += 1;
-            } else {
-                // The newest gives way, even if it is the one that asks; the loop then ends.
-                preempted.extend(self.preempt_newest());
+                continue;
             }
+            // It may be the one that asks: then the others that stand behind it ask next.
+            let gives_way = self.newest_of_largest();
+            preempted.push(self.preempt(gives_way));
+            at -= usize::from(gives_way < at);
         }
         preempted
     }
 
-    fn preempt_newest(&mut self) -> Option<SequenceId> {
-        let mut sequence = self.running.pop()?;
+    /// Where the newest sequence of the client that runs the most stands; of two such clients, that of the newer one.
+    fn newest_of_largest(&self) -> usize {
+        let most = self.waiting.most_running();
+        let is_of_largest = |sequence: &Sequence| self.waiting.num_running(sequence.client_idx) == most;
+        self.running.iter().rposition(is_of_largest).unwrap_or(0)
+    }
+
+    /// Lets a running sequence wait for its next turn, without pages.
+    fn preempt(&mut self, at: usize) -> SequenceId {
+        let mut sequence = self.running.remove(at);
         if let Some(pages) = sequence.rewind() {
             self.cache.release(pages);
         }
-        let id = sequence.id;
-        let at = self.waiting.partition_point(|waiting| waiting.id < id);
-        self.waiting.insert(at, sequence);
-        Some(id)
+        let (id, client) = (sequence.id, sequence.client_idx);
+        self.waiting.push(sequence);
+        self.waiting.end(client);
+        id
     }
 
-    /// Lets waiting sequences run, in order of arrival, as long as tokens and pages are left.
-    fn admit(&mut self, budget: &mut usize, entries: &mut Vec<StepEntry>) -> Vec<SequenceId> {
-        let mut admitted = Vec::new();
-        while *budget > 0 && self.running.len() < self.limits.max_running_requests {
-            // One that is held lets those behind it pass.
-            let Some(at) = self.waiting.iter().position(|sequence| !sequence.is_held) else { break };
-            let sequence = &mut self.waiting[at];
-            if sequence.unread > 0 {
-                break;
-            }
-            // One token more than it has: a prefill that is preempted at its first decode step is wasted.
-            let Some(pages) = self.cache.claim(&sequence.tokens, sequence.tokens.len() + 1) else { break };
-            // And one page for each of the others, which would soon take those of the newest.
-            if self.cache.num_available() < self.running.len() {
-                self.cache.release(pages);
-                break;
-            }
-            let cached = pages.num_shared_tokens(&self.cache);
-            sequence.launched = cached;
-            sequence.num_cached.get_or_insert(cached.min(sequence.num_prompt));
-            sequence.pages = Some(pages);
-            entries.push(take_chunk(sequence, budget));
-            admitted.push(sequence.id);
-            let id = sequence.id;
-            let at_running = self.running.partition_point(|running| running.id < id);
-            if let Some(sequence) = self.waiting.remove(at) {
-                self.running.insert(at_running, sequence);
+    /// Lets waiting sequences run, in their turn, as long as tokens and pages are left.
+    fn admit(&mut self, budget: &mut usize, plan: &mut StepPlan) {
+        loop {
+            let Some((client, id)) = self.waiting.next(*budget) else { return };
+            let is_full = self.running.len() == self.limits.max_running_requests;
+            if (is_full || !self.begin(id, plan)) && !self.give_way(client, id, is_full, budget, plan) {
+                return;
             }
         }
-        admitted
+    }
+
+    /// Lets a waiting sequence run; `false` if there are too few pages for it.
+    fn begin(&mut self, id: SequenceId, plan: &mut StepPlan) -> bool {
+        let Some(sequence) = self.waiting.get_mut(id) else { return false };
+        // One token more than it has: a prefill that is preempted at its first decode step is wasted.
+        let tokens = sequence.tokens();
+        let Some(pages) = self.cache.claim(tokens, tokens.len() + 1) else { return false };
+        // And one page for each of the others, which would soon take those of the newest.
+        if self.cache.num_available() < self.running.len() {
+            self.cache.release(pages);
+            return false;
+        }
+        let cached = pages.num_shared_tokens(&self.cache);
+        sequence.launched = cached;
+        sequence.num_cached.get_or_insert(cached.min(sequence.num_prompt));
+        sequence.pages = Some(pages);
+        let Some(sequence) = self.waiting.begin(id) else { return false };
+        self.waiting.add_demand(sequence.client_idx, sequence.pending());
+        let at = self.running.partition_point(|running| running.id < id);
+        self.running.insert(at, sequence);
+        plan.admitted.push(id);
+        true
+    }
+
+    /// Lets the newest sequence of the client that runs the most give way to a waiting one of another client, which runs at
+    /// least two fewer; `false` if there is no such client. For want of pages, the other client must not hold fewer of
+    /// them afterwards: nobody pushes many small sequences out with a large one.
+    fn give_way(
+        &mut self,
+        client: ClientIdx,
+        id: SequenceId,
+        for_place: bool,
+        budget: &mut usize,
+        plan: &mut StepPlan,
+    ) -> bool {
+        if self.waiting.most_running() < self.waiting.num_running(client) + 2 {
+            return false;
+        }
+        let at = self.newest_of_largest();
+        let gives_way = &self.running[at];
+        // One that was let in a moment ago does not go again.
+        if plan.admitted.contains(&gives_way.id) {
+            return false;
+        }
+        if !for_place {
+            let len = self.waiting.get_mut(id).map_or(0, |sequence| sequence.tokens().len() + 1);
+            let wanted = self.num_pages(client) + self.cache.pool().pages_for(len);
+            if self.num_pages(gives_way.client_idx) < wanted + gives_way.pages().len() {
+                return false;
+            }
+        }
+        let (largest, id, pending) = (gives_way.client_idx, gives_way.id, gives_way.pending());
+        if let Some(entry) = plan.entries.iter().position(|entry| entry.id == id) {
+            plan.entries.remove(entry);
+            *budget += 1;
+        } else if gives_way.is_ready() {
+            self.waiting.take_demand(largest, pending);
+        }
+        self.preempt(at);
+        plan.preempted.push(id);
+        true
+    }
+
+    /// Pages of a client's running sequences, those that they share counted for each.
+    fn num_pages(&self, client: ClientIdx) -> usize {
+        let running = self.running.iter().filter(|sequence| sequence.client_idx == client);
+        running.map(|sequence| sequence.pages().len()).sum()
     }
 
     /// Notes that a plan was enqueued.
@@ -291,46 +377,51 @@ impl Scheduler {
     pub fn collect(&mut self, plan: &StepPlan, tokens: &[u32]) {
         assert_eq!(plan.entries.len(), tokens.len(), "one token for each entry of the step");
         for (entry, &token) in plan.entries.iter().zip(tokens) {
-            let at = self.position(entry.id);
-            let sequence = match at {
+            let sequence = match self.position(entry.id) {
                 Some(at) => &mut self.running[at],
                 // Preempted since: its tokens stay true.
-                None => match self.waiting.iter_mut().find(|sequence| sequence.id == entry.id) {
+                None => match self.waiting.get_mut(entry.id) {
                     Some(sequence) => sequence,
                     None => continue,
                 },
             };
             if entry.samples {
                 sequence.unread -= 1;
-                sequence.tokens.push(token);
+                sequence.push(token);
             }
-            if let Some(pages) = &mut sequence.pages {
-                self.cache.publish(pages, &sequence.tokens[..entry.past_len + entry.num_tokens]);
+            if let Some(mut pages) = sequence.pages.take() {
+                self.cache.publish(&mut pages, &sequence.tokens()[..entry.past_len + entry.num_tokens]);
+                sequence.pages = Some(pages);
             }
         }
     }
 
     /// Forgets a sequence, waiting or running, and frees its pages.
     pub fn remove(&mut self, id: SequenceId) -> Option<Sequence> {
-        let mut sequence = match self.position(id) {
-            Some(at) => self.running.remove(at),
-            None => {
-                let at = self.waiting.iter().position(|sequence| sequence.id == id)?;
-                self.waiting.remove(at)?
-            }
-        };
+        let Some(at) = self.position(id) else { return self.waiting.remove(id) };
+        let mut sequence = self.running.remove(at);
+        self.waiting.end(sequence.client_idx);
         if let Some(pages) = sequence.rewind() {
             self.cache.release(pages);
         }
         Some(sequence)
     }
 
-    /// Takes all waiting sequences out, for a scheduler that takes this one's place. Tokens that nobody has read are lost, and
-    /// chosen again.
+    /// Takes all waiting sequences out, in order of arrival, for a scheduler that takes this one's place. Tokens that
+    /// nobody has read are lost, and chosen again.
     pub fn take_waiting(&mut self) -> Vec<Sequence> {
-        let mut waiting: Vec<Sequence> = self.waiting.drain(..).collect();
+        let mut ids: Vec<SequenceId> = self.waiting.iter().map(|sequence| sequence.id).collect();
+        ids.sort_unstable();
+        let mut waiting: Vec<Sequence> = ids.into_iter().filter_map(|id| self.waiting.remove(id)).collect();
         waiting.iter_mut().for_each(|sequence| sequence.unread = 0);
         waiting
+    }
+
+    fn known(&mut self, id: SequenceId) -> Option<&mut Sequence> {
+        match self.position(id) {
+            Some(at) => Some(&mut self.running[at]),
+            None => self.waiting.get_mut(id),
+        }
     }
 
     fn position(&self, id: SequenceId) -> Option<usize> {
@@ -342,12 +433,9 @@ impl Scheduler {
     /// # Panics
     /// Says which invariant is broken, and by whom.
     pub fn check(&self) {
-        for (what, ids) in [
-            ("running", self.running.iter().map(|sequence| sequence.id).collect::<Vec<_>>()),
-            ("waiting", self.waiting.iter().map(|sequence| sequence.id).collect()),
-        ] {
-            assert!(ids.is_sorted_by(|a, b| a < b), "{what} sequences out of order: {ids:?}");
-        }
+        let is_sorted = self.running.is_sorted_by(|a, b| a.id < b.id);
+        assert!(is_sorted, "running sequences stand in order of arrival");
+        self.waiting.check(&self.running);
         assert!(self.running.len() <= self.limits.max_running_requests, "{} sequences run", self.running.len());
         for sequence in &self.running {
             let (id, len) = (sequence.id, sequence.len());
@@ -356,7 +444,7 @@ impl Scheduler {
             let room = sequence.pages().len() * self.cache.pool().page_size();
             assert!(sequence.launched <= room, "sequence {id} computed more than its pages hold");
         }
-        for sequence in &self.waiting {
+        for sequence in self.waiting.iter() {
             assert!(sequence.pages.is_none(), "sequence {} waits with pages", sequence.id);
             assert_eq!(sequence.launched, 0, "sequence {} waits with computed tokens", sequence.id);
         }
@@ -364,11 +452,16 @@ impl Scheduler {
     }
 }
 
-fn take_chunk(sequence: &Sequence, budget: &mut usize) -> StepEntry {
-    let pending = sequence.pending();
-    let num_tokens = pending.min(*budget);
-    *budget -= num_tokens;
-    let samples = num_tokens == pending;
+/// Lets a prompt run as far as its client's share of the step goes.
+fn take_share(sequence: &Sequence, queue: &mut FairQueue, entries: &mut Vec<StepEntry>) {
+    match queue.take_share(sequence.client_idx, sequence.pending()) {
+        0 => {}
+        num_tokens => entries.push(take_chunk(sequence, num_tokens)),
+    }
+}
+
+fn take_chunk(sequence: &Sequence, num_tokens: usize) -> StepEntry {
+    let samples = num_tokens == sequence.pending();
     let chosen_row = if samples && sequence.unread > 0 { sequence.row } else { None };
     StepEntry { id: sequence.id, past_len: sequence.launched, num_tokens, chosen_row, samples }
 }

@@ -7,6 +7,9 @@ use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
 use super::*;
+use crate::ClientId;
+
+mod fair;
 
 fn scheduler(num_pages: usize, context_length: usize) -> Scheduler {
     let limits = Limits { max_running_requests: 4, chunked_prefill_size: 16, context_length };
@@ -15,7 +18,8 @@ fn scheduler(num_pages: usize, context_length: usize) -> Scheduler {
 
 /// Tokens that no other sequence has, so that nothing is shared.
 fn sequence(id: u64, len: usize) -> Sequence {
-    Sequence::new(SequenceId(id), (0..len as u32).map(|at| 1000 * id as u32 + at).collect(), 1000, false)
+    let prompt: Vec<u32> = (0..len as u32).map(|at| 1000 * id as u32 + at).collect();
+    Sequence::new(SequenceId(id), prompt, 1000, false)
 }
 
 fn ids(plan: &StepPlan) -> Vec<u64> {
@@ -201,7 +205,8 @@ fn every_sequence_ends_right_and_no_page_is_written_by_two_in_random_runs() {
             max_running_requests,
             chunked_prefill_size: max_running_requests + random.random_range(0..40),
         };
-        Run::new(seed, Scheduler::new(limits, PrefixCache::new(pool, random.random_range(0..4) > 0))).go(random);
+        let scheduler = Scheduler::new(limits, PrefixCache::new(pool, random.random_range(0..4) > 0));
+        Run::new(seed, scheduler, 1 + random.random_range(0..3)).go(random);
     }
 }
 
@@ -215,14 +220,15 @@ struct Run {
     in_flight: Option<(StepPlan, Vec<u32>)>,
     waited: HashMap<SequenceId, usize>,
     ended: u64,
+    num_clients: usize,
 }
 
 const VOCAB: u32 = 3;
 
 impl Run {
-    fn new(seed: u64, scheduler: Scheduler) -> Self {
+    fn new(seed: u64, scheduler: Scheduler, num_clients: usize) -> Self {
         let (pages, chosen, in_flight, waited) = Default::default();
-        Self { seed, scheduler, pages, chosen, in_flight, waited, ended: 0 }
+        Self { seed, scheduler, pages, chosen, in_flight, waited, ended: 0, num_clients }
     }
 
     fn go(&mut self, random: &mut SmallRng) {
@@ -235,9 +241,11 @@ impl Run {
                 added += 1;
                 let len = 1 + random.random_range(0..limits.context_length - 1);
                 // Few different tokens, so that prefixes are shared.
-                let prompt = (0..len).map(|_| random.random_range(0..VOCAB as usize) as u32 / 2).collect();
+                let prompt: Vec<u32> = (0..len).map(|_| random.random_range(0..VOCAB as usize) as u32 / 2).collect();
                 let (max_tokens, waits) = (1 + random.random_range(0..20), random.random_range(0..4) == 0);
-                self.scheduler.add(Sequence::new(SequenceId(added), prompt, max_tokens, waits));
+                let sequence = Sequence::new(SequenceId(added), prompt, max_tokens, waits);
+                let client = ClientId::new(["a", "b", "c"][random.random_range(0..self.num_clients)]);
+                self.scheduler.add(sequence.of(client, random.random_range(0..3)));
             }
             let plan = self.scheduler.plan();
             self.scheduler.check();
@@ -297,16 +305,16 @@ impl Run {
 
     fn end_some(&mut self, plan: &StepPlan, random: &mut SmallRng) {
         for entry in plan.entries.iter().filter(|entry| entry.samples) {
-            let all = self.scheduler.running.iter().chain(&self.scheduler.waiting);
+            let all = self.scheduler.running.iter().chain(self.scheduler.waiting.iter());
             let Some(sequence) = all.into_iter().find(|sequence| sequence.id == entry.id) else { continue };
-            let is_complete = sequence.tokens.len() >= sequence.max_len;
+            let is_complete = sequence.tokens().len() >= sequence.max_len;
             if is_complete || random.random_range(0..16) == 0 {
                 let sequence = self.scheduler.remove(entry.id).expect("known");
                 self.ended += 1;
-                for at in sequence.num_prompt..sequence.tokens.len() {
-                    let sum: u32 = sequence.tokens[..at].iter().sum();
+                for at in sequence.num_prompt..sequence.tokens().len() {
+                    let sum: u32 = sequence.tokens()[..at].iter().sum();
                     let expected = (sum + at as u32) % VOCAB;
-                    assert_eq!(sequence.tokens[at], expected, "seed {}: {}, token {at}", self.seed, entry.id);
+                    assert_eq!(sequence.tokens()[at], expected, "seed {}: {}, token {at}", self.seed, entry.id);
                 }
             }
         }
