@@ -123,9 +123,19 @@ pub struct EngineArgs {
     #[arg(long, value_name = "N", default_value_t = EngineOptions::default().max_running_requests)]
     pub max_running_requests: usize,
 
-    /// Requests that may wait; one more is refused (HTTP 429)
+    /// Requests that may wait, whatever the number of their answers; one more is refused (HTTP 429). One client may have
+    /// four times as many waiting as there are places left
     #[arg(long, value_name = "N", default_value_t = EngineOptions::default().max_queued_requests)]
     pub max_queued_requests: usize,
+
+    /// Answers that may wait, over all requests; a request for more is refused (HTTP 429). One client may have four times
+    /// as many waiting as there are places left
+    #[arg(long, value_name = "N", default_value_t = EngineOptions::default().max_queued_choices)]
+    pub max_queued_choices: usize,
+
+    /// Seconds that a request may wait before it begins to run; it fails then (HTTP 503). 0 lets it wait for ever
+    #[arg(long, value_name = "SECONDS", default_value_t = EngineOptions::default().queue_timeout.as_secs())]
+    pub queue_timeout: u64,
 
     /// Tokens of prompt and answer together at most [default: the model's]
     #[arg(long, value_name = "TOKENS")]
@@ -267,6 +277,8 @@ impl EngineArgs {
         options.poison_graph_memory = self.poison_graph_memory;
         options.max_running_requests = self.max_running_requests;
         options.max_queued_requests = self.max_queued_requests;
+        options.max_queued_choices = self.max_queued_choices;
+        options.queue_timeout = Duration::from_secs(self.queue_timeout);
         options.context_length = self.context_length;
         options.kv_cache_tokens = self.kv_cache_tokens;
         options.mem_fraction_static = self.mem_fraction_static;
@@ -349,6 +361,8 @@ mod tests {
         assert!(options.enable_breakable_cuda_graph);
         assert_eq!(options.cuda_graph_sizes, Some(vec![8, 1, 8, 4]));
         assert_eq!((options.device, options.load_format), (DeviceChoice::Host, LoadFormat::Dummy));
+        let options = works(&["--max-queued-choices", "9", "--queue-timeout", "7"]);
+        assert_eq!((options.max_queued_choices, options.queue_timeout), (9, Duration::from_secs(7)));
         let [graphs, mib] = ["--cuda-graph-lazy-max-graphs", "--cuda-graph-lazy-max-mib"];
         let options = works(&[on, "--capture", "lazy", graphs, "9", mib, "64"]);
         assert_eq!(options.capture, CaptureMode::Lazy);

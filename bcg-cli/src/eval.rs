@@ -83,7 +83,7 @@ pub fn run(args: &EvalArgs) -> anyhow::Result<()> {
     ensure!(!problems.is_empty(), "{}: has no problems", args.file.display());
     let shots = args.few_shot.as_ref().map(read_shots).transpose()?;
     let mut options = args.engine.text_options("bcg eval")?;
-    options.max_queued_requests = options.max_queued_requests.max(args.concurrency);
+    options.let_wait(args.concurrency);
     let engine = load::start(&options, LoadBar::show())?;
 
     let began = Instant::now();

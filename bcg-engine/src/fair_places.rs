@@ -117,6 +117,17 @@ impl Place {
         is_granted
     }
 
+    /// Parts with `weight` of these places, which can be given back on their own then.
+    ///
+    /// # Panics
+    /// If these are fewer.
+    #[must_use]
+    pub fn split(&mut self, weight: usize) -> Self {
+        assert!(weight <= self.weight, "{} places cannot part with {weight}", self.weight);
+        self.weight -= weight;
+        Self { places: self.places.clone(), client: self.client.clone(), weight }
+    }
+
     /// Returns how many places these are.
     pub fn weight(&self) -> usize {
         self.weight
@@ -185,6 +196,18 @@ mod tests {
         drop(all);
         assert!(places.try_take(&client("b"), 11).is_none());
         assert_eq!(places.free(), 10);
+    }
+
+    #[test]
+    fn places_that_part_are_given_back_one_by_one() {
+        let places = FairPlaces::new(10);
+        let mut all = places.try_take(&client("a"), 6).expect("room");
+        let part = all.split(2);
+        assert_eq!((all.weight(), part.weight(), places.taken()), (4, 2, 6));
+        drop(all);
+        assert_eq!(places.taken(), 2);
+        drop(part);
+        assert_eq!(places.taken(), 0);
     }
 
     #[test]

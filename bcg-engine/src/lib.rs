@@ -20,7 +20,7 @@ pub use bcg_models::{ChatMessage, FinishReason, OptionError, Progress, SamplingP
 
 pub use self::fair_places::{FairPlaces, Place};
 pub use self::metrics::Metrics;
-pub use self::options::{CaptureMode, DeviceChoice, EngineOptions};
+pub use self::options::{CaptureMode, DeviceChoice, EngineOptions, QueueOptions};
 
 pub mod choice;
 pub mod fair_places;

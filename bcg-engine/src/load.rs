@@ -72,7 +72,7 @@ pub fn start_with<M: StepModel>(
             tokenizer: runner.tokenizer().ok().cloned(),
             chat,
             eos: runner.config().eos_token_ids.clone(),
-            max_queued_requests: options.max_queued_requests,
+            queue: options.queue(),
             settings: settings(&options, &runner, has_prefix_cache),
         };
         let scheduler = Scheduler::new(limits, PrefixCache::new(runner.pages().clone(), has_prefix_cache));

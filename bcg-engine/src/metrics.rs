@@ -13,6 +13,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
+use crate::SubmitError;
 use crate::model::GraphCounters;
 
 /// Why something happened.
@@ -32,8 +33,12 @@ pub struct PhaseLabel {
 /// Everything that is counted.
 pub struct Metrics {
     registry: Registry,
-    /// Requests that wait and have not run yet.
+    /// Submissions that wait: some of their answers have not run yet.
     pub queue_depth: Gauge,
+    /// Answers that wait and have not run yet.
+    pub queued_answers: Gauge,
+    /// Submissions that were refused, by reason.
+    pub refused: Family<ReasonLabel, Counter>,
     /// Sequences that run.
     pub running: Gauge,
     /// KV pages in use.
@@ -85,6 +90,8 @@ impl Default for Metrics {
         let mut metrics = Self {
             registry: Registry::with_prefix("bcg"),
             queue_depth: Gauge::default(),
+            queued_answers: Gauge::default(),
+            refused: Family::default(),
             running: Gauge::default(),
             kv_pages_used: Gauge::default(),
             kv_pages_cached: Gauge::default(),
@@ -115,6 +122,8 @@ impl Metrics {
     fn register(&mut self) {
         let registry = &mut self.registry;
         registry.register("queue_depth", "Requests that wait", self.queue_depth.clone());
+        registry.register("queued_answers", "Answers of requests that wait", self.queued_answers.clone());
+        registry.register("requests_refused", "Requests that were refused, by reason", self.refused.clone());
         registry.register("running_requests", "Sequences that run", self.running.clone());
         registry.register("kv_pages_used", "KV cache pages in use", self.kv_pages_used.clone());
         registry.register("kv_pages_cached", "KV cache pages in the prefix cache", self.kv_pages_cached.clone());
@@ -149,6 +158,20 @@ impl Metrics {
     /// Counts the end of a request.
     pub fn count_finished(&self, reason: &'static str) {
         self.finished.get_or_create(&ReasonLabel { reason }).inc();
+    }
+
+    /// Counts a submission that was refused.
+    pub fn count_refused(&self, error: &SubmitError) {
+        let reason = match error {
+            SubmitError::QueueFull { .. } => "queue_full",
+            SubmitError::CompilersBusy => "compilers_busy",
+            SubmitError::Cancelled => "cancelled",
+            SubmitError::ShuttingDown => "shutting_down",
+            SubmitError::ContextLength { .. } => "context_length",
+            SubmitError::Prompt(_) => "wrong",
+            SubmitError::Stopped(_) => "stopped",
+        };
+        self.refused.get_or_create(&ReasonLabel { reason }).inc();
     }
 
     /// Adds what a runner did since it had done `counted`, which is nothing for a new one, and takes over what its graphs

@@ -4,6 +4,7 @@
 //! `--context-length`. Messages name options in backticks.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use bcg_models::{GraphMode, LoadFormat, ModelRunnerOptions, OptionError};
 
@@ -27,6 +28,23 @@ pub enum CaptureMode {
     Ahead,
     /// The exact size of each step is captured when it first runs.
     Lazy,
+}
+
+/// How much may wait in an engine, and how long.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QueueOptions {
+    /// Submissions that may wait, whatever the number of their answers.
+    pub max_queued_requests: usize,
+    /// Answers that may wait, over all submissions.
+    pub max_queued_choices: usize,
+    /// How long a request may wait before it begins to run; `None` for ever.
+    pub queue_timeout: Option<Duration>,
+}
+
+impl Default for QueueOptions {
+    fn default() -> Self {
+        EngineOptions::default().queue()
+    }
 }
 
 /// How an engine is set up. [`EngineOptions::check`] says whether the options fit together.
@@ -66,8 +84,14 @@ pub struct EngineOptions {
     pub poison_graph_memory: bool,
     /// The most sequences that run together.
     pub max_running_requests: usize,
-    /// The most requests that wait; one more is refused.
+    /// The most submissions that wait, whatever the number of their answers; one more is refused. One client may hold four
+    /// times as many as stay free.
     pub max_queued_requests: usize,
+    /// The most answers that wait, over all submissions; a submission with one more is refused. One client may hold four
+    /// times as many as stay free.
+    pub max_queued_choices: usize,
+    /// How long a request may wait before it begins to run; it fails then. Zero lets it wait for ever.
+    pub queue_timeout: Duration,
     /// The most tokens of prompt and answer together; `None` takes the model's.
     pub context_length: Option<usize>,
     /// Tokens that the KV cache holds over all sequences; `None` sizes it from the model and the device.
@@ -103,6 +127,8 @@ impl Default for EngineOptions {
             poison_graph_memory: false,
             max_running_requests: 64,
             max_queued_requests: 256,
+            max_queued_choices: 4096,
+            queue_timeout: Duration::from_secs(300),
             context_length: None,
             kv_cache_tokens: None,
             mem_fraction_static: None,
@@ -119,6 +145,14 @@ impl EngineOptions {
         Self { model: model.into(), ..Self::default() }
     }
 
+    /// Lets one client have this many requests waiting at once.
+    pub fn let_wait(&mut self, requests: usize) {
+        // A client may hold four fifths of the places.
+        let places = requests.saturating_add(requests.div_ceil(4));
+        self.max_queued_requests = self.max_queued_requests.max(places);
+        self.max_queued_choices = self.max_queued_choices.max(places);
+    }
+
     /// Checks the options against each other. What needs the model's configuration is checked when it is loaded.
     ///
     /// # Errors
@@ -129,6 +163,7 @@ impl EngineOptions {
             (self.context_length.unwrap_or(1), self.kv_cache_tokens.unwrap_or(i32::MAX as usize));
         self.runner_options(context_length, kv_cache_tokens, self.mem_fraction_static).check()?;
         OptionError::positive("max_queued_requests", self.max_queued_requests)?;
+        OptionError::positive("max_queued_choices", self.max_queued_choices)?;
         if let Some(tokens) = self.kv_cache_tokens {
             let least = self.context_length.unwrap_or(0).max(self.page_size);
             if tokens < least {
@@ -140,6 +175,15 @@ impl EngineOptions {
             }
         }
         self.check_graphs()
+    }
+
+    /// How much may wait, and how long.
+    pub(crate) fn queue(&self) -> QueueOptions {
+        QueueOptions {
+            max_queued_requests: self.max_queued_requests,
+            max_queued_choices: self.max_queued_choices,
+            queue_timeout: Some(self.queue_timeout).filter(|timeout| !timeout.is_zero()),
+        }
     }
 
     /// Whether and when graphs are captured.
@@ -263,6 +307,7 @@ fn check_ladder(option: &'static str, sizes: Option<&[usize]>) -> Result<Option<
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{ClientId, FairPlaces};
 
     #[track_caller]
     fn refused(change: impl FnOnce(&mut EngineOptions), option: &str, remedy: &str) {
@@ -278,6 +323,18 @@ mod tests {
         let options = EngineOptions::new("m");
         options.check().expect("defaults work");
         assert_eq!(options.graph_mode(), GraphMode::Off);
+    }
+
+    #[test]
+    fn one_client_can_have_as_many_waiting_as_it_is_let() {
+        for requests in [0, 1, 5, 6, 1000, 1003] {
+            let mut options = EngineOptions::new("m");
+            (options.max_queued_requests, options.max_queued_choices) = (1, 1);
+            options.let_wait(requests);
+            let (places, client) = (FairPlaces::new(options.max_queued_requests), ClientId::default());
+            let held: Vec<_> = (0..requests).map_while(|_| places.try_take(&client, 1)).collect();
+            assert_eq!((held.len(), options.max_queued_choices), (requests, options.max_queued_requests));
+        }
     }
 
     #[test]
@@ -297,6 +354,7 @@ mod tests {
         refused(|options| options.page_size = 0, "page_size", "at least 1");
         refused(|options| options.mem_fraction_static = Some(90.0), "mem_fraction_static", "such as 0.9");
         refused(|options| options.max_queued_requests = 0, "max_queued_requests", "at least 1");
+        refused(|options| options.max_queued_choices = 0, "max_queued_choices", "at least 1");
         refused(|options| options.chunked_prefill_size = 8, "chunked_prefill_size", "lower `max_running_requests`");
     }
 }

@@ -54,7 +54,7 @@ pub struct EngineBenchArgs {
 pub fn measure(engine: &EngineOptions, args: &EngineBenchArgs) -> Result<Report> {
     ensure!(args.requests > 0 && args.input_len > 0, "--requests and --input-len: give at least 1");
     let mut options = engine.clone();
-    options.max_queued_requests = options.max_queued_requests.max(args.requests);
+    options.let_wait(args.requests);
     options.max_running_requests = options.max_running_requests.max(args.requests);
     options.chunked_prefill_size = options.chunked_prefill_size.max(options.max_running_requests);
     options.check()?;

@@ -8,7 +8,6 @@ use std::time::Instant;
 
 use bcg_models::{ChatTemplate, SamplingParams, Tokenizer};
 use serde_json::{Value, json};
-use tokio::sync::Semaphore;
 
 use super::choice::Choice;
 use super::guide::GuideFactory;
@@ -17,8 +16,14 @@ use super::model::StepModel;
 use super::output::{Output, OutputOptions};
 use super::scheduler::Scheduler;
 use super::stop::StopStrings;
-use super::worker::{Accepted, Exit, MessageSender, Requests, Shared, Worker, channel};
-use super::{Engine, EventStream, GenerationRequest, Health, ModelInfo, Prompt, Submission, SubmitError};
+use super::worker::{Accepted, Exit, MessageSender, QueuePlaces, Requests, Shared, Worker, channel};
+use super::{
+    ClientId, Engine, EventStream, FairPlaces, GenerationRequest, Health, ModelInfo, Place, Prompt, QueueOptions,
+    Submission, SubmitError,
+};
+
+/// Probes that may wait; a single client, which they are, can have up to five places whole.
+const PROBES_MAX: usize = 5;
 
 /// What a [`LocalEngine`] knows of its model besides the runner.
 #[derive(Debug)]
@@ -31,8 +36,8 @@ pub struct LocalOptions {
     pub chat: Option<ChatTemplate>,
     /// Tokens that end an answer.
     pub eos: Vec<u32>,
-    /// Requests that may wait.
-    pub max_queued_requests: usize,
+    /// How much may wait, and how long.
+    pub queue: QueueOptions,
     /// How the engine is set up, for [`Engine::server_info`].
     pub settings: Value,
 }
@@ -43,7 +48,12 @@ pub struct LocalEngine {
     options: LocalOptions,
     eos: Arc<[u32]>,
     worker: MessageSender,
-    slots: Arc<Semaphore>,
+    /// Submissions that wait.
+    submissions: FairPlaces,
+    /// Answers that wait.
+    answers: FairPlaces,
+    /// Probes that wait.
+    probes: FairPlaces,
     /// `None` without a tokenizer.
     guides: Option<GuideFactory>,
     shared: Arc<Shared>,
@@ -81,7 +91,9 @@ impl LocalEngine {
             tokenizer.map(|tokenizer| GuideFactory::new(tokenizer, &options.eos, info.vocab_size)).transpose()?;
         Ok(Self {
             eos: Arc::from(options.eos.as_slice()),
-            slots: Arc::new(Semaphore::new(options.max_queued_requests)),
+            submissions: FairPlaces::new(options.queue.max_queued_requests),
+            answers: FairPlaces::new(options.queue.max_queued_choices),
+            probes: FairPlaces::new(PROBES_MAX),
             guides,
             options,
             worker,
@@ -171,38 +183,93 @@ impl LocalEngine {
         Ok(max_tokens)
     }
 
-    /// Takes one request with one answer into the queue.
-    fn accept(&self, request: GenerationRequest) -> Result<EventStream, SubmitError> {
+    /// Takes the places in the queue of a submission with this many answers.
+    fn places(&self, client: &ClientId, num_answers: usize) -> Result<(Arc<Place>, Place), SubmitError> {
+        let QueueOptions { max_queued_requests, max_queued_choices, .. } = self.options.queue;
+        if num_answers > max_queued_choices {
+            return Err(SubmitError::Prompt(format!(
+                "The request asks for {num_answers} answers; no more than {max_queued_choices} may wait \
+                 (max_queued_choices). Ask for fewer at once."
+            )));
+        }
+        let full = |max_queued_requests| SubmitError::QueueFull { max_queued_requests };
+        let submission = self.submissions.try_take(client, 1).ok_or_else(|| full(max_queued_requests))?;
+        let answers = self.answers.try_take(client, num_answers).ok_or_else(|| full(max_queued_choices))?;
+        Ok((Arc::new(submission), answers))
+    }
+
+    /// Prepares all that a submission asks for; what it takes is given back if one part of it is refused.
+    fn accept(&self, submission: Submission) -> Result<Vec<EventStream>, SubmitError> {
         if self.draining.load(Ordering::Relaxed) {
             return Err(SubmitError::ShuttingDown);
         }
-        let max_queued_requests = self.options.max_queued_requests;
-        let Ok(slot) = self.slots.clone().try_acquire_owned() else {
-            return Err(SubmitError::QueueFull { max_queued_requests });
-        };
-        let prompt = self.tokens(&request.prompt)?;
+        let Submission { requests, n, client, priority, cancelled } = submission;
+        let (submission, mut answers) = self.places(&client, requests.len().saturating_mul(n))?;
+        let (mut accepted, mut streams) = (Vec::new(), Vec::new());
+        for request in requests {
+            let prompt: Arc<[u32]> = self.tokens(&request.prompt)?.into();
+            let options = self.output_options(&prompt, &request)?;
+            for index in 0..n as u64 {
+                if cancelled.is_cancelled() {
+                    return Err(SubmitError::Cancelled);
+                }
+                let places = QueuePlaces { submission: Some(Arc::clone(&submission)), answer: answers.split(1) };
+                let seed = request.seed.map(|seed| seed.wrapping_add(index));
+                let (answer, stream) = self.answer(&prompt, &request, seed, options.clone(), places)?;
+                accepted.push(Accepted { client: client.clone(), priority, ..answer });
+                streams.push(stream);
+            }
+        }
+        self.send(accepted).map(|()| streams)
+    }
+
+    fn output_options(&self, prompt: &[u32], request: &GenerationRequest) -> Result<OutputOptions, SubmitError> {
         let max_tokens = self.max_tokens(prompt.len(), request.max_tokens)?;
         if !request.stop.is_empty() || request.top_logprobs.is_some() {
             self.text()?;
         }
-        let choice = self.choice(&request)?;
-        let options = OutputOptions {
+        Ok(OutputOptions {
             prompt_tokens: prompt.len(),
             max_tokens,
             stop: StopStrings::new(&request.stop).map_err(SubmitError::Prompt)?,
             ends: self.ends(&request.stop_token_ids, request.ignore_eos)?,
             logprobs: request.top_logprobs.is_some(),
-        };
+        })
+    }
+
+    /// Prepares one answer to a request.
+    fn answer(
+        &self,
+        prompt: &Arc<[u32]>,
+        request: &GenerationRequest,
+        seed: Option<u64>,
+        options: OutputOptions,
+        places: QueuePlaces,
+    ) -> Result<(Accepted, EventStream), SubmitError> {
+        let choice = self.choice(request)?;
         let (output, receiver) = Output::new(self.tokenizer(), options);
-        let seed = request.seed.unwrap_or_else(|| fresh_seed(&self.next_seed));
-        let sampling = SamplingParams { seed, ..request.sampling };
-        let (top_logprobs, arrived) = (request.top_logprobs, Instant::now());
-        let (slot, last_token) = (Some(slot), None);
-        let request = Accepted { prompt, sampling, choice, top_logprobs, output, slot, arrived, last_token };
-        if self.shared.send(&self.worker, request) {
-            return Ok(EventStream::new(receiver));
+        let seed = seed.unwrap_or_else(|| fresh_seed(&self.next_seed));
+        let accepted = Accepted {
+            prompt: Arc::clone(prompt),
+            client: ClientId::default(),
+            priority: 0,
+            is_probe: false,
+            sampling: SamplingParams { seed, ..request.sampling },
+            choice,
+            top_logprobs: request.top_logprobs,
+            output,
+            places: Some(places),
+            arrived: Instant::now(),
+            last_token: None,
+        };
+        Ok((accepted, EventStream::new(receiver)))
+    }
+
+    fn send(&self, accepted: Vec<Accepted>) -> Result<(), SubmitError> {
+        match self.shared.send(&self.worker, accepted) {
+            true => Ok(()),
+            false => Err(SubmitError::Stopped("The engine has stopped; see the server's log.".into())),
         }
-        Err(SubmitError::Stopped("The engine has stopped; see the server's log.".into()))
     }
 }
 
@@ -226,10 +293,11 @@ where
         Err(error) => return drop(ready.send(Err(error))),
     };
     let (sender, receiver) = channel();
+    let queue_timeout = options.queue.queue_timeout;
     if ready.send(Ok((sender, options))).is_err() {
         return;
     }
-    let mut requests = Requests::new(receiver);
+    let mut requests = Requests::new(receiver, queue_timeout);
     let Exit::DeviceLost(error) = Worker::new(runner, scheduler, &mut requests, shared.clone()).run() else { return };
     tracing::error!(error, "the device is lost: loading the model again");
     shared.set_failure(Some(format!("the device is lost ({error}); the model is being loaded again")));
@@ -263,23 +331,23 @@ impl Engine for LocalEngine {
     }
 
     fn submit_all(&self, submission: Submission) -> Result<Vec<EventStream>, SubmitError> {
-        let Submission { requests, n, .. } = submission;
-        let mut streams = Vec::with_capacity(requests.len() * n);
-        for mut request in requests {
-            if n > 1 {
-                request.prompt = Prompt::Tokens(self.tokens(&request.prompt)?);
-            }
-            for index in 0..n as u64 {
-                let seed = request.seed.map(|seed| seed.wrapping_add(index));
-                streams.push(self.accept(GenerationRequest { seed, ..request.clone() })?);
-            }
-        }
-        Ok(streams)
+        self.accept(submission).inspect_err(|error| self.shared.metrics.count_refused(error))
     }
 
     fn probe(&self) -> Result<EventStream, SubmitError> {
-        let prompt = Prompt::Tokens(vec![0]);
-        self.accept(GenerationRequest { max_tokens: Some(1), ignore_eos: true, ..GenerationRequest::greedy(prompt) })
+        if self.draining.load(Ordering::Relaxed) {
+            return Err(SubmitError::ShuttingDown);
+        }
+        let prompt: Arc<[u32]> = Arc::from([0]);
+        let request = GenerationRequest::greedy(Prompt::Tokens(prompt.to_vec()));
+        let request = GenerationRequest { max_tokens: Some(1), ignore_eos: true, ..request };
+        let client = ClientId::new("probe");
+        let full = SubmitError::QueueFull { max_queued_requests: PROBES_MAX };
+        let places = QueuePlaces { submission: None, answer: self.probes.try_take(&client, 1).ok_or(full)? };
+        let options = self.output_options(&prompt, &request)?;
+        let (answer, stream) = self.answer(&prompt, &request, None, options, places)?;
+        self.send(vec![Accepted { client, is_probe: true, ..answer }])?;
+        Ok(stream)
     }
 
     fn num_steps(&self) -> u64 {
@@ -311,7 +379,8 @@ impl Engine for LocalEngine {
             "model": info.name,
             "context_length": info.context_length,
             "vocab_size": info.vocab_size,
-            "max_queued_requests": self.options.max_queued_requests,
+            "max_queued_requests": self.options.queue.max_queued_requests,
+            "max_queued_choices": self.options.queue.max_queued_choices,
             "settings": self.options.settings,
         })
     }
@@ -331,10 +400,11 @@ impl Engine for LocalEngine {
     }
 
     fn metrics(&self) -> &Metrics {
-        // A request that waits holds a slot, whether or not the worker has seen it yet.
-        let waiting = self.options.max_queued_requests - self.slots.available_permits();
-        self.shared.metrics.queue_depth.set(i64::try_from(waiting).unwrap_or(i64::MAX));
-        &self.shared.metrics
+        // What waits holds its places, whether or not the worker has seen it yet.
+        let metrics = &self.shared.metrics;
+        metrics.queue_depth.set(i64::try_from(self.submissions.taken()).unwrap_or(i64::MAX));
+        metrics.queued_answers.set(i64::try_from(self.answers.taken()).unwrap_or(i64::MAX));
+        metrics
     }
 
     fn drain(&self) {

@@ -7,6 +7,7 @@ use std::time::Duration;
 use bcg_models::state::PagePool;
 use bcg_models::{SampledToken, SequenceInput};
 
+use super::super::metrics::ReasonLabel;
 use super::super::model::{GraphCounters, StepError};
 use super::super::prefix_cache::PrefixCache;
 use super::super::scheduler::{Limits, Scheduler};
@@ -56,10 +57,10 @@ impl StepModel for Counting {
 }
 
 fn engine(max_queued_requests: usize, gated: bool) -> (LocalEngine, Option<Sender<()>>) {
-    engine_with(max_queued_requests, gated, true)
+    engine_with(QueueOptions { max_queued_requests, ..QueueOptions::default() }, gated, true)
 }
 
-fn engine_with(max_queued_requests: usize, gated: bool, has_tokenizer: bool) -> (LocalEngine, Option<Sender<()>>) {
+fn engine_with(queue: QueueOptions, gated: bool, has_tokenizer: bool) -> (LocalEngine, Option<Sender<()>>) {
     let (open, gate) = channel();
     let gate = gated.then(|| Arc::new(Mutex::new(gate)));
     let engine = LocalEngine::start(move || {
@@ -71,7 +72,7 @@ fn engine_with(max_queued_requests: usize, gated: bool, has_tokenizer: bool) -> 
             tokenizer: has_tokenizer.then(|| Tokenizer::load(&dir)).transpose()?,
             chat: ChatTemplate::load(&dir)?,
             eos: vec![2],
-            max_queued_requests,
+            queue,
             settings: Value::Null,
         };
         let limits = Limits { max_running_requests: 2, chunked_prefill_size: 64, context_length: 64 };
@@ -125,7 +126,7 @@ fn every_request_gets_its_own_answer() {
 fn one_request_too_many_is_refused_and_later_ones_are_not() {
     let (engine, open) = engine(2, true);
     let mut streams = vec![engine.submit(request(300, 2)).expect("accepted")];
-    eventually("the first request runs", || engine.slots.available_permits() == 2);
+    eventually("the first request runs", || engine.submissions.taken() == 0);
     streams.push(engine.submit(request(310, 2)).expect("waits"));
     streams.push(engine.submit(request(320, 2)).expect("waits"));
     assert_eq!(engine.submit(request(330, 2)).expect_err("full"), SubmitError::QueueFull { max_queued_requests: 2 });
@@ -134,6 +135,95 @@ fn one_request_too_many_is_refused_and_later_ones_are_not() {
         assert!(tokens(stream).is_ok());
     }
     engine.submit(request(330, 2)).expect("there is room again");
+}
+
+/// A submission of one request with `n` answers.
+fn answers(client: &str, first: u32, max_tokens: usize, n: usize) -> Submission {
+    Submission { n, client: ClientId::new(client), ..Submission::one(request(first, max_tokens)) }
+}
+
+#[test]
+fn answers_wait_for_their_turn_and_take_one_place_together() {
+    let (engine, open) = engine(2, true);
+    let streams = engine.submit_all(answers("a", 300, 2, 128)).expect("accepted");
+    eventually("two run", || engine.answers.taken() == 126);
+    assert_eq!(engine.submissions.taken(), 1);
+    let other = engine.submit_all(answers("b", 320, 2, 64)).expect("accepted");
+    let full = engine.submit_all(answers("b", 330, 2, 1)).expect_err("both places are taken");
+    assert_eq!(full, SubmitError::QueueFull { max_queued_requests: 2 });
+    let too_many = engine.submit_all(answers("c", 330, 2, 5000)).expect_err("more than can ever wait").to_string();
+    assert!(too_many.contains("5000 answers; no more than 4096"), "{too_many}");
+    assert_eq!((engine.submissions.taken(), engine.answers.taken()), (2, 126 + 64), "refusals hold nothing");
+    drop(open);
+    for stream in streams {
+        assert_eq!(tokens(stream), Ok((vec![301, 302], FinishReason::Length)));
+    }
+    assert!(other.into_iter().all(|stream| tokens(stream).is_ok()));
+    assert_eq!((engine.submissions.taken(), engine.answers.taken()), (0, 0));
+    let refused = engine.metrics().refused.get_or_create(&ReasonLabel { reason: "queue_full" }).get();
+    assert_eq!(refused, 1);
+}
+
+#[test]
+fn a_submission_is_refused_as_a_whole() {
+    let (engine, open) = engine(4, true);
+    let requests = vec![request(300, 2), request(461, 2)];
+    let refused = engine.submit_all(Submission { requests, ..answers("a", 0, 1, 3) });
+    assert!(matches!(refused, Err(SubmitError::Prompt(_))));
+    let gone = answers("a", 300, 2, 3);
+    gone.cancelled.cancel();
+    assert_eq!(engine.submit_all(gone).expect_err("the client left"), SubmitError::Cancelled);
+    assert_eq!((engine.submissions.taken(), engine.answers.taken()), (0, 0));
+    drop(open);
+    assert_eq!(engine.metrics().prompt_tokens.get(), 0, "nothing of them reached the worker");
+}
+
+#[test]
+fn a_client_with_few_requests_is_served_beside_one_with_many() {
+    let (engine, open) = engine(256, true);
+    let many: Vec<_> = (0..100).map(|_| engine.submit_all(answers("a", 300, 20, 1)).expect("accepted")).collect();
+    eventually("two run", || engine.submissions.taken() == 98);
+    let mut one = engine.submit_all(answers("b", 320, 3, 1)).expect("accepted").remove(0);
+    let open = open.expect("gated");
+    let before = engine.num_steps();
+    // It may have been on its way when the next two steps were launched.
+    (0..4).for_each(|_| open.send(()).expect("the worker lives"));
+    assert!(matches!(one.next_blocking(), Some(EngineEvent::Delta(_))));
+    assert!(engine.num_steps() <= before + 4);
+    drop(open);
+    assert!(many.into_iter().flatten().all(|stream| tokens(stream).is_ok()));
+}
+
+#[test]
+fn a_request_that_waits_too_long_fails_and_one_that_ran_does_not() {
+    let queue = QueueOptions { queue_timeout: Some(Duration::from_millis(300)), ..QueueOptions::default() };
+    let (engine, open) = engine_with(queue, true, false);
+    let running: Vec<_> = [300, 310].map(|first| engine.submit(request(first, 20)).expect("accepted")).into();
+    eventually("two run", || engine.submissions.taken() == 0);
+    let waiting = engine.submit(request(320, 2)).expect("waits");
+    std::thread::sleep(Duration::from_millis(400));
+    let open = open.expect("gated");
+    (0..2).for_each(|_| open.send(()).expect("the worker lives"));
+    let error = tokens(waiting).expect_err("it waited too long");
+    assert!(error.contains("waited 0 seconds in the queue"), "{error}");
+    drop(open);
+    assert!(running.into_iter().all(|stream| tokens(stream).is_ok()));
+    let ended = |reason| engine.metrics().finished.get_or_create(&ReasonLabel { reason }).get();
+    assert_eq!((ended("queue_timeout"), ended("failed"), engine.submissions.taken()), (1, 0, 0));
+}
+
+#[test]
+fn a_probe_is_answered_though_the_queue_is_full() {
+    let (engine, open) = engine(2, true);
+    let mut streams = vec![engine.submit(request(300, 4)).expect("accepted")];
+    eventually("it runs", || engine.submissions.taken() == 0);
+    streams.extend((0..2).map(|_| engine.submit(request(310, 4)).expect("waits")));
+    engine.submit(request(310, 4)).expect_err("full");
+    let probes: Vec<_> = (0..PROBES_MAX).map(|_| engine.probe().expect("it takes no place in the queue")).collect();
+    assert_eq!(engine.probe().expect_err("enough"), SubmitError::QueueFull { max_queued_requests: PROBES_MAX });
+    drop(open);
+    assert!(probes.into_iter().all(|stream| tokens(stream).is_ok_and(|(tokens, _)| tokens.len() == 1)));
+    assert!(streams.into_iter().all(|stream| tokens(stream).is_ok()));
 }
 
 #[test]
@@ -165,7 +255,7 @@ fn a_lost_device_fails_what_runs_and_keeps_what_waits() {
     let running: Vec<_> = [398, 300].map(|first| engine.submit(request(first, 10)).expect("accepted")).into();
     let open = open.expect("gated");
     open.send(()).expect("the worker lives");
-    eventually("two run", || engine.slots.available_permits() == 4);
+    eventually("two run", || engine.submissions.taken() == 0);
     let waiting = engine.submit(request(310, 2)).expect("waits");
     drop(open);
     for stream in running {
@@ -180,7 +270,7 @@ fn a_lost_device_fails_what_runs_and_keeps_what_waits() {
 fn a_device_that_is_lost_at_a_launch_is_named_to_those_of_the_step_before() {
     let (engine, open) = engine(4, true);
     let first = engine.submit(request(447, 10)).expect("accepted");
-    eventually("it runs", || engine.slots.available_permits() == 4);
+    eventually("it runs", || engine.submissions.taken() == 0);
     let last_in_the_step_before = engine.submit(request(300, 1)).expect("accepted");
     drop(open);
     let error = tokens(first).expect_err("its step could not be launched");
@@ -225,7 +315,7 @@ fn a_draining_engine_finishes_and_takes_nothing_new() {
 fn an_engine_that_is_dropped_ends_its_streams_and_its_thread() {
     let (engine, open) = engine(4, true);
     let mut streams = vec![engine.submit(request(300, 50)).expect("accepted")];
-    eventually("the first request runs", || engine.slots.available_permits() == 4);
+    eventually("the first request runs", || engine.submissions.taken() == 0);
     streams.extend([310, 320].map(|first| engine.submit(request(first, 50)).expect("accepted")));
     let shared = engine.shared.clone();
     let (sender, ended) = channel();
@@ -257,12 +347,12 @@ fn lengths_and_unknown_tokens_are_checked_before_queueing() {
     assert!(matches!(engine.submit(request(461, 1)), Err(SubmitError::Prompt(_))));
     let empty = GenerationRequest::greedy(Prompt::Tokens(Vec::new()));
     assert!(matches!(engine.submit(empty), Err(SubmitError::Prompt(_))));
-    assert_eq!(engine.slots.available_permits(), 4);
+    assert_eq!(engine.submissions.taken(), 0);
 }
 
 #[test]
 fn without_a_tokenizer_ids_are_answered_with_ids_and_text_is_refused() {
-    let (engine, _) = engine_with(4, false, false);
+    let (engine, _) = engine_with(QueueOptions::default(), false, false);
     let stream = engine.submit(request(300, 3)).expect("accepted");
     assert_eq!(tokens(stream), Ok((vec![301, 302, 303], FinishReason::Length)));
     let text = GenerationRequest::greedy(Prompt::Text("3+4".into()));

@@ -176,6 +176,11 @@ impl Scheduler {
         self.running.len()
     }
 
+    /// Returns who runs, in order of arrival.
+    pub fn running_ids(&self) -> impl Iterator<Item = SequenceId> {
+        self.running.iter().map(|sequence| sequence.id)
+    }
+
     /// Returns how many pages sequences use.
     pub fn num_used_pages(&self) -> usize {
         self.cache.pool().num_pages() - self.cache.num_available()

@@ -14,7 +14,7 @@ use bcg_engine::metrics::{Metrics, ReasonLabel};
 use bcg_engine::model::{GraphCounters, StepError, StepModel};
 use bcg_engine::prefix_cache::PrefixCache;
 use bcg_engine::scheduler::{Limits, Scheduler};
-use bcg_engine::{Engine, EventStream, Health, ModelInfo, Prompt, Submission, SubmitError};
+use bcg_engine::{Engine, EventStream, Health, ModelInfo, Prompt, QueueOptions, Submission, SubmitError};
 use bcg_models::state::PagePool;
 use bcg_models::{ChatTemplate, GraphMode, ModelRunner, ModelRunnerOptions, SampledToken, SequenceInput};
 use bcg_runtime::{Device, HostControl, LiveObjects};
@@ -26,7 +26,7 @@ use tokio::sync::oneshot;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How a request can end.
-const REASONS: [&str; 4] = ["stop", "length", "cancelled", "failed"];
+const REASONS: [&str; 5] = ["stop", "length", "cancelled", "failed", "queue_timeout"];
 
 /// How a server is set up.
 #[derive(Debug, Clone, Copy)]
@@ -330,7 +330,7 @@ fn load(
         tokenizer: Some(runner.tokenizer()?.clone()),
         chat: ChatTemplate::load(&dir)?,
         eos: config.eos_token_ids.clone(),
-        max_queued_requests,
+        queue: QueueOptions { max_queued_requests, ..QueueOptions::default() },
         settings: Value::Null,
     };
     let pages = runner.pages().clone();

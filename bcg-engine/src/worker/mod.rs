@@ -7,26 +7,29 @@
 //! Invariants:
 //! - it never waits for a client: every event channel has room for all the events of its answer;
 //! - it sleeps only when no step is under way and none can be planned, and a message wakes it;
+//! - a request that never began fails once it has waited too long;
 //! - a step that fails, by an error or by a panic, ends the requests that are under way and no other;
 //! - after an error of the device the model is loaded anew, once; requests that had not begun are kept.
 
-use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant};
 
-use bcg_models::{SampledToken, SamplingParams, SequenceInput};
-use tokio::sync::{Notify, OwnedSemaphorePermit};
+use bcg_models::{SampledToken, SequenceInput};
 
+pub use self::requests::{Accepted, QueuePlaces, Requests};
+pub use self::shared::{Message, MessageReceiver, MessageSender, Shared, channel};
 use super::RequestError;
 use super::choice::Choice;
-use super::metrics::{Metrics, PhaseLabel};
+use super::metrics::PhaseLabel;
 use super::model::{GraphCounters, StepError, StepModel};
-use super::output::Output;
 use super::scheduler::{Scheduler, StepPlan};
-use super::sequence::{Sequence, SequenceId};
+use super::sequence::SequenceId;
+
+mod requests;
+mod shared;
 
 /// Failed steps in a row after which the device is held to be lost, whatever they say.
 const FAILED_STEPS_MAX: u32 = 3;
@@ -34,135 +37,8 @@ const FAILED_STEPS_MAX: u32 = 3;
 /// How long an idle worker sleeps before it looks whether it must stop.
 const IDLE_TICK: Duration = Duration::from_millis(200);
 
-/// An accepted request: on its way to the worker, then in its hands until it ends.
-#[derive(Debug)]
-pub struct Accepted {
-    /// Token ids, at least one; the worker moves them into the request's sequence.
-    pub prompt: Vec<u32>,
-    /// How tokens are chosen.
-    pub sampling: SamplingParams,
-    /// What is asked of their logits before.
-    pub choice: Choice,
-    /// Log probabilities: `None` for none, else how many alternatives.
-    pub top_logprobs: Option<usize>,
-    /// Where tokens go.
-    pub output: Output,
-    /// Its place in the queue, given back when it runs first.
-    pub slot: Option<OwnedSemaphorePermit>,
-    /// When it was accepted.
-    pub arrived: Instant,
-    /// When its latest token was chosen; `None` before the first one.
-    pub last_token: Option<Instant>,
-}
-
-/// What reaches the worker from other threads.
-#[derive(Debug)]
-pub enum Message {
-    /// A request, accepted.
-    Request(Box<Accepted>),
-    /// Nothing but the news that something else changed, so that an idle worker looks.
-    Wake,
-}
-
-/// The sending end of the worker's channel.
-///
-/// The channel holds no more requests than may wait, and one wake-up, so sending never waits.
-#[derive(Debug, Clone)]
-pub struct MessageSender {
-    sender: Sender<Message>,
-    /// Whether a wake-up is in the channel.
-    is_waking: Arc<AtomicBool>,
-}
-
-impl MessageSender {
-    /// Lets the worker look for what changed, if it sleeps. Cheap, from any thread, and as often as one likes: wake-ups
-    /// that the worker has not seen yet count as one.
-    pub fn wake(&self) {
-        if !self.is_waking.swap(true, Ordering::AcqRel) {
-            // Without a worker there is nobody to wake.
-            let _ = self.sender.send(Message::Wake);
-        }
-    }
-}
-
-/// The receiving end of the worker's channel.
-#[derive(Debug)]
-pub struct MessageReceiver {
-    receiver: Receiver<Message>,
-    is_waking: Arc<AtomicBool>,
-}
-
-/// Makes the channel of a worker.
-pub fn channel() -> (MessageSender, MessageReceiver) {
-    let (sender, receiver) = std::sync::mpsc::channel();
-    let is_waking = Arc::new(AtomicBool::new(false));
-    (MessageSender { sender, is_waking: Arc::clone(&is_waking) }, MessageReceiver { receiver, is_waking })
-}
-
-impl MessageReceiver {
-    /// Waits no longer than `timeout`; an error if nothing came, or nothing can.
-    fn recv(&self, timeout: Duration) -> Result<Message, RecvTimeoutError> {
-        self.receiver.recv_timeout(timeout).inspect(|message| self.note(message))
-    }
-
-    fn try_recv(&self) -> Result<Message, TryRecvError> {
-        self.receiver.try_recv().inspect(|message| self.note(message))
-    }
-
-    /// From here on another wake-up is sent again: whoever changes something after this wakes the worker anew.
-    fn note(&self, message: &Message) {
-        if matches!(message, Message::Wake) {
-            self.is_waking.store(false, Ordering::Release);
-        }
-    }
-}
-
-/// What the worker shares with the engine's handle.
-#[derive(Debug, Default)]
-pub struct Shared {
-    /// Counters and gauges.
-    pub metrics: Metrics,
-    /// Ends the worker at once; what runs fails.
-    pub stop: AtomicBool,
-    /// Asks the worker to empty the prefix cache.
-    pub flush_cache: AtomicBool,
-    /// Steps that were collected without an error.
-    pub num_steps: AtomicU64,
-    failure: Mutex<Option<String>>,
-    /// Held while a request is sent, so that none comes after those that the end of the engine fails.
-    gave_up: RwLock<bool>,
-    failed: Notify,
-}
-
-impl Shared {
-    /// Returns why the engine cannot serve any more, or not now.
-    pub fn failure(&self) -> Option<String> {
-        self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// Says why the engine cannot serve, or that it can again.
-    pub fn set_failure(&self, failure: Option<String>) {
-        *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = failure;
-    }
-
-    /// Sends a request to the worker; `false` if there is none any more.
-    pub fn send(&self, worker: &MessageSender, request: Accepted) -> bool {
-        let gave_up = self.gave_up.read().unwrap_or_else(PoisonError::into_inner);
-        !*gave_up && worker.sender.send(Message::Request(Box::new(request))).is_ok()
-    }
-
-    /// Says that the engine will never serve again. No request is sent from now on.
-    pub fn give_up(&self, why: String) {
-        *self.gave_up.write().unwrap_or_else(PoisonError::into_inner) = true;
-        self.set_failure(Some(why));
-        self.failed.notify_one();
-    }
-
-    /// Resolves when the engine will never serve again. For one waiter.
-    pub async fn given_up(&self) {
-        self.failed.notified().await;
-    }
-}
+/// How often it looks at those that wait, whether their clients left or they waited too long.
+const LOOK_AFTER: Duration = Duration::from_millis(50);
 
 /// A step on the device.
 #[derive(Debug)]
@@ -181,35 +57,6 @@ pub enum Exit {
     DeviceLost(String),
 }
 
-/// The requests of a worker, which outlive its model.
-#[derive(Debug)]
-pub struct Requests {
-    arriving: MessageReceiver,
-    active: HashMap<SequenceId, Accepted>,
-    /// Sequences that had not begun when the model was lost.
-    kept: Vec<Sequence>,
-    next_id: u64,
-}
-
-impl Requests {
-    /// Makes one that has nothing to do yet.
-    pub fn new(arriving: MessageReceiver) -> Self {
-        Self { arriving, active: HashMap::new(), kept: Vec::new(), next_id: 0 }
-    }
-
-    /// Ends every request, also those that were not taken yet.
-    pub fn fail_all(&mut self, metrics: &Metrics, message: &str) {
-        let arriving = self.arriving.receiver.try_iter().filter_map(|message| match message {
-            Message::Request(request) => Some(request.output),
-            Message::Wake => None,
-        });
-        for output in self.active.drain().map(|(_, active)| active.output).chain(arriving) {
-            output.fail(RequestError::Engine(message.to_owned()));
-            metrics.count_finished("failed");
-        }
-    }
-}
-
 /// The worker's state; [`Worker::run`] is its thread.
 #[derive(Debug)]
 pub struct Worker<'a, M: StepModel> {
@@ -225,6 +72,8 @@ pub struct Worker<'a, M: StepModel> {
     failed_steps: u32,
     /// Whether the last turn found nothing to launch.
     is_resting: bool,
+    /// When it looked at all requests last.
+    last_look: Instant,
 }
 
 impl<'a, M: StepModel> Worker<'a, M> {
@@ -243,6 +92,7 @@ impl<'a, M: StepModel> Worker<'a, M> {
             last_step,
             failed_steps: 0,
             is_resting: true,
+            last_look: last_step,
         }
     }
 
@@ -251,7 +101,7 @@ impl<'a, M: StepModel> Worker<'a, M> {
         self.take_stats();
         while !self.shared.stop.load(Ordering::Relaxed) {
             let open = self.take_arrived();
-            self.reap_cancelled();
+            self.reap();
             if self.shared.flush_cache.swap(false, Ordering::Relaxed) {
                 let pages = self.scheduler.flush_cache();
                 tracing::info!(pages, "emptied the prefix cache");
@@ -307,24 +157,35 @@ impl<'a, M: StepModel> Worker<'a, M> {
     }
 
     fn take(&mut self, message: Message) {
-        let Message::Request(request) = message else { return };
-        let mut request = *request;
-        self.requests.next_id += 1;
-        let (id, prompt) = (SequenceId(self.requests.next_id), std::mem::take(&mut request.prompt));
-        self.shared.metrics.prompt_tokens.inc_by(prompt.len() as u64);
-        let (max_tokens, waits_for_tokens) = (request.output.max_tokens(), request.choice.waits_for_tokens());
-        self.scheduler.add(Sequence::new(id, prompt, max_tokens, waits_for_tokens));
-        self.requests.active.insert(id, request);
+        let Message::Requests(requests) = message else { return };
+        for request in requests {
+            self.shared.metrics.prompt_tokens.inc_by(request.prompt.len() as u64);
+            self.scheduler.add(self.requests.take(request));
+        }
     }
 
-    fn reap_cancelled(&mut self) {
-        let active = self.requests.active.iter();
-        let cancelled: Vec<SequenceId> =
-            active.filter(|(_, active)| active.output.is_cancelled()).map(|(&id, _)| id).collect();
-        for id in cancelled {
-            tracing::debug!(sequence = %id, "cancelled by the client");
-            self.end(id, "cancelled");
+    /// Ends what nobody waits for any more, and what waited too long. Those that wait may be many, and are looked at now
+    /// and then only.
+    fn reap(&mut self) {
+        let now = Instant::now();
+        if now - self.last_look < LOOK_AFTER {
+            let active = &self.requests.active;
+            let is_cancelled = |id: &SequenceId| active.get(id).is_some_and(|active| active.output.is_cancelled());
+            let cancelled: Vec<SequenceId> = self.scheduler.running_ids().filter(is_cancelled).collect();
+            return cancelled.into_iter().for_each(|id| self.cancel(id));
         }
+        self.last_look = now;
+        self.requests.cancelled().into_iter().for_each(|id| self.cancel(id));
+        let (overdue, error) = self.requests.overdue(now);
+        for id in overdue {
+            tracing::debug!(sequence = %id, "waited too long in the queue");
+            self.fail(id, error.clone());
+        }
+    }
+
+    fn cancel(&mut self, id: SequenceId) {
+        tracing::debug!(sequence = %id, "cancelled by the client");
+        self.end(id, "cancelled");
     }
 
     /// Counts what a plan did to the queue.
@@ -332,8 +193,8 @@ impl<'a, M: StepModel> Worker<'a, M> {
         let metrics = &self.shared.metrics;
         for id in &plan.admitted {
             let Some(active) = self.requests.active.get_mut(id) else { continue };
-            // A sequence that comes back from a preemption has given its place in the queue back already.
-            if active.slot.take().is_some()
+            // A sequence that comes back from a preemption has given its places in the queue back already.
+            if active.places.take().is_some()
                 && let Some(sequence) = self.scheduler.running(*id)
             {
                 active.output.set_cached_tokens(sequence.num_cached());
@@ -460,10 +321,14 @@ impl<'a, M: StepModel> Worker<'a, M> {
     }
 
     fn fail(&mut self, id: SequenceId, error: RequestError) {
+        let reason = match error {
+            RequestError::QueueTimeout { .. } => "queue_timeout",
+            RequestError::Refused(_) | RequestError::Engine(_) => "failed",
+        };
         if let Some(active) = self.requests.active.get(&id) {
             active.output.fail(error);
         }
-        self.end(id, "failed");
+        self.end(id, reason);
     }
 
     fn fail_all_but_kept(&mut self, message: &str) {
@@ -507,85 +372,4 @@ fn caught<T>(call: impl FnOnce() -> Result<T, StepError>) -> Result<T, StepError
 }
 
 #[cfg(test)]
-mod tests {
-    use bcg_models::state::PagePool;
-    use serde_json::Value;
-
-    use super::super::local::{LocalEngine, LocalOptions};
-    use super::super::prefix_cache::PrefixCache;
-    use super::super::scheduler::Limits;
-    use super::super::{Engine, GenerationRequest, ModelInfo, Prompt, SubmitError};
-    use super::*;
-    use crate::metrics::ReasonLabel;
-
-    /// Loses its device at every step.
-    struct Lost;
-
-    impl StepModel for Lost {
-        type Pending = ();
-
-        fn launch(&mut self, _: &[SequenceInput<'_>]) -> Result<(), StepError> {
-            Err(StepError { message: "device lost".into(), is_device_lost: true })
-        }
-
-        fn collect(&mut self, (): ()) -> Result<Vec<SampledToken>, StepError> {
-            Ok(Vec::new())
-        }
-
-        fn stats(&self) -> GraphCounters {
-            GraphCounters::default()
-        }
-    }
-
-    fn engine() -> LocalEngine {
-        let engine = LocalEngine::start(|| {
-            let (name, has_tokenizer) = ("lost".to_owned(), false);
-            let info = ModelInfo { name, created: 0, context_length: 16, vocab_size: 8, has_tokenizer };
-            let (max_queued_requests, settings) = (64, Value::Null);
-            let options =
-                LocalOptions { info, tokenizer: None, chat: None, eos: vec![2], max_queued_requests, settings };
-            let limits = Limits { max_running_requests: 2, chunked_prefill_size: 16, context_length: 16 };
-            Ok((Lost, Scheduler::new(limits, PrefixCache::new(PagePool::new(4, 16), true)), options))
-        });
-        engine.expect("starts")
-    }
-
-    #[test]
-    fn wake_ups_that_nobody_has_seen_count_as_one() {
-        let (sender, receiver) = channel();
-        for _ in 0..2 {
-            (0..3).for_each(|_| sender.wake());
-            assert!(matches!(receiver.recv(IDLE_TICK), Ok(Message::Wake)));
-            assert!(matches!(receiver.try_recv(), Err(TryRecvError::Empty)));
-        }
-    }
-
-    #[test]
-    fn requests_that_come_while_the_engine_gives_up_end_too() {
-        for _ in 0..200 {
-            let engine = engine();
-            let submit = || {
-                let mut accepted = 0;
-                loop {
-                    match engine.submit(GenerationRequest::greedy(Prompt::Tokens(vec![1]))) {
-                        Ok(_) => accepted += 1,
-                        Err(SubmitError::QueueFull { .. }) => std::thread::yield_now(),
-                        Err(_) => return accepted,
-                    }
-                }
-            };
-            let accepted: u64 = std::thread::scope(|scope| {
-                let threads = [(); 4].map(|()| scope.spawn(submit));
-                threads.map(|thread| thread.join().expect("no panic")).iter().sum()
-            });
-            let count = |reason| engine.metrics().finished.get_or_create(&ReasonLabel { reason }).get();
-            let ended = || count("failed") + count("cancelled");
-            // The thread may still be telling those that wait.
-            let deadline = Instant::now() + Duration::from_secs(10);
-            while ended() < accepted && Instant::now() < deadline {
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            assert_eq!(ended(), accepted);
-        }
-    }
-}
+mod tests;
