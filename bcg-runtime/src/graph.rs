@@ -7,6 +7,7 @@ use crate::capture::context::Forward;
 use crate::capture::freeze::Freezer;
 use crate::capture::step::Step;
 use crate::capture::writer::{CaptureGuard, TapeWriter};
+use crate::device::watch::Hold;
 use crate::error::catch_panic;
 use crate::replay::tape::{self, Tape};
 use crate::replay::{self, ReplayPath, verify};
@@ -265,7 +266,8 @@ fn capture<L: LiveBatch, O: Freeze>(
     let begun = Instant::now();
     stream.begin_forward(live.rows(), 0)?;
     stream.arena().begin_log();
-    let mut guard = CaptureGuard::begin(stream, is_dry)?;
+    let hold = Hold::begin(stream.main());
+    let mut guard = CaptureGuard::begin(stream, is_dry, &hold)?;
     let run = || {
         let mut cx = Context { stream: guard.stream, live, writer: Some(&mut guard.writer) };
         forward(&mut cx)
@@ -281,6 +283,7 @@ fn capture<L: LiveBatch, O: Freeze>(
     let TapeWriter { mut steps, spans, retained, pinned, stamps, .. } = guard.seal()?;
     check_census(&steps, options.expected_breaks)?;
     let healer = tape::prepare(stream, &mut steps, spans)?;
+    drop(hold);
     let tape = Tape {
         healer,
         blocks: arena.end_log(steps.len()),

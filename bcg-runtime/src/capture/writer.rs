@@ -12,6 +12,7 @@ use std::sync::{Arc, OnceLock};
 
 use super::state::CaptureState;
 use super::step::{Break, Step};
+use crate::device::watch::Hold;
 use crate::device::{Graph, PinnedBuffer};
 use crate::generation::Stamp;
 use crate::segment::{Segment, SharedExecs};
@@ -176,14 +177,15 @@ pub(crate) struct CaptureGuard<'a, L> {
 }
 
 impl<'a, L> CaptureGuard<'a, L> {
-    /// Begins a capture; with `is_dry`, nothing runs until the guard goes.
-    pub(crate) fn begin(stream: &'a mut OpStream, is_dry: bool) -> Result<Self> {
+    /// Begins a capture; with `is_dry`, nothing runs until the guard goes. `hold` lasts until the graphs are made.
+    pub(crate) fn begin(stream: &'a mut OpStream, is_dry: bool, hold: &Hold) -> Result<Self> {
         if IS_CAPTURING.replace(true) {
             let state = "another capture is open on this thread";
             return Err(Error::CaptureState { transition: "begin", state });
         }
         let list_mode = if is_dry { ListMode::CaptureAhead } else { ListMode::Capture };
-        let list = Active::begin(WorkList::new(stream.main(), list_mode));
+        let list = Active::begin(WorkList::new(stream.main(), list_mode), hold);
+        let list = list.inspect_err(|_| IS_CAPTURING.set(false))?;
         let mut guard = Self { stream, writer: TapeWriter::new(), _list: list };
         guard.writer.begin(guard.stream)?;
         guard.stream.is_dry = is_dry;

@@ -1,13 +1,14 @@
 //! The guards that own every object of a backend, written once for all devices.
 //!
-//! Invariant: each handle is destroyed exactly once, by the `Drop` of the guard that created it, and `Drop` never
-//! panics. [`LiveObjects`] counts the guards that are alive, which is how tests see leaks.
+//! Invariant: each handle is destroyed exactly once, by the `Drop` of the guard that created it, or for memory that work
+//! may still name as soon as that is enqueued (`watch.rs`). `Drop` never panics. [`LiveObjects`] counts the guards that are alive, which is how tests see leaks.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::Device;
 use super::traits::{Backend, EventHandle, ExecHandle, GraphHandle, NodeCounts, NodeHandle, Part, StreamHandle};
-use super::{Device, watch};
+use super::watch::{self, Dropped};
 use crate::op::Op;
 use crate::{DevicePtr, Element, Error, Result};
 
@@ -68,7 +69,7 @@ impl Counters {
         self.allocated_bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    fn sub_memory(&self, bytes: usize) {
+    pub(super) fn sub_memory(&self, bytes: usize) {
         self.allocations.fetch_sub(1, Ordering::Relaxed);
         self.allocated_bytes.fetch_sub(bytes, Ordering::Relaxed);
     }
@@ -100,9 +101,8 @@ impl Allocation {
 
 impl Drop for Allocation {
     fn drop(&mut self) {
-        watch::before_free(&self.device, "freeing device memory");
-        self.device.backend().free(self.ptr);
-        self.device.counters().sub_memory(self.bytes);
+        let memory = Dropped { ptr: self.ptr, bytes: self.bytes, is_pinned: false };
+        watch::free(&self.device, "freeing device memory", memory);
     }
 }
 
@@ -177,9 +177,8 @@ impl PinnedBuffer {
 
 impl Drop for PinnedBuffer {
     fn drop(&mut self) {
-        watch::before_free(&self.device, "freeing page-locked memory");
-        self.device.backend().free_pinned(self.ptr);
-        self.device.counters().sub_memory(self.bytes);
+        let memory = Dropped { ptr: self.ptr, bytes: self.bytes, is_pinned: true };
+        watch::free(&self.device, "freeing page-locked memory", memory);
     }
 }
 

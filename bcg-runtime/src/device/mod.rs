@@ -39,10 +39,17 @@ use traits::Backend;
 #[derive(Clone)]
 pub struct Device {
     backend: Arc<dyn Backend>,
-    counters: Arc<guard::Counters>,
+    shared: Arc<Shared>,
     /// Where [`Device::zeros`], [`Device::read`] and [`Device::write`] run.
     own_stream: Arc<OwnStream>,
     host: Option<HostControl>,
+}
+
+/// What all handles to a device share, besides the backend.
+#[derive(Debug, Default)]
+struct Shared {
+    counters: guard::Counters,
+    holds: watch::Holds,
 }
 
 impl Device {
@@ -84,7 +91,7 @@ impl Device {
 
     fn with_backend(backend: Arc<dyn Backend>, host: Option<HostControl>) -> Self {
         let own_stream = Arc::new(OwnStream::new(Arc::clone(&backend)));
-        Self { backend, counters: Arc::default(), own_stream, host }
+        Self { backend, shared: Arc::default(), own_stream, host }
     }
 
     /// Opens the CUDA device with this ordinal.
@@ -147,7 +154,7 @@ impl Device {
 
     /// Returns how many objects of this device are alive, to find leaks.
     pub fn live_objects(&self) -> LiveObjects {
-        self.counters.snapshot()
+        self.shared.counters.snapshot()
     }
 
     /// Returns the controls of a host device (schedule, faults), and nothing for other kinds.
@@ -203,11 +210,15 @@ impl Device {
     }
 
     pub(crate) fn counters(&self) -> &guard::Counters {
-        &self.counters
+        &self.shared.counters
+    }
+
+    fn holds(&self) -> &watch::Holds {
+        &self.shared.holds
     }
 
     pub(crate) fn is(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.counters, &other.counters)
+        Arc::ptr_eq(&self.shared, &other.shared)
     }
 }
 

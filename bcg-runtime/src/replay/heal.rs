@@ -14,6 +14,7 @@ use super::tape::Tape;
 use super::{ChainReason, ReplayPath, begin, run_break, thaw_output};
 use crate::capture::step::Step;
 use crate::device::Stream;
+use crate::device::watch::Hold;
 use crate::stream::work_list::{self, Active, Origin, Span};
 use crate::{Freeze, LiveBatch, OpStream, Result, StepKind};
 
@@ -26,10 +27,12 @@ pub(crate) fn replay<L: LiveBatch, O: Freeze>(
     let span = tracing::trace_span!("healed replay");
     let _entered = span.enter();
     begin(tape, stream, live)?;
-    let active = Active::begin(tape.healer.take_list(stream.main()));
+    let hold = Hold::begin(stream.main());
+    let active = Active::begin(tape.healer.take_list(stream.main()), &hold)?;
     let result = run_steps(tape, stream, live);
     stream.arena().end_serving();
     tape.healer.keep_list(active.end());
+    drop(hold);
     let path = result?;
     if path == ReplayPath::Chain(ChainReason::WorkChanged) {
         tape.forget_covered();

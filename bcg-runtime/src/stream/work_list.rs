@@ -14,13 +14,14 @@
 //! - A forward runs on one thread.
 //! - While work is kept back, nothing of the forward that comes after it was enqueued.
 //! - Work of another runner inside a break is not listed: nothing orders the two streams.
+//! - What kept-back work names is not freed before it is enqueued, whichever thread drops the last handle: see `watch.rs`.
 
 use std::cell::RefCell;
 use std::sync::Arc;
 
 use crate::break_site::BreakSite;
 use crate::device::Stream;
-use crate::device::watch::{self, Needs, Watcher};
+use crate::device::watch::{self, Hold, Needs, Watcher};
 use crate::launch::{AnyKernel, Launch};
 use crate::op::Op;
 use crate::segment::Segment;
@@ -83,6 +84,8 @@ pub(crate) enum ListMode {
 pub(crate) struct WorkList {
     main: Arc<Stream>,
     mode: ListMode,
+    /// The number of the hold that keeps what its work names from being freed.
+    hold: Option<u64>,
     /// The break that runs.
     origin: Option<Origin>,
     /// How many ops there were when that break began.
@@ -101,6 +104,7 @@ impl WorkList {
         Self {
             main: Arc::clone(main),
             mode,
+            hold: None,
             origin: None,
             break_begin: 0,
             left: None,
@@ -219,7 +223,7 @@ fn with<R>(f: impl FnOnce(&mut WorkList) -> R) -> Option<R> {
     WORK_LIST.with_borrow_mut(|list| list.as_mut().map(f))
 }
 
-/// Makes a list the thread's until it is dropped; an outer one waits meanwhile.
+/// Makes a list the thread's until it is dropped. An outer one of the same device is left before, and waits meanwhile.
 #[derive(Debug)]
 pub(crate) struct Active {
     outer: Option<(Option<WorkList>, Option<Watcher>)>,
@@ -229,8 +233,14 @@ pub(crate) struct Active {
 const WATCHER: Watcher = Watcher { before_call: leave, before_free: leave_in_drop };
 
 impl Active {
-    pub(crate) fn begin(list: WorkList) -> Self {
-        Self { outer: Some((WORK_LIST.replace(Some(list)), watch::install(Some(WATCHER)))) }
+    /// Begins the listing. `hold` lasts longer: until nothing uses what was listed.
+    ///
+    /// # Errors
+    /// Those of leaving the outer list.
+    pub(crate) fn begin(mut list: WorkList, hold: &Hold) -> Result<Self> {
+        leave(list.main.device(), "a replay or capture of another graph", Needs::Results)?;
+        list.hold = Some(hold.number());
+        Ok(Self { outer: Some((WORK_LIST.replace(Some(list)), watch::install(Some(WATCHER)))) })
     }
 
     /// Ends the listing and returns the list, empty.
@@ -238,7 +248,7 @@ impl Active {
         let (outer, watcher) = self.outer.take()?;
         watch::install(watcher);
         let mut list = WORK_LIST.replace(outer)?;
-        (list.origin, list.left, list.error) = (None, None, None);
+        (list.hold, list.origin, list.left, list.error) = (None, None, None, None);
         list.span.clear();
         Some(list)
     }
@@ -340,16 +350,17 @@ pub(crate) fn leave(device: &Device, what: &'static str, needs: Needs) -> Result
     with(|list| if list.main.device().is(device) { list.leave(what, needs) } else { Ok(()) }).unwrap_or(Ok(()))
 }
 
-/// As [`leave`], for a drop; the break then returns the error.
-pub(crate) fn leave_in_drop(device: &Device, what: &'static str) {
+/// As [`leave`], for a drop; the break then returns the error. Returns the number of the list's hold if its work does not
+/// name what is dropped any more: it was enqueued, or will not be part of a graph.
+pub(crate) fn leave_in_drop(device: &Device, what: &'static str) -> Option<u64> {
     // A thread that ends has no list any more, and a drop inside the list itself frees nothing of the device.
-    let _ = WORK_LIST.try_with(|list| {
-        if let Ok(mut list) = list.try_borrow_mut()
-            && let Some(list) = list.as_mut()
-            && list.main.device().is(device)
-            && let Err(error) = list.leave(what, Needs::Nothing)
-        {
+    let left = WORK_LIST.try_with(|list| {
+        let mut list = list.try_borrow_mut().ok()?;
+        let list = list.as_mut().filter(|list| list.main.device().is(device))?;
+        if let Err(error) = list.leave(what, Needs::Nothing) {
             list.error.get_or_insert(error);
         }
+        if list.mode == ListMode::Replay || list.origin.is_some() { list.hold } else { None }
     });
+    left.ok().flatten()
 }

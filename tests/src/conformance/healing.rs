@@ -1,6 +1,6 @@
 //! Healed replay: what breaks enqueue becomes nodes of one launch, and always with the values of an eager run.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use bcg_runtime::{
@@ -428,6 +428,132 @@ pub fn a_body_that_leaves_the_record_finds_the_device_as_in_an_eager_run(device:
         }
         assert_usable(&mut runner);
     }
+}
+
+/// Memory that is lent to one run of a body: the handles are the only ones.
+type Lent = Arc<Mutex<Option<(Tensor, Arc<PinnedBuffer>)>>>;
+
+fn lend(device: &Device, lent: &Lent, value: f32) {
+    let pinned = PinnedBuffer::new(device, 64).expect("pinned memory");
+    pinned.write(&[value; 16]).expect("a write");
+    let tensor = device.tensor(&[16], &[10.0 * value; 16]).expect("a tensor");
+    *lent.lock().expect("no panic") = Some((tensor, Arc::new(pinned)));
+}
+
+/// Drops handles, and takes memory of the same size and another content, which may lie where the other was.
+fn drop_and_overwrite(device: &Device, handles: (Tensor, Arc<PinnedBuffer>)) -> Result<()> {
+    drop(handles);
+    let pinned = PinnedBuffer::new(device, 64)?;
+    pinned.write(&[f32::NAN; 16])?;
+    device.tensor(&[16], &[f32::NAN; 16]).map(drop)
+}
+
+/// Adds what is lent to `x`. Another thread drops it before the body ends.
+#[eager_on_graph]
+fn with_lent_memory(cx: &mut Eager<'_, Batch>, x: &Tensor, lent: &Lent) -> Result<Tensor> {
+    let handles = lent.lock().expect("no panic").take().expect("lent for this run");
+    let staged = cx.empty(&[16], DType::F32)?;
+    cx.copy_from_pinned(&staged, &handles.1)?;
+    let scale = cx.live().scale;
+    let sum = axpy(cx, scale, &handles.0, &staged)?;
+    let device = cx.device().clone();
+    std::thread::spawn(move || drop_and_overwrite(&device, handles)).join().expect("no panic")?;
+    axpy(cx, 1.0, x, &sum)
+}
+
+/// Another thread may drop the last handle to memory that kept-back work names: it is freed once that work is enqueued.
+pub fn memory_that_another_thread_gives_up_is_kept_for_work_kept_back(device: &Device) {
+    let (x, mut runner, lent) = (iota(device, &[16], 1.0), healing(device), Lent::default());
+    let also = Arc::clone(&lent);
+    let forward = move |cx: &mut Context<'_, Batch>| {
+        let y = step(cx, &x)?;
+        let y = with_lent_memory(cx, &y, &also)?;
+        step(cx, &y)
+    };
+    let mut graph = Graph::new("lent");
+    lend(device, &lent, 1.0);
+    graph.capture(&mut runner, &batch(1.0), forward).expect("a capture");
+    let objects = device.live_objects();
+    for (value, scale) in [(1.0, 1.0), (2.0, 3.0), (3.0, -1.0)] {
+        lend(device, &lent, value);
+        let replayed = graph.replay(&mut runner, &batch(scale)).expect("a replay");
+        let added = scale * 10.0 * value + value;
+        let expected: Vec<f32> = (0..16).map(|i| 1.0 + 3.0 * i as f32 + added).collect();
+        assert_eq!(runner.read::<f32>(&replayed).expect("a read"), expected);
+        assert_eq!(graph.last_replay(), Some(ReplayPath::Healed));
+        let now = device.live_objects();
+        assert_eq!(
+            (now.allocations, now.allocated_bytes),
+            (objects.allocations, objects.allocated_bytes),
+            "it is freed"
+        );
+    }
+}
+
+/// A runner with a graph, which a body replays, and what is lent to that graph's body.
+type Inner = Arc<Mutex<(Runner, Graph)>>;
+
+/// Adds `x` and what is lent to `total`, then replays a graph whose body drops what is lent.
+#[eager_on_graph]
+fn with_inner_replay(
+    cx: &mut Eager<'_, Batch>,
+    x: &Tensor,
+    total: &Tensor,
+    lent: &Lent,
+    inner: &Inner,
+) -> Result<Tensor> {
+    let lent_now = lent.lock().expect("no panic").clone();
+    if let Some((tensor, _)) = &lent_now {
+        axpy_into(cx, 1.0, x, tensor, total)?;
+    }
+    drop(lent_now);
+    let (runner, graph) = &mut *inner.lock().expect("no panic");
+    let seen = graph.replay(runner, &batch(0.0))?;
+    assert_eq!(runner.read::<f32>(&seen)?[0], cx.device().read::<f32>(total)?[0], "as in an eager run");
+    axpy(cx, 1.0, x, total)
+}
+
+/// Reads `total`, and drops what is lent.
+#[eager_on_graph]
+fn reading_and_dropping(cx: &mut Eager<'_, Batch>, total: &Tensor, lent: &Lent) -> Result<Tensor> {
+    if let Some(handles) = lent.lock().expect("no panic").take() {
+        drop_and_overwrite(&cx.device().clone(), handles)?;
+    }
+    let values = cx.device().read::<f32>(total)?;
+    let out = cx.empty(&[16], DType::F32)?;
+    cx.upload(&out, &values)?;
+    Ok(out)
+}
+
+/// A replay inside a break finds the device as in an eager run: what the break has enqueued has run for its reads, and is
+/// over for what it frees.
+pub fn a_replay_inside_a_break_finds_the_work_before_it_enqueued(device: &Device) {
+    let (x, total) = (iota(device, &[16], 1.0), device.zeros(&[16], DType::F32).expect("a total"));
+    let (lent, mut runner) = (Lent::default(), healing(device));
+    let inner = {
+        let (mut runner, mut graph) = (healing(device), Graph::new("inner"));
+        let (x, total, lent) = (x.clone(), total.clone(), Arc::clone(&lent));
+        let forward = move |cx: &mut Context<'_, Batch>| {
+            scaled(cx, &x)?; // so that this graph is replayed with work kept back too
+            reading_and_dropping(cx, &total, &lent)
+        };
+        graph.capture(&mut runner, &batch(0.0), forward).expect("a capture");
+        Inner::new(Mutex::new((runner, graph)))
+    };
+    let mut graph = Graph::new("outer");
+    let also = Arc::clone(&lent);
+    let forward = move |cx: &mut Context<'_, Batch>| {
+        let y = step(cx, &x)?;
+        with_inner_replay(cx, &y, &total, &also, &inner)
+    };
+    graph.capture(&mut runner, &batch(1.0), forward).expect("a capture");
+    for value in [1.0, 2.0, 3.0] {
+        lend(device, &lent, value);
+        let replayed = graph.replay(&mut runner, &batch(1.0)).expect("a replay");
+        let expected: Vec<f32> = (0..16).map(|i| 2.0 * (1.0 + 2.0 * i as f32) + 10.0 * value).collect();
+        assert_eq!(runner.read::<f32>(&replayed).expect("a read"), expected);
+    }
+    assert_eq!(not_healable(&graph), [Some("a replay or capture of another graph")]);
 }
 
 /// A forward whose batch fills its rows heals, and so does one with a tail to scrub, without a patch.

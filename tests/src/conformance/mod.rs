@@ -150,6 +150,8 @@ macro_rules! conformance_rules {
                 replays_in_flight_keep_their_arguments,
                 patching_does_not_wait_for_a_running_replay,
                 a_body_that_leaves_the_record_finds_the_device_as_in_an_eager_run,
+                memory_that_another_thread_gives_up_is_kept_for_work_kept_back,
+                a_replay_inside_a_break_finds_the_work_before_it_enqueued,
                 padded_and_exact_batches_heal,
                 a_healed_replay_copies_no_bridge,
             }
