@@ -2,19 +2,26 @@
 //!
 //! Templates are written for transformers; the environment here is its environment: trimmed blocks, loop controls,
 //! Python methods on values, `raise_exception`, `strftime_now`, and a `tojson` that spaces like Python and escapes
-//! nothing.
+//! nothing. A template is a program of the checkpoint's author: the `sandbox` sees to it that it ends, and soon.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
+mod functions;
+#[cfg(test)]
+mod hostile;
+mod meter;
+mod sandbox;
+
 use std::path::Path;
 
-use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Serde, Value as Jinja};
-use minijinja::{Environment, ErrorKind};
+use minijinja::Environment;
+use minijinja::value::{Serde, Value as Jinja};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::checkpoint::{self, CONFIG_BYTES_MAX, TEMPLATE_BYTES_MAX};
 use crate::error::{Error, Result};
+
+pub use meter::{RENDER_BYTES_MAX, RENDER_INSTRUCTIONS_MAX, RENDER_TIME_MAX, RENDER_VALUES_MAX};
+pub use sandbox::{TAG_TOKENS_MAX, TEMPLATE_TOKENS_MAX};
 
 /// One message of a chat.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -110,6 +117,11 @@ pub struct ContentPart {
 #[derive(Debug)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
+    limits: meter::Limits,
+    /// The template as the sandbox renders it.
+    source: String,
+    /// The name of its file, for messages.
+    name: String,
     /// `bos_token` and its like.
     special_tokens: Map<String, Value>,
 }
@@ -145,18 +157,18 @@ impl ChatTemplate {
                 Some((name.to_owned(), text.into()))
             })
             .collect();
-        Self::parse(&source, special_tokens).map(Some).map_err(|error| Error::format(&file, error))
+        Self::parse(&file, &source, special_tokens).map(Some)
     }
 
-    fn parse(source: &str, special_tokens: Map<String, Value>) -> std::result::Result<Self, minijinja::Error> {
-        let mut environment = Environment::new();
-        environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_function("raise_exception", raise_exception);
-        environment.add_function("strftime_now", |format: String| strftime(&format, now_seconds()));
-        environment.add_filter("tojson", to_json);
-        environment.add_template_owned("chat", source.to_owned())?;
-        Ok(Self { environment, special_tokens })
+    fn parse(file: &Path, source: &str, special_tokens: Map<String, Value>) -> Result<Self> {
+        let prepared = sandbox::on_a_large_stack(|| sandbox::prepare(source).map_err(|error| error.to_string()));
+        let source = prepared.flatten().map_err(|error| Error::format(file, error))?;
+        let mut environment = sandbox::environment();
+        functions::add_to(&mut environment);
+        let limits = meter::Limits::default();
+        environment.set_fuel(Some(limits.instructions));
+        let name = file.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        Ok(Self { environment, limits, source, name, special_tokens })
     }
 
     /// Renders a chat to the prompt's text. `tools` and `extra` (such as `enable_thinking`) are passed to the template.
@@ -177,14 +189,18 @@ impl ChatTemplate {
         context.insert("tools".into(), tools.cloned().unwrap_or(Value::Null));
         context.insert("documents".into(), Value::Null);
         context.insert("add_generation_prompt".into(), add_generation_prompt.into());
-        let template = self.environment.get_template("chat").map_err(|error| Error::Chat(error.to_string()))?;
-        // minijinja panics in places that messages can reach: 3.0.5 where a template reverses an empty list or text.
-        let rendered = catch_unwind(AssertUnwindSafe(|| template.render(Jinja::from(Serde(&context)))));
-        let rendered = rendered.map_err(|_| Error::Chat("the template cannot render these messages".to_owned()))?;
-        rendered.map_err(|error| {
-            // What `raise_exception` said is for the client; the rest of the message is about the template.
-            let said = error.detail().map_or_else(|| error.to_string(), str::to_owned);
-            Error::Chat(said)
+        let rendered = sandbox::on_a_large_stack(|| {
+            sandbox::render(&self.environment, self.limits, &self.source, Jinja::from(Serde(&context)), None)
+        });
+        rendered.map_err(Error::Chat)?.map_err(|error| self.failed(&error))
+    }
+
+    /// What `raise_exception` said is for the client; the rest of the message is about the template.
+    fn failed(&self, error: &minijinja::Error) -> Error {
+        Error::Chat(match (meter::limit(error), error.detail()) {
+            (Some(limit), _) => format!("{} {limit} for this conversation", self.name),
+            (None, Some(said)) => said.to_owned(),
+            (None, None) => error.to_string(),
         })
     }
 }
@@ -200,117 +216,13 @@ fn template_in(config: &Value) -> Option<&str> {
     default.or_else(|| list.first())?.get("template")?.as_str()
 }
 
-#[allow(clippy::needless_pass_by_value)] // the signature that template functions have
-fn raise_exception(message: String) -> std::result::Result<Jinja, minijinja::Error> {
-    Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-}
-
-/// `json.dumps(value, ensure_ascii=False, indent=indent)`.
-#[allow(clippy::needless_pass_by_value)] // the signature that template filters have
-fn to_json(value: &Jinja, kwargs: Kwargs) -> std::result::Result<String, minijinja::Error> {
-    let indent: Option<usize> = kwargs.get("indent")?;
-    let _: Option<bool> = kwargs.get("ensure_ascii")?;
-    kwargs.assert_all_used()?;
-    let mut bytes = Vec::new();
-    let written = match indent {
-        Some(indent) => {
-            let spaces = " ".repeat(indent);
-            let format = serde_json::ser::PrettyFormatter::with_indent(spaces.as_bytes());
-            value.serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, format))
-        }
-        None => value.serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, PythonFormatter)),
-    };
-    written.map_err(|error| minijinja::Error::new(ErrorKind::InvalidOperation, error.to_string()))?;
-    String::from_utf8(bytes).map_err(|error| minijinja::Error::new(ErrorKind::InvalidOperation, error.to_string()))
-}
-
-/// JSON on one line with Python's spaces after `,` and `:`.
-struct PythonFormatter;
-
-impl serde_json::ser::Formatter for PythonFormatter {
-    fn begin_array_value<W: ?Sized + std::io::Write>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
-    }
-
-    fn begin_object_key<W: ?Sized + std::io::Write>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
-    }
-
-    fn begin_object_value<W: ?Sized + std::io::Write>(&mut self, writer: &mut W) -> std::io::Result<()> {
-        writer.write_all(b": ")
-    }
-}
-
-fn now_seconds() -> u64 {
-    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_secs())
-}
-
-/// The directives of `strftime` that templates use, in UTC; others are kept as they stand.
-fn strftime(format: &str, seconds: u64) -> String {
-    const MONTHS: [&str; 12] = [
-        "January",
-        "February",
-        "March",
-        "April",
-        "May",
-        "June",
-        "July",
-        "August",
-        "September",
-        "October",
-        "November",
-        "December",
-    ];
-    const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
-    let (days, second) = (seconds / 86_400, seconds % 86_400);
-    let (year, month, day) = civil_from_days(days);
-    let (month_name, day_name) = (MONTHS[month as usize - 1], DAYS[(days % 7) as usize]);
-    let mut out = String::new();
-    let mut rest = format.chars();
-    while let Some(c) = rest.next() {
-        if c != '%' {
-            out.push(c);
-            continue;
-        }
-        match rest.next() {
-            Some('Y') => out += &year.to_string(),
-            Some('y') => out += &format!("{:02}", year % 100),
-            Some('m') => out += &format!("{month:02}"),
-            Some('d') => out += &format!("{day:02}"),
-            Some('B') => out += month_name,
-            Some('b') => out += &month_name[..3],
-            Some('A') => out += day_name,
-            Some('a') => out += &day_name[..3],
-            Some('H') => out += &format!("{:02}", second / 3600),
-            Some('M') => out += &format!("{:02}", second / 60 % 60),
-            Some('S') => out += &format!("{:02}", second % 60),
-            Some('%') => out.push('%'),
-            Some(other) => out.extend(['%', other]),
-            None => out.push('%'),
-        }
-    }
-    out
-}
-
-/// Year, month and day of a day counted from 1970-01-01 (H. Hinnant's `civil_from_days`).
-fn civil_from_days(days: u64) -> (u64, u64, u64) {
-    let shifted = days + 719_468;
-    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted_month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
-    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
-    (year_of_era + era * 400 + u64::from(month <= 2), month, day)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use serde_json::json;
 
     fn template(source: &str) -> ChatTemplate {
-        ChatTemplate::parse(source, Map::new()).expect("a template")
+        ChatTemplate::parse(Path::new("chat_template.jinja"), source, Map::new()).expect("a template")
     }
 
     fn messages(value: Value) -> Vec<ChatMessage> {
@@ -381,11 +293,5 @@ mod tests {
         dir.write("chat_template.jinja", b"{% if %}");
         let error = ChatTemplate::load(dir.path()).expect_err("malformed").to_string();
         assert!(error.contains("chat_template.jinja"), "{error}");
-    }
-
-    #[test]
-    fn dates_are_formatted_in_utc() {
-        assert_eq!(strftime("%d %b %Y %A %H:%M:%S %j%%", 1_709_210_096), "29 Feb 2024 Thursday 12:34:56 %j%");
-        assert_eq!(strftime("%Y-%m-%d", 0), "1970-01-01");
     }
 }
