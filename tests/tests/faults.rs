@@ -41,8 +41,9 @@ fn forward(device: &Device) -> impl Fn(&mut Context<'_, Batch>) -> Result<Tensor
     let x = iota(device, &[SIZE, 4], 1.0);
     let weight = iota(device, &[4, 4], -1.0);
     let cell = device.zeros(&[1], DType::I32).expect("a cell");
-    let pinned = Arc::new(PinnedBuffer::new(device, SIZE * 16).expect("pinned memory"));
+    let mut pinned = PinnedBuffer::new(device, SIZE * 16).expect("pinned memory");
     pinned.write(&[0.5f32; SIZE * 4]).expect("a write");
+    let pinned = Arc::new(pinned);
     move |cx| {
         let staged = cx.empty(&[SIZE, 4], DType::F32)?;
         cx.copy_from_pinned(&staged, &pinned)?;

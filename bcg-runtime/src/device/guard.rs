@@ -112,9 +112,18 @@ impl Drop for Allocation {
 /// ```
 /// use bcg_runtime::{Device, PinnedBuffer};
 /// let device = Device::host();
-/// let pinned = PinnedBuffer::new(&device, 8)?;
+/// let mut pinned = PinnedBuffer::new(&device, 8)?;
 /// pinned.write(&[1.0f32, 2.0])?;
 /// assert_eq!(pinned.len_bytes(), 8);
+/// # Ok::<(), bcg_runtime::Error>(())
+/// ```
+///
+/// Nobody writes to a buffer that is shared, which another thread could be writing to as well. Inputs that change go
+/// through a [`Staging`](crate::Staging) into a tensor.
+/// ```compile_fail,E0596
+/// use bcg_runtime::{Device, PinnedBuffer};
+/// let pinned = std::sync::Arc::new(PinnedBuffer::new(&Device::host(), 8)?);
+/// pinned.write(&[1.0f32, 2.0])?;
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
 #[derive(Debug)]
@@ -135,12 +144,12 @@ impl PinnedBuffer {
         Ok(Self { device: device.clone(), ptr, bytes })
     }
 
-    /// Writes `data` to the start of the buffer, at once. Work that still reads the buffer sees either contents: order
-    /// it with a synchronisation.
+    /// Writes `data` to the start of the buffer, at once. Work that was enqueued and still reads the buffer may see old
+    /// and new bytes: order it with a synchronisation.
     ///
     /// # Errors
     /// [`Error::Shape`] if `data` is longer than the buffer.
-    pub fn write<T: Element>(&self, data: &[T]) -> Result<()> {
+    pub fn write<T: Element>(&mut self, data: &[T]) -> Result<()> {
         let bytes: &[u8] = bytemuck::cast_slice(data);
         if bytes.len() > self.bytes {
             let expected = format!("at most {} bytes", self.bytes);
@@ -149,13 +158,15 @@ impl PinnedBuffer {
         self.write_bytes_at(0, bytes)
     }
 
-    /// Writes `bytes`, which fit, from an offset in bytes on.
+    /// Writes `bytes`, which fit, from an offset in bytes on. Only for the one owner that writes to this buffer, although
+    /// work that reads it shares it: no other thread may write it or read it meanwhile.
     pub(crate) fn write_bytes_at(&self, offset: usize, bytes: &[u8]) -> Result<()> {
         assert!(self.holds(offset, bytes.len()), "the bytes fit into the pinned buffer");
         self.device.backend().write_pinned(self.ptr.offset_bytes(offset), bytes)
     }
 
-    /// Fills `into` with what lies from an offset in bytes on. No work that writes the buffer may be under way.
+    /// Fills `into` with what lies from an offset in bytes on. No work that writes the buffer may be under way, and no
+    /// other thread may write it meanwhile.
     pub(crate) fn read_bytes_at(&self, offset: usize, into: &mut [u8]) -> Result<()> {
         assert!(self.holds(offset, into.len()), "the bytes lie in the pinned buffer");
         self.device.backend().read_pinned(self.ptr.offset_bytes(offset), into)

@@ -222,7 +222,8 @@ impl OpStream {
         self.submit(&Op::Copy(copy))
     }
 
-    /// Enqueues a copy from page-locked memory, which is read when the work runs, so again at each replay.
+    /// Enqueues a copy from page-locked memory, which is read when the work runs, so again at each replay. A graph keeps
+    /// the memory alive.
     ///
     /// # Errors
     /// [`Error::Shape`] if `dst` is row-sliced or larger than `src`; those of [`OpStream::addr`]; the driver's.

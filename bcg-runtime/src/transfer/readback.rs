@@ -4,9 +4,11 @@
 //! only: the work of the next forward can be enqueued in between, so that the device has something to do while the host
 //! reads.
 //!
-//! Invariant: host code reads the page-locked memory only after the event of the copy that wrote it last.
+//! Invariant: host code reads the page-locked memory only after the event of the copy that wrote it last. If that copy was
+//! not enqueued, or failed, nothing is read until the next one.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::device::{Event, PinnedBuffer};
 use crate::{DType, Device, Element, Error, Result, Runner, Tensor};
@@ -34,6 +36,8 @@ pub struct Readback {
     buffer: PinnedBuffer,
     copied: Event,
     parts: Vec<(DType, Range<usize>)>,
+    /// The latest copies were not enqueued, or did not run: the memory holds nothing, or what was read back before.
+    has_failed: AtomicBool,
 }
 
 impl Readback {
@@ -42,7 +46,8 @@ impl Readback {
     /// # Errors
     /// The driver's.
     pub fn new(device: &Device, bytes: usize) -> Result<Self> {
-        Ok(Self { buffer: PinnedBuffer::new(device, bytes)?, copied: Event::new(device)?, parts: Vec::new() })
+        let (buffer, copied) = (PinnedBuffer::new(device, bytes)?, Event::new(device)?);
+        Ok(Self { buffer, copied, parts: Vec::new(), has_failed: AtomicBool::new(false) })
     }
 
     /// Waits for the latest [`Runner::read_back`] and returns the values of its tensor number `part`, in row-major
@@ -50,8 +55,14 @@ impl Readback {
     ///
     /// # Errors
     /// [`Error::Shape`] if there is no such part or `T` is not its dtype; the first error of the work waited for.
+    /// [`Error::Other`] after the latest [`Runner::read_back`], or the wait for it, has failed.
     pub fn read<T: Element>(&self, part: usize) -> Result<Vec<T>> {
-        self.copied.synchronize()?;
+        if self.has_failed.load(Ordering::Relaxed) {
+            let what =
+                "Readback::read: the latest Runner::read_back failed, so there is nothing to read; read back again";
+            return Err(Error::other(what));
+        }
+        self.copied.synchronize().inspect_err(|_| self.has_failed.store(true, Ordering::Relaxed))?;
         let Some((dtype, bytes)) = self.parts.get(part) else {
             let expected = format!("a part below {}", self.parts.len());
             return Err(Error::shape("Readback::read", expected, part.to_string()));
@@ -71,8 +82,9 @@ impl Runner {
     ///
     /// # Errors
     /// [`Error::Shape`] for a row-sliced tensor, or if the tensors do not fit; those of
-    /// [`OpStream::addr`](crate::OpStream::addr); the driver's.
+    /// [`OpStream::addr`](crate::OpStream::addr); the driver's. There is nothing to read from `readback` then.
     pub fn read_back(&mut self, tensors: &[&Tensor], readback: &mut Readback) -> Result<()> {
+        *readback.has_failed.get_mut() = true;
         readback.parts.clear();
         let mut begin = 0;
         for tensor in tensors {
@@ -85,7 +97,9 @@ impl Runner {
             self.stream_mut().copy_to_pinned(tensor, &readback.buffer, bytes.start)?;
             readback.parts.push((tensor.dtype(), bytes));
         }
-        readback.copied.record(self.stream_mut().main())
+        readback.copied.record(self.stream_mut().main())?;
+        *readback.has_failed.get_mut() = false;
+        Ok(())
     }
 }
 
@@ -132,5 +146,47 @@ mod tests {
         runner.read_back(&[&tensor], &mut readback).expect("enqueued");
         device.host_control().expect("a host device").fail_calls_named("cuEventSynchronize", 1);
         readback.read::<i32>(0).expect_err("the wait fails");
+        let error = readback.read::<i32>(0).expect_err("nobody knows whether the copy has run").to_string();
+        assert!(error.ends_with("read back again"), "{error}");
+        runner.read_back(&[&tensor], &mut readback).expect("enqueued");
+        assert_eq!(readback.read::<i32>(0).expect("read"), [1]);
+    }
+
+    #[test]
+    fn nothing_is_read_after_a_read_back_that_failed() {
+        let (device, mut runner) = runner();
+        let (old, new) =
+            (device.tensor(&[2], &[1, 2]).expect("a tensor"), device.tensor(&[2], &[3, 4]).expect("a tensor"));
+        let rows = device.tensor(&[2, 2], &[5, 6, 7, 8]).expect("a tensor");
+        let column = rows.columns(0..1).expect("a column");
+        let control = device.host_control().expect("a host device");
+        for call in ["a column", "cuMemcpyDtoHAsync", "cuEventRecord"] {
+            let mut readback = Readback::new(&device, 32).expect("a readback");
+            runner.read_back(&[&old, &old], &mut readback).expect("enqueued");
+            control.fail_calls_named(call, 1);
+            let second = if call == "a column" { &column } else { &new };
+            runner.read_back(&[&new, second], &mut readback).expect_err(call);
+            control.clear_faults();
+            for part in [0, 1] {
+                let error = readback.read::<i32>(part).expect_err("neither old values nor unwritten ones").to_string();
+                assert!(error.ends_with("read back again"), "{call}: {error}");
+            }
+            runner.read_back(&[&new], &mut readback).expect("enqueued");
+            assert_eq!(readback.read::<i32>(0).expect("read"), [3, 4], "{call}");
+        }
+    }
+
+    #[test]
+    fn nothing_is_read_after_work_that_failed() {
+        let (device, mut runner) = runner();
+        let tensor = device.tensor(&[1], &[1]).expect("a tensor");
+        let mut readback = Readback::new(&device, 32).expect("a readback");
+        runner.read_back(&[&tensor, &tensor], &mut readback).expect("enqueued");
+        readback.read::<i32>(1).expect("read");
+        // A flip outside of the memory fails the copy.
+        device.host_control().expect("a host device").inject("flip:copy to pinned:1:800000000").expect("a fault");
+        runner.read_back(&[&tensor, &tensor], &mut readback).expect("enqueued");
+        readback.read::<i32>(0).expect_err("the copy failed");
+        readback.read::<i32>(1).expect_err("the device says so once, and this part is no better");
     }
 }

@@ -42,8 +42,9 @@ pub struct Staging {
 #[derive(Debug)]
 struct Slot {
     buffer: Arc<PinnedBuffer>,
-    /// An event after the copies that read the buffer.
+    /// An event after the copies that read the buffer, if it could be recorded.
     sent: Event,
+    has_sent: bool,
 }
 
 impl Staging {
@@ -52,7 +53,10 @@ impl Staging {
     /// # Errors
     /// The driver's, if it has no more such memory.
     pub fn new(device: &Device, bytes: usize) -> Result<Self> {
-        let slot = |_| Ok(Slot { buffer: Arc::new(PinnedBuffer::new(device, bytes)?), sent: Event::new(device)? });
+        let slot = |_| {
+            let buffer = Arc::new(PinnedBuffer::new(device, bytes)?);
+            Ok(Slot { buffer, sent: Event::new(device)?, has_sent: true })
+        };
         Ok(Self { slots: (0..SLOTS).map(slot).collect::<Result<_>>()?, turn: 0, bytes })
     }
 
@@ -63,25 +67,38 @@ impl Staging {
     /// [`Error::Shape`] for a row-sliced tensor, if a length differs, or if the bytes do not fit; those of
     /// [`OpStream::addr`](crate::OpStream::addr); the driver's.
     pub fn upload(&mut self, runner: &mut Runner, parts: &[(&Tensor, &[u8])]) -> Result<()> {
-        const OP: &str = "Staging::upload";
-        let slot = &self.slots[self.turn % SLOTS];
+        let slot = &mut self.slots[self.turn % SLOTS];
         self.turn += 1;
-        slot.sent.synchronize()?;
+        if std::mem::take(&mut slot.has_sent) {
+            slot.sent.synchronize()?;
+        } else {
+            runner.device().synchronize()?;
+        }
+        let sent = slot.send(runner, parts, self.bytes);
+        // After a failure too: the copies enqueued before it read the buffer.
+        slot.sent.record(runner.stream_mut().main()).map(|()| slot.has_sent = true).and(sent)
+    }
+}
+
+impl Slot {
+    /// Enqueues the copies through this slot, which has room for `bytes_max`.
+    fn send(&self, runner: &mut Runner, parts: &[(&Tensor, &[u8])], bytes_max: usize) -> Result<()> {
+        const OP: &str = "Staging::upload";
         let mut begin = 0;
         for &(tensor, bytes) in parts {
             if !tensor.is_contiguous() || bytes.len() != tensor.size_bytes() {
                 let expected = format!("{} bytes for a contiguous tensor", tensor.size_bytes());
                 return Err(Error::shape(OP, expected, format!("{} bytes for {tensor:?}", bytes.len())));
             }
-            if begin + bytes.len() > self.bytes {
-                let expected = format!("at most {} bytes", self.bytes);
+            if begin + bytes.len() > bytes_max {
+                let expected = format!("at most {bytes_max} bytes");
                 return Err(Error::shape(OP, expected, format!("{} bytes", begin + bytes.len())));
             }
-            slot.buffer.write_bytes_at(begin, bytes)?;
-            runner.stream_mut().copy_from_pinned_at(tensor, &slot.buffer, begin)?;
+            self.buffer.write_bytes_at(begin, bytes)?;
+            runner.stream_mut().copy_from_pinned_at(tensor, &self.buffer, begin)?;
             begin = (begin + bytes.len()).next_multiple_of(PART_ALIGNMENT);
         }
-        slot.sent.record(runner.stream_mut().main())
+        Ok(())
     }
 }
 
@@ -121,5 +138,24 @@ mod tests {
         assert!(matches!(staging.upload(&mut runner, &twice), Err(Error::Shape { .. })));
         staging.upload(&mut runner, &twice[..1]).expect("one fits");
         assert_eq!(runner.read::<i32>(&matrix).expect("read"), [0x0101_0101; 8]);
+    }
+
+    #[test]
+    fn what_was_enqueued_before_a_failure_keeps_its_bytes() {
+        let device = Device::host();
+        let control = device.host_control().expect("a host device");
+        let mut runner = Runner::new(&device, RunnerOptions::default()).expect("a runner");
+        let [first, second, later] = [(); 3].map(|()| device.zeros(&[4], DType::U8).expect("a tensor"));
+        for call in ["a wrong length", "cuMemcpyAsync", "cuEventRecord"] {
+            let mut staging = Staging::new(&device, 32).expect("a staging");
+            // The second part fails, or the event after both.
+            let wrong = if call == "a wrong length" { &[2u8; 3][..] } else { &[2; 4] };
+            let n = if call == "cuMemcpyAsync" { 2 } else { 1 };
+            control.inject(&format!("fail:{call}:{n}")).expect("a fault");
+            staging.upload(&mut runner, &[(&first, &[1; 4]), (&second, wrong)]).expect_err(call);
+            control.clear_faults();
+            (0..SLOTS).for_each(|_| staging.upload(&mut runner, &[(&later, &[9; 4])]).expect("enqueued"));
+            assert_eq!(runner.read::<u8>(&first).expect("read"), [1; 4], "{call}: the buffer was written too early");
+        }
     }
 }

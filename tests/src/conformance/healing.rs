@@ -212,7 +212,7 @@ fn copies_and_fills(
 pub fn copies_and_fills_in_a_break_heal(device: &Device) {
     let (x, mut runner) = (iota(device, &[4, 4], 1.0), healing(device));
     let [one, other] = [5.0f32, 9.0].map(|value| {
-        let pinned = PinnedBuffer::new(device, 16).expect("pinned memory");
+        let mut pinned = PinnedBuffer::new(device, 16).expect("pinned memory");
         pinned.write(&[value; 4]).expect("a write");
         Arc::new(pinned)
     });
@@ -434,7 +434,7 @@ pub fn a_body_that_leaves_the_record_finds_the_device_as_in_an_eager_run(device:
 type Lent = Arc<Mutex<Option<(Tensor, Arc<PinnedBuffer>)>>>;
 
 fn lend(device: &Device, lent: &Lent, value: f32) {
-    let pinned = PinnedBuffer::new(device, 64).expect("pinned memory");
+    let mut pinned = PinnedBuffer::new(device, 64).expect("pinned memory");
     pinned.write(&[value; 16]).expect("a write");
     let tensor = device.tensor(&[16], &[10.0 * value; 16]).expect("a tensor");
     *lent.lock().expect("no panic") = Some((tensor, Arc::new(pinned)));
@@ -443,7 +443,7 @@ fn lend(device: &Device, lent: &Lent, value: f32) {
 /// Drops handles, and takes memory of the same size and another content, which may lie where the other was.
 fn drop_and_overwrite(device: &Device, handles: (Tensor, Arc<PinnedBuffer>)) -> Result<()> {
     drop(handles);
-    let pinned = PinnedBuffer::new(device, 64)?;
+    let mut pinned = PinnedBuffer::new(device, 64)?;
     pinned.write(&[f32::NAN; 16])?;
     device.tensor(&[16], &[f32::NAN; 16]).map(drop)
 }

@@ -70,8 +70,9 @@ impl MemoryBackend for CudaBackend {
     fn write_pinned(&self, ptr: DevicePtr, data: &[u8]) -> Result<()> {
         let dst: *mut u8 = std::ptr::with_exposed_provenance_mut(ptr.0 as usize);
         // SAFETY: `ptr` lies in a live allocation of `alloc_pinned`, whose address was exposed there, and
-        // `PinnedBuffer::write_bytes_at` compared the end of `data` with its size just before. No Rust reference to
-        // that memory is ever made (`sys.rs` and this line are all that touch it), so `data` cannot overlap it.
+        // `PinnedBuffer::write_bytes_at` compared the end of `data` with its size just before; by its contract no other
+        // thread reads or writes there now. No Rust reference to that memory is ever made (`sys.rs` and this line are all
+        // that touch it), so `data` cannot overlap it.
         unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), dst, data.len()) };
         Ok(())
     }
@@ -79,8 +80,8 @@ impl MemoryBackend for CudaBackend {
     fn read_pinned(&self, ptr: DevicePtr, into: &mut [u8]) -> Result<()> {
         let src: *const u8 = std::ptr::with_exposed_provenance(ptr.0 as usize);
         // SAFETY: `ptr` lies in a live allocation of `alloc_pinned`, whose address was exposed there, and
-        // `PinnedBuffer::read_bytes_at` compared the end of `into` with its size just before; nothing writes it now
-        // (contract of `traits`). No Rust reference to that memory is ever made, so `into` cannot overlap it.
+        // `PinnedBuffer::read_bytes_at` compared the end of `into` with its size just before; nothing writes it now, by
+        // the contract of that function and of `traits`. No Rust reference to that memory is ever made, so `into` cannot overlap it.
         unsafe { std::ptr::copy_nonoverlapping(src, into.as_mut_ptr(), into.len()) };
         Ok(())
     }
