@@ -23,7 +23,9 @@ pub use self::metrics::Metrics;
 pub use self::options::{CaptureMode, DeviceChoice, EngineOptions, QueueOptions};
 
 pub mod choice;
+pub mod compilers;
 pub mod fair_places;
+mod fair_threads;
 pub mod guide;
 pub mod load;
 pub mod local;
