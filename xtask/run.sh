@@ -156,6 +156,8 @@ correctness() {
         step "generate" 60 bin/bcg generate "${tiny[@]}" "${graphs[@]}" --chat --prompt "Raj has 10 boxes with 12 books in each. How many books is that?"
         step "matmul bench" 60 bin/matmul --json "$out/matmul.json"
         step "mechanism bench" 180 bin/mechanism --device cuda --json "$out/mechanism.json"
+        # Last, because it breaks the device of its processes.
+        step "device faults" 300 python3 device_faults.py bin/gpu models/geometries/qwen3-8b "$BCG_CACHE_DIR" "$out/device_faults.json"
     fi
 }
 

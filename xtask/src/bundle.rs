@@ -43,7 +43,7 @@ pub(crate) fn run() -> Result<()> {
     for folder in FOLDERS {
         copy(&root().join(folder), &bundle.join(folder))?;
     }
-    for script in ["run.sh", "standing.py"] {
+    for script in ["run.sh", "standing.py", "device_faults.py"] {
         copy(&root().join("xtask").join(script), &bundle.join(script))?;
     }
     fs::write(bundle.join("COMMIT"), commit())?;

@@ -1,0 +1,144 @@
+#!/usr/bin/env python3
+"""What a server does whose GPU is broken by a request: a kernel that traps, and one that runs for 30 seconds.
+
+    device_faults.py GPU_BINARY MODEL_FOLDER CACHE_FOLDER FIGURES.json [--device host]
+
+GPU_BINARY is the bundle's `bin/gpu`, whose `serve` breaks its device for prompts that begin with known tokens. Each fault is
+met with `--supervise`, which must replace the worker, and without, where the process must end with an error. At the end a
+fresh process must still be able to use the device. Exits with 1 if something was not as it must be.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+
+PORT = 30021
+WATCHDOG_SECONDS = 5
+# From the trap to the next answer; for the long kernel the watchdog's time comes before.
+REPLACED_SECONDS = 5
+PATIENCE_SECONDS = 90
+TRAP, SPIN, GOOD = [7, 7, 7, 7], [8, 8, 8, 8], [1, 2, 3, 4]
+
+
+def call(path, body=None, seconds=2.0):
+    """Returns status and text; the status is 0 where there was no answer."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{PORT}{path}", data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=seconds) as reply:
+            return reply.status, reply.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+    except OSError as error:
+        return 0, str(error)
+
+
+def complete(prompt, seconds):
+    return call("/v1/completions", {"prompt": prompt, "max_tokens": 4, "ignore_eos": True}, seconds)
+
+
+def wait_until(what, condition):
+    begun = time.monotonic()
+    while time.monotonic() - begun < PATIENCE_SECONDS:
+        if condition():
+            return time.monotonic() - begun
+        time.sleep(0.02)
+    raise RuntimeError(f"never within {PATIENCE_SECONDS} s: {what}")
+
+
+class Server:
+    def __init__(self, flags):
+        self.log = tempfile.TemporaryFile("w+")
+        binary, model, cache = sys.argv[1:4]
+        device = sys.argv[6] if len(sys.argv) > 6 else "cuda"
+        command = [binary, "serve", "--model", model, "--load-format", "dummy", "--skip-tokenizer-init"]
+        command += ["--device", device, "--port", str(PORT), "--enable-breakable-cuda-graph", "--context-length", "2048"]
+        command += ["--watchdog-timeout", str(WATCHDOG_SECONDS), "--shutdown-deadline", "2", *flags]
+        begun = time.monotonic()
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=self.log, env={**os.environ, "BCG_CACHE_DIR": cache})
+        wait_until("the server is ready", lambda: call("/health")[0] == 200 or self.process.poll() is not None)
+        self.ready = time.monotonic() - begun
+
+    def text(self):
+        self.log.seek(0)
+        return self.log.read()
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(timeout=PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return None
+
+
+def replaced(fault, prompt):
+    """With a supervisor: seconds until /health told, until the next answer; the server's text."""
+    server = Server(["--supervise"])
+    try:
+        status, text = complete(GOOD, 30)
+        assert status == 200, f"before the fault: {status} {text}"
+        begun = time.monotonic()
+        sender = subprocess.Popen(
+            ["curl", "-s", "-m", "60", f"http://127.0.0.1:{PORT}/v1/completions", "-d",
+             json.dumps({"prompt": prompt, "max_tokens": 4})], stdout=subprocess.DEVNULL)
+        wait_until("/health says 503", lambda: call("/health")[0] in (0, 503))
+        told = time.monotonic() - begun
+        wait_until("an answer again", lambda: complete(GOOD, 2)[0] == 200)
+        answered = time.monotonic() - begun
+        sender.kill()
+        code = server.stop()
+        assert code == 0, f"the supervisor ended with {code}"
+        return server.ready, told, answered, server.text()
+    except BaseException:
+        print(server.text()[-4000:], file=sys.stderr)
+        server.process.kill()
+        raise
+
+
+def alone(prompt):
+    """Without a supervisor: seconds until the process has ended, and its status."""
+    server = Server(["--shutdown-deadline", "2"])
+    begun = time.monotonic()
+    complete(prompt, 40)
+    try:
+        code = server.process.wait(timeout=PATIENCE_SECONDS)
+    except subprocess.TimeoutExpired:
+        server.process.kill()
+        raise RuntimeError(f"the process lives on: {server.text()[-2000:]}") from None
+    return time.monotonic() - begun, code
+
+
+def main():
+    figures, problems = {}, []
+    for fault, prompt, most in [("trap", TRAP, REPLACED_SECONDS), ("long kernel", SPIN, WATCHDOG_SECONDS + REPLACED_SECONDS)]:
+        ready, told, answered, text = replaced(fault, prompt)
+        ended, code = alone(prompt)
+        figures[fault] = {"ready_s": ready, "told_s": told, "answered_s": answered, "ended_alone_s": ended, "status_alone": code}
+        if answered > most:
+            problems.append(f"{fault}: the next answer came after {answered:.1f} s, at most {most} s are right")
+        if code in (0, None):
+            problems.append(f"{fault}: the process ended with status {code}")
+        if "the worker was lost" not in text:
+            problems.append(f"{fault}: the log does not say that the worker was lost")
+    server = Server([])
+    status, text = complete(GOOD, 30)
+    figures["afterwards"] = {"ready_s": server.ready, "status": status}
+    if status != 200 or server.stop() != 0:
+        problems.append(f"afterwards: {status} {text}")
+    with open(sys.argv[4], "w") as file:
+        json.dump(figures, file, indent=1)
+    for fault, row in figures.items():
+        print(f"{fault:12}", "  ".join(f"{name} {value:.2f}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()))
+    print("\n".join(problems) or "device faults: as they must be")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
