@@ -59,6 +59,8 @@ pub struct Metrics {
     pub preemptions: Counter,
     /// Steps that failed.
     pub failed_steps: Counter,
+    /// Steps that ran requests of a failed step again.
+    pub retried_steps: Counter,
     /// From arrival to the first token.
     pub time_to_first_token: Histogram,
     /// From one token of a request to its next.
@@ -102,6 +104,7 @@ impl Default for Metrics {
             finished: Family::default(),
             preemptions: Counter::default(),
             failed_steps: Counter::default(),
+            retried_steps: Counter::default(),
             time_to_first_token: latency(),
             inter_token_latency: latency(),
             request_latency: latency(),
@@ -135,6 +138,8 @@ impl Metrics {
         registry.register("requests_finished", "Requests by how they ended", self.finished.clone());
         registry.register("preemptions", "Sequences that gave their pages back", self.preemptions.clone());
         registry.register("failed_steps", "Steps that failed", self.failed_steps.clone());
+        let help = "Steps that ran requests of a failed step again";
+        registry.register("retried_steps", help, self.retried_steps.clone());
         registry.register("graph_replays", "Forwards that replayed a graph", self.graph_replays.clone());
         let help = "Replays that were, at least in part, launched segment by segment, by reason";
         registry.register("chained_replays", help, self.chained_replays.clone());

@@ -22,13 +22,31 @@ pub struct GraphCounters {
     pub eager: Vec<(&'static str, u64)>,
 }
 
-/// Why a step failed. Its sequences are lost.
+/// What a failed step has broken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Damage {
+    /// Nothing: the model works on, and the step can be tried again.
+    Nothing,
+    /// The model: no later step can be trusted, and it must be loaded anew, which this process can do.
+    Model,
+    /// The device's context: nothing that this process does will work on the device again.
+    Context,
+}
+
+/// Why a step failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StepError {
     /// One line.
     pub message: String,
-    /// Whether the device is to blame: then no later step can be trusted, and the model must be loaded anew.
-    pub is_device_lost: bool,
+    /// What it has broken.
+    pub damage: Damage,
+}
+
+impl StepError {
+    /// The error of a step that broke nothing.
+    pub fn harmless(message: impl Into<String>) -> Self {
+        Self { message: message.into(), damage: Damage::Nothing }
+    }
 }
 
 /// Runs steps of a model. Lives on the worker's thread.
@@ -39,7 +57,7 @@ pub trait StepModel {
     /// Enqueues one step. It may be launched before the step before it is collected.
     ///
     /// # Errors
-    /// [`StepError`]; unless the device is lost, the model must be usable afterwards.
+    /// [`StepError`]; if it broke nothing, the model must be usable afterwards.
     fn launch(&mut self, batch: &[SequenceInput<'_>]) -> Result<Self::Pending, StepError>;
 
     /// Waits for a step and returns one token for each sequence, in order.
@@ -77,14 +95,17 @@ impl StepModel for ModelRunner {
 }
 
 impl From<bcg_models::Error> for StepError {
-    /// An error of the driver, or of memory that a kernel must not touch, is the device's.
+    /// An error of the driver, or of memory that a kernel must not touch, is the device's. Some errors of the driver end
+    /// all work of the process on it.
     fn from(error: bcg_models::Error) -> Self {
-        let is_device_lost = match &error {
-            bcg_models::Error::Runtime(error) => {
-                matches!(error.root(), bcg_runtime::Error::Driver { .. } | bcg_runtime::Error::Memory { .. })
-            }
-            _ => false,
+        let damage = match &error {
+            bcg_models::Error::Runtime(error) if error.is_context_lost() => Damage::Context,
+            bcg_models::Error::Runtime(error) => match error.root() {
+                bcg_runtime::Error::Driver { .. } | bcg_runtime::Error::Memory { .. } => Damage::Model,
+                _ => Damage::Nothing,
+            },
+            _ => Damage::Nothing,
         };
-        Self { message: format!("{:#}", anyhow::Error::from(error)), is_device_lost }
+        Self { message: format!("{:#}", anyhow::Error::from(error)), damage }
     }
 }

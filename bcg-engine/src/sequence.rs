@@ -19,6 +19,18 @@ impl fmt::Display for SequenceId {
     }
 }
 
+/// Which steps take a sequence along.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Lane {
+    /// Those of everybody.
+    #[default]
+    Open,
+    /// Those of the sequences that are tried after a step failed.
+    Trial,
+    /// None, until it is tried.
+    Bench,
+}
+
 /// Room for tokens of the answer that a sequence gets at once.
 const ANSWER_TOKENS: usize = 256;
 
@@ -53,6 +65,7 @@ pub struct Sequence {
     pub(super) waits_for_tokens: bool,
     /// Whether no step takes it along for now, because what its next token may be is not known yet.
     pub(super) is_held: bool,
+    pub(super) lane: Lane,
     /// Tokens that the KV cache holds after the steps that were launched.
     pub(super) launched: usize,
     /// Tokens after `tokens` that launched steps choose and the host has not read.
@@ -85,6 +98,7 @@ impl Sequence {
             max_len: num_prompt.saturating_add(max_tokens),
             waits_for_tokens,
             is_held: false,
+            lane: Lane::Open,
             launched: 0,
             unread: 0,
             row: None,
@@ -166,9 +180,10 @@ impl Sequence {
         self.len() - self.launched
     }
 
-    /// Whether a step could take it along: it is not at its end, it is not held, and what the host must know is known.
-    pub(super) fn is_ready(&self) -> bool {
-        self.len() < self.max_len && !self.is_held && !(self.waits_for_tokens && self.unread > 0)
+    /// Whether a step of this lane could take it along: it is not at its end, it is not held, and what the host must know is
+    /// known.
+    pub(super) fn is_ready(&self, lane: Lane) -> bool {
+        self.lane == lane && self.len() < self.max_len && !self.is_held && !(self.waits_for_tokens && self.unread > 0)
     }
 
     /// Gives everything up that it holds, to be computed again.

@@ -1,5 +1,6 @@
 //! The engine that runs a model in this process: tokenizes, checks lengths, queues, and hands requests to the worker.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -282,7 +283,7 @@ fn refuse_unknown(tokens: &[u32], vocab_size: usize) -> Result<(), SubmitError> 
     }
 }
 
-/// The worker's thread: makes a model and works with it, and once more if its device is lost.
+/// The worker's thread: makes a model and works with it, and once more if it is lost.
 fn work<M, F>(mut load: F, ready: &SyncSender<anyhow::Result<(MessageSender, LocalOptions)>>, shared: &Arc<Shared>)
 where
     M: StepModel,
@@ -298,23 +299,43 @@ where
         return;
     }
     let mut requests = Requests::new(receiver, queue_timeout);
-    let Exit::DeviceLost(error) = Worker::new(runner, scheduler, &mut requests, shared.clone()).run() else { return };
-    tracing::error!(error, "the device is lost: loading the model again");
-    shared.set_failure(Some(format!("the device is lost ({error}); the model is being loaded again")));
-    let error = match load() {
-        Ok((runner, scheduler, _)) => {
-            tracing::info!("the model is loaded again");
-            shared.set_failure(None);
-            match Worker::new(runner, scheduler, &mut requests, shared.clone()).run() {
-                Exit::Stopped => return,
-                Exit::DeviceLost(error) => format!("the device is lost a second time: {error}"),
-            }
-        }
-        Err(error) => format!("the device is lost ({error}), and the model cannot be loaded again: {error:#}"),
+    let worked = catch_unwind(AssertUnwindSafe(|| {
+        let first = Worker::new(runner, scheduler, &mut requests, shared.clone()).run();
+        go_on(first, &mut load, &mut requests, shared)
+    }));
+    let error = match worked {
+        Ok(Ok(())) => return,
+        Ok(Err(error)) => error,
+        Err(_) => "the engine's thread panicked; see the log".to_owned(),
     };
     tracing::error!(error, "the engine gives up");
     shared.give_up(error.clone());
     requests.fail_all(&shared.metrics, &error);
+}
+
+/// Loads the model again if that can help, and works on. An error says why the engine gives up.
+fn go_on<M, F>(exit: Exit, load: &mut F, requests: &mut Requests, shared: &Arc<Shared>) -> Result<(), String>
+where
+    M: StepModel,
+    F: FnMut() -> anyhow::Result<(M, Scheduler, LocalOptions)>,
+{
+    let context_lost = |error| format!("the device's context is lost ({error}): only a new process can use the device");
+    let error = match exit {
+        Exit::Stopped => return Ok(()),
+        Exit::ContextLost(error) => return Err(context_lost(error)),
+        Exit::ModelLost(error) => error,
+    };
+    tracing::error!(error, "the device is lost: loading the model again");
+    shared.set_failure(Some(format!("the device is lost ({error}); the model is being loaded again")));
+    let (runner, scheduler, _) = load()
+        .map_err(|again| format!("the device is lost ({error}), and the model cannot be loaded again: {again:#}"))?;
+    tracing::info!("the model is loaded again");
+    shared.set_failure(None);
+    match Worker::new(runner, scheduler, requests, shared.clone()).run() {
+        Exit::Stopped => Ok(()),
+        Exit::ContextLost(error) => Err(context_lost(error)),
+        Exit::ModelLost(error) => Err(format!("the device is lost a second time: {error}")),
+    }
 }
 
 /// Returns a seed for a request that names none; each call gives another one.

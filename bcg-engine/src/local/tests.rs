@@ -8,14 +8,14 @@ use bcg_models::state::PagePool;
 use bcg_models::{SampledToken, SequenceInput};
 
 use super::super::metrics::ReasonLabel;
-use super::super::model::{GraphCounters, StepError};
+use super::super::model::{Damage, GraphCounters, StepError};
 use super::super::prefix_cache::PrefixCache;
 use super::super::scheduler::{Limits, Scheduler};
 use super::super::{EngineEvent, FinishReason};
 use super::*;
 
-/// Counts upwards from the last token; token 100 makes a step fail, 200 makes it panic, 400 loses the device, and 450
-/// does so at the launch.
+/// Counts upwards from the last token; token 100 makes a step fail, 150 makes its launch fail, 200 makes it panic, 400 loses
+/// the device, 450 does so at the launch, and 460 loses the context.
 struct Counting {
     gate: Option<Arc<Mutex<Receiver<()>>>>,
     chosen: Vec<u32>,
@@ -31,7 +31,10 @@ impl StepModel for Counting {
         };
         self.chosen = batch.iter().map(|sequence| last(sequence) + 1).collect();
         if self.chosen.contains(&451) {
-            return Err(StepError { message: "no launch".to_owned(), is_device_lost: true });
+            return Err(StepError { message: "no launch".to_owned(), damage: Damage::Model });
+        }
+        if self.chosen.contains(&151) {
+            return Err(StepError::harmless("out of luck"));
         }
         Ok(self.chosen.clone())
     }
@@ -40,11 +43,12 @@ impl StepModel for Counting {
         if let Some(gate) = &self.gate {
             let _ = gate.lock().expect("lock").recv();
         }
-        let failed = |message: &str, is_device_lost| StepError { message: message.to_owned(), is_device_lost };
+        let failed = |message: &str, damage| StepError { message: message.to_owned(), damage };
         for &id in &step {
             match id {
-                101 => return Err(failed("out of luck", false)),
-                401 => return Err(failed("device lost", true)),
+                101 => return Err(failed("out of luck", Damage::Nothing)),
+                401 => return Err(failed("device lost", Damage::Model)),
+                461 => return Err(failed("a trap", Damage::Context)),
                 _ => assert_ne!(id, 201, "a bug"),
             }
         }
@@ -66,7 +70,7 @@ fn engine_with(queue: QueueOptions, gated: bool, has_tokenizer: bool) -> (LocalE
     let engine = LocalEngine::start(move || {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tiny-qwen3");
         let name = "counting".to_owned();
-        let info = ModelInfo { name, created: 0, context_length: 64, vocab_size: 461, has_tokenizer };
+        let info = ModelInfo { name, created: 0, context_length: 64, vocab_size: 462, has_tokenizer };
         let options = LocalOptions {
             info,
             tokenizer: has_tokenizer.then(|| Tokenizer::load(&dir)).transpose()?,
@@ -167,7 +171,7 @@ fn answers_wait_for_their_turn_and_take_one_place_together() {
 #[test]
 fn a_submission_is_refused_as_a_whole() {
     let (engine, open) = engine(4, true);
-    let requests = vec![request(300, 2), request(461, 2)];
+    let requests = vec![request(300, 2), request(462, 2)];
     let refused = engine.submit_all(Submission { requests, ..answers("a", 0, 1, 3) });
     assert!(matches!(refused, Err(SubmitError::Prompt(_))));
     let gone = answers("a", 300, 2, 3);
@@ -239,14 +243,47 @@ fn a_dropped_stream_frees_its_pages() {
 }
 
 #[test]
-fn a_failed_step_fails_its_requests_and_the_engine_goes_on() {
-    let (engine, _) = engine(4, false);
-    for (bad, message) in [(98, "out of luck"), (198, "a bug")] {
+fn a_failed_step_fails_the_request_that_is_to_blame_and_no_other() {
+    let (engine, _) = engine(64, false);
+    // At its collecting, by a panic, at its launch.
+    for (bad, message) in [(98, "out of luck"), (198, "a bug"), (148, "out of luck")] {
+        let others: Vec<_> = (0..6).map(|at| engine.submit(request(300 + at, 20)).expect("accepted")).collect();
         let error = tokens(engine.submit(request(bad, 10)).expect("accepted")).expect_err("fails");
-        assert!(error.contains(message), "{error}");
-        assert!(tokens(engine.submit(request(300, 3)).expect("accepted")).is_ok());
+        assert!(error.contains("step of this request failed") && error.contains(message), "{error}");
+        for (at, stream) in (0..6).zip(others) {
+            assert_eq!(tokens(stream), Ok(((301 + at..=320 + at).collect(), FinishReason::Length)), "{bad}");
+        }
         assert_eq!(engine.health(), Health::Ready);
     }
+    let metrics = engine.metrics();
+    assert!(metrics.failed_steps.get() >= 6 && metrics.retried_steps.get() >= 3);
+    eventually("all pages are free", || metrics.kv_pages_used.get() == 0);
+}
+
+#[test]
+fn steps_that_fail_for_their_requests_never_count_as_a_lost_device() {
+    let (engine, _) = engine(64, false);
+    let bad: Vec<_> = (0..20).map(|_| engine.submit(request(100, 10)).expect("accepted")).collect();
+    let good = engine.submit(request(300, 10)).expect("accepted");
+    assert!(bad.into_iter().all(|stream| tokens(stream).is_err()));
+    assert_eq!(tokens(good), Ok(((301..=310).collect(), FinishReason::Length)));
+    assert_eq!(engine.health(), Health::Ready);
+}
+
+#[test]
+fn a_lost_context_ends_the_engine_at_once() {
+    let (engine, open) = engine(4, true);
+    let running = engine.submit(request(459, 10)).expect("accepted");
+    eventually("it runs", || engine.submissions.taken() == 0);
+    let waiting: Vec<_> = (0..2).map(|_| engine.submit(request(300, 10)).expect("accepted")).collect();
+    drop(open);
+    for stream in std::iter::once(running).chain(waiting) {
+        let error = tokens(stream).expect_err("the process must end");
+        assert!(error.contains("a trap"), "{error}");
+    }
+    let given_up = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+    given_up.block_on(engine.given_up());
+    assert!(matches!(engine.health(), Health::Failed(error) if error.contains("only a new process")));
 }
 
 #[test]
@@ -293,14 +330,6 @@ fn a_device_that_is_lost_twice_ends_the_engine() {
 }
 
 #[test]
-fn steps_that_always_fail_count_as_a_lost_device() {
-    let (engine, _) = engine(4, false);
-    let failed = (0..6).map(|_| tokens(engine.submit(request(100, 10)).expect("accepted")).is_err());
-    assert_eq!(failed.filter(|failed| *failed).count(), 6);
-    eventually("it gives up", || matches!(engine.health(), Health::Failed(_)));
-}
-
-#[test]
 fn a_draining_engine_finishes_and_takes_nothing_new() {
     let (engine, open) = engine(4, true);
     let stream = engine.submit(request(300, 3)).expect("accepted");
@@ -344,7 +373,7 @@ fn lengths_and_unknown_tokens_are_checked_before_queueing() {
         engine.submit(request(300, 64)).expect_err("one too many"),
         SubmitError::ContextLength { prompt: 1, max_tokens: 64, context: 64 }
     );
-    assert!(matches!(engine.submit(request(461, 1)), Err(SubmitError::Prompt(_))));
+    assert!(matches!(engine.submit(request(462, 1)), Err(SubmitError::Prompt(_))));
     let empty = GenerationRequest::greedy(Prompt::Tokens(Vec::new()));
     assert!(matches!(engine.submit(empty), Err(SubmitError::Prompt(_))));
     assert_eq!(engine.submissions.taken(), 0);

@@ -28,7 +28,7 @@
 //! Called by [`super::worker`] only. It never sees text, channels or devices.
 
 use super::prefix_cache::PrefixCache;
-use super::sequence::{Sequence, SequenceId};
+use super::sequence::{Lane, Sequence, SequenceId};
 use queue::FairQueue;
 
 pub(crate) use queue::ClientIdx;
@@ -86,6 +86,8 @@ pub struct StepEntry {
 /// What runs next.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StepPlan {
+    /// Whose step it is.
+    pub lane: Lane,
     /// One entry for each sequence of the step.
     pub entries: Vec<StepEntry>,
     /// Sequences that left the queue for this step, including those that come back from a preemption.
@@ -202,12 +204,45 @@ impl Scheduler {
         self.known(id).map(|sequence| sequence.is_held = is_held).is_some()
     }
 
+    /// Whether a sequence is known and not held.
+    pub fn is_free(&mut self, id: SequenceId) -> bool {
+        self.known(id).is_some_and(|sequence| !sequence.is_held)
+    }
+
+    /// Puts a sequence, if it is known, into another lane, from the next plan on.
+    pub fn set_lane(&mut self, id: SequenceId, lane: Lane) {
+        if let Some(sequence) = self.known(id) {
+            sequence.lane = lane;
+        }
+    }
+
+    /// Returns the lane of a sequence that is known.
+    pub fn lane(&mut self, id: SequenceId) -> Option<Lane> {
+        self.known(id).map(|sequence| sequence.lane)
+    }
+
+    /// Lets a sequence, if it is known, be computed again from the tokens that the host knows: the steps that were launched
+    /// with it, and are not collected, never will be.
+    pub fn rewind(&mut self, id: SequenceId) {
+        if let Some(at) = self.position(id) {
+            self.preempt(at);
+        }
+        if let Some(sequence) = self.waiting.get_mut(id) {
+            sequence.unread = 0;
+        }
+    }
+
     /// Decides what runs next and reserves its pages; `None` when there is nothing to do before the last step is collected.
     pub fn plan(&mut self) -> Option<StepPlan> {
-        let mut plan = StepPlan { entries: Vec::new(), admitted: Vec::new(), preempted: self.make_room() };
+        self.plan_lane(Lane::Open, true)
+    }
+
+    /// As [`plan`](Self::plan), for the sequences of one lane; if not `may_admit`, for those that run.
+    pub fn plan_lane(&mut self, lane: Lane, may_admit: bool) -> Option<StepPlan> {
+        let mut plan = StepPlan { lane, entries: Vec::new(), admitted: Vec::new(), preempted: self.make_room(lane) };
         let mut budget = self.limits.chunked_prefill_size;
         self.waiting.clear_demands();
-        for sequence in self.running.iter().filter(|sequence| sequence.is_ready()) {
+        for sequence in self.running.iter().filter(|sequence| sequence.is_ready(lane)) {
             if sequence.pending() > 1 {
                 self.waiting.add_demand(sequence.client_idx, sequence.pending());
             } else if budget > 0 {
@@ -216,7 +251,7 @@ impl Scheduler {
             }
         }
         // Who gave way for want of pages would only come back to give way again.
-        if plan.preempted.is_empty() {
+        if may_admit && plan.preempted.is_empty() {
             self.admit(&mut budget, &mut plan);
         }
         self.share_out(budget, &mut plan);
@@ -228,7 +263,7 @@ impl Scheduler {
     fn share_out(&mut self, budget: usize, plan: &mut StepPlan) {
         self.waiting.share(budget);
         for sequence in &self.running {
-            if sequence.is_ready() && sequence.pending() > 1 && !plan.admitted.contains(&sequence.id) {
+            if sequence.is_ready(plan.lane) && sequence.pending() > 1 && !plan.admitted.contains(&sequence.id) {
                 take_share(sequence, &mut self.waiting, &mut plan.entries);
             }
         }
@@ -240,12 +275,12 @@ impl Scheduler {
     }
 
     /// Reserves the pages of the next tokens, the oldest sequence first, and returns who had to give way.
-    fn make_room(&mut self) -> Vec<SequenceId> {
+    fn make_room(&mut self, lane: Lane) -> Vec<SequenceId> {
         let mut preempted = Vec::new();
         let mut at = 0;
         while at < self.running.len() {
             let sequence = &mut self.running[at];
-            let (ready, len) = (sequence.is_ready(), sequence.len());
+            let (ready, len) = (sequence.is_ready(lane), sequence.len());
             let has_room = match &mut sequence.pages {
                 Some(pages) if ready => self.cache.reserve(pages, len),
                 _ => true,
@@ -284,7 +319,7 @@ impl Scheduler {
     /// Lets waiting sequences run, in their turn, as long as tokens and pages are left.
     fn admit(&mut self, budget: &mut usize, plan: &mut StepPlan) {
         loop {
-            let Some((client, id)) = self.waiting.next(*budget) else { return };
+            let Some((client, id)) = self.waiting.next(plan.lane, *budget) else { return };
             let is_full = self.running.len() == self.limits.max_running_requests;
             if (is_full || !self.begin(id, plan)) && !self.give_way(client, id, is_full, budget, plan) {
                 return;
@@ -346,7 +381,7 @@ impl Scheduler {
         if let Some(entry) = plan.entries.iter().position(|entry| entry.id == id) {
             plan.entries.remove(entry);
             *budget += 1;
-        } else if gives_way.is_ready() {
+        } else if gives_way.is_ready(plan.lane) {
             self.waiting.take_demand(largest, pending);
         }
         self.preempt(at);
@@ -418,7 +453,7 @@ impl Scheduler {
         let mut ids: Vec<SequenceId> = self.waiting.iter().map(|sequence| sequence.id).collect();
         ids.sort_unstable();
         let mut waiting: Vec<Sequence> = ids.into_iter().filter_map(|id| self.waiting.remove(id)).collect();
-        waiting.iter_mut().for_each(|sequence| sequence.unread = 0);
+        waiting.iter_mut().for_each(|sequence| (sequence.unread, sequence.lane) = (0, Lane::Open));
         waiting
     }
 

@@ -9,7 +9,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
 
 use super::super::ClientId;
-use super::super::sequence::{Sequence, SequenceId};
+use super::super::sequence::{Lane, Sequence, SequenceId};
 
 /// A client's place in the list of clients; the same one as long as the client waits or runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -78,8 +78,8 @@ impl FairQueue {
     }
 
     /// The sequence whose turn is next, of a client whose share of `budget` tokens is larger than what it asks for so far.
-    /// One that is held lets those behind it pass; one whose last token is not known yet does not.
-    pub(super) fn next(&self, budget: usize) -> Option<(ClientIdx, SequenceId)> {
+    /// One that is held, or in another lane, lets those behind it pass; one whose last token is not known yet does not.
+    pub(super) fn next(&self, lane: Lane, budget: usize) -> Option<(ClientIdx, SequenceId)> {
         let asking = self.clients.iter().map(|client| client.demand).filter(|demand| *demand > 0);
         let (sum, clients) = asking.fold((0_usize, 0), |(sum, count), demand| (sum.saturating_add(demand), count + 1));
         // Tokens are left, or it asks for less than its part.
@@ -89,7 +89,7 @@ impl FairQueue {
         };
         let waiting = self.clients.iter().enumerate().filter(|(_, client)| !client.waiting.is_empty());
         let next = waiting.filter(|(_, client)| has_share(client.demand)).filter_map(|(idx, client)| {
-            let first = client.waiting.values().find(|sequence| !sequence.is_held)?;
+            let first = client.waiting.values().find(|sequence| !sequence.is_held && sequence.lane == lane)?;
             let order = (!first.is_probe, client.num_running, client.served);
             (first.unread == 0).then_some((order, ClientIdx(idx), first.id))
         });

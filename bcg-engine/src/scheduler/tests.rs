@@ -251,7 +251,13 @@ impl Run {
             self.scheduler.check();
             assert!(plan.is_some() || self.in_flight.is_some() || self.scheduler.is_idle(), "seed {}", self.seed);
             let next = plan.map(|plan| self.launch(plan));
-            if let Some((plan, tokens)) = std::mem::replace(&mut self.in_flight, next) {
+            let before = std::mem::replace(&mut self.in_flight, next);
+            if before.is_some() && random.random_range(0..20) == 0 {
+                // The step failed: it and the one after it are computed again.
+                for (plan, _) in before.into_iter().chain(self.in_flight.take()) {
+                    plan.entries.iter().for_each(|entry| self.scheduler.rewind(entry.id));
+                }
+            } else if let Some((plan, tokens)) = before {
                 self.scheduler.collect(&plan, &tokens);
                 self.end_some(&plan, random);
             }

@@ -8,8 +8,8 @@
 //! - it never waits for a client: every event channel has room for all the events of its answer;
 //! - it sleeps only when no step is under way and none can be planned, and a message wakes it;
 //! - a request that never began fails once it has waited too long;
-//! - a step that fails, by an error or by a panic, ends the requests that are under way and no other;
-//! - after an error of the device the model is loaded anew, once; requests that had not begun are kept.
+//! - a step that fails, by an error or by a panic, ends the request that is to blame and no other ([`trials`]);
+//! - after an error of the device what runs fails, and the model is loaded anew, once, for the requests that wait.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -24,15 +24,15 @@ pub use self::shared::{Message, MessageReceiver, MessageSender, Shared, channel}
 use super::RequestError;
 use super::choice::Choice;
 use super::metrics::PhaseLabel;
-use super::model::{GraphCounters, StepError, StepModel};
+use super::model::{Damage, GraphCounters, StepError, StepModel};
 use super::scheduler::{Scheduler, StepPlan};
-use super::sequence::SequenceId;
+use super::sequence::{Lane, SequenceId};
+use trials::Trials;
 
+mod blame;
 mod requests;
 mod shared;
-
-/// Failed steps in a row after which the device is held to be lost, whatever they say.
-const FAILED_STEPS_MAX: u32 = 3;
+mod trials;
 
 /// How long an idle worker sleeps before it looks whether it must stop.
 const IDLE_TICK: Duration = Duration::from_millis(200);
@@ -53,8 +53,16 @@ struct InFlight<P> {
 pub enum Exit {
     /// It was told to, or no more requests can come.
     Stopped,
-    /// The device is lost, and why.
-    DeviceLost(String),
+    /// The model is broken and must be loaded anew, and why.
+    ModelLost(String),
+    /// The device's context is lost for good, and why: only another process can go on.
+    ContextLost(String),
+}
+
+/// What a step has broken, and how.
+struct Broken {
+    damage: Damage,
+    message: String,
 }
 
 /// The worker's state; [`Worker::run`] is its thread.
@@ -69,7 +77,10 @@ pub struct Worker<'a, M: StepModel> {
     counted: GraphCounters,
     /// When the device's last step was collected.
     last_step: Instant,
-    failed_steps: u32,
+    /// Requests of failed steps, until it is known who of them is to blame.
+    trials: Trials,
+    /// Whether the last step was one of those on trial.
+    was_trial: bool,
     /// Whether the last turn found nothing to launch.
     is_resting: bool,
     /// When it looked at all requests last.
@@ -90,7 +101,8 @@ impl<'a, M: StepModel> Worker<'a, M> {
             in_flight: None,
             counted,
             last_step,
-            failed_steps: 0,
+            trials: Trials::default(),
+            was_trial: false,
             is_resting: true,
             last_look: last_step,
         }
@@ -108,10 +120,10 @@ impl<'a, M: StepModel> Worker<'a, M> {
             }
             self.publish();
             let is_done = !open && self.scheduler.is_idle() && self.in_flight.is_none();
-            if let Err(error) = self.turn() {
+            if let Err(Broken { damage, message }) = self.turn() {
                 self.requests.kept = self.scheduler.take_waiting();
-                self.fail_all_but_kept(&format!("the device was lost while it worked on this request: {error}"));
-                return Exit::DeviceLost(error);
+                self.fail_all_but_kept(&format!("the device was lost while it worked on this request: {message}"));
+                return if damage == Damage::Context { Exit::ContextLost(message) } else { Exit::ModelLost(message) };
             }
             if is_done {
                 break;
@@ -121,20 +133,42 @@ impl<'a, M: StepModel> Worker<'a, M> {
         Exit::Stopped
     }
 
-    /// Launches the next step, then ends the one before. An error means that the device is lost.
-    fn turn(&mut self) -> Result<(), String> {
-        let plan = self.scheduler.plan();
-        self.is_resting = plan.is_none();
+    /// Launches the next step, then ends the one before.
+    fn turn(&mut self) -> Result<(), Broken> {
+        let plan = self.next_plan();
         let launched = plan.map_or(Ok(None), |plan| {
             self.note(&plan);
             self.launch(plan)
         });
         let before = self.in_flight.take();
-        match launched {
-            Ok(next) => self.in_flight = next,
-            Err((plan, error)) => self.step_failed(&plan, error)?,
-        }
-        before.map_or(Ok(()), |step| self.collect(step))
+        let failed = match launched {
+            Ok(next) => {
+                self.in_flight = next;
+                None
+            }
+            Err((plan, error)) if error.damage != Damage::Nothing => return self.step_failed(&plan, error),
+            Err(failed) => Some(failed),
+        };
+        before.map_or(Ok(()), |step| self.collect(step))?;
+        failed.map_or(Ok(()), |(plan, error)| self.step_failed(&plan, error))
+    }
+
+    /// Plans the next step. While requests are on trial, each step is collected before the next one is launched, every
+    /// other one is theirs, and nobody begins to run in the others: those on trial ran before.
+    fn next_plan(&mut self) -> Option<StepPlan> {
+        let must_wait = self.trials.is_on() && self.in_flight.is_some();
+        let plan = match self.trials.is_on() {
+            _ if must_wait => None,
+            false => self.scheduler.plan(),
+            true => {
+                self.begin_trial();
+                let lanes = if self.was_trial { [Lane::Open, Lane::Trial] } else { [Lane::Trial, Lane::Open] };
+                lanes.into_iter().find_map(|lane| self.scheduler.plan_lane(lane, lane == Lane::Trial))
+            }
+        };
+        self.was_trial = plan.as_ref().is_some_and(|plan| plan.lane == Lane::Trial);
+        self.is_resting = plan.is_none() && !must_wait;
+        plan
     }
 
     /// Takes what has arrived, waiting for it only when idle; `false` once no more can come.
@@ -202,6 +236,7 @@ impl<'a, M: StepModel> Worker<'a, M> {
             }
         }
         metrics.preemptions.inc_by(plan.preempted.len() as u64);
+        metrics.retried_steps.inc_by(u64::from(plan.lane == Lane::Trial));
         for id in &plan.preempted {
             tracing::debug!(sequence = %id, "preempted: pages or a place went to others");
         }
@@ -228,8 +263,7 @@ impl<'a, M: StepModel> Worker<'a, M> {
         let mut inputs = Vec::with_capacity(plan.entries.len());
         for entry in &plan.entries {
             let Some((sequence, active)) = self.scheduler.running(entry.id).zip(requests.active.get(&entry.id)) else {
-                let message = format!("sequence {} is planned but not known", entry.id);
-                return Err(StepError { message, is_device_lost: false });
+                return Err(StepError::harmless(format!("sequence {} is planned but not known", entry.id)));
             };
             let known = entry.num_tokens - usize::from(entry.chosen_row.is_some());
             let tokens = &sequence.tokens()[entry.past_len..entry.past_len + known];
@@ -246,19 +280,17 @@ impl<'a, M: StepModel> Worker<'a, M> {
             });
         }
         let model = &mut self.model;
-        caught(|| model.launch(&inputs))
+        caught(|| model.launch(&inputs)).unwrap_or_else(|panic| Err(StepError::harmless(panic)))
     }
 
-    /// Waits for a step and hands out what it chose. An error means that the device is lost.
-    fn collect(&mut self, step: InFlight<M::Pending>) -> Result<(), String> {
+    /// Waits for a step and hands out what it chose.
+    fn collect(&mut self, step: InFlight<M::Pending>) -> Result<(), Broken> {
         let InFlight { plan, pending, launched } = step;
         let model = &mut self.model;
-        let sampled = caught(|| model.collect(pending)).and_then(|sampled| match sampled.len() {
+        let sampled = caught(|| model.collect(pending)).unwrap_or_else(|panic| Err(StepError::harmless(panic)));
+        let sampled = sampled.and_then(|sampled| match sampled.len() {
             len if len == plan.entries.len() => Ok(sampled),
-            len => {
-                let message = format!("{len} tokens for {} sequences", plan.entries.len());
-                Err(StepError { message, is_device_lost: false })
-            }
+            len => Err(StepError::harmless(format!("{len} tokens for {} sequences", plan.entries.len()))),
         });
         // A step begins on the device when it was launched, or when the one before it ended.
         let now = Instant::now();
@@ -268,28 +300,13 @@ impl<'a, M: StepModel> Worker<'a, M> {
         self.take_stats();
         match sampled {
             Ok(sampled) => {
-                self.failed_steps = 0;
                 self.shared.num_steps.fetch_add(1, Ordering::Relaxed);
                 self.deliver(&plan, &sampled);
+                self.clear(&plan);
                 Ok(())
             }
             Err(error) => self.step_failed(&plan, error),
         }
-    }
-
-    /// Ends the requests that are under way: those of a step that failed, and those of the step after it, which may have
-    /// read what it left. An error means that the device is lost.
-    fn step_failed(&mut self, plan: &StepPlan, error: StepError) -> Result<(), String> {
-        self.failed_steps += 1;
-        self.shared.metrics.failed_steps.inc();
-        let phase = plan.kind().name();
-        tracing::error!(phase, requests = plan.entries.len(), error = error.message, "a step failed");
-        let after = self.in_flight.take();
-        let message = format!("the {phase} step of this request failed: {}", error.message);
-        for entry in plan.entries.iter().chain(after.iter().flat_map(|step| &step.plan.entries)) {
-            self.fail(entry.id, RequestError::Engine(message.clone()));
-        }
-        if error.is_device_lost || self.failed_steps >= FAILED_STEPS_MAX { Err(error.message) } else { Ok(()) }
     }
 
     fn deliver(&mut self, plan: &StepPlan, sampled: &[SampledToken]) {
@@ -305,11 +322,12 @@ impl<'a, M: StepModel> Worker<'a, M> {
                 None => metrics.time_to_first_token.observe((now - active.arrived).as_secs_f64()),
                 Some(last) => metrics.inter_token_latency.observe((now - last).as_secs_f64()),
             }
-            let pushed = active.output.push(sampled).map_err(RequestError::Engine).and_then(|reason| match reason {
+            // What panics here concerns this request alone.
+            let pushed = caught(|| match active.output.push(sampled).map_err(RequestError::Engine)? {
                 None => active.choice.accept(sampled.id).map(|()| None).map_err(RequestError::Refused),
                 Some(reason) => Ok(Some(reason)),
             });
-            match pushed {
+            match pushed.unwrap_or_else(|panic| Err(RequestError::Engine(panic))) {
                 Ok(None) => {}
                 Ok(Some(reason)) => {
                     metrics.request_latency.observe((now - active.arrived).as_secs_f64());
@@ -362,12 +380,13 @@ fn gauge(count: usize) -> i64 {
     i64::try_from(count).unwrap_or(i64::MAX)
 }
 
-/// Calls into a model, which returns its stream and memory to use when a call unwinds; the thread outlives that.
-fn caught<T>(call: impl FnOnce() -> Result<T, StepError>) -> Result<T, StepError> {
-    catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|panic| {
+/// Calls what may panic, and returns the panic's message then. A model returns its stream and memory to use when a call
+/// unwinds, and a request that panicked is not used again; so the thread outlives both.
+fn caught<T>(call: impl FnOnce() -> T) -> Result<T, String> {
+    catch_unwind(AssertUnwindSafe(call)).map_err(|panic| {
         let text = panic.downcast_ref::<&str>().copied();
         let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message");
-        Err(StepError { message: format!("panicked: {text}"), is_device_lost: false })
+        format!("panicked: {text}")
     })
 }
 

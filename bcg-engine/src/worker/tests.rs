@@ -17,7 +17,7 @@ impl StepModel for Lost {
     type Pending = ();
 
     fn launch(&mut self, _: &[SequenceInput<'_>]) -> Result<(), StepError> {
-        Err(StepError { message: "device lost".into(), is_device_lost: true })
+        Err(StepError { message: "device lost".into(), damage: Damage::Model })
     }
 
     fn collect(&mut self, (): ()) -> Result<Vec<SampledToken>, StepError> {

@@ -86,7 +86,7 @@ pub(crate) struct StepFaults {
 
 fn strike(fault: &AtomicBool) -> Result<(), StepError> {
     match fault.swap(false, Ordering::Relaxed) {
-        true => Err(StepError { message: "injected".into(), is_device_lost: false }),
+        true => Err(StepError::harmless("injected")),
         false => Ok(()),
     }
 }
