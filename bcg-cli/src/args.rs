@@ -137,6 +137,11 @@ pub struct EngineArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = EngineOptions::default().queue_timeout.as_secs())]
     pub queue_timeout: u64,
 
+    /// Seconds that a step, or a grammar's work, may take before the engine counts as stuck and the process ends; ten
+    /// times as long for a step that may capture graphs or is the first of its size. 0 does not watch
+    #[arg(long, value_name = "SECONDS", default_value_t = EngineOptions::default().watchdog_timeout.as_secs())]
+    pub watchdog_timeout: u64,
+
     /// Tokens of prompt and answer together at most [default: the model's]
     #[arg(long, value_name = "TOKENS")]
     pub context_length: Option<usize>,
@@ -279,6 +284,7 @@ impl EngineArgs {
         options.max_queued_requests = self.max_queued_requests;
         options.max_queued_choices = self.max_queued_choices;
         options.queue_timeout = Duration::from_secs(self.queue_timeout);
+        options.watchdog_timeout = Duration::from_secs(self.watchdog_timeout);
         options.context_length = self.context_length;
         options.kv_cache_tokens = self.kv_cache_tokens;
         options.mem_fraction_static = self.mem_fraction_static;
@@ -363,6 +369,7 @@ mod tests {
         assert_eq!((options.device, options.load_format), (DeviceChoice::Host, LoadFormat::Dummy));
         let options = works(&["--max-queued-choices", "9", "--queue-timeout", "7"]);
         assert_eq!((options.max_queued_choices, options.queue_timeout), (9, Duration::from_secs(7)));
+        assert_eq!(works(&["--watchdog-timeout", "8"]).watchdog_timeout, Duration::from_secs(8));
         let [graphs, mib] = ["--cuda-graph-lazy-max-graphs", "--cuda-graph-lazy-max-mib"];
         let options = works(&[on, "--capture", "lazy", graphs, "9", mib, "64"]);
         assert_eq!(options.capture, CaptureMode::Lazy);

@@ -63,7 +63,7 @@ pub fn run_with(
         let shutdown = async move {
             tokio::select! {
                 () = shutdown.asked() => {}
-                () = ends.given_up() => {}
+                _ = ends.given_up() => {}
                 () = wants_end(parent) => {}
             }
             shutdown::force_after(deadline);

@@ -21,6 +21,8 @@ pub use bcg_models::{ChatMessage, FinishReason, OptionError, Progress, SamplingP
 pub use self::fair_places::{FairPlaces, Place};
 pub use self::metrics::Metrics;
 pub use self::options::{CaptureMode, DeviceChoice, EngineOptions, QueueOptions};
+pub use self::watchdog::WatchdogOptions;
+pub use self::worker::EngineEnd;
 
 pub mod choice;
 pub mod compilers;
@@ -37,6 +39,7 @@ pub mod prefix_cache;
 pub mod scheduler;
 pub mod sequence;
 pub mod stop;
+pub mod watchdog;
 pub mod worker;
 
 /// What a client may know about the served model.

@@ -73,6 +73,7 @@ pub fn start_with<M: StepModel>(
             chat,
             eos: runner.config().eos_token_ids.clone(),
             queue: options.queue(),
+            watchdog: options.watchdog(),
             settings: settings(&options, &runner, has_prefix_cache),
         };
         let scheduler = Scheduler::new(limits, PrefixCache::new(runner.pages().clone(), has_prefix_cache));

@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use bcg_models::{GraphMode, LoadFormat, ModelRunnerOptions, OptionError};
 
+use super::watchdog::WatchdogOptions;
+
 /// Where the model runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DeviceChoice {
@@ -92,6 +94,9 @@ pub struct EngineOptions {
     pub max_queued_choices: usize,
     /// How long a request may wait before it begins to run; it fails then. Zero lets it wait for ever.
     pub queue_timeout: Duration,
+    /// How long a step, or a grammar's work, may take before the engine counts as stuck; ten times as long for a step that
+    /// may capture graphs or is the first of its size. Zero does not watch.
+    pub watchdog_timeout: Duration,
     /// The most tokens of prompt and answer together; `None` takes the model's.
     pub context_length: Option<usize>,
     /// Tokens that the KV cache holds over all sequences; `None` sizes it from the model and the device.
@@ -129,6 +134,7 @@ impl Default for EngineOptions {
             max_queued_requests: 256,
             max_queued_choices: 4096,
             queue_timeout: Duration::from_secs(300),
+            watchdog_timeout: Duration::from_secs(60),
             context_length: None,
             kv_cache_tokens: None,
             mem_fraction_static: None,
@@ -183,6 +189,14 @@ impl EngineOptions {
             max_queued_requests: self.max_queued_requests,
             max_queued_choices: self.max_queued_choices,
             queue_timeout: Some(self.queue_timeout).filter(|timeout| !timeout.is_zero()),
+        }
+    }
+
+    /// How closely the engine is watched.
+    pub(crate) fn watchdog(&self) -> WatchdogOptions {
+        WatchdogOptions {
+            timeout: Some(self.watchdog_timeout).filter(|timeout| !timeout.is_zero()),
+            captures_lazily: self.graph_mode() == GraphMode::Lazy,
         }
     }
 

@@ -2,10 +2,10 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bcg_models::{ChatTemplate, SamplingParams, Tokenizer};
 use serde_json::{Value, json};
@@ -17,11 +17,18 @@ use super::model::StepModel;
 use super::output::{Output, OutputOptions};
 use super::scheduler::Scheduler;
 use super::stop::StopStrings;
-use super::worker::{Accepted, Exit, MessageSender, QueuePlaces, Requests, Shared, Worker, channel};
+use super::watchdog::{Watchdog, WatchdogOptions};
+use super::worker::{Accepted, EngineEnd, Exit, MessageSender, QueuePlaces, Requests, Shared, Worker, channel};
 use super::{
     ClientId, Engine, EventStream, FairPlaces, GenerationRequest, Health, ModelInfo, Place, Prompt, QueueOptions,
     Submission, SubmitError,
 };
+
+/// How long an engine that is dropped waits for its thread to end the step that it is at.
+const STOP_WAIT_MAX: Duration = Duration::from_secs(30);
+
+/// How long it waits if the thread is stuck.
+const STUCK_WAIT_MAX: Duration = Duration::from_secs(1);
 
 /// Probes that may wait; a single client, which they are, can have up to five places whole.
 const PROBES_MAX: usize = 5;
@@ -39,11 +46,14 @@ pub struct LocalOptions {
     pub eos: Vec<u32>,
     /// How much may wait, and how long.
     pub queue: QueueOptions,
+    /// How closely it is watched.
+    pub watchdog: WatchdogOptions,
     /// How the engine is set up, for [`Engine::server_info`].
     pub settings: Value,
 }
 
-/// An engine whose worker thread lives in this process. Dropping it stops the worker and waits for it.
+/// An engine whose worker thread lives in this process. Dropping it stops the worker and waits for it, but not for ever: a
+/// thread that hangs is left behind.
 #[derive(Debug)]
 pub struct LocalEngine {
     options: LocalOptions,
@@ -61,6 +71,10 @@ pub struct LocalEngine {
     draining: AtomicBool,
     next_seed: AtomicU64,
     thread: Mutex<Option<JoinHandle<()>>>,
+    /// Disconnected once the thread has nothing left to do.
+    thread_ended: Mutex<Receiver<()>>,
+    /// `None` if nobody watches. It ends before the thread is waited for.
+    watchdog: Option<Watchdog>,
 }
 
 impl LocalEngine {
@@ -78,7 +92,12 @@ impl LocalEngine {
         let (ready, loaded) = sync_channel(1);
         let worker_shared = shared.clone();
         let thread = std::thread::Builder::new().name("bcg-engine".into());
-        let thread = thread.spawn(move || work(load, &ready, &worker_shared))?;
+        let (ending, thread_ended) = sync_channel(0);
+        let thread = thread.spawn(move || {
+            // Dropped last: whoever waits for the thread hears of its end.
+            let _ending: SyncSender<()> = ending;
+            work(load, &ready, &worker_shared);
+        })?;
         let (worker, options) = match loaded.recv() {
             Ok(loaded) => loaded?,
             Err(_) => {
@@ -90,6 +109,10 @@ impl LocalEngine {
         let tokenizer = options.tokenizer.as_ref();
         let guides =
             tokenizer.map(|tokenizer| GuideFactory::new(tokenizer, &options.eos, info.vocab_size)).transpose()?;
+        let stuck = shared.clone();
+        let watch =
+            |timeout| Watchdog::start(shared.pulse.clone(), timeout, move |why| stuck.end_with(EngineEnd::Stuck(why)));
+        let watchdog = options.watchdog.timeout.map(watch).transpose()?;
         Ok(Self {
             eos: Arc::from(options.eos.as_slice()),
             submissions: FairPlaces::new(options.queue.max_queued_requests),
@@ -102,13 +125,14 @@ impl LocalEngine {
             draining: AtomicBool::new(false),
             next_seed: AtomicU64::new(0),
             thread: Mutex::new(Some(thread)),
+            thread_ended: Mutex::new(thread_ended),
+            watchdog,
         })
     }
 
-    /// Resolves when the engine will never serve again, though nobody stopped it; [`Engine::health`] says why. For one
-    /// waiter.
-    pub async fn given_up(&self) {
-        self.shared.given_up().await;
+    /// Resolves when the engine will never serve again, though nobody stopped it, and says how it ended. For one waiter.
+    pub async fn given_up(&self) -> EngineEnd {
+        self.shared.given_up().await
     }
 
     /// Returns the model's tokenizer, if there is one.
@@ -247,7 +271,9 @@ impl LocalEngine {
         options: OutputOptions,
         places: QueuePlaces,
     ) -> Result<(Accepted, EventStream), SubmitError> {
+        let compiling = request.grammar.as_ref().map(|_| self.shared.pulse.task("the compiling of a grammar"));
         let choice = self.choice(request)?;
+        drop(compiling);
         let (output, receiver) = Output::new(self.tokenizer(), options);
         let seed = seed.unwrap_or_else(|| fresh_seed(&self.next_seed));
         let accepted = Accepted {
@@ -294,11 +320,11 @@ where
         Err(error) => return drop(ready.send(Err(error))),
     };
     let (sender, receiver) = channel();
-    let queue_timeout = options.queue.queue_timeout;
+    let (queue_timeout, captures_lazily) = (options.queue.queue_timeout, options.watchdog.captures_lazily);
     if ready.send(Ok((sender, options))).is_err() {
         return;
     }
-    let mut requests = Requests::new(receiver, queue_timeout);
+    let mut requests = Requests::new(receiver, queue_timeout, captures_lazily);
     let worked = catch_unwind(AssertUnwindSafe(|| {
         let first = Worker::new(runner, scheduler, &mut requests, shared.clone()).run();
         go_on(first, &mut load, &mut requests, shared)
@@ -309,7 +335,7 @@ where
         Err(_) => "the engine's thread panicked; see the log".to_owned(),
     };
     tracing::error!(error, "the engine gives up");
-    shared.give_up(error.clone());
+    shared.end_with(EngineEnd::GaveUp(error.clone()));
     requests.fail_all(&shared.metrics, &error);
 }
 
@@ -435,10 +461,16 @@ impl Engine for LocalEngine {
 
 impl Drop for LocalEngine {
     fn drop(&mut self) {
+        self.watchdog = None;
         self.shared.stop.store(true, Ordering::Relaxed);
         self.worker.wake();
-        let thread = self.thread.get_mut().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(thread) = thread {
+        let Some(thread) = self.thread.get_mut().unwrap_or_else(PoisonError::into_inner).take() else { return };
+        let is_stuck = matches!(self.shared.end(), Some(EngineEnd::Stuck(_)));
+        let patience = if is_stuck { STUCK_WAIT_MAX } else { STOP_WAIT_MAX };
+        let ended = self.thread_ended.get_mut().unwrap_or_else(PoisonError::into_inner).recv_timeout(patience);
+        if ended == Err(RecvTimeoutError::Timeout) {
+            tracing::error!(?patience, "the engine's thread does not end: it is left behind, with all that it holds");
+        } else {
             let _ = thread.join();
         }
     }

@@ -65,6 +65,15 @@ fn engine(max_queued_requests: usize, gated: bool) -> (LocalEngine, Option<Sende
 }
 
 fn engine_with(queue: QueueOptions, gated: bool, has_tokenizer: bool) -> (LocalEngine, Option<Sender<()>>) {
+    engine_watched(queue, gated, has_tokenizer, Duration::from_secs(60))
+}
+
+fn engine_watched(
+    queue: QueueOptions,
+    gated: bool,
+    has_tokenizer: bool,
+    watchdog: Duration,
+) -> (LocalEngine, Option<Sender<()>>) {
     let (open, gate) = channel();
     let gate = gated.then(|| Arc::new(Mutex::new(gate)));
     let engine = LocalEngine::start(move || {
@@ -77,6 +86,7 @@ fn engine_with(queue: QueueOptions, gated: bool, has_tokenizer: bool) -> (LocalE
             chat: ChatTemplate::load(&dir)?,
             eos: vec![2],
             queue,
+            watchdog: WatchdogOptions { timeout: Some(watchdog), captures_lazily: false },
             settings: Value::Null,
         };
         let limits = Limits { max_running_requests: 2, chunked_prefill_size: 64, context_length: 64 };
@@ -185,8 +195,8 @@ fn a_submission_is_refused_as_a_whole() {
 #[test]
 fn a_client_with_few_requests_is_served_beside_one_with_many() {
     let (engine, open) = engine(256, true);
-    let many: Vec<_> = (0..100).map(|_| engine.submit_all(answers("a", 300, 20, 1)).expect("accepted")).collect();
-    eventually("two run", || engine.submissions.taken() == 98);
+    let many = engine.submit_all(answers("a", 300, 20, 100)).expect("accepted");
+    eventually("two run", || engine.answers.taken() == 98);
     let mut one = engine.submit_all(answers("b", 320, 3, 1)).expect("accepted").remove(0);
     let open = open.expect("gated");
     let before = engine.num_steps();
@@ -195,14 +205,14 @@ fn a_client_with_few_requests_is_served_beside_one_with_many() {
     assert!(matches!(one.next_blocking(), Some(EngineEvent::Delta(_))));
     assert!(engine.num_steps() <= before + 4);
     drop(open);
-    assert!(many.into_iter().flatten().all(|stream| tokens(stream).is_ok()));
+    assert!(many.into_iter().all(|stream| tokens(stream).is_ok()));
 }
 
 #[test]
 fn a_request_that_waits_too_long_fails_and_one_that_ran_does_not() {
     let queue = QueueOptions { queue_timeout: Some(Duration::from_millis(300)), ..QueueOptions::default() };
     let (engine, open) = engine_with(queue, true, false);
-    let running: Vec<_> = [300, 310].map(|first| engine.submit(request(first, 20)).expect("accepted")).into();
+    let running = engine.submit_all(answers("a", 300, 20, 2)).expect("accepted");
     eventually("two run", || engine.submissions.taken() == 0);
     let waiting = engine.submit(request(320, 2)).expect("waits");
     std::thread::sleep(Duration::from_millis(400));
@@ -364,6 +374,45 @@ fn an_engine_that_is_dropped_ends_its_streams_and_its_thread() {
     eventually("the drop returns", || dropping.is_finished());
     dropping.join().expect("the drop does not panic");
     assert_eq!(Arc::strong_count(&shared), 1, "the engine's thread, which holds another, was joined");
+}
+
+#[test]
+fn a_call_that_never_returns_is_noticed_and_the_engine_can_be_dropped_all_the_same() {
+    let timeout = Duration::from_millis(40);
+    let (engine, open) = engine_watched(QueueOptions::default(), true, false, timeout);
+    let began = Instant::now();
+    let mut stream = engine.submit(request(300, 10)).expect("accepted");
+    let open = open.expect("gated");
+    (0..3).for_each(|_| open.send(()).expect("the worker lives"));
+    (0..3).for_each(|_| assert!(matches!(stream.next_blocking(), Some(EngineEvent::Delta(_)))));
+    let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+    let EngineEnd::Stuck(why) = runtime.block_on(engine.given_up()) else { panic!("it did not give up") };
+    assert!(why.contains("the wait for step 4 (decode, 1 sequences, 1 tokens) has not ended"), "{why}");
+    assert!(began.elapsed() < timeout * 100, "{:?}", began.elapsed());
+    assert_eq!(engine.health(), Health::Failed(why));
+    assert!(matches!(engine.submit(request(300, 1)), Err(SubmitError::Stopped(_))));
+    let dropping = Instant::now();
+    drop(engine);
+    assert!(dropping.elapsed() < STUCK_WAIT_MAX * 5, "{:?}", dropping.elapsed());
+    // The call returns at last: the thread ends what it has.
+    drop(open);
+    assert!(tokens(stream).expect_err("not complete").contains("before the answer was complete"));
+}
+
+#[test]
+fn an_engine_without_work_or_with_slow_work_is_not_stuck() {
+    let timeout = Duration::from_millis(100);
+    let (engine, open) = engine_watched(QueueOptions::default(), true, false, timeout);
+    std::thread::sleep(timeout * 3);
+    assert_eq!(engine.health(), Health::Ready, "it has nothing to do");
+    let stream = engine.submit(request(300, 10)).expect("accepted");
+    let open = open.expect("gated");
+    for _ in 0..12 {
+        std::thread::sleep(timeout / 4);
+        let _ = open.send(());
+    }
+    assert!(tokens(stream).is_ok());
+    assert_eq!(engine.health(), Health::Ready, "no step took long");
 }
 
 #[test]

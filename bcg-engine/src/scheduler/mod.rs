@@ -204,6 +204,11 @@ impl Scheduler {
         self.known(id).map(|sequence| sequence.is_held = is_held).is_some()
     }
 
+    /// Returns the running sequences that are held, and how many tokens each has.
+    pub fn held(&self) -> impl Iterator<Item = (SequenceId, usize)> {
+        self.running.iter().filter(|sequence| sequence.is_held).map(|sequence| (sequence.id, sequence.len()))
+    }
+
     /// Whether a sequence is known and not held.
     pub fn is_free(&mut self, id: SequenceId) -> bool {
         self.known(id).is_some_and(|sequence| !sequence.is_held)

@@ -11,6 +11,7 @@
 //! - a step that fails, by an error or by a panic, ends the request that is to blame and no other ([`trials`]);
 //! - after an error of the device what runs fails, and the model is loaded anew, once, for the requests that wait.
 
+use std::collections::{HashMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -20,13 +21,14 @@ use std::time::{Duration, Instant};
 use bcg_models::{SampledToken, SequenceInput};
 
 pub use self::requests::{Accepted, QueuePlaces, Requests};
-pub use self::shared::{Message, MessageReceiver, MessageSender, Shared, channel};
+pub use self::shared::{EngineEnd, Message, MessageReceiver, MessageSender, Shared, channel};
 use super::RequestError;
 use super::choice::Choice;
 use super::metrics::PhaseLabel;
 use super::model::{Damage, GraphCounters, StepError, StepModel};
-use super::scheduler::{Scheduler, StepPlan};
+use super::scheduler::{PlanKind, Scheduler, StepPlan};
 use super::sequence::{Lane, SequenceId};
+use super::watchdog::{Doing, StepName};
 use trials::Trials;
 
 mod blame;
@@ -46,6 +48,9 @@ struct InFlight<P> {
     plan: StepPlan,
     pending: P,
     launched: Instant,
+    name: StepName,
+    /// Whether it may capture a graph or load kernels.
+    may_capture: bool,
 }
 
 /// Why a worker ended.
@@ -81,10 +86,17 @@ pub struct Worker<'a, M: StepModel> {
     trials: Trials,
     /// Whether the last step was one of those on trial.
     was_trial: bool,
+    /// Steps that were launched.
+    num_launched: u64,
+    /// Kinds and numbers of tokens of steps that went well.
+    seen: HashSet<(PlanKind, usize)>,
+    captures_lazily: bool,
     /// Whether the last turn found nothing to launch.
     is_resting: bool,
     /// When it looked at all requests last.
     last_look: Instant,
+    /// Sequences that wait for the mask of their grammar: with so many tokens, since then.
+    held: HashMap<SequenceId, (usize, Instant)>,
 }
 
 impl<'a, M: StepModel> Worker<'a, M> {
@@ -96,20 +108,30 @@ impl<'a, M: StepModel> Worker<'a, M> {
         Self {
             model,
             scheduler,
-            requests,
             shared,
             in_flight: None,
             counted,
             last_step,
             trials: Trials::default(),
             was_trial: false,
+            num_launched: 0,
+            seen: HashSet::new(),
+            captures_lazily: requests.captures_lazily,
             is_resting: true,
             last_look: last_step,
+            held: HashMap::new(),
+            requests,
         }
     }
 
     /// Works until every handle is gone and nothing is left, until it is told to stop, or until the device is lost.
     pub fn run(mut self) -> Exit {
+        let exit = self.work();
+        self.shared.pulse.beat(Doing::Nothing, false);
+        exit
+    }
+
+    fn work(&mut self) -> Exit {
         self.take_stats();
         while !self.shared.stop.load(Ordering::Relaxed) {
             let open = self.take_arrived();
@@ -175,7 +197,10 @@ impl<'a, M: StepModel> Worker<'a, M> {
     fn take_arrived(&mut self) -> bool {
         if self.is_resting && self.in_flight.is_none() {
             self.publish();
-            match self.requests.arriving.recv(IDLE_TICK) {
+            self.shared.pulse.beat(Doing::Nothing, false);
+            let message = self.requests.arriving.recv(IDLE_TICK);
+            self.shared.pulse.beat(Doing::Between, false);
+            match message {
                 Ok(message) => self.take(message),
                 Err(RecvTimeoutError::Timeout) => return true,
                 Err(RecvTimeoutError::Disconnected) => return false,
@@ -215,6 +240,17 @@ impl<'a, M: StepModel> Worker<'a, M> {
             tracing::debug!(sequence = %id, "waited too long in the queue");
             self.fail(id, error.clone());
         }
+        self.watch_held(now);
+    }
+
+    /// Tells the watchdog since when a sequence waits for its grammar.
+    fn watch_held(&mut self, now: Instant) {
+        let before = std::mem::take(&mut self.held);
+        for (id, num_tokens) in self.scheduler.held() {
+            let since = before.get(&id).filter(|(tokens, _)| *tokens == num_tokens).map_or(now, |(_, since)| *since);
+            self.held.insert(id, (num_tokens, since));
+        }
+        self.shared.pulse.set_held_since(self.held.values().map(|(_, since)| *since).min());
     }
 
     fn cancel(&mut self, id: SequenceId) {
@@ -248,13 +284,22 @@ impl<'a, M: StepModel> Worker<'a, M> {
         if plan.entries.is_empty() {
             return Ok(None);
         }
-        let launched = Instant::now();
-        match self.try_launch(&plan) {
+        let (launched, kind, tokens) = (Instant::now(), plan.kind(), plan.num_tokens());
+        self.num_launched += 1;
+        let name = StepName { number: self.num_launched, kind, sequences: plan.entries.len(), tokens };
+        let may_capture = self.captures_lazily || !self.seen.contains(&(kind, tokens));
+        self.shared.pulse.beat(Doing::Launching(name), may_capture);
+        let pending = self.try_launch(&plan);
+        self.shared.pulse.beat(Doing::Between, false);
+        match pending {
             Ok(pending) => {
                 self.scheduler.launch(&plan);
-                Ok(Some(InFlight { plan, pending, launched }))
+                Ok(Some(InFlight { plan, pending, launched, name, may_capture }))
             }
-            Err(error) => Err((plan, error)),
+            Err(error) => {
+                self.shared.pulse.ended(name, launched.elapsed(), false);
+                Err((plan, error))
+            }
         }
     }
 
@@ -285,7 +330,8 @@ impl<'a, M: StepModel> Worker<'a, M> {
 
     /// Waits for a step and hands out what it chose.
     fn collect(&mut self, step: InFlight<M::Pending>) -> Result<(), Broken> {
-        let InFlight { plan, pending, launched } = step;
+        let InFlight { plan, pending, launched, name, may_capture } = step;
+        self.shared.pulse.beat(Doing::Collecting(name), may_capture);
         let model = &mut self.model;
         let sampled = caught(|| model.collect(pending)).unwrap_or_else(|panic| Err(StepError::harmless(panic)));
         let sampled = sampled.and_then(|sampled| match sampled.len() {
@@ -297,9 +343,12 @@ impl<'a, M: StepModel> Worker<'a, M> {
         let took = now - launched.max(std::mem::replace(&mut self.last_step, now));
         let phase = PhaseLabel { phase: plan.kind().name() };
         self.shared.metrics.step_time.get_or_create(&phase).observe(took.as_secs_f64());
+        self.shared.pulse.beat(Doing::Between, false);
+        self.shared.pulse.ended(name, took, sampled.is_ok());
         self.take_stats();
         match sampled {
             Ok(sampled) => {
+                self.seen.insert((name.kind, name.tokens));
                 self.shared.num_steps.fetch_add(1, Ordering::Relaxed);
                 self.deliver(&plan, &sampled);
                 self.clear(&plan);

@@ -68,13 +68,15 @@ pub struct Requests {
     pub(super) kept: Vec<Sequence>,
     /// How long a request may wait before it begins.
     queue_timeout: Option<Duration>,
+    /// Whether any step of their model may capture a graph.
+    pub(super) captures_lazily: bool,
     next_id: u64,
 }
 
 impl Requests {
     /// Makes one that has nothing to do yet.
-    pub fn new(arriving: MessageReceiver, queue_timeout: Option<Duration>) -> Self {
-        Self { arriving, active: HashMap::new(), kept: Vec::new(), queue_timeout, next_id: 0 }
+    pub fn new(arriving: MessageReceiver, queue_timeout: Option<Duration>, captures_lazily: bool) -> Self {
+        Self { arriving, active: HashMap::new(), kept: Vec::new(), queue_timeout, captures_lazily, next_id: 0 }
     }
 
     /// Takes a request and returns its sequence.

@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 
 use super::super::metrics::Metrics;
+use super::super::watchdog::Pulse;
 use super::requests::Accepted;
 
 /// What reaches the worker from other threads.
@@ -72,6 +73,16 @@ impl MessageReceiver {
     }
 }
 
+/// How an engine ended that nobody stopped.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum EngineEnd {
+    /// It gave up, for this reason; its thread has ended or soon will.
+    GaveUp(String),
+    /// A call of its thread does not return, for this reason: the thread cannot be waited for, and only the end of the
+    /// process helps.
+    Stuck(String),
+}
+
 /// What the worker shares with the engine's handle.
 #[derive(Debug, Default)]
 pub struct Shared {
@@ -83,38 +94,53 @@ pub struct Shared {
     pub flush_cache: AtomicBool,
     /// Steps that were collected without an error.
     pub num_steps: AtomicU64,
+    pub(crate) pulse: Pulse,
     failure: Mutex<Option<String>>,
     /// Held while a request is sent, so that none comes after those that the end of the engine fails.
-    gave_up: RwLock<bool>,
-    failed: Notify,
+    end: RwLock<Option<EngineEnd>>,
+    ended: Notify,
 }
 
 impl Shared {
     /// Returns why the engine cannot serve any more, or not now.
     pub fn failure(&self) -> Option<String> {
-        self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        match self.end() {
+            Some(EngineEnd::GaveUp(why) | EngineEnd::Stuck(why)) => Some(why),
+            None => self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+        }
     }
 
-    /// Says why the engine cannot serve, or that it can again.
+    /// Says why the engine cannot serve for now, or that it can again.
     pub fn set_failure(&self, failure: Option<String>) {
         *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = failure;
     }
 
-    /// Sends requests to the worker; `false` if there is none any more.
-    pub fn send(&self, worker: &MessageSender, requests: Vec<Accepted>) -> bool {
-        let gave_up = self.gave_up.read().unwrap_or_else(PoisonError::into_inner);
-        !*gave_up && worker.sender.send(Message::Requests(requests)).is_ok()
+    /// Returns how the engine ended, if it did.
+    pub fn end(&self) -> Option<EngineEnd> {
+        self.end.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Says that the engine will never serve again. No request is sent from now on.
-    pub fn give_up(&self, why: String) {
-        *self.gave_up.write().unwrap_or_else(PoisonError::into_inner) = true;
-        self.set_failure(Some(why));
-        self.failed.notify_one();
+    /// Sends requests to the worker; `false` if there is none any more.
+    pub fn send(&self, worker: &MessageSender, requests: Vec<Accepted>) -> bool {
+        let end = self.end.read().unwrap_or_else(PoisonError::into_inner);
+        end.is_none() && worker.sender.send(Message::Requests(requests)).is_ok()
+    }
+
+    /// Says that the engine will never serve again, and why; the first one who does is right. No request is sent from now
+    /// on, and the worker ends as soon as it can.
+    pub fn end_with(&self, end: EngineEnd) {
+        self.end.write().unwrap_or_else(PoisonError::into_inner).get_or_insert(end);
+        self.stop.store(true, Ordering::Relaxed);
+        self.ended.notify_one();
     }
 
     /// Resolves when the engine will never serve again. For one waiter.
-    pub async fn given_up(&self) {
-        self.failed.notified().await;
+    pub async fn given_up(&self) -> EngineEnd {
+        loop {
+            if let Some(end) = self.end() {
+                return end;
+            }
+            self.ended.notified().await;
+        }
     }
 }

@@ -8,7 +8,7 @@ use crate::local::{LocalEngine, LocalOptions};
 use crate::metrics::ReasonLabel;
 use crate::prefix_cache::PrefixCache;
 use crate::scheduler::Limits;
-use crate::{Engine, GenerationRequest, ModelInfo, Prompt, QueueOptions, SubmitError};
+use crate::{Engine, GenerationRequest, ModelInfo, Prompt, QueueOptions, SubmitError, WatchdogOptions};
 
 /// Loses its device at every step.
 struct Lost;
@@ -34,7 +34,15 @@ fn engine() -> LocalEngine {
         let (name, has_tokenizer) = ("lost".to_owned(), false);
         let info = ModelInfo { name, created: 0, context_length: 16, vocab_size: 8, has_tokenizer };
         let queue = QueueOptions { max_queued_requests: 64, ..QueueOptions::default() };
-        let options = LocalOptions { info, tokenizer: None, chat: None, eos: vec![2], queue, settings: Value::Null };
+        let options = LocalOptions {
+            info,
+            tokenizer: None,
+            chat: None,
+            eos: vec![2],
+            queue,
+            watchdog: WatchdogOptions::default(),
+            settings: Value::Null,
+        };
         let limits = Limits { max_running_requests: 2, chunked_prefill_size: 16, context_length: 16 };
         Ok((Lost, Scheduler::new(limits, PrefixCache::new(PagePool::new(4, 16), true)), options))
     });

@@ -14,7 +14,7 @@ use bcg_engine::metrics::{Metrics, ReasonLabel};
 use bcg_engine::model::{GraphCounters, StepError, StepModel};
 use bcg_engine::prefix_cache::PrefixCache;
 use bcg_engine::scheduler::{Limits, Scheduler};
-use bcg_engine::{Engine, EventStream, Health, ModelInfo, Prompt, QueueOptions, Submission, SubmitError};
+use bcg_engine::{Engine, EventStream, Health, ModelInfo, Prompt, QueueOptions, Submission, SubmitError, WatchdogOptions};
 use bcg_models::state::PagePool;
 use bcg_models::{ChatTemplate, GraphMode, ModelRunner, ModelRunnerOptions, SampledToken, SequenceInput};
 use bcg_runtime::{Device, HostControl, LiveObjects};
@@ -331,6 +331,7 @@ fn load(
         chat: ChatTemplate::load(&dir)?,
         eos: config.eos_token_ids.clone(),
         queue: QueueOptions { max_queued_requests, ..QueueOptions::default() },
+        watchdog: WatchdogOptions { timeout: Some(PATIENCE), captures_lazily: true },
         settings: Value::Null,
     };
     let pages = runner.pages().clone();
