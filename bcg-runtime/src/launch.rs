@@ -309,7 +309,7 @@ impl Launch {
 
     /// Returns the first address among its arguments that its kernel may write to.
     pub(crate) fn output(&self) -> Option<DevicePtr> {
-        self.kernel.arg_struct().first_output(self.args.as_slice())
+        self.kernel.arg_struct().first_output(self.args.as_slice()).map(DevicePtr)
     }
 }
 

@@ -6,8 +6,6 @@
 
 use std::fmt::{self, Write};
 
-use crate::DevicePtr;
-
 /// A kernel's argument struct, as CUDA declares it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ArgStruct {
@@ -35,17 +33,14 @@ impl ArgStruct {
         }
         true
     }
-}
 
-impl ArgStruct {
     /// Returns the first address in `args`, the bytes of such a struct, that a kernel may write to and that is not null.
-    pub(crate) fn first_output(&self, args: &[u8]) -> Option<DevicePtr> {
+    pub(crate) fn first_output(&self, args: &[u8]) -> Option<u64> {
         self.fields.iter().find_map(|field| {
             let bytes = args.get(field.offset..)?;
             match field.ty.element {
                 Element::Pointer { is_const: false, .. } => {
-                    let address = u64::from_ne_bytes(*bytes.first_chunk()?);
-                    (address != 0).then_some(DevicePtr(address))
+                    Some(u64::from_ne_bytes(*bytes.first_chunk()?)).filter(|address| *address != 0)
                 }
                 Element::Struct(of) => of.first_output(bytes),
                 Element::Pointer { is_const: true, .. } | Element::Number(_) => None,

@@ -114,7 +114,8 @@ pub enum CompileError {
 ///
 /// The cache is the folder `BCG_CACHE_DIR`, else `$XDG_CACHE_HOME/bcg`, else `~/.cache/bcg`. An entry is found by source,
 /// the headers that the source reaches, options and compiler version. A cache that cannot be read or written costs a
-/// warning and a compilation.
+/// warning and a compilation. So does a folder, or an entry, that belongs to another user than this process's or root, or
+/// that others may write to: it is not used. A folder that is made gets mode 0700.
 ///
 /// # Errors
 /// [`CompileError::UnknownHeader`] for an `#include` of a header that the source does not list;
