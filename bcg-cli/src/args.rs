@@ -11,7 +11,7 @@ use bcg_engine::{CaptureMode, DeviceChoice, EngineOptions};
 use bcg_models::LoadFormat;
 use bcg_server::{ApiKey, HttpOptions};
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
-use clap::{Args, CommandFactory, Parser, ValueEnum};
+use clap::{ArgAction, Args, CommandFactory, Parser, ValueEnum};
 
 /// Names of values of a flag, what `--help` says about them, and what they stand for.
 type Choices<T> = [(&'static str, &'static str, T)];
@@ -184,6 +184,15 @@ pub struct ServerArgs {
     #[arg(long, default_value_t = 30000)]
     pub port: u16,
 
+    /// Address to listen on for operators, with --admin-port
+    #[arg(long, value_name = "HOST", default_value = "127.0.0.1")]
+    pub admin_host: String,
+
+    /// Port for operators only, never for clients: /health, /health_generate, /metrics, /flush_cache and /server_info over
+    /// plain HTTP, without a key and whatever the public port suffers; 0 takes a free one
+    #[arg(long, value_name = "PORT")]
+    pub admin_port: Option<u16>,
+
     /// Name of the model in the API [default: the checkpoint folder's name]
     #[arg(long, value_name = "NAME")]
     pub served_model_name: Option<String>,
@@ -200,6 +209,11 @@ pub struct ServerArgs {
     #[arg(long, value_name = "N", default_value_t = 5)]
     pub max_restarts: usize,
 
+    /// Whether the process ends, with an error, when the watchdog finds a call that does not return; if not, /health says
+    /// 503 for as long as it lasts
+    #[arg(long, value_name = "BOOL", default_value_t = true, action = ArgAction::Set)]
+    pub watchdog_exit: bool,
+
     /// Flags of the HTTP layer.
     #[command(flatten)]
     pub http: HttpArgs,
@@ -208,9 +222,10 @@ pub struct ServerArgs {
 /// Flags of the HTTP layer.
 #[derive(Debug, Clone, Args)]
 pub struct HttpArgs {
-    /// Key that clients must send (Authorization: Bearer KEY) on every route but /health* and /metrics
-    #[arg(long, value_name = "KEY", env = "BCG_API_KEY", hide_env_values = true)]
-    pub api_key: Option<ApiKey>,
+    /// Key that clients must send (Authorization: Bearer KEY) on every route but /health and /metrics; repeatable, or
+    /// separated by commas. Clients with different keys share the server fairly
+    #[arg(long, value_name = "KEY", env = "BCG_API_KEY", hide_env_values = true, value_delimiter = ',')]
+    pub api_key: Vec<ApiKey>,
 
     /// Origin whose web pages may use the server, as SCHEME://HOST with a port if it has one, or * for any; repeatable
     #[arg(long, value_name = "ORIGIN")]
@@ -224,7 +239,7 @@ pub struct HttpArgs {
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     pub tls_key: Option<PathBuf>,
 
-    /// Connections at once; one more is turned away (HTTP 503)
+    /// Connections at once; one more is turned away (HTTP 503). One address may hold four times as many as are free
     #[arg(long, value_name = "N", default_value_t = HttpOptions::default().max_connections)]
     pub max_connections: usize,
 
@@ -236,6 +251,19 @@ pub struct HttpArgs {
     /// Largest request body in bytes (HTTP 413 above it)
     #[arg(long, value_name = "BYTES", default_value_t = HttpOptions::default().max_body_bytes)]
     pub max_body_bytes: usize,
+
+    /// Bytes of all request bodies at once, beyond the first 64 KiB of each (HTTP 429 above it). One client may hold four
+    /// times as many as are free
+    #[arg(long, value_name = "BYTES", default_value_t = HttpOptions::default().max_inflight_body_bytes)]
+    pub max_inflight_body_bytes: usize,
+
+    /// Seconds in which a client must take at least a byte of what it is sent; then its connection is closed
+    #[arg(long, value_name = "SECONDS", default_value_t = HttpOptions::default().response_write_timeout.as_secs())]
+    pub response_write_timeout: u64,
+
+    /// Seconds for which the server answers probes after SIGTERM or ctrl-c, at least
+    #[arg(long, value_name = "SECONDS", default_value_t = HttpOptions::default().shutdown_grace.as_secs())]
+    pub shutdown_grace: u64,
 
     /// Seconds that running requests get to finish after SIGTERM or ctrl-c
     #[arg(long, value_name = "SECONDS", default_value_t = HttpOptions::default().shutdown_deadline.as_secs())]
@@ -257,6 +285,9 @@ impl HttpArgs {
         options.max_connections = self.max_connections;
         options.request_read_timeout = Duration::from_secs(self.request_read_timeout);
         options.max_body_bytes = self.max_body_bytes;
+        options.max_inflight_body_bytes = self.max_inflight_body_bytes;
+        options.response_write_timeout = Duration::from_secs(self.response_write_timeout);
+        options.shutdown_grace = Duration::from_secs(self.shutdown_grace);
         options.shutdown_deadline = Duration::from_secs(self.shutdown_deadline);
         options.otlp_endpoint = self.otlp_endpoint.clone();
         options
@@ -441,6 +472,8 @@ mod tests {
         for (flag, value, remedy) in [
             ("--max-connections", "0", "at least 1"),
             ("--request-read-timeout", "0", "at least 1 second"),
+            ("--response-write-timeout", "0", "at least 1 second"),
+            ("--max-inflight-body-bytes", "1000", "lower --max-body-bytes"),
             ("--cors-allow-origin", "chat.example.com", "give a scheme and a host"),
             ("--cors-allow-origin", "https://chat.example.com/", "give a scheme and a host"),
             ("--otlp-endpoint", "127.0.0.1:4318", "http://"),
@@ -452,6 +485,8 @@ mod tests {
         for flags in [&["--tls-cert", "c.pem"], &["--tls-key", "k.pem"], &["--api-key", ""], &["--api-key", "a b"]] {
             try_parse(flags).expect_err("refused");
         }
+        let keys = try_parse(&["--api-key", "a", "--api-key", "b,c"]).expect("parses").http.options().api_key;
+        assert_eq!(keys, ["a", "b", "c"].map(|key| key.parse::<ApiKey>().expect("a key")));
         assert!(!format!("{:?}", try_parse(&["--api-key", "secret"]).expect("parses")).contains("secret"));
     }
 

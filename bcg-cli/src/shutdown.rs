@@ -5,8 +5,6 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-/// How much longer than its deadline a shutdown may take before the process is ended as it is: something hangs then.
-const HARD_EXIT_AFTER: Duration = Duration::from_secs(5);
 /// The exit status of a process that was told twice to end.
 const TOLD_TWICE: i32 = 130;
 
@@ -45,10 +43,10 @@ impl Shutdown {
     }
 }
 
-/// Ends the process if it has not ended by itself a few seconds after `deadline`.
-pub(crate) fn force_after(deadline: Duration) {
+/// Ends the process as it is, with an error, if it has not ended by itself after this time.
+pub(crate) fn force_after(patience: Duration) {
     let thread = std::thread::Builder::new().name("bcg-hard-exit".into()).spawn(move || {
-        std::thread::sleep(deadline + HARD_EXIT_AFTER);
+        std::thread::sleep(patience);
         tracing::error!("something hangs and does not let the process end: leaving as it is");
         exit(1);
     });

@@ -16,6 +16,7 @@ use serde_json::{Map, Value};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+pub use bcg_models::chat::{Content, ContentPart};
 pub use bcg_models::{ChatMessage, FinishReason, OptionError, Progress, SamplingParams, Stage};
 
 pub use self::fair_places::{FairPlaces, Place};
@@ -97,7 +98,7 @@ pub struct GenerationRequest {
     /// Subtracted from the logits of tokens once for each time that the answer holds them.
     pub frequency_penalty: f32,
     /// What the answer must look like; `None` leaves it free.
-    pub grammar: Option<Grammar>,
+    pub grammar: Option<Arc<Grammar>>,
     /// Log probabilities: `None` for none, else how many alternatives per token.
     pub top_logprobs: Option<usize>,
     /// Go on past the model's end-of-text tokens.
@@ -346,6 +347,15 @@ pub enum SubmitError {
         /// Tokens that fit.
         context: usize,
     },
+    /// The text of the prompt is so long that it was not even turned into tokens as a whole.
+    #[error(
+        "This model's maximum context length is {context} tokens. However, your prompt alone has more. Please reduce the \
+         length of the prompt."
+    )]
+    PromptTooLong {
+        /// Tokens that fit.
+        context: usize,
+    },
     /// The prompt cannot be used: empty, unknown token ids, refused by the chat template.
     #[error("{0}")]
     Prompt(String),
@@ -398,7 +408,7 @@ pub trait Engine: Send + Sync + 'static {
     /// Turns text into tokens, with the special tokens that the tokenizer puts around a text if `add_special_tokens`.
     ///
     /// # Errors
-    /// [`SubmitError::Prompt`] without a tokenizer, or for text that it refuses.
+    /// [`SubmitError::PromptTooLong`] for text that is far longer than the context; [`SubmitError::Prompt`] without a tokenizer, or for text that it refuses.
     fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, SubmitError>;
 
     /// Turns tokens into text, without special tokens if `skip_special_tokens`.
@@ -410,7 +420,7 @@ pub trait Engine: Send + Sync + 'static {
     /// Turns a prompt into tokens, as [`submit`](Self::submit) does.
     ///
     /// # Errors
-    /// [`SubmitError::Prompt`].
+    /// [`SubmitError::PromptTooLong`], [`SubmitError::Prompt`].
     fn prompt_tokens(&self, prompt: Prompt) -> Result<Vec<u32>, SubmitError>;
 
     /// Drops what the prefix cache holds and no running request uses, before the next step.

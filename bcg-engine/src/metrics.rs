@@ -172,7 +172,7 @@ impl Metrics {
             SubmitError::CompilersBusy => "compilers_busy",
             SubmitError::Cancelled => "cancelled",
             SubmitError::ShuttingDown => "shutting_down",
-            SubmitError::ContextLength { .. } => "context_length",
+            SubmitError::ContextLength { .. } | SubmitError::PromptTooLong { .. } => "context_length",
             SubmitError::Prompt(_) => "wrong",
             SubmitError::Stopped(_) => "stopped",
         };

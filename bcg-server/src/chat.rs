@@ -1,20 +1,20 @@
 //! `POST /v1/chat/completions`.
 
+use std::sync::Arc;
+
 use axum::Json;
-use axum::body::Bytes;
 use axum::extract::State;
-use axum::extract::rejection::BytesRejection;
 use axum::response::{IntoResponse, Response};
-use bcg_engine::{
-    ChatMessage, EngineEvent, FinishReason, GenerationRequest, ModelInfo, Prompt, TokenLogprob, TokenText,
-};
+use bcg_engine::{EngineEvent, FinishReason, GenerationRequest, ModelInfo, Prompt, TokenLogprob, TokenText};
 use serde_json::{Value, json};
 
 use crate::App;
 use crate::answers::{Answer, TotalUsage, collect};
 use crate::error::ApiError;
 use crate::fields::BodyFields;
-use crate::request::{AnswerShape, check_choices, generation, token_count};
+use crate::incoming::{Asked, Incoming};
+use crate::messages;
+use crate::request::{AnswerShape, check_choices, generation, priority, token_count};
 use crate::sse::{self, Chunks};
 use crate::tools::Tools;
 use crate::tools::calls::{CallParser, Piece};
@@ -26,33 +26,34 @@ const TOP_LOGPROBS_MAX: usize = 20;
 const CHUNK: &str = "chat.completion.chunk";
 
 /// Answers a conversation, at once or in chunks.
-pub(crate) async fn create(State(app): State<App>, body: Result<Bytes, BytesRejection>) -> Result<Response, ApiError> {
-    let fields = BodyFields::parse(body, app.max_body_bytes)?;
-    let shape = AnswerShape::read(&fields, &app, "chatcmpl")?;
-    let tools = Tools::read(&fields)?;
-    let request = read(&fields, app.engine.info(), &tools)?;
-    check_choices("n", 1, shape.n)?;
-    let logprobs = request.top_logprobs.is_some();
-    let answers = app.submit(vec![request], shape.n).await?;
+pub(crate) async fn create(State(app): State<App>, incoming: Incoming) -> Result<Response, ApiError> {
+    let read = |app: &App, fields: &BodyFields| {
+        let info = app.engine.info();
+        let shape = AnswerShape::read(fields, info, "chatcmpl")?;
+        let tools = Tools::read(fields)?;
+        let request = read(fields, info, &tools)?;
+        check_choices("n", 1, shape.n)?;
+        let logprobs = request.top_logprobs.is_some();
+        let asked = Asked { requests: vec![request], n: shape.n, priority: priority(fields)? };
+        Ok((asked, (shape, tools.parser(), logprobs)))
+    };
+    let (answers, (shape, parser, logprobs)) = app.generate(incoming, read).await?;
     if shape.stream {
-        let (usage, parsers) = (TotalUsage::new(shape.n), vec![tools.parser(); shape.n]);
+        let (usage, parsers) = (TotalUsage::new(shape.n), vec![parser; shape.n]);
         return Ok(sse::respond(answers, ChatChunks { shape, logprobs, parsers, usage }));
     }
     let (mut usage, mut choices) = (TotalUsage::new(shape.n), Vec::with_capacity(shape.n));
     for (index, answer) in collect(answers).await?.iter().enumerate() {
         usage.add(index, answer.usage);
-        choices.push(choice(index, answer, tools.parser(), logprobs));
+        choices.push(choice(index, answer, parser.clone(), logprobs));
     }
     Ok(Json(shape.whole("chat.completion", choices, usage.total())).into_response())
 }
 
 /// Turns the fields that say what the conversation is into a prompt.
 pub(crate) fn prompt(fields: &BodyFields, tools: &Tools) -> Result<Prompt, ApiError> {
-    let messages: Vec<ChatMessage> = fields.require("messages")?;
-    if messages.is_empty() {
-        return Err(ApiError::invalid("messages", "`messages` needs at least one message."));
-    }
-    let template_args = fields.get("chat_template_kwargs")?.unwrap_or_default();
+    let messages = messages::read(fields)?;
+    let template_args = fields.object("chat_template_kwargs")?.unwrap_or_default();
     Ok(Prompt::Chat { messages, tools: tools.for_template(), template_args })
 }
 
@@ -65,7 +66,8 @@ fn read(fields: &BodyFields, info: &ModelInfo, tools: &Tools) -> Result<Generati
     let newer = token_count(fields, "max_completion_tokens")?;
     let max_tokens = newer.or(token_count(fields, "max_tokens")?);
     let mut request = generation(fields, info, prompt, max_tokens, top_logprobs(fields)?)?;
-    request.grammar = tools.grammar(request.grammar)?;
+    let format = request.grammar.map(Arc::unwrap_or_clone);
+    request.grammar = tools.grammar(format)?.map(Arc::new);
     Ok(request)
 }
 

@@ -1,9 +1,9 @@
 //! `POST /v1/completions`.
 
+use std::sync::Arc;
+
 use axum::Json;
-use axum::body::Bytes;
 use axum::extract::State;
-use axum::extract::rejection::BytesRejection;
 use axum::response::{IntoResponse, Response};
 use bcg_engine::{Delta, EngineEvent, GenerationRequest, ModelInfo, Prompt, TokenLogprob};
 use serde_json::{Map, Value, json};
@@ -12,7 +12,9 @@ use crate::App;
 use crate::answers::{TotalUsage, collect};
 use crate::error::ApiError;
 use crate::fields::BodyFields;
-use crate::request::{AnswerShape, check_choices, generation, token_count};
+use crate::incoming::{Asked, Incoming};
+use crate::prompts;
+use crate::request::{AnswerShape, check_choices, generation, priority, token_count};
 use crate::sse::{self, Chunks};
 
 /// The most alternatives per token, as in the OpenAI API.
@@ -20,30 +22,35 @@ const LOGPROBS_MAX: usize = 5;
 /// Tokens of an answer when the request does not say, as in the OpenAI API.
 const MAX_TOKENS_DEFAULT: usize = 16;
 
+/// Bytes of the prompts that stand in front of answers, over all choices of a request.
+const ECHO_BYTES_MAX: usize = 8 << 20;
+
 /// What answers and chunks call themselves.
 const OBJECT: &str = "text_completion";
 
 /// Continues prompts, at once or in chunks.
-pub(crate) async fn create(State(app): State<App>, body: Result<Bytes, BytesRejection>) -> Result<Response, ApiError> {
-    let fields = BodyFields::parse(body, app.max_body_bytes)?;
-    let shape = AnswerShape::read(&fields, &app, "cmpl")?;
-    let requests = read(&fields, app.engine.info())?;
-    check_choices("prompt", requests.len(), shape.n)?;
-    let (logprobs, num_choices) = (requests[0].top_logprobs.is_some(), requests.len() * shape.n);
-    let mut echoes = if fields.get("echo")?.unwrap_or(false) {
-        echoes(&app, &requests, shape.n, logprobs).await?
-    } else {
-        vec![String::new(); num_choices]
+pub(crate) async fn create(State(app): State<App>, incoming: Incoming) -> Result<Response, ApiError> {
+    let read = |app: &App, fields: &BodyFields| {
+        let shape = AnswerShape::read(fields, app.engine.info(), "cmpl")?;
+        let requests = read(fields, app.engine.info(), shape.n)?;
+        let logprobs = requests[0].top_logprobs.is_some();
+        let echoes = if fields.get("echo")?.unwrap_or(false) {
+            echoes(app, &requests, shape.n, logprobs)?
+        } else {
+            vec![Arc::from(""); requests.len() * shape.n]
+        };
+        let asked = Asked { requests, n: shape.n, priority: priority(fields)? };
+        Ok((asked, (shape, echoes, logprobs)))
     };
-    let answers = app.submit(requests, shape.n).await?;
+    let (answers, (shape, echoes, logprobs)) = app.generate(incoming, read).await?;
     let mut usage = TotalUsage::new(shape.n);
     if shape.stream {
         return Ok(sse::respond(answers, CompletionChunks { shape, logprobs, echoes, usage }));
     }
-    let mut choices = Vec::with_capacity(num_choices);
+    let mut choices = Vec::with_capacity(echoes.len());
     for (index, answer) in collect(answers).await?.into_iter().enumerate() {
         usage.add(index, answer.usage);
-        let text = std::mem::take(&mut echoes[index]) + &answer.text;
+        let text = [&echoes[index], answer.text.as_str()].concat();
         let logprobs = logprobs.then(|| logprobs_json(&answer.logprobs));
         let ids = shape.token_ids.then_some(answer.tokens.as_slice());
         choices.push(choice(index, &text, ids, logprobs.as_ref(), Some(answer.reason.as_str())));
@@ -52,68 +59,44 @@ pub(crate) async fn create(State(app): State<App>, body: Result<Bytes, BytesReje
 }
 
 /// Reads one request for each prompt.
-fn read(fields: &BodyFields, info: &ModelInfo) -> Result<Vec<GenerationRequest>, ApiError> {
+fn read(fields: &BodyFields, info: &ModelInfo, n: usize) -> Result<Vec<GenerationRequest>, ApiError> {
     fields.refuse("suffix", &[json!("")], "this model continues a text but does not fill it in, so leave it out")?;
-    let prompts = prompts("prompt", fields.require("prompt")?)?;
+    let prompts = prompts::read(fields, "prompt")?
+        .ok_or_else(|| ApiError::invalid("prompt", "Missing required field `prompt`."))?;
+    check_choices("prompt", prompts.list.len(), n)?;
     let top_logprobs = fields.number("logprobs", 0, LOGPROBS_MAX)?;
     let max_tokens = token_count(fields, "max_tokens")?.unwrap_or(MAX_TOKENS_DEFAULT);
-    let read = |prompt| generation(fields, info, prompt, Some(max_tokens), top_logprobs);
-    prompts.into_iter().map(read).collect()
-}
-
-/// Reads a prompt or several, each as text or token ids.
-pub(crate) fn prompts(param: &'static str, value: Value) -> Result<Vec<Prompt>, ApiError> {
-    let refuse = |what: &str| {
-        let accepted = "give a string, an array of strings, token ids, or an array of arrays of token ids";
-        ApiError::invalid(param, format!("Invalid value for `{param}`: {what}; {accepted}."))
-    };
-    match value {
-        Value::String(text) => Ok(vec![Prompt::Text(text)]),
-        Value::Array(items) => match items.first() {
-            None => Err(refuse("the array is empty")),
-            Some(Value::Number(_)) => match token_ids(&items) {
-                Some(ids) => Ok(vec![Prompt::Tokens(ids)]),
-                None => Err(refuse("token ids are integers from 0")),
-            },
-            Some(_) => {
-                let prompt = |item| match item {
-                    Value::String(text) => Ok(Prompt::Text(text)),
-                    Value::Array(ids) => {
-                        token_ids(&ids).map(Prompt::Tokens).ok_or_else(|| refuse("an entry is no prompt"))
-                    }
-                    _ => Err(refuse("an entry is no prompt")),
-                };
-                items.into_iter().map(prompt).collect()
-            }
-        },
-        _ => Err(refuse("it is neither a string nor an array")),
-    }
-}
-
-fn token_ids(items: &[Value]) -> Option<Vec<u32>> {
-    items.iter().map(|item| item.as_u64().and_then(|id| u32::try_from(id).ok())).collect()
+    let request = generation(fields, info, Prompt::Tokens(Vec::new()), Some(max_tokens), top_logprobs)?;
+    Ok(prompts.list.into_iter().map(|prompt| GenerationRequest { prompt, ..request.clone() }).collect())
 }
 
 /// The prompt's text for each choice.
-async fn echoes(app: &App, requests: &[GenerationRequest], n: usize, logprobs: bool) -> Result<Vec<String>, ApiError> {
+fn echoes(app: &App, requests: &[GenerationRequest], n: usize, logprobs: bool) -> Result<Vec<Arc<str>>, ApiError> {
     if logprobs {
         let message =
             "`echo` does not go with `logprobs`: this server has no log probabilities of prompts; leave one out.";
         return Err(ApiError::invalid("echo", message));
     }
-    let prompts: Vec<Prompt> = requests.iter().map(|request| request.prompt.clone()).collect();
-    app.with_engine(move |engine| {
-        let mut texts = Vec::with_capacity(prompts.len() * n);
-        for prompt in prompts {
-            let text = match prompt {
-                Prompt::Text(text) => text,
-                prompt => engine.decode(&engine.prompt_tokens(prompt)?, false)?,
-            };
-            texts.extend(std::iter::repeat_n(text, n));
+    let mut echoes = Vec::with_capacity(requests.len() * n);
+    let mut bytes = 0;
+    for request in requests {
+        let text: Arc<str> = match &request.prompt {
+            Prompt::Text(text) => text.as_str().into(),
+            // It will be refused; its text may be far longer than its tokens.
+            Prompt::Tokens(tokens) if tokens.len() > app.engine.info().context_length => "".into(),
+            prompt => app.engine.decode(&app.engine.prompt_tokens(prompt.clone())?, false)?.into(),
+        };
+        bytes += text.len() * n;
+        if bytes > ECHO_BYTES_MAX {
+            let message = format!(
+                "`echo` puts the prompt in front of every answer, more than {ECHO_BYTES_MAX} bytes in all; ask for fewer \
+                 answers, or leave it out."
+            );
+            return Err(ApiError::invalid("echo", message));
         }
-        Ok(texts)
-    })
-    .await
+        echoes.extend(std::iter::repeat_n(text, n));
+    }
+    Ok(echoes)
 }
 
 fn choice(
@@ -134,7 +117,7 @@ struct CompletionChunks {
     shape: AnswerShape,
     logprobs: bool,
     /// For each choice what stands in front of its text.
-    echoes: Vec<String>,
+    echoes: Vec<Arc<str>>,
     usage: TotalUsage,
 }
 
@@ -149,7 +132,9 @@ impl CompletionChunks {
 impl Chunks for CompletionChunks {
     fn opening(&mut self) -> Vec<Value> {
         let echoes = std::mem::take(&mut self.echoes).into_iter().enumerate();
-        let echo = |(index, text): (usize, String)| self.chunk(index, &Delta { text, ..Delta::default() }, None);
+        let echo = |(index, text): (usize, Arc<str>)| {
+            self.chunk(index, &Delta { text: text.to_string(), ..Delta::default() }, None)
+        };
         echoes.filter(|(_, text)| !text.is_empty()).map(echo).collect()
     }
 
@@ -191,33 +176,4 @@ fn logprobs_json(entries: &[TokenLogprob]) -> Value {
         "top_logprobs": top,
         "text_offset": entries.iter().map(|entry| entry.text_offset).collect::<Vec<_>>(),
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn prompts_are_text_or_tokens() {
-        let (a, b) = (Prompt::Text("a".into()), Prompt::Tokens(vec![1, 2]));
-        for (value, expected) in [
-            (json!("a"), vec![&a]),
-            (json!([1, 2]), vec![&b]),
-            (json!(["a"]), vec![&a]),
-            (json!([[1, 2], [1, 2]]), vec![&b, &b]),
-            (json!(["a", [1, 2]]), vec![&a, &b]),
-        ] {
-            assert_eq!(prompts("prompt", value).expect("prompts").iter().collect::<Vec<_>>(), expected);
-        }
-    }
-
-    #[test]
-    fn other_prompts_are_refused_by_name() {
-        for bad in
-            [json!([]), json!([1, -2]), json!(7), json!([1, "a"]), json!(["a", 1]), json!([[1.5]]), json!([[[1]]])]
-        {
-            let error = prompts("prompt", bad.clone()).expect_err("refused");
-            assert!(matches!(error, ApiError::InvalidRequest { param: Some("prompt"), .. }), "{bad}");
-        }
-    }
 }

@@ -94,6 +94,21 @@ pub(crate) enum ApiError {
         /// The limit in bytes.
         limit: usize,
     },
+    /// The bodies of requests that are held have as many bytes as they may have.
+    #[error(
+        "The bodies of requests under way have as many bytes as they may have ({limit}), or your share of them; try \
+         again later."
+    )]
+    BodiesFull {
+        /// The limit in bytes, over all bodies.
+        limit: usize,
+    },
+    /// As many requests wait to be read as may.
+    #[error("As many requests wait to be read as may ({limit}), or your share of them; try again later.")]
+    Busy {
+        /// Requests that may wait.
+        limit: usize,
+    },
     /// The queue is full.
     #[error("The server's queue of {max_queued_requests} requests is full; try again later.")]
     QueueFull {
@@ -149,7 +164,9 @@ impl ApiError {
             Self::RequestTimeout { .. } => StatusCode::REQUEST_TIMEOUT,
             Self::TooManyConnections { .. } => StatusCode::SERVICE_UNAVAILABLE,
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::QueueFull { .. } | Self::CompilersBusy => StatusCode::TOO_MANY_REQUESTS,
+            Self::QueueFull { .. } | Self::CompilersBusy | Self::BodiesFull { .. } | Self::Busy { .. } => {
+                StatusCode::TOO_MANY_REQUESTS
+            }
             Self::QueueTimeout { .. } | Self::Unavailable { .. } => StatusCode::SERVICE_UNAVAILABLE,
             Self::ClientLeft => StatusCode::REQUEST_TIMEOUT,
             Self::ShuttingDown => StatusCode::SERVICE_UNAVAILABLE,
@@ -170,6 +187,8 @@ impl ApiError {
             Self::TooManyConnections { .. } => ("server_error", None, Some("too_many_connections")),
             Self::BodyTooLarge { .. } => ("invalid_request_error", None, Some("request_too_large")),
             Self::QueueFull { .. } => ("rate_limit_error", None, Some("queue_full")),
+            Self::BodiesFull { .. } => ("rate_limit_error", None, Some("bodies_full")),
+            Self::Busy { .. } => ("rate_limit_error", None, Some("server_busy")),
             Self::CompilersBusy => ("rate_limit_error", None, Some("compilers_busy")),
             Self::QueueTimeout { .. } => ("server_error", None, Some("queue_timeout")),
             Self::ClientLeft => ("invalid_request_error", None, Some("client_left")),
@@ -190,7 +209,9 @@ impl From<SubmitError> for ApiError {
             SubmitError::CompilersBusy => Self::CompilersBusy,
             SubmitError::Cancelled => Self::ClientLeft,
             SubmitError::ShuttingDown => Self::ShuttingDown,
-            SubmitError::ContextLength { .. } => Self::ContextLength { message: error.to_string() },
+            SubmitError::ContextLength { .. } | SubmitError::PromptTooLong { .. } => {
+                Self::ContextLength { message: error.to_string() }
+            }
             SubmitError::Prompt(message) => Self::bad_body(message),
             SubmitError::Stopped(message) => Self::Engine(message),
         }
@@ -214,9 +235,12 @@ impl IntoResponse for ApiError {
             Self::QueueFull { retry_after, .. } => {
                 (header::RETRY_AFTER, HeaderValue::from(retry_after.as_secs().max(1)))
             }
-            Self::TooManyConnections { .. } | Self::CompilersBusy | Self::QueueTimeout { .. } => {
-                (header::RETRY_AFTER, HeaderValue::from(1))
-            }
+            Self::TooManyConnections { .. }
+            | Self::CompilersBusy
+            | Self::BodiesFull { .. }
+            | Self::Busy { .. }
+            | Self::QueueTimeout { .. }
+            | Self::ShuttingDown => (header::RETRY_AFTER, HeaderValue::from(1)),
             Self::Unauthorized(_) => (header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer")),
             _ => return response,
         };

@@ -1,7 +1,7 @@
 //! The form that an answer must have: `response_format` and the extensions beside it.
 
 use bcg_engine::Grammar;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use crate::error::ApiError;
 use crate::fields::BodyFields;
@@ -22,7 +22,7 @@ pub(crate) fn grammar(fields: &BodyFields) -> Result<Option<Grammar>, ApiError> 
 
 fn response_format(fields: &BodyFields) -> Result<Option<Grammar>, ApiError> {
     const PARAM: &str = "response_format";
-    let Some(format) = fields.get::<Map<String, Value>>(PARAM)? else { return Ok(None) };
+    let Some(format) = fields.object(PARAM)? else { return Ok(None) };
     match format.get("type").and_then(Value::as_str) {
         Some("text") => Ok(None),
         Some("json_object") => Ok(Some(Grammar::JsonObject)),
@@ -42,8 +42,7 @@ mod tests {
     use serde_json::json;
 
     fn read(body: Value) -> Result<Option<Grammar>, ApiError> {
-        let Value::Object(body) = body else { panic!("an object") };
-        grammar(&BodyFields::nested(body))
+        grammar(&crate::fields::leaked(&body))
     }
 
     #[test]

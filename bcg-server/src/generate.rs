@@ -1,21 +1,21 @@
 //! `POST /generate`: SGLang's own route, for its clients.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use axum::Json;
-use axum::body::Bytes;
 use axum::extract::State;
-use axum::extract::rejection::BytesRejection;
 use axum::response::{IntoResponse, Response};
 use bcg_engine::{EngineEvent, FinishReason, GenerationRequest, Grammar, ModelInfo, Prompt, TokenLogprob};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::App;
 use crate::answers::{Answer, collect};
-use crate::completions::prompts;
 use crate::error::ApiError;
 use crate::fields::BodyFields;
-use crate::request::{check_choices, generation, next_id, num_answers, token_count};
+use crate::incoming::{Asked, Incoming};
+use crate::prompts::{self, Prompts};
+use crate::request::{check_choices, generation, next_id, num_answers, priority, token_count};
 use crate::sse::{self, Chunks};
 
 /// Tokens of an answer when the request does not say, as in SGLang.
@@ -34,51 +34,42 @@ const UNSUPPORTED: &[&str] = &[
 ];
 
 /// Continues prompts, at once or in chunks; each chunk has the whole text so far.
-pub(crate) async fn create(State(app): State<App>, body: Result<Bytes, BytesRejection>) -> Result<Response, ApiError> {
+pub(crate) async fn create(State(app): State<App>, incoming: Incoming) -> Result<Response, ApiError> {
     let began = Instant::now();
-    let fields = BodyFields::parse(body, app.max_body_bytes)?;
-    let params = BodyFields::nested(fields.get::<Map<String, Value>>("sampling_params")?.unwrap_or_default());
-    let stream = fields.get("stream")?.unwrap_or(false);
-    let logprobs = logprobs(&fields)?;
-    let n = num_answers(&params)?;
-    let (prompts, is_batch) = read_prompts(&fields)?;
-    check_choices("text", prompts.len(), n)?;
-    let mut requests = read(&fields, &params, app.engine.info(), prompts, logprobs)?;
-    // Chunks say how long their prompt is, so it is needed as tokens before the engine begins.
-    let prompts: Vec<Prompt> =
-        requests.iter_mut().map(|request| std::mem::replace(&mut request.prompt, Prompt::Tokens(Vec::new()))).collect();
-    let tokens = app
-        .with_engine(move |engine| {
-            prompts.into_iter().map(|prompt| engine.prompt_tokens(prompt)).collect::<Result<Vec<_>, _>>()
-        })
-        .await?;
-    let mut shapes = Vec::with_capacity(tokens.len() * n);
-    for (request, tokens) in requests.iter_mut().zip(tokens) {
-        shapes.extend((0..n).map(|_| Shape { id: next_id("gen"), prompt_tokens: tokens.len(), logprobs, began }));
-        request.prompt = Prompt::Tokens(tokens);
-    }
-    let answers = app.submit(requests, n).await?;
+    let read = move |app: &App, fields: &BodyFields| {
+        let params = fields.nested("sampling_params")?;
+        let stream = fields.get("stream")?.unwrap_or(false);
+        let logprobs = logprobs(fields)?;
+        let n = num_answers(&params)?;
+        let Prompts { list, is_batch } = read_prompts(fields)?;
+        check_choices("text", list.len(), n)?;
+        let mut requests = read(fields, &params, app.engine.info(), list, logprobs)?;
+        let mut shapes = Vec::with_capacity(requests.len() * n);
+        for request in &mut requests {
+            // Chunks say how long their prompt is, so it is needed as tokens before the engine begins.
+            let tokens =
+                app.engine.prompt_tokens(std::mem::replace(&mut request.prompt, Prompt::Tokens(Vec::new())))?;
+            shapes.extend((0..n).map(|_| Shape { id: next_id("gen"), prompt_tokens: tokens.len(), logprobs, began }));
+            request.prompt = Prompt::Tokens(tokens);
+        }
+        let asked = Asked { requests, n, priority: priority(fields)? };
+        Ok((asked, (shapes, stream, is_batch || n > 1)))
+    };
+    let (answers, (shapes, stream, is_list)) = app.generate(incoming, read).await?;
     if stream {
         let texts = vec![Answer::default(); shapes.len()];
         return Ok(sse::respond(answers, Cumulative { shapes, texts }));
     }
     let answers = collect(answers).await?;
     let mut whole = shapes.iter().zip(&answers).map(|(shape, answer)| shape.json(answer, Some(answer.reason)));
-    let body = if is_batch || n > 1 { whole.collect() } else { whole.next().unwrap_or_default() };
+    let body = if is_list { whole.collect() } else { whole.next().unwrap_or_default() };
     Ok(Json::<Value>(body).into_response())
 }
 
-/// Reads `text` or `input_ids`, and whether it is a list of prompts.
-fn read_prompts(fields: &BodyFields) -> Result<(Vec<Prompt>, bool), ApiError> {
-    match (fields.get::<Value>("text")?, fields.get::<Value>("input_ids")?) {
-        (Some(text), None) => {
-            let is_batch = text.is_array();
-            Ok((prompts("text", text)?, is_batch))
-        }
-        (None, Some(ids)) => {
-            let is_batch = ids.get(0).is_some_and(Value::is_array);
-            Ok((prompts("input_ids", ids)?, is_batch))
-        }
+/// Reads `text` or `input_ids`.
+fn read_prompts(fields: &BodyFields) -> Result<Prompts, ApiError> {
+    match (prompts::read(fields, "text")?, prompts::read(fields, "input_ids")?) {
+        (Some(prompts), None) | (None, Some(prompts)) => Ok(prompts),
         _ => Err(ApiError::invalid("text", "Give either `text` or `input_ids`.")),
     }
 }
@@ -105,29 +96,23 @@ fn read(
     let max_tokens = token_count(params, "max_new_tokens")?.unwrap_or(MAX_NEW_TOKENS_DEFAULT);
     let seed = params.get::<i64>("sampling_seed")?.map(i64::cast_unsigned);
     let schema = json_schema(params)?;
-    let read = |prompt| {
-        let mut request = generation(params, info, prompt, Some(max_tokens), logprobs.then_some(0))?;
-        request.seed = request.seed.or(seed);
-        if schema.is_some() && request.grammar.is_some() {
-            return Err(ApiError::invalid(
-                "json_schema",
-                "`json_schema` and `regex` exclude each other; give one of them.",
-            ));
-        }
-        request.grammar = request.grammar.or_else(|| schema.clone());
-        Ok(request)
-    };
-    prompts.into_iter().map(read).collect()
+    let mut request = generation(params, info, Prompt::Tokens(Vec::new()), Some(max_tokens), logprobs.then_some(0))?;
+    request.seed = request.seed.or(seed);
+    if schema.is_some() && request.grammar.is_some() {
+        let message = "`json_schema` and `regex` exclude each other; give one of them.";
+        return Err(ApiError::invalid("json_schema", message));
+    }
+    request.grammar = request.grammar.or(schema.map(Arc::new));
+    Ok(prompts.into_iter().map(|prompt| GenerationRequest { prompt, ..request.clone() }).collect())
 }
 
 /// SGLang takes a schema as text.
 fn json_schema(params: &BodyFields) -> Result<Option<Grammar>, ApiError> {
-    let text = params.get::<String>("json_schema")?.filter(|text| !text.is_empty());
-    let parse = |text: String| match serde_json::from_str(&text) {
-        Ok(schema @ Value::Object(_)) => Ok(Grammar::JsonSchema(schema)),
-        _ => Err(ApiError::invalid("json_schema", "`json_schema` must be the text of a JSON schema, an object.")),
-    };
-    text.map(parse).transpose()
+    match params.value_in_text("json_schema")? {
+        None => Ok(None),
+        Some(Some(schema @ Value::Object(_))) => Ok(Some(Grammar::JsonSchema(schema))),
+        Some(_) => Err(ApiError::invalid("json_schema", "`json_schema` must be the text of a JSON schema, an object.")),
+    }
 }
 
 /// Whether log probabilities of the answer are wanted; those of the prompt and of other tokens are refused.

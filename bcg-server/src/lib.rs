@@ -1,7 +1,7 @@
 //! The HTTP server: routes, limits and errors in OpenAI's shape. One route per file.
 //!
-//! Life of a request: `listen` (a connection) → `front_door` (key, body, limits, log) → `fields` checks each field →
-//! [`Engine::submit`] (429, 400) → the event stream becomes one JSON answer or chunks of `sse`. Dropping the connection
+//! Life of a request: `listen` (a connection) → `front_door` (key, body, limits, log) → `incoming` (its turn to be read, off
+//! the async threads) → `fields` checks each field → [`Engine::submit_all`] (429, 400) → the event stream becomes one JSON answer or chunks of `sse`. Dropping the connection
 //! drops the event stream, which cancels.
 //!
 //! [`serve`] is all there is to call; [`HttpOptions`] says how.
@@ -14,18 +14,22 @@ use std::sync::Arc;
 use axum::Router;
 use axum::http::{Method, Uri};
 use axum::routing::{get, post};
-use bcg_engine::{ClientId, Engine, GenerationRequest, Submission, SubmitError};
+use bcg_engine::Engine;
 use tokio::net::TcpListener;
-use tokio_util::sync::CancellationToken;
 
-use self::answers::Answers;
+use self::drain::Drain;
 use self::error::ApiError;
+use self::health::Probes;
+use self::incoming::Readers;
+use self::listen::Server;
 use self::metrics::HttpMetrics;
 use self::options::Setup;
 
 mod answers;
 mod chat;
+mod client;
 mod completions;
+mod drain;
 mod embeddings;
 mod error;
 mod fields;
@@ -36,11 +40,15 @@ mod generate;
 mod health;
 #[cfg(feature = "otel")]
 mod http_client;
+mod incoming;
 mod info;
+mod json;
 mod listen;
+mod messages;
 mod metrics;
 mod models;
 mod options;
+mod prompts;
 mod request;
 mod sse;
 mod standby;
@@ -52,6 +60,7 @@ mod trace;
 #[cfg(not(feature = "otel"))]
 #[path = "no_trace.rs"]
 mod trace;
+mod write_timeout;
 
 pub use error::HttpError;
 pub use options::{ApiKey, HttpOptions};
@@ -62,34 +71,30 @@ pub use standby::stand_by;
 pub(crate) struct App {
     engine: Arc<dyn Engine>,
     metrics: HttpMetrics,
-    max_body_bytes: usize,
+    readers: Readers,
+    probes: Probes,
+    drain: Drain,
 }
 
-impl App {
-    /// Submits `n` answers to each of these requests, all or none.
-    async fn submit(&self, requests: Vec<GenerationRequest>, n: usize) -> Result<Answers, ApiError> {
-        let cancelled = CancellationToken::new();
-        // Dropped with this future, when the client leaves.
-        let _cancels = cancelled.clone().drop_guard();
-        let submission = Submission { requests, n, client: ClientId::default(), priority: 0, cancelled };
-        let streams = self.with_engine(move |engine| engine.submit_all(submission)).await?;
-        Ok(Answers::new(streams.into_iter().map(trace::watched).collect()))
-    }
+/// Where a server listens.
+#[derive(Debug)]
+pub struct Listeners {
+    /// For clients.
+    pub public: TcpListener,
+    /// For operators: `/health`, `/health_generate`, `/metrics`, `/flush_cache` and `/server_info` over plain HTTP, without
+    /// a key, and whatever the public port suffers. None by default; it must not be reachable for clients.
+    pub admin: Option<TcpListener>,
+}
 
-    /// Asks the engine off the async threads, because tokenizing a long text or compiling a grammar takes a while.
-    async fn with_engine<T, F>(&self, ask: F) -> Result<T, ApiError>
-    where
-        T: Send + 'static,
-        F: FnOnce(&dyn Engine) -> Result<T, SubmitError> + Send + 'static,
-    {
-        let engine = self.engine.clone();
-        let asked = tokio::task::spawn_blocking(move || ask(engine.as_ref())).await;
-        asked.map_err(|error| ApiError::Engine(format!("asking the engine failed: {error}")))?.map_err(ApiError::from)
+impl From<TcpListener> for Listeners {
+    /// Only the public one.
+    fn from(public: TcpListener) -> Self {
+        Self { public, admin: None }
     }
 }
 
 /// Returns the router with every route of the server.
-fn router(app: App, setup: Setup) -> Router {
+fn router(app: &App, setup: &Arc<Setup>) -> Router {
     let routes = Router::new()
         .route("/v1/chat/completions", post(chat::create))
         .route("/v1/completions", post(completions::create))
@@ -109,42 +114,70 @@ fn router(app: App, setup: Setup) -> Router {
         .route("/metrics", get(metrics::metrics))
         .fallback(unknown_route)
         .method_not_allowed_fallback(method_not_allowed);
-    front_door::guard(routes, &app, setup).with_state(app)
+    front_door::guard(routes, app, setup.clone()).with_state(app.clone())
 }
 
-/// Serves until `shutdown` resolves, then finishes what runs, or gives up on it at the deadline.
+/// Returns the router of the operators' port.
+fn admin_router(app: &App, setup: &Arc<Setup>) -> Router {
+    let routes = Router::new()
+        .route("/health", get(health::health))
+        .route("/health_generate", get(health::generate))
+        .route("/metrics", get(metrics::metrics))
+        .route("/flush_cache", post(flush_cache::flush).get(flush_cache::flush))
+        .route("/server_info", get(info::server))
+        .fallback(unknown_route)
+        .method_not_allowed_fallback(method_not_allowed);
+    front_door::guard_operators(routes, app, setup.clone()).with_state(app.clone())
+}
+
+/// Serves until `shutdown` resolves, then takes nothing new, finishes what runs, or gives up on it at the deadline.
+/// Meanwhile `/health` says that the server drains, and everything else is a 503.
 ///
 /// # Errors
 /// [`HttpError`] as [`HttpOptions::check`], before anything is served.
 pub async fn serve(
     engine: Arc<dyn Engine>,
-    listener: TcpListener,
+    listeners: impl Into<Listeners>,
     options: &HttpOptions,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), HttpError> {
-    let setup = Setup::new(options)?;
-    let (tracer, deadline) = (setup.tracer.clone(), options.shutdown_deadline);
-    let app = App { engine: engine.clone(), metrics: HttpMetrics::default(), max_body_bytes: options.max_body_bytes };
+    let Listeners { public, admin } = listeners.into();
+    let setup = Arc::new(Setup::new(options)?);
+    let (metrics, drain) = (HttpMetrics::default(), Drain::default());
+    let (readers, probes) = (Readers::default(), Probes::default());
+    let app = App { engine, metrics: metrics.clone(), readers, probes, drain: drain.clone() };
     let (began, mut begins) = tokio::sync::watch::channel(false);
-    let signal = async move {
+    let (engine, grace) = (app.engine.clone(), options.shutdown_grace);
+    let ended = async move {
         shutdown.await;
         engine.drain();
+        drain.begin();
         tracing::info!("shutting down: no new requests, running ones finish");
         let _ = began.send(true);
+        drain.ended(grace).await;
     };
     let deadline = async move {
         // A dropped sender means that serving ended on its own; then there is no deadline.
         if begins.wait_for(|began| *began).await.is_err() {
             std::future::pending::<()>().await;
         }
-        tokio::time::sleep(deadline).await;
+        tokio::time::sleep(options.shutdown_deadline).await;
+    };
+    let server = Server::public(router(&app, &setup), metrics.clone(), &setup);
+    let admin_server = Server::operators(admin_router(&app, &setup), metrics, &setup);
+    let admin = async move {
+        match admin {
+            Some(listener) => admin_server.run(listener, std::future::pending()).await,
+            None => std::future::pending().await,
+        }
     };
     tokio::select! {
-        () = listen::run(listener, app, setup, signal) => {}
+        () = server.run(public, ended) => {}
+        () = admin => {}
         () = deadline => tracing::warn!("shutdown deadline passed: running requests are cut off"),
     }
-    if let Some(tracer) = tracer {
-        tracer.shutdown().await;
+    if let Some(tracer) = &setup.tracer {
+        tracer.clone().shutdown().await;
     }
     Ok(())
 }

@@ -7,7 +7,7 @@ use std::{fmt, io};
 
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, header};
 use bcg_engine::OptionError;
-use subtle::ConstantTimeEq;
+use subtle::{ConditionallySelectable, ConstantTimeEq};
 use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
 use crate::error::{ApiError, HttpError};
@@ -19,8 +19,9 @@ use crate::trace::{self, Tracer};
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct HttpOptions {
-    /// What clients must show on every route but `/health*` and `/metrics`; `None` lets everybody in.
-    pub api_key: Option<ApiKey>,
+    /// What clients must show, one of them, on every route but `/health` and `/metrics`; without any, everybody is let in.
+    /// Each key is a client of its own.
+    pub api_key: Vec<ApiKey>,
     /// Origins whose web pages may use the server, as scheme and host with a port if it has one; `*` is any.
     pub cors_allow_origin: Vec<String>,
     /// The certificate chain for HTTPS (PEM, the server's own first); `None` serves HTTP.
@@ -33,6 +34,12 @@ pub struct HttpOptions {
     pub request_read_timeout: Duration,
     /// The largest request body in bytes (HTTP 413 above it).
     pub max_body_bytes: usize,
+    /// Bytes of all request bodies that are read or held at once, beyond the first 64 KiB of each (HTTP 429 above it).
+    pub max_inflight_body_bytes: usize,
+    /// How long a client may take no byte of what it is sent, before its connection is closed and its request cancelled.
+    pub response_write_timeout: Duration,
+    /// How long the server goes on to answer probes once a shutdown began, even if nothing runs.
+    pub shutdown_grace: Duration,
     /// How long running requests may take once a shutdown began.
     pub shutdown_deadline: Duration,
     /// The OpenTelemetry collector that gets a span of each request (OTLP over HTTP).
@@ -42,7 +49,7 @@ pub struct HttpOptions {
 impl Default for HttpOptions {
     fn default() -> Self {
         Self {
-            api_key: None,
+            api_key: Vec::new(),
             cors_allow_origin: Vec::new(),
             tls_cert: None,
             tls_key: None,
@@ -50,6 +57,9 @@ impl Default for HttpOptions {
             max_connections: 768,
             request_read_timeout: Duration::from_secs(30),
             max_body_bytes: 8 << 20,
+            max_inflight_body_bytes: 64 << 20,
+            response_write_timeout: Duration::from_secs(60),
+            shutdown_grace: Duration::from_secs(1),
             shutdown_deadline: Duration::from_secs(30),
             otlp_endpoint: None,
         }
@@ -67,6 +77,15 @@ impl HttpOptions {
         }
         if self.request_read_timeout.is_zero() {
             return Err(OptionError::new("request_read_timeout", "is 0", "give at least 1 second").into());
+        }
+        if self.response_write_timeout.is_zero() {
+            return Err(OptionError::new("response_write_timeout", "is 0", "give at least 1 second").into());
+        }
+        if self.max_inflight_body_bytes < self.max_body_bytes {
+            let (all, one) = (self.max_inflight_body_bytes, self.max_body_bytes);
+            let problem = format!("{all} is less than one body may have, which is {one}");
+            let remedy = "raise it, or lower `max_body_bytes`";
+            return Err(OptionError::new("max_inflight_body_bytes", problem, remedy).into());
         }
         cors(&self.cors_allow_origin)?;
         tls::acceptor(self)?;
@@ -104,8 +123,8 @@ impl FromStr for ApiKey {
     type Err = io::Error;
 
     fn from_str(key: &str) -> io::Result<Self> {
-        if key.is_empty() || !key.bytes().all(|byte| byte.is_ascii_graphic()) {
-            return Err(io::Error::other("a key is one word of visible ASCII characters"));
+        if key.is_empty() || !key.bytes().all(|byte| byte.is_ascii_graphic() && byte != b',') {
+            return Err(io::Error::other("a key is one word of visible ASCII characters, without commas"));
         }
         Ok(Self(key.to_owned()))
     }
@@ -117,22 +136,27 @@ impl fmt::Debug for ApiKey {
     }
 }
 
-impl ApiKey {
-    /// Checks what a request shows, in a time that says nothing of the key but its length.
-    ///
-    /// # Errors
-    /// [`ApiError::Unauthorized`] without the key.
-    pub(crate) fn check(&self, headers: &HeaderMap) -> Result<(), ApiError> {
-        let Some(shown) = headers.get(header::AUTHORIZATION) else {
-            return Err(ApiError::Unauthorized("You did not provide an API key; send `Authorization: Bearer KEY`."));
-        };
-        let shown = shown.as_bytes();
-        let is_bearer = shown.get(..7).is_some_and(|scheme| scheme.eq_ignore_ascii_case(b"bearer "));
-        if is_bearer && bool::from(shown[7..].trim_ascii().ct_eq(self.0.as_bytes())) {
-            return Ok(());
-        }
-        Err(ApiError::Unauthorized("Incorrect API key provided."))
+/// Finds the key that a request shows and returns its place. The time that it takes says nothing of the keys but their
+/// number and lengths.
+///
+/// # Errors
+/// [`ApiError::Unauthorized`] without one of the keys.
+pub(crate) fn shown_key(keys: &[ApiKey], headers: &HeaderMap) -> Result<usize, ApiError> {
+    let Some(shown) = headers.get(header::AUTHORIZATION) else {
+        return Err(ApiError::Unauthorized("You did not provide an API key; send `Authorization: Bearer KEY`."));
+    };
+    let shown = shown.as_bytes();
+    let is_bearer = shown.get(..7).is_some_and(|scheme| scheme.eq_ignore_ascii_case(b"bearer "));
+    let word = if is_bearer { shown[7..].trim_ascii() } else { &[] };
+    // No key is empty. All are compared, whichever is shown.
+    let mut place = u64::MAX;
+    for (index, key) in (0..).zip(keys) {
+        place.conditional_assign(&index, word.ct_eq(key.0.as_bytes()));
     }
+    usize::try_from(place)
+        .ok()
+        .filter(|&place| place < keys.len())
+        .ok_or(ApiError::Unauthorized("Incorrect API key provided."))
 }
 
 fn cors(origins: &[String]) -> Result<Option<CorsLayer>, HttpError> {
@@ -165,17 +189,32 @@ mod tests {
 
     #[test]
     fn a_key_is_checked_whole_and_never_printed() {
-        let key: ApiKey = "secret".parse().expect("a key");
+        let keys: Vec<ApiKey> = ["secret", "other"].map(|key| key.parse().expect("a key")).into();
         let check = |value: &'static str| {
-            key.check(&HeaderMap::from_iter([(header::AUTHORIZATION, HeaderValue::from_static(value))]))
+            shown_key(&keys, &HeaderMap::from_iter([(header::AUTHORIZATION, HeaderValue::from_static(value))]))
         };
         for good in ["Bearer secret", "bearer secret", "Bearer  secret "] {
-            assert_eq!(check(good), Ok(()), "{good}");
+            assert_eq!(check(good), Ok(0), "{good}");
         }
-        for bad in ["secret", "Bearer", "Bearer ", "Bearer secre", "Bearer secrets", "Basic secret", ""] {
+        assert_eq!(check("Bearer other"), Ok(1));
+        for bad in
+            ["secret", "Bearer", "Bearer ", "Bearer secre", "Bearer secrets", "Basic secret", "Bearer secret,other", ""]
+        {
             assert!(matches!(check(bad), Err(ApiError::Unauthorized(_))), "{bad}");
         }
-        assert!(matches!(key.check(&HeaderMap::new()), Err(ApiError::Unauthorized(_))));
-        assert!(!format!("{key:?}").contains("secret"));
+        assert!(matches!(shown_key(&keys, &HeaderMap::new()), Err(ApiError::Unauthorized(_))));
+        assert!(!format!("{keys:?}").contains("secret"));
+        for bad in ["", "a b", "a,b", "é"] {
+            assert!(bad.parse::<ApiKey>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn one_body_fits_into_the_bytes_of_all() {
+        let mut options = HttpOptions { max_inflight_body_bytes: 10, max_body_bytes: 10, ..HttpOptions::default() };
+        options.check().expect("one body at a time");
+        options.max_inflight_body_bytes = 9;
+        let error = options.check().expect_err("no body fits").to_string();
+        assert!(error.contains("`max_inflight_body_bytes`") && error.contains("`max_body_bytes`"), "{error}");
     }
 }

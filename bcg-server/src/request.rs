@@ -1,24 +1,30 @@
 //! The fields that all generating routes share.
 
+use std::fmt;
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bcg_engine::stop::STOP_STRINGS_MAX;
 use bcg_engine::{GenerationRequest, ModelInfo, Prompt, SamplingParams, Usage};
+use serde::de::{DeserializeSeed, Deserializer, Error, SeqAccess, Visitor};
 use serde_json::{Map, Value, json};
 
-use crate::App;
 use crate::error::ApiError;
-use crate::fields::BodyFields;
+use crate::fields::{BodyFields, quoted};
 use crate::format;
 
 /// The most answers to one prompt, as in the OpenAI API.
 const N_MAX: usize = 128;
 /// The most answers of one request, over all its prompts.
-const CHOICES_MAX: usize = 1024;
+pub(crate) const CHOICES_MAX: usize = 1024;
 /// The most tokens with a bias.
 const LOGIT_BIAS_MAX: usize = 1024;
 /// The most stop tokens of one request.
 const STOP_TOKENS_MAX: usize = 128;
+/// Bytes of one stop string.
+const STOP_BYTES_MAX: usize = 1 << 10;
+/// How far a request may be put before or behind the other waiting requests of its client.
+const PRIORITY_MAX: i32 = 1000;
 
 /// How the answer goes out.
 #[derive(Debug, Clone)]
@@ -41,12 +47,11 @@ pub(crate) struct AnswerShape {
 
 impl AnswerShape {
     /// Reads the shape and checks the model's name and the fields that no route supports.
-    pub(crate) fn read(fields: &BodyFields, app: &App, prefix: &str) -> Result<Self, ApiError> {
-        let info = app.engine.info();
+    pub(crate) fn read(fields: &BodyFields, info: &ModelInfo, prefix: &str) -> Result<Self, ApiError> {
         check_model(fields, info)?;
         let n = num_answers(fields)?;
         let stream = fields.get::<bool>("stream")?.unwrap_or(false);
-        let options = fields.get::<Map<String, Value>>("stream_options")?;
+        let options = fields.object("stream_options")?;
         if options.is_some() && !stream {
             return Err(ApiError::invalid("stream_options", "`stream_options` is only allowed when `stream` is true."));
         }
@@ -102,7 +107,9 @@ impl AnswerShape {
 /// Refuses a model that is not served; a request that names none means the one that is.
 pub(crate) fn check_model(fields: &BodyFields, info: &ModelInfo) -> Result<(), ApiError> {
     match fields.get::<String>("model")? {
-        Some(model) if model != info.name => Err(ApiError::ModelNotFound(model, info.name.clone())),
+        Some(model) if model != info.name => {
+            Err(ApiError::ModelNotFound(quoted(&model).into_owned(), info.name.clone()))
+        }
         _ => Ok(()),
     }
 }
@@ -162,7 +169,7 @@ pub(crate) fn generation(
         logit_bias: logit_bias(fields, info)?,
         presence_penalty: fields.number("presence_penalty", -2.0, 2.0)?.unwrap_or(0.0),
         frequency_penalty: fields.number("frequency_penalty", -2.0, 2.0)?.unwrap_or(0.0),
-        grammar: format::grammar(fields)?,
+        grammar: format::grammar(fields)?.map(Arc::new),
         top_logprobs,
         ignore_eos: fields.get("ignore_eos")?.unwrap_or(false),
     })
@@ -178,13 +185,7 @@ fn known_token(param: &'static str, id: u64, info: &ModelInfo) -> Result<u32, Ap
 
 fn stop_token_ids(fields: &BodyFields, info: &ModelInfo) -> Result<Vec<u32>, ApiError> {
     const PARAM: &str = "stop_token_ids";
-    let ids = fields.get::<Vec<u64>>(PARAM)?.unwrap_or_default();
-    if ids.len() > STOP_TOKENS_MAX {
-        return Err(ApiError::invalid(
-            PARAM,
-            format!("`{PARAM}` may have {STOP_TOKENS_MAX} tokens, got {}.", ids.len()),
-        ));
-    }
+    let ids = fields.list::<u64>(PARAM, STOP_TOKENS_MAX)?.unwrap_or_default();
     ids.into_iter().map(|id| known_token(PARAM, id, info)).collect()
 }
 
@@ -194,7 +195,7 @@ fn logit_bias(fields: &BodyFields, info: &ModelInfo) -> Result<Vec<(u32, f32)>, 
         let accepted = "give an object from token ids, as strings, to numbers between -100 and 100";
         Err(ApiError::invalid(PARAM, format!("Invalid value for `{PARAM}`: {what}; {accepted}.")))
     };
-    let biases = fields.get::<Map<String, Value>>(PARAM)?.unwrap_or_default();
+    let biases = fields.object(PARAM)?.unwrap_or_default();
     if biases.len() > LOGIT_BIAS_MAX {
         return refuse(&format!("{} entries, more than {LOGIT_BIAS_MAX}", biases.len()));
     }
@@ -211,6 +212,11 @@ fn logit_bias(fields: &BodyFields, info: &ModelInfo) -> Result<Vec<(u32, f32)>, 
         pairs.push((known_token(PARAM, id, info)?, bias as f32));
     }
     Ok(pairs)
+}
+
+/// Reads `priority`, which orders the waiting requests of one client; greater ones run first.
+pub(crate) fn priority(fields: &BodyFields) -> Result<i32, ApiError> {
+    Ok(fields.number("priority", -PRIORITY_MAX, PRIORITY_MAX)?.unwrap_or(0))
 }
 
 /// Reads a token count that must be at least 1.
@@ -244,25 +250,58 @@ fn seed(fields: &BodyFields) -> Result<Option<u64>, ApiError> {
 }
 
 fn stop_strings(fields: &BodyFields) -> Result<Vec<String>, ApiError> {
-    let refuse = |what: &str| {
-        ApiError::invalid("stop", format!("Invalid value for `stop`: {what}; give a string or up to 4 strings."))
-    };
-    let stops = match fields.get::<Value>("stop")? {
-        None => Vec::new(),
-        Some(Value::String(stop)) => vec![stop],
-        Some(Value::Array(stops)) => {
-            let strings: Option<Vec<String>> = stops.iter().map(|stop| stop.as_str().map(str::to_owned)).collect();
-            strings.ok_or_else(|| refuse("not every entry is a string"))?
+    let accepted = format!("give a string or up to {STOP_STRINGS_MAX} strings, each of at most {STOP_BYTES_MAX} bytes");
+    let stops = fields.read("stop", Stops).map_err(|error| {
+        let message = error.to_string();
+        ApiError::invalid("stop", format!("{}; {accepted}.", message.trim_end_matches('.')))
+    })?;
+    Ok(stops.unwrap_or_default())
+}
+
+/// Reads `stop`: a string or several.
+struct Stops;
+
+impl Stops {
+    fn check<E: Error>(stop: &str) -> Result<(), E> {
+        match stop.len() {
+            0 => Err(E::custom("an empty string would end every answer")),
+            len if len > STOP_BYTES_MAX => Err(E::custom(format_args!("a string of {len} bytes"))),
+            _ => Ok(()),
         }
-        Some(_) => return Err(refuse("it is neither")),
-    };
-    if stops.len() > STOP_STRINGS_MAX {
-        return Err(refuse(&format!("{} entries", stops.len())));
     }
-    if stops.iter().any(String::is_empty) {
-        return Err(refuse("an empty string would end every answer"));
+}
+
+impl<'de> DeserializeSeed<'de> for Stops {
+    type Value = Vec<String>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Vec<String>, D::Error> {
+        deserializer.deserialize_any(self)
     }
-    Ok(stops)
+}
+
+impl<'de> Visitor<'de> for Stops {
+    type Value = Vec<String>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a string or an array")
+    }
+
+    fn visit_str<E: Error>(self, stop: &str) -> Result<Vec<String>, E> {
+        Self::check(stop)?;
+        Ok(vec![stop.to_owned()])
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Vec<String>, A::Error> {
+        let mut stops = Vec::new();
+        while let Some(stop) = items.next_element::<String>()? {
+            Self::check(&stop)?;
+            if stops.len() == STOP_STRINGS_MAX {
+                return Err(A::Error::custom(format_args!("more than {STOP_STRINGS_MAX} entries")));
+            }
+            stops.push(stop);
+        }
+        Ok(stops)
+    }
 }
 
 /// Returns the usage in OpenAI's shape.
@@ -278,18 +317,20 @@ pub(crate) fn usage_json(usage: Usage) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use axum::body::Bytes;
-
-    fn fields(value: &Value) -> BodyFields {
-        BodyFields::parse(Ok(Bytes::from(value.to_string())), 1000).expect("an object")
-    }
+    use crate::fields::leaked as fields;
 
     #[test]
     fn stop_is_a_string_or_up_to_four() {
         assert_eq!(stop_strings(&fields(&json!({"stop": "a"}))), Ok(vec!["a".to_owned()]));
         assert_eq!(stop_strings(&fields(&json!({"stop": ["a", "b"]}))).map(|stops| stops.len()), Ok(2));
-        for bad in [json!(5), json!(["a", 1]), json!(["1", "2", "3", "4", "5"]), json!("")] {
-            assert!(stop_strings(&fields(&json!({"stop": bad}))).is_err(), "{bad}");
+        let longest = "x".repeat(STOP_BYTES_MAX);
+        assert!(stop_strings(&fields(&json!({"stop": vec![longest; 4]}))).is_ok());
+        let longer = "x".repeat(STOP_BYTES_MAX + 1);
+        for bad in
+            [json!(5), json!(["a", 1]), json!(["1", "2", "3", "4", "5"]), json!(""), json!(longer), json!([longer])]
+        {
+            let error = stop_strings(&fields(&json!({"stop": bad}))).expect_err("refused").to_string();
+            assert!(error.contains("up to 4 strings, each of at most 1024 bytes"), "{error}");
         }
     }
 
@@ -350,6 +391,15 @@ mod tests {
             assert!(read(bad.clone()).is_err(), "{bad}");
         }
         assert!(read(json!({"repetition_penalty": 1.0, "presence_penalty": null})).is_ok());
+    }
+
+    #[test]
+    fn a_priority_is_a_small_integer() {
+        assert_eq!(priority(&fields(&json!({"priority": -1000}))), Ok(-1000));
+        assert_eq!(priority(&fields(&json!({}))), Ok(0));
+        for bad in [json!(1001), json!(0.5), json!("high")] {
+            assert!(priority(&fields(&json!({ "priority": bad }))).is_err());
+        }
     }
 
     #[test]

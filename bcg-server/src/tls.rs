@@ -59,7 +59,6 @@ mod without_tls {
     use std::io;
 
     use bcg_engine::OptionError;
-    use tokio::net::TcpStream;
 
     use crate::{HttpError, HttpOptions};
 
@@ -68,7 +67,7 @@ mod without_tls {
     pub(crate) enum Acceptor {}
 
     impl Acceptor {
-        pub(crate) async fn accept(&self, _: TcpStream) -> io::Result<TcpStream> {
+        pub(crate) async fn accept<S>(&self, _: S) -> io::Result<S> {
             match *self {}
         }
     }

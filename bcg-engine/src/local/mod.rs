@@ -33,6 +33,8 @@ const STUCK_WAIT_MAX: Duration = Duration::from_secs(1);
 /// Probes that may wait; a single client, which they are, can have up to five places whole.
 const PROBES_MAX: usize = 5;
 
+mod length;
+
 /// What a [`LocalEngine`] knows of its model besides the runner.
 #[derive(Debug)]
 pub struct LocalOptions {
@@ -154,7 +156,7 @@ impl LocalEngine {
     fn tokens(&self, prompt: &Prompt) -> Result<Vec<u32>, SubmitError> {
         let refused = |error: bcg_models::Error| SubmitError::Prompt(error.to_string());
         let tokens = match prompt {
-            Prompt::Text(text) => self.text()?.encode_with(text, true).map_err(refused)?,
+            Prompt::Text(text) => self.encode(text, true)?,
             Prompt::Chat { messages, tools, template_args } => {
                 let tokenizer = self.text()?;
                 let Some(chat) = &self.options.chat else {
@@ -163,6 +165,7 @@ impl LocalEngine {
                     ));
                 };
                 let text = chat.render(messages, Some(tools), true, template_args).map_err(refused)?;
+                length::refuse_too_long(tokenizer, &text, self.options.info.context_length)?;
                 tokenizer.encode(&text).map_err(refused)?
             }
             Prompt::Tokens(tokens) => {
@@ -402,7 +405,9 @@ impl Engine for LocalEngine {
     }
 
     fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, SubmitError> {
-        let encoded = self.text()?.encode_with(text, add_special_tokens);
+        let tokenizer = self.text()?;
+        length::refuse_too_long(tokenizer, text, self.options.info.context_length)?;
+        let encoded = tokenizer.encode_with(text, add_special_tokens);
         encoded.map_err(|error| SubmitError::Prompt(error.to_string()))
     }
 

@@ -58,11 +58,7 @@ enum Choice {
 impl Tools {
     /// Reads `tools`, `tool_choice` and `parallel_tool_calls`.
     pub(super) fn read(fields: &BodyFields) -> Result<Self, ApiError> {
-        let json = fields.get::<Vec<Value>>("tools")?.unwrap_or_default();
-        if json.len() > TOOLS_MAX {
-            let message = format!("`tools` may have {TOOLS_MAX} functions, got {}.", json.len());
-            return Err(ApiError::invalid("tools", message));
-        }
+        let json = fields.values("tools", TOOLS_MAX)?.unwrap_or_default();
         let functions = json.iter().map(function).collect::<Result<Vec<_>, _>>()?;
         let choice = choice(fields, &functions)?;
         let parallel = fields.get("parallel_tool_calls")?.unwrap_or(true);
@@ -153,7 +149,7 @@ fn choice(fields: &BodyFields, functions: &[Function]) -> Result<Choice, ApiErro
         let function = object.get("function").filter(|_| object.get("type") == Some(&json!("function")));
         function.and_then(|function| function["name"].as_str()).map(str::to_owned)
     };
-    let wanted = match fields.get::<Value>(PARAM)? {
+    let wanted = match fields.value(PARAM)? {
         None => return Ok(if functions.is_empty() { Choice::None } else { Choice::Auto }),
         Some(Value::String(word)) => match word.as_str() {
             "none" => Some(Choice::None),
@@ -186,8 +182,7 @@ mod tests {
     use super::*;
 
     fn read(body: Value) -> Result<Tools, ApiError> {
-        let Value::Object(body) = body else { panic!("an object") };
-        Tools::read(&BodyFields::nested(body))
+        Tools::read(&crate::fields::leaked(&body))
     }
 
     fn tools(names: &[&str]) -> Value {

@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use bcg_engine::Engine;
 use bcg_server::{HttpOptions, serve};
@@ -13,6 +14,13 @@ use tokio::sync::oneshot;
 
 use crate::PATIENCE;
 use crate::scripted::{Script, Scripted};
+
+/// Options of a server that ends as soon as it can.
+pub(crate) fn options() -> HttpOptions {
+    let mut options = HttpOptions::default();
+    options.shutdown_grace = Duration::ZERO;
+    options
+}
 
 /// A server on a free port; it shuts down when told, or when dropped.
 pub(crate) struct Server {
@@ -42,7 +50,7 @@ impl Server {
 
     pub(crate) fn scripted(scripts: Vec<Script>) -> (Self, Arc<Scripted>) {
         let engine = Scripted::new(scripts);
-        (Self::start(engine.clone(), HttpOptions::default()), engine)
+        (Self::start(engine.clone(), options()), engine)
     }
 
     pub(crate) fn begin_shutdown(&mut self) {
@@ -62,13 +70,18 @@ impl Server {
     }
 
     pub(crate) fn send(&self, method: &str, path: &str, body: &str) -> Exchange {
+        self.send_with(method, path, "", body)
+    }
+
+    /// `headers` are lines that end with CR LF.
+    pub(crate) fn send_with(&self, method: &str, path: &str, headers: &str, body: &str) -> Exchange {
         let mut stream = TcpStream::connect(self.address).expect("the server listens");
         stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
         let length = body.len();
         write!(
             stream,
             "{method} {path} HTTP/1.1\r\nHost: bcg\r\nConnection: close\r\nContent-Type: application/json\r\n\
-             Content-Length: {length}\r\n\r\n{body}"
+             Content-Length: {length}\r\n{headers}\r\n{body}"
         )
         .expect("the request goes out");
         Exchange { reader: BufReader::new(stream) }

@@ -2,6 +2,7 @@
 
 mod answers;
 mod client;
+mod clients;
 mod native;
 mod scripted;
 mod tools;
@@ -13,10 +14,9 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bcg_engine::{Delta, Engine, EngineEvent, Health, RequestError, SubmitError, TokenLogprob, TokenText};
-use bcg_server::HttpOptions;
 use serde_json::{Value, json};
 
-use self::client::Server;
+use self::client::{Server, options};
 use self::scripted::{Script, Scripted, answer, text};
 
 /// Longer than anything here takes; a test that hangs fails instead.
@@ -160,6 +160,9 @@ fn bad_requests_name_their_field() {
         (json!({"response_format": {"type": "json_schema", "json_schema": {}}}), "response_format", "an object"),
         (json!({"temperature": "x".repeat(5000)}), "temperature", "xxx…"),
         (json!({"stop": ["1", "2", "3", "4", "5"]}), "stop", "up to 4"),
+        (json!({"stop": "x".repeat(1025)}), "stop", "at most 1024 bytes"),
+        (json!({"model": null, "logit_bias": vec![0; 70_000]}), "logit_bias", "an object"),
+        (json!({"stop_token_ids": vec![1; 129]}), "stop_token_ids", "more than 128 entries"),
         (json!({"max_tokens": 0}), "max_tokens", "between 1"),
         (json!({"stream_options": {"include_usage": true}}), "stream_options", "only allowed when `stream`"),
     ];
@@ -170,6 +173,11 @@ fn bad_requests_name_their_field() {
     let chat_only = [
         (json!({"messages": []}), "messages", "at least one"),
         (json!({"messages": null}), "messages", "Missing"),
+        (json!({"messages": vec![json!({"role": "user"}); 4097]}), "messages", "more than 4096 messages"),
+        (json!({"messages": [{"role": "User", "content": "hi"}]}), "messages", "one of `system`, `developer`, `user`"),
+        (json!({"messages": [{"role": "user", "x": vec![0; 70_000]}]}), "messages", "65536 JSON values"),
+        (json!({"tools": vec![json!({}); 129]}), "tools", "more than 128 entries"),
+        (json!({"chat_template_kwargs": [1]}), "chat_template_kwargs", "an object"),
         (json!({"logprobs": true, "top_logprobs": 21}), "top_logprobs", "between 0 and 20"),
         (json!({"top_logprobs": 2}), "top_logprobs", "`logprobs` is true"),
         (json!({"tools": [{"type": "function"}]}), "tools", "needs a name"),
@@ -184,6 +192,7 @@ fn bad_requests_name_their_field() {
     let completion_only = [
         (json!({"prompt": null}), "prompt", "Missing"),
         (json!({"prompt": ["a", 1]}), "prompt", "no prompt"),
+        (json!({"prompt": vec![json!([]); 1025]}), "prompt", "more than 1024 prompts"),
         (json!({"prompt": vec!["a"; 9], "n": 128}), "prompt", "more than 1024 answers"),
         (json!({"echo": true, "logprobs": 1}), "echo", "`logprobs`"),
         (json!({"suffix": "end"}), "suffix", "leave it out"),
@@ -227,7 +236,7 @@ fn bad_json_and_unknown_things_have_the_openai_shape() {
 
 #[test]
 fn a_body_above_the_limit_is_413() {
-    let mut options = HttpOptions::default();
+    let mut options = options();
     options.max_body_bytes = 512;
     let server = Server::start(Scripted::new(Vec::new()), options);
     let long = "x".repeat(600);
@@ -266,7 +275,7 @@ fn a_shutdown_lets_running_requests_finish() {
 
 #[test]
 fn a_shutdown_gives_up_at_its_deadline() {
-    let mut options = HttpOptions::default();
+    let mut options = options();
     options.shutdown_deadline = Duration::from_millis(100);
     let mut server = Server::start(Scripted::new(vec![Script::Hang]), options);
     let mut running = server.send("POST", "/v1/completions", &completion(&json!({"stream": true})).to_string());

@@ -8,7 +8,7 @@ use bcg_engine::{
 };
 use serde_json::{Value, json};
 
-use crate::client::Server;
+use crate::client::{Server, options};
 use crate::scripted::{Script, Scripted, answer, text};
 
 #[test]
@@ -33,7 +33,7 @@ fn generate_answers_as_sglang_does() {
         .post("/generate", &json!({"input_ids": [5, 6], "sampling_params": {"json_schema": "{\"type\": \"object\"}"}}));
     let request = engine.last_request();
     assert_eq!((request.prompt, request.max_tokens), (Prompt::Tokens(vec![5, 6]), Some(128)));
-    assert_eq!(request.grammar, Some(Grammar::JsonSchema(json!({"type": "object"}))));
+    assert_eq!(request.grammar.as_deref(), Some(&Grammar::JsonSchema(json!({"type": "object"}))));
 }
 
 #[test]
@@ -170,6 +170,6 @@ fn health_generate_asks_the_engine_for_a_token() {
     }
     let engine = Scripted::new(Vec::new());
     engine.drain();
-    let server = Server::start(engine, bcg_server::HttpOptions::default());
+    let server = Server::start(engine, options());
     assert_eq!(server.get("/health_generate").status, 503);
 }

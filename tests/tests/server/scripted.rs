@@ -1,13 +1,13 @@
 //! An engine that plays a script, so that the protocol can be tested without a model.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bcg_engine::Metrics;
 use bcg_engine::{
-    Delta, Engine, EngineEvent, EventStream, FinishReason, GenerationRequest, Health, ModelInfo, Prompt, Submission,
-    SubmitError, Usage,
+    ClientId, Delta, Engine, EngineEvent, EventStream, FinishReason, GenerationRequest, Health, ModelInfo, Prompt,
+    Submission, SubmitError, Usage,
 };
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
@@ -21,6 +21,8 @@ pub(crate) enum Script {
     Hang,
     /// Sends one piece of text now and the rest after a while.
     Slow(Duration),
+    /// Sends more text than any buffer takes, until the client leaves.
+    Flood,
     /// Does not accept it.
     Refuse(SubmitError),
 }
@@ -31,6 +33,9 @@ pub(crate) struct Scripted {
     pub(crate) metrics: Metrics,
     pub(crate) scripts: Mutex<Vec<Script>>,
     pub(crate) seen: Mutex<Vec<GenerationRequest>>,
+    /// Whose each submission was, and its priority.
+    pub(crate) submitted: Mutex<Vec<(ClientId, i32)>>,
+    pub(crate) num_steps: AtomicU64,
     pub(crate) cancelled: Arc<AtomicUsize>,
     pub(crate) draining: AtomicBool,
     pub(crate) flushed: AtomicBool,
@@ -45,6 +50,8 @@ impl Scripted {
             metrics: Metrics::default(),
             scripts: Mutex::new(scripts.into_iter().rev().collect()),
             seen: Mutex::default(),
+            submitted: Mutex::default(),
+            num_steps: AtomicU64::new(0),
             cancelled: Arc::default(),
             draining: AtomicBool::new(false),
             flushed: AtomicBool::new(false),
@@ -54,6 +61,11 @@ impl Scripted {
     /// All requests so far, in the order in which they came.
     pub(crate) fn requests(&self) -> Vec<GenerationRequest> {
         self.seen.lock().expect("lock").clone()
+    }
+
+    /// Whose each submission was, and its priority, in the order in which they came.
+    pub(crate) fn clients(&self) -> Vec<(ClientId, i32)> {
+        self.submitted.lock().expect("lock").clone()
     }
 
     pub(crate) fn last_request(&self) -> GenerationRequest {
@@ -84,6 +96,13 @@ impl Scripted {
                     cancelled.fetch_add(1, Ordering::SeqCst);
                 });
             }
+            Script::Flood => {
+                let piece = "x".repeat(1 << 20);
+                std::thread::spawn(move || {
+                    while sender.blocking_send(text(&piece)).is_ok() {}
+                    cancelled.fetch_add(1, Ordering::SeqCst);
+                });
+            }
             Script::Slow(pause) => {
                 sender.try_send(text("first ")).expect("room");
                 std::thread::spawn(move || {
@@ -104,9 +123,13 @@ impl Engine for Scripted {
     }
 
     fn submit_all(&self, submission: Submission) -> Result<Vec<EventStream>, SubmitError> {
-        let Submission { requests, n, .. } = submission;
+        let Submission { requests, n, client, priority, .. } = submission;
+        self.submitted.lock().expect("lock").push((client, priority));
         let mut streams = Vec::new();
-        for request in requests {
+        for mut request in requests {
+            if n > 1 {
+                request.prompt = Prompt::Tokens(self.prompt_tokens(request.prompt)?);
+            }
             for index in 0..n as u64 {
                 let seed = request.seed.map(|seed| seed.wrapping_add(index));
                 streams.push(self.accept(GenerationRequest { seed, ..request.clone() })?);
@@ -120,7 +143,7 @@ impl Engine for Scripted {
     }
 
     fn num_steps(&self) -> u64 {
-        0
+        self.num_steps.load(Ordering::SeqCst)
     }
 
     fn encode(&self, text: &str, _add_special_tokens: bool) -> Result<Vec<u32>, SubmitError> {

@@ -4,11 +4,10 @@ use std::sync::Arc;
 
 use bcg_cli::args::ServerArgs;
 use bcg_engine::load;
-use bcg_server::HttpOptions;
 use clap::Parser;
 use serde_json::{Value, json};
 
-use crate::client::Server;
+use crate::client::{Server, options};
 use crate::merge;
 
 fn tiny_server(more_flags: &[&str]) -> Server {
@@ -18,7 +17,7 @@ fn tiny_server(more_flags: &[&str]) -> Server {
     flags.extend(more_flags);
     let args = ServerArgs::try_parse_from(flags).expect("flags parse");
     let engine = load::start(&args.engine.options(), |_| ()).expect("the tiny checkpoint loads");
-    Server::start(Arc::new(engine), HttpOptions::default())
+    Server::start(Arc::new(engine), options())
 }
 
 #[test]

@@ -1,193 +1,47 @@
 //! What stands before the routes, over real sockets: key, CORS, TLS, limits, request ids and spans. The engine is the tiny
 //! checkpoint on the host device.
 
+mod bounds;
+mod harness;
+
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex, mpsc};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use bcg_cli::args::{ServerArgs, in_flags};
-use bcg_engine::{Engine, load};
-use bcg_server::serve;
-use clap::Parser;
+use bcg_cli::args::in_flags;
 use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
 use opentelemetry_proto::tonic::common::v1::any_value::Value as Attribute;
 use opentelemetry_proto::tonic::trace::v1::Span;
 use prost::Message;
 use serde_json::{Value, json};
-use tokio::sync::oneshot;
 use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName};
 use tokio_rustls::rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 
-/// Longer than anything here takes; a test that hangs fails instead.
-const PATIENCE: Duration = Duration::from_secs(30);
+use self::harness::{CERT, Connection, KEY, PATIENCE, Server, completion, parse, value};
+
 /// How soon an overloaded server must say so.
 const OVERLOAD_ANSWER: Duration = Duration::from_millis(50);
 
-const CERT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/data/tls/cert.pem");
-const KEY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/data/tls/key.pem");
 const OTHER_KEY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/data/tls/other_key.pem");
-
-fn parse(flags: &[&str]) -> ServerArgs {
-    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/tiny-qwen3");
-    let line = ["bcg-server", "--model", model, "--device", "host", "--context-length", "512"];
-    ServerArgs::try_parse_from(line.iter().chain(&["--kv-cache-tokens", "2048"]).chain(flags)).expect("flags parse")
-}
-
-/// A server on a free port; it shuts down when told, or when dropped.
-struct Server {
-    address: SocketAddr,
-    stop: Option<oneshot::Sender<()>>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Server {
-    fn start(flags: &[&str]) -> Self {
-        let args = parse(flags);
-        let engine = load::start(&args.engine.options(), |_| ()).expect("the tiny checkpoint loads");
-        let engine: Arc<dyn Engine> = Arc::new(engine);
-        let (stop, stopped) = oneshot::channel();
-        let (ready, address) = mpsc::channel();
-        let thread = std::thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-            runtime.expect("a runtime").block_on(async {
-                let options = args.http.options();
-                let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-                ready.send(listener.local_addr().expect("an address")).expect("the test waits");
-                let shutdown = async {
-                    let _ = stopped.await;
-                };
-                serve(engine, listener, &options, shutdown).await.expect("the options fit");
-            });
-        });
-        Self { address: address.recv().expect("the server starts"), stop: Some(stop), thread: Some(thread) }
-    }
-
-    fn connect(&self) -> Connection<TcpStream> {
-        let stream = TcpStream::connect(self.address).expect("the server listens");
-        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
-        Connection(BufReader::new(stream))
-    }
-
-    fn get(&self, path: &str, headers: &str) -> Response {
-        let mut connection = self.connect();
-        connection.send("GET", path, headers, "");
-        connection.response()
-    }
-
-    fn begin_shutdown(&mut self) {
-        self.stop.take();
-    }
-
-    fn join(&mut self) {
-        if let Some(thread) = self.thread.take() {
-            thread.join().expect("the server did not panic");
-        }
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.begin_shutdown();
-        self.join();
-    }
-}
-
-struct Connection<S: Read>(BufReader<S>);
-
-struct Response {
-    status: u16,
-    head: String,
-    body: String,
-}
-
-impl<S: Read + Write> Connection<S> {
-    fn write(&mut self, text: &str) {
-        self.0.get_mut().write_all(text.as_bytes()).expect("the server reads");
-    }
-
-    /// Sends a whole request; `headers` are lines that end with CR LF.
-    fn send(&mut self, method: &str, path: &str, headers: &str, body: &str) {
-        let length = body.len();
-        self.write(&format!(
-            "{method} {path} HTTP/1.1\r\nHost: bcg\r\nContent-Length: {length}\r\n{headers}\r\n{body}"
-        ));
-    }
-
-    fn line(&mut self) -> String {
-        let mut line = String::new();
-        self.0.read_line(&mut line).expect("a line in time");
-        line
-    }
-
-    /// Reads an answer, in chunks or of a known length.
-    fn response(&mut self) -> Response {
-        let mut head = String::new();
-        while !head.ends_with("\r\n\r\n") {
-            let line = self.line();
-            assert!(!line.is_empty(), "the connection ended within the head: {head:?}");
-            head += &line;
-        }
-        let head = head.to_ascii_lowercase();
-        let status = head.split(' ').nth(1).and_then(|code| code.parse().ok()).expect("a status");
-        let mut body = Vec::new();
-        let mut read = |connection: &mut Self, size: usize| {
-            let from = body.len();
-            body.resize(from + size, 0);
-            connection.0.read_exact(&mut body[from..]).expect("a body in time");
-        };
-        match value(&head, "content-length") {
-            Some(length) => read(self, length.parse().expect("a number")),
-            None => loop {
-                let size = usize::from_str_radix(self.line().trim(), 16).expect("a chunk size");
-                read(self, size);
-                self.line();
-                if size == 0 {
-                    break;
-                }
-            },
-        }
-        Response { status, head, body: String::from_utf8(body).expect("text") }
-    }
-}
-
-fn value<'a>(head: &'a str, name: &str) -> Option<&'a str> {
-    head.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
-}
-
-impl Response {
-    fn header(&self, name: &str) -> Option<&str> {
-        value(&self.head, name)
-    }
-
-    #[track_caller]
-    fn assert_error(&self, status: u16, code: &str) {
-        assert_eq!(self.status, status, "{}{}", self.head, self.body);
-        let body: Value = serde_json::from_str(&self.body).expect("JSON");
-        assert_eq!(body["error"]["code"], code, "{body}");
-        assert!(body["error"]["message"].is_string() && body["error"]["type"].is_string(), "{body}");
-    }
-}
-
-fn completion(tokens: usize, stream: bool) -> String {
-    json!({"prompt": "hi", "max_tokens": tokens, "ignore_eos": true, "stream": stream, "temperature": 0}).to_string()
-}
 
 #[test]
 fn a_key_opens_every_route_but_health_and_metrics() {
-    let server = Server::start(&["--api-key", "secret"]);
+    let server = Server::start(&["--api-key", "secret", "--api-key", "other"]);
     for path in ["/health", "/metrics"] {
         assert_eq!(server.get(path, "").status, 200, "{path}");
     }
-    for path in ["/v1/models", "/v1/nothing"] {
+    for path in ["/v1/models", "/v1/nothing", "/health_generate"] {
         let response = server.get(path, "");
         response.assert_error(401, "invalid_api_key");
         assert_eq!(response.header("www-authenticate"), Some("bearer"));
         server.get(path, "Authorization: Bearer wrong\r\n").assert_error(401, "invalid_api_key");
     }
-    assert_eq!(server.get("/v1/models", "Authorization: Bearer secret\r\n").status, 200);
+    for path in ["/v1/models", "/health_generate"] {
+        assert_eq!(server.get(path, "Authorization: Bearer secret\r\n").status, 200, "{path}");
+        assert_eq!(server.get(path, "Authorization: Bearer other\r\n").status, 200, "{path}");
+    }
     let mut connection = server.connect();
     connection.send("POST", "/v1/completions", "", &completion(4, false));
     connection.response().assert_error(401, "invalid_api_key");
