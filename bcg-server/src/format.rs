@@ -41,19 +41,19 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn read(body: Value) -> Result<Option<Grammar>, ApiError> {
-        grammar(&crate::fields::leaked(&body))
+    fn read(body: &Value) -> Result<Option<Grammar>, ApiError> {
+        grammar(&crate::fields::leaked(body))
     }
 
     #[test]
     fn formats_become_grammars() {
         let schema = json!({"type": "integer"});
         let named = json!({"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": true}});
-        assert_eq!(read(json!({"response_format": {"type": "text"}})), Ok(None));
-        assert_eq!(read(json!({"response_format": {"type": "json_object"}})), Ok(Some(Grammar::JsonObject)));
-        assert_eq!(read(json!({ "response_format": named })), Ok(Some(Grammar::JsonSchema(schema))));
+        assert_eq!(read(&json!({"response_format": {"type": "text"}})), Ok(None));
+        assert_eq!(read(&json!({"response_format": {"type": "json_object"}})), Ok(Some(Grammar::JsonObject)));
+        assert_eq!(read(&json!({ "response_format": named })), Ok(Some(Grammar::JsonSchema(schema))));
         for name in ["regex", "guided_regex"] {
-            assert_eq!(read(json!({name: "a+"})), Ok(Some(Grammar::Regex("a+".into()))));
+            assert_eq!(read(&json!({name: "a+"})), Ok(Some(Grammar::Regex("a+".into()))));
         }
     }
 
@@ -67,7 +67,7 @@ mod tests {
             json!({"response_format": {"type": "json_schema", "json_schema": {"schema": 1}}}),
             json!({"response_format": {"type": "json_object"}, "regex": "a"}),
         ] {
-            assert!(matches!(read(bad), Err(ApiError::InvalidRequest { param: Some("response_format"), .. })));
+            assert!(matches!(read(&bad), Err(ApiError::InvalidRequest { param: Some("response_format"), .. })));
         }
     }
 }

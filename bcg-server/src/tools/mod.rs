@@ -181,8 +181,8 @@ fn choice(fields: &BodyFields, functions: &[Function]) -> Result<Choice, ApiErro
 mod tests {
     use super::*;
 
-    fn read(body: Value) -> Result<Tools, ApiError> {
-        Tools::read(&crate::fields::leaked(&body))
+    fn read(body: &Value) -> Result<Tools, ApiError> {
+        Tools::read(&crate::fields::leaked(body))
     }
 
     fn tools(names: &[&str]) -> Value {
@@ -196,20 +196,20 @@ mod tests {
 
     #[test]
     fn the_model_decides_unless_the_request_does() {
-        let auto = read(json!({"tools": tools(&["f"])})).expect("tools");
+        let auto = read(&json!({"tools": tools(&["f"])})).expect("tools");
         assert_eq!((auto.choice.clone(), auto.grammar(None)), (Choice::Auto, Ok(None)));
         assert_eq!(auto.for_template(), tools(&["f"]));
-        let none = read(json!({"tools": tools(&["f"]), "tool_choice": "none"})).expect("tools");
+        let none = read(&json!({"tools": tools(&["f"]), "tool_choice": "none"})).expect("tools");
         assert_eq!(none.for_template(), Value::Null);
         assert!(none.parser().is_none());
-        assert!(read(json!({})).expect("no tools").parser().is_none());
-        assert_eq!(read(json!({"tools": [], "tool_choice": "auto"})).expect("no tools").choice, Choice::None);
+        assert!(read(&json!({})).expect("no tools").parser().is_none());
+        assert_eq!(read(&json!({"tools": [], "tool_choice": "auto"})).expect("no tools").choice, Choice::None);
     }
 
     #[test]
     fn bad_tools_are_refused_by_field() {
         let refused = |body: Value, field: &str| {
-            let error = read(body.clone()).expect_err("refused");
+            let error = read(&body).expect_err("refused");
             assert!(matches!(error, ApiError::InvalidRequest { param: Some(param), .. } if param == field), "{body}");
         };
         for bad in [json!(7), json!([{"type": "retrieval"}]), tools(&["a b"]), tools(&[""]), tools(&["f"; 129])] {
@@ -242,13 +242,13 @@ mod tests {
     fn a_required_call_is_certain() {
         const F: &str = "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"x\": 12}}\n</tool_call>";
         let g = F.replace("\"f\"", "\"g\"");
-        let required = read(json!({"tools": tools(&["f", "g"]), "tool_choice": "required"})).expect("tools");
+        let required = read(&json!({"tools": tools(&["f", "g"]), "tool_choice": "required"})).expect("tools");
         let grammar = required.grammar(Some(Grammar::JsonObject)).expect("schemas").expect("a grammar");
         assert!(allows(&grammar, F) && allows(&grammar, &format!("{F}\n{g}")));
         assert!(!allows(&grammar, "12") && !allows(&grammar, "{}") && !allows(&grammar, ""));
         assert!(!allows(&grammar, &F.replace("12", "true")));
         let named = json!({"type": "function", "function": {"name": "g"}});
-        let named = read(json!({"tools": tools(&["f", "g"]), "tool_choice": named})).expect("tools");
+        let named = read(&json!({"tools": tools(&["f", "g"]), "tool_choice": named})).expect("tools");
         let grammar = named.grammar(None).expect("schemas").expect("a grammar");
         assert!(allows(&grammar, &g) && !allows(&grammar, F) && !allows(&grammar, &format!("{g}\n{g}")));
     }
@@ -256,7 +256,7 @@ mod tests {
     #[test]
     fn a_format_leaves_calls_possible() {
         const F: &str = "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"x\": 12}}\n</tool_call>";
-        let auto = read(json!({"tools": tools(&["f"]), "parallel_tool_calls": false})).expect("tools");
+        let auto = read(&json!({"tools": tools(&["f"]), "parallel_tool_calls": false})).expect("tools");
         for (format, answer) in [(Grammar::JsonObject, "{\"a\": [1]}"), (Grammar::Regex("[0-9]+/2".into()), "34/2")] {
             let grammar = auto.grammar(Some(format)).expect("schemas").expect("a grammar");
             assert!(allows(&grammar, F) && allows(&grammar, answer));
