@@ -32,6 +32,7 @@ mod fair_threads;
 pub mod guide;
 pub mod load;
 pub mod local;
+pub mod masks;
 pub mod metrics;
 pub mod model;
 mod options;

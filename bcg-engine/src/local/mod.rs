@@ -9,9 +9,12 @@ use std::time::{Duration, Instant};
 
 use bcg_models::{ChatTemplate, SamplingParams, Tokenizer};
 use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
 
 use super::choice::Choice;
-use super::guide::GuideFactory;
+use super::compilers::Compilers;
+use super::guide::Guide;
+use super::masks::Masks;
 use super::metrics::Metrics;
 use super::model::StepModel;
 use super::output::{Output, OutputOptions};
@@ -68,7 +71,8 @@ pub struct LocalEngine {
     /// Probes that wait.
     probes: FairPlaces,
     /// `None` without a tokenizer.
-    guides: Option<GuideFactory>,
+    compilers: Option<Compilers>,
+    masks: Masks,
     shared: Arc<Shared>,
     draining: AtomicBool,
     next_seed: AtomicU64,
@@ -109,8 +113,9 @@ impl LocalEngine {
         };
         let info = &options.info;
         let tokenizer = options.tokenizer.as_ref();
-        let guides =
-            tokenizer.map(|tokenizer| GuideFactory::new(tokenizer, &options.eos, info.vocab_size)).transpose()?;
+        let compilers =
+            tokenizer.map(|tokenizer| Compilers::start(tokenizer, &options.eos, info.vocab_size)).transpose()?;
+        let woken = worker.clone();
         let stuck = shared.clone();
         let watch =
             |timeout| Watchdog::start(shared.pulse.clone(), timeout, move |why| stuck.end_with(EngineEnd::Stuck(why)));
@@ -120,7 +125,8 @@ impl LocalEngine {
             submissions: FairPlaces::new(options.queue.max_queued_requests),
             answers: FairPlaces::new(options.queue.max_queued_choices),
             probes: FairPlaces::new(PROBES_MAX),
-            guides,
+            compilers,
+            masks: Masks::start(move || woken.wake())?,
             options,
             worker,
             shared,
@@ -179,17 +185,33 @@ impl LocalEngine {
         Ok(tokens)
     }
 
-    /// What is asked of the logits.
-    fn choice(&self, request: &GenerationRequest) -> Result<Choice, SubmitError> {
+    /// Compiles the grammar that a request asks for, once for all its answers.
+    fn guide(
+        &self,
+        request: &GenerationRequest,
+        client: &ClientId,
+        cancelled: &CancellationToken,
+    ) -> Result<Option<Guide>, SubmitError> {
+        let Some(grammar) = &request.grammar else { return Ok(None) };
+        let _watched = self.shared.pulse.task("the compiling of a grammar");
+        match &self.compilers {
+            Some(compilers) => compilers.guide(grammar, client, cancelled).map(Some),
+            None => self.text().map(|_| None),
+        }
+    }
+
+    /// What is asked of the logits of one answer.
+    fn choice(
+        &self,
+        request: &GenerationRequest,
+        guide: Option<&Guide>,
+        client: &ClientId,
+    ) -> Result<Choice, SubmitError> {
         let biased: Vec<u32> = request.logit_bias.iter().map(|(token, _)| *token).collect();
         refuse_unknown(&biased, self.options.info.vocab_size)?;
-        let guide = match (&request.grammar, &self.guides) {
-            (Some(grammar), Some(guides)) => Some(guides.guide(grammar).map_err(SubmitError::Prompt)?),
-            (Some(_), None) => return self.text().map(|_| Choice::default()),
-            (None, _) => None,
-        };
+        let grammar = guide.map(|guide| self.masks.follow(guide.fork(), client)).transpose();
         let (presence, frequency) = (request.presence_penalty, request.frequency_penalty);
-        Choice::new(&request.logit_bias, presence, frequency, guide).map_err(SubmitError::Prompt)
+        Ok(Choice::new(&request.logit_bias, presence, frequency, grammar.map_err(SubmitError::Prompt)?))
     }
 
     /// The tokens that end an answer.
@@ -237,13 +259,15 @@ impl LocalEngine {
         for request in requests {
             let prompt: Arc<[u32]> = self.tokens(&request.prompt)?.into();
             let options = self.output_options(&prompt, &request)?;
+            let guide = self.guide(&request, &client, &cancelled)?;
             for index in 0..n as u64 {
                 if cancelled.is_cancelled() {
                     return Err(SubmitError::Cancelled);
                 }
                 let places = QueuePlaces { submission: Some(Arc::clone(&submission)), answer: answers.split(1) };
                 let seed = request.seed.map(|seed| seed.wrapping_add(index));
-                let (answer, stream) = self.answer(&prompt, &request, seed, options.clone(), places)?;
+                let choice = self.choice(&request, guide.as_ref(), &client)?;
+                let (answer, stream) = self.answer(&prompt, &request, seed, (options.clone(), choice), places)?;
                 accepted.push(Accepted { client: client.clone(), priority, ..answer });
                 streams.push(stream);
             }
@@ -271,12 +295,9 @@ impl LocalEngine {
         prompt: &Arc<[u32]>,
         request: &GenerationRequest,
         seed: Option<u64>,
-        options: OutputOptions,
+        (options, choice): (OutputOptions, Choice),
         places: QueuePlaces,
     ) -> Result<(Accepted, EventStream), SubmitError> {
-        let compiling = request.grammar.as_ref().map(|_| self.shared.pulse.task("the compiling of a grammar"));
-        let choice = self.choice(request)?;
-        drop(compiling);
         let (output, receiver) = Output::new(self.tokenizer(), options);
         let seed = seed.unwrap_or_else(|| fresh_seed(&self.next_seed));
         let accepted = Accepted {
@@ -395,7 +416,7 @@ impl Engine for LocalEngine {
         let full = SubmitError::QueueFull { max_queued_requests: PROBES_MAX };
         let places = QueuePlaces { submission: None, answer: self.probes.try_take(&client, 1).ok_or(full)? };
         let options = self.output_options(&prompt, &request)?;
-        let (answer, stream) = self.answer(&prompt, &request, None, options, places)?;
+        let (answer, stream) = self.answer(&prompt, &request, None, (options, Choice::default()), places)?;
         self.send(vec![Accepted { client, is_probe: true, ..answer }])?;
         Ok(stream)
     }
@@ -481,5 +502,7 @@ impl Drop for LocalEngine {
     }
 }
 
+#[cfg(test)]
+mod constrained;
 #[cfg(test)]
 mod tests;

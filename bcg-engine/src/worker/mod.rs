@@ -95,8 +95,10 @@ pub struct Worker<'a, M: StepModel> {
     is_resting: bool,
     /// When it looked at all requests last.
     last_look: Instant,
-    /// Sequences that wait for the mask of their grammar: with so many tokens, since then.
-    held: HashMap<SequenceId, (usize, Instant)>,
+    /// Sequences that are held until the mask of their next token is there.
+    held: Vec<SequenceId>,
+    /// With how many tokens each of them is held, and since when.
+    held_since: HashMap<SequenceId, (usize, Instant)>,
 }
 
 impl<'a, M: StepModel> Worker<'a, M> {
@@ -105,6 +107,7 @@ impl<'a, M: StepModel> Worker<'a, M> {
         shared.metrics.kv_pages.set(gauge(scheduler.cache().pool().num_pages()));
         requests.kept.drain(..).for_each(|sequence| scheduler.add(sequence));
         let (counted, last_step) = (GraphCounters::default(), Instant::now());
+        let held = requests.active.keys().copied().filter(|id| scheduler.set_held(*id, true)).collect();
         Self {
             model,
             scheduler,
@@ -119,7 +122,8 @@ impl<'a, M: StepModel> Worker<'a, M> {
             captures_lazily: requests.captures_lazily,
             is_resting: true,
             last_look: last_step,
-            held: HashMap::new(),
+            held,
+            held_since: HashMap::new(),
             requests,
         }
     }
@@ -136,6 +140,7 @@ impl<'a, M: StepModel> Worker<'a, M> {
         while !self.shared.stop.load(Ordering::Relaxed) {
             let open = self.take_arrived();
             self.reap();
+            self.release_ready();
             if self.shared.flush_cache.swap(false, Ordering::Relaxed) {
                 let pages = self.scheduler.flush_cache();
                 tracing::info!(pages, "emptied the prefix cache");
@@ -245,17 +250,31 @@ impl<'a, M: StepModel> Worker<'a, M> {
 
     /// Tells the watchdog since when a sequence waits for its grammar.
     fn watch_held(&mut self, now: Instant) {
-        let before = std::mem::take(&mut self.held);
+        let before = std::mem::take(&mut self.held_since);
         for (id, num_tokens) in self.scheduler.held() {
             let since = before.get(&id).filter(|(tokens, _)| *tokens == num_tokens).map_or(now, |(_, since)| *since);
-            self.held.insert(id, (num_tokens, since));
+            self.held_since.insert(id, (num_tokens, since));
         }
-        self.shared.pulse.set_held_since(self.held.values().map(|(_, since)| *since).min());
+        self.shared.pulse.set_held_since(self.held_since.values().map(|(_, since)| *since).min());
     }
 
     fn cancel(&mut self, id: SequenceId) {
         tracing::debug!(sequence = %id, "cancelled by the client");
         self.end(id, "cancelled");
+    }
+
+    /// Lets sequences run whose next token can be chosen.
+    fn release_ready(&mut self) {
+        for id in std::mem::take(&mut self.held) {
+            let Some(active) = self.requests.active.get_mut(&id) else { continue };
+            match active.choice.is_ready() {
+                Ok(true) => {
+                    self.scheduler.set_held(id, false);
+                }
+                Ok(false) => self.held.push(id),
+                Err(error) => self.fail(id, RequestError::Refused(error)),
+            }
+        }
     }
 
     /// Counts what a plan did to the queue.
@@ -372,17 +391,24 @@ impl<'a, M: StepModel> Worker<'a, M> {
                 Some(last) => metrics.inter_token_latency.observe((now - last).as_secs_f64()),
             }
             // What panics here concerns this request alone.
-            let pushed = caught(|| match active.output.push(sampled).map_err(RequestError::Engine)? {
-                None => active.choice.accept(sampled.id).map(|()| None).map_err(RequestError::Refused),
-                Some(reason) => Ok(Some(reason)),
+            let pushed = caught(|| {
+                let reason = active.output.push(sampled)?;
+                if reason.is_none() {
+                    active.choice.accept(sampled.id);
+                }
+                Ok(reason)
             });
-            match pushed.unwrap_or_else(|panic| Err(RequestError::Engine(panic))) {
+            match pushed.unwrap_or_else(Err) {
+                Ok(None) if active.choice.has_grammar() => {
+                    self.scheduler.set_held(entry.id, true);
+                    self.held.push(entry.id);
+                }
                 Ok(None) => {}
                 Ok(Some(reason)) => {
                     metrics.request_latency.observe((now - active.arrived).as_secs_f64());
                     self.end(entry.id, reason.as_str());
                 }
-                Err(error) => self.fail(entry.id, error),
+                Err(error) => self.fail(entry.id, RequestError::Engine(error)),
             }
         }
     }
