@@ -19,7 +19,7 @@ use llguidance::toktrie::{ApproximateTokEnv, InferenceCapabilities, TokEnv, TokR
 use llguidance::{CancellationHandle, JsonCompileOptions, Matcher, ParserFactory, token_bytes_from_tokenizer_json};
 use serde_json::{Value, json};
 
-use super::Grammar;
+use super::{Grammar, intersections};
 
 /// White space between two parts of JSON: a model may indent, but it cannot fill its answer with blanks.
 const JSON_SPACE: &str = r" |\n[ \t]{0,32}";
@@ -82,16 +82,17 @@ impl GuideFactory {
         let source = source(grammar)?;
         let parsers = self.parsers.get_or_init(|| self.parsers()).as_ref().map_err(Clone::clone)?;
         let compile = || {
+            intersections::check(grammar)?;
             let mut matcher = Matcher::new(parsers.create_parser(source)).into_cancellable();
             // A grammar that allows nothing shows here, and not in the middle of a batch.
-            matcher.compute_mask_or_eos().map(|_| matcher)
+            matcher.compute_mask_or_eos().map(|_| matcher).map_err(|error| error.to_string())
         };
         // A thread of its own, so that the memory of a deep stack is given back.
         let matcher = std::thread::scope(|scope| {
             let thread = std::thread::Builder::new().name("bcg-grammar".into()).stack_size(STACK_BYTES);
             let thread = thread.spawn_scoped(scope, compile).map_err(|error| format!("no thread: {error}"))?;
             let compiled = thread.join().map_err(|_| "the grammar made the compiler panic".to_owned())?;
-            compiled.map_err(|error| refusal(&error.to_string()))
+            compiled.map_err(|error| refusal(&error))
         })?;
         Ok(Guide { matcher, eos: self.eos.clone(), vocab_size: self.vocab_size })
     }
@@ -384,6 +385,7 @@ mod tests {
         let wide: Vec<Value> = (0..3000).map(|index| json!({"const": format!("{index}{}", "x".repeat(50))})).collect();
         let branches: Vec<Value> =
             (0..12).map(|i| json!({"properties": {format!("p{i}"): {"type": "string"}}})).collect();
+        let patterns: Vec<Value> = (0..60).map(|i| json!({"pattern": format!("^.*x.{{{i}}}y.*$")})).collect();
         let grammars = [
             chain(7000, |next| next),
             chain(4000, |next| json!({"type": "array", "items": next})),
@@ -398,6 +400,8 @@ mod tests {
             Grammar::JsonSchema(json!({"type": "string", "minLength": 100_000, "maxLength": 1_000_000})),
             Grammar::JsonSchema(json!({"type": "array", "minItems": 1_000_000})),
             Grammar::JsonSchema(json!({"allOf": vec![json!({"anyOf": branches}); 6]})),
+            Grammar::JsonSchema(json!({"allOf": patterns})),
+            Grammar::Lark(format!("start: A\nA: {}\n", vec!["/.*x.{9}y.*/"; 60].join(" & "))),
         ];
         let factory = factory();
         for (index, grammar) in grammars.iter().enumerate() {

@@ -30,6 +30,7 @@ pub mod compilers;
 pub mod fair_places;
 mod fair_threads;
 pub mod guide;
+mod intersections;
 pub mod load;
 pub mod local;
 pub mod masks;
