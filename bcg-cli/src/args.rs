@@ -73,6 +73,11 @@ pub struct EngineArgs {
     #[arg(long)]
     pub skip_tokenizer_init: bool,
 
+    /// Take what clients send, in messages and in prompts of text, for the control tokens that it spells, such as
+    /// <|im_start|>; else it stays text
+    #[arg(long)]
+    pub allow_special_tokens_in_content: bool,
+
     /// Where to run.
     #[command(flatten)]
     pub device: DeviceArgs,
@@ -300,6 +305,7 @@ impl EngineArgs {
         let mut options = EngineOptions::new(&self.model);
         options.load_format = self.load_format;
         options.skip_tokenizer_init = self.skip_tokenizer_init;
+        options.allow_special_tokens_in_content = self.allow_special_tokens_in_content;
         options.device = self.device.device;
         options.enable_breakable_cuda_graph = self.enable_breakable_cuda_graph;
         options.cuda_graph_max_tokens = self.cuda_graph_max_tokens;

@@ -67,9 +67,11 @@ pub fn start_with<M: StepModel>(
             vocab_size: runner.config().vocab_size,
             has_tokenizer: !options.skip_tokenizer_init,
         };
+        let allows_control = options.allow_special_tokens_in_content;
+        let tokenizer = runner.tokenizer().ok().cloned();
         let local = LocalOptions {
             info,
-            tokenizer: runner.tokenizer().ok().cloned(),
+            tokenizer: tokenizer.map(|tokenizer| tokenizer.allow_control_tokens_in_content(allows_control)),
             chat,
             eos: runner.config().eos_token_ids.clone(),
             queue: options.queue(),

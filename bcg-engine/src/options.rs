@@ -61,6 +61,9 @@ pub struct EngineOptions {
     pub load_format: LoadFormat,
     /// Runs without `tokenizer.json`: prompts and answers are token ids.
     pub skip_tokenizer_init: bool,
+    /// Takes what clients send, in messages and in prompts of text, for the control tokens that it spells, such as
+    /// `<|im_start|>`; else it stays text.
+    pub allow_special_tokens_in_content: bool,
     /// Where the model runs.
     pub device: DeviceChoice,
     /// Replays prefills as breakable CUDA graphs and decodes as full ones.
@@ -119,6 +122,7 @@ impl Default for EngineOptions {
             served_model_name: None,
             load_format: LoadFormat::Auto,
             skip_tokenizer_init: false,
+            allow_special_tokens_in_content: false,
             device: DeviceChoice::Auto,
             enable_breakable_cuda_graph: false,
             cuda_graph_max_tokens: None,

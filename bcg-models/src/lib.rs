@@ -29,7 +29,7 @@ pub mod tokenizer;
 pub mod weights;
 
 pub use batch::{ForwardBatch, Phase, SequenceInput};
-pub use chat::{ChatMessage, ChatTemplate};
+pub use chat::{ChatMessage, ChatTemplate, RenderedChat};
 pub use config::ModelConfig;
 pub use error::{Error, Result};
 pub use runner::{

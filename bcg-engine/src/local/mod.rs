@@ -170,15 +170,13 @@ impl LocalEngine {
                         "This model has no chat template; give the prompt as text.".into(),
                     ));
                 };
-                let text = chat.render(messages, Some(tools), true, template_args).map_err(refused)?;
-                length::refuse_too_long(tokenizer, &text, self.options.info.context_length)?;
-                tokenizer.encode(&text).map_err(refused)?
+                let rendered = chat.render_for(tokenizer, messages, Some(tools), true, template_args).map_err(refused)?;
+                length::refuse_too_long(tokenizer, rendered.text(), self.options.info.context_length)?;
+                rendered.encode(tokenizer).map_err(refused)?
             }
-            Prompt::Tokens(tokens) => {
-                refuse_unknown(tokens, self.options.info.vocab_size)?;
-                tokens.clone()
-            }
+            Prompt::Tokens(tokens) => tokens.clone(),
         };
+        refuse_unknown(&tokens, self.options.info.vocab_size)?;
         if tokens.is_empty() {
             return Err(SubmitError::Prompt("The prompt is empty; it needs at least one token.".into()));
         }
@@ -428,7 +426,7 @@ impl Engine for LocalEngine {
     fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, SubmitError> {
         let tokenizer = self.text()?;
         length::refuse_too_long(tokenizer, text, self.options.info.context_length)?;
-        let encoded = tokenizer.encode_with(text, add_special_tokens);
+        let encoded = tokenizer.encode_content(text, add_special_tokens);
         encoded.map_err(|error| SubmitError::Prompt(error.to_string()))
     }
 

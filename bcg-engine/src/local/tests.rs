@@ -448,3 +448,40 @@ fn a_failed_load_is_reported() {
     let failed = LocalEngine::start::<Counting, _>(|| anyhow::bail!("no weights"));
     assert!(failed.expect_err("fails").to_string().contains("no weights"));
 }
+
+#[test]
+fn a_token_that_the_model_does_not_know_is_refused_in_every_prompt() {
+    let engine = LocalEngine::start(|| {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tiny-qwen3");
+        let info =
+            ModelInfo { name: String::new(), created: 0, context_length: 64, vocab_size: 40, has_tokenizer: true };
+        let options = LocalOptions {
+            info,
+            tokenizer: Some(Tokenizer::load(&dir)?),
+            chat: ChatTemplate::load(&dir)?,
+            eos: vec![2],
+            queue: QueueOptions::default(),
+            watchdog: WatchdogOptions::default(),
+            settings: Value::Null,
+        };
+        let limits = Limits { max_running_requests: 1, chunked_prefill_size: 64, context_length: 64 };
+        let scheduler = Scheduler::new(limits, PrefixCache::new(PagePool::new(4, 16), true));
+        Ok((Counting { gate: None, chosen: Vec::new() }, scheduler, options))
+    });
+    let engine = engine.expect("starts");
+    let chat = Prompt::chat(vec![bcg_models::ChatMessage::new("user", "x")]);
+    for prompt in [Prompt::Tokens(vec![40]), Prompt::Text("x".to_owned()), chat] {
+        let error = engine.submit(GenerationRequest::greedy(prompt)).expect_err("unknown").to_string();
+        assert!(error.contains("is not in the vocabulary of 40 tokens"), "{error}");
+    }
+}
+
+#[test]
+fn text_makes_no_control_tokens() {
+    let (engine, _) = engine(1, false);
+    let chat = Prompt::chat(vec![bcg_models::ChatMessage::new("user", "<|im_end|>")]);
+    let count = |tokens: Vec<u32>| tokens.into_iter().filter(|token| *token < 3).count();
+    assert_eq!(count(engine.prompt_tokens(chat).expect("tokens")), 3, "those of the template");
+    assert_eq!(count(engine.prompt_tokens(Prompt::Text("<|im_end|>".to_owned())).expect("tokens")), 0);
+    assert_eq!(count(engine.encode("<|im_end|>", true).expect("tokens")), 0);
+}

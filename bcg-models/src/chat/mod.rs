@@ -2,14 +2,18 @@
 //!
 //! Templates are written for transformers; the environment here is its environment: trimmed blocks, loop controls,
 //! Python methods on values, `raise_exception`, `strftime_now`, and a `tojson` that spaces like Python and escapes
-//! nothing. A template is a program of the checkpoint's author: the `sandbox` sees to it that it ends, and soon.
+//! nothing. A template is a program of the checkpoint's author: the `sandbox` sees to it that it ends, and soon. What a
+//! client sends makes no control tokens: `trust` tells what the template wrote.
 
 mod functions;
 #[cfg(test)]
 mod hostile;
 mod meter;
 mod sandbox;
+mod trust;
 
+use std::collections::HashSet;
+use std::ops::Range;
 use std::path::Path;
 
 use minijinja::Environment;
@@ -19,6 +23,8 @@ use serde_json::{Map, Value};
 
 use crate::checkpoint::{self, CONFIG_BYTES_MAX, TEMPLATE_BYTES_MAX};
 use crate::error::{Error, Result};
+use crate::tokenizer::Tokenizer;
+use trust::Marks;
 
 pub use meter::{RENDER_BYTES_MAX, RENDER_INSTRUCTIONS_MAX, RENDER_TIME_MAX, RENDER_VALUES_MAX};
 pub use sandbox::{TAG_TOKENS_MAX, TEMPLATE_TOKENS_MAX};
@@ -113,6 +119,50 @@ pub struct ContentPart {
     pub extra: Map<String, Value>,
 }
 
+/// A chat as text, of which is known what the template wrote.
+#[derive(Debug)]
+pub struct RenderedChat {
+    text: String,
+    trust: Trust,
+}
+
+/// Which control tokens in a text are meant.
+#[derive(Debug)]
+enum Trust {
+    /// All, also those that a normaliser makes.
+    Unchecked,
+    /// All that the text spells.
+    All,
+    /// Those whose first and last character lie at these bytes.
+    Edges(HashSet<usize>),
+}
+
+impl RenderedChat {
+    /// Returns the text.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// Turns it into the token ids of the tokenizer that it was rendered for.
+    ///
+    /// # Errors
+    /// Those of [`Tokenizer::encode_content`].
+    pub fn encode(&self, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+        let Self { text, trust } = self;
+        let encoding = match trust {
+            Trust::Unchecked => return tokenizer.encode(text),
+            Trust::All => tokenizer.encode_trusted(text, |_| true)?,
+            Trust::Edges(edges) => {
+                let last = |end: usize| text[..end].char_indices().next_back().map(|(at, _)| at);
+                tokenizer.encode_trusted(text, |range: &Range<usize>| {
+                    edges.contains(&range.start) && last(range.end).is_some_and(|last| edges.contains(&last))
+                })?
+            }
+        };
+        Ok(encoding.get_ids().to_vec())
+    }
+}
+
 /// The chat template of a checkpoint.
 #[derive(Debug)]
 pub struct ChatTemplate {
@@ -182,15 +232,46 @@ impl ChatTemplate {
         add_generation_prompt: bool,
         extra: &Map<String, Value>,
     ) -> Result<String> {
-        let messages = messages.iter().map(ChatMessage::to_template).collect::<Result<Vec<_>>>()?;
-        let mut context = self.special_tokens.clone();
-        context.extend(extra.iter().map(|(key, value)| (key.clone(), value.clone())));
-        context.insert("messages".into(), Value::Array(messages));
-        context.insert("tools".into(), tools.cloned().unwrap_or(Value::Null));
-        context.insert("documents".into(), Value::Null);
-        context.insert("add_generation_prompt".into(), add_generation_prompt.into());
+        let content = content(messages, tools, add_generation_prompt, extra)?;
+        self.run(&self.special_tokens.clone().into_iter().chain(content).collect(), None)
+    }
+
+    /// Renders a chat so that it can be turned into token ids. Control tokens come of what the template wrote, and not of
+    /// what is in the messages, the tools or `extra`, unless that
+    /// [is allowed](Tokenizer::allow_control_tokens_in_content); a chat that spells none in them has the ids of its
+    /// [rendered](Self::render) text.
+    ///
+    /// # Errors
+    /// Those of [`render`](Self::render).
+    pub fn render_for(
+        &self,
+        tokenizer: &Tokenizer,
+        messages: &[ChatMessage],
+        tools: Option<&Value>,
+        add_generation_prompt: bool,
+        extra: &Map<String, Value>,
+    ) -> Result<RenderedChat> {
+        let content = content(messages, tools, add_generation_prompt, extra)?;
+        let marks = match tokenizer.allows_control_tokens() {
+            true => None,
+            false => Marks::choose(tokenizer.control_tokens(), &content).map_err(Error::Chat)?,
+        };
+        let with_special = |special: Map<String, Value>| special.into_iter().chain(content.clone()).collect();
+        let Some(marks) = marks else {
+            let text = self.run(&with_special(self.special_tokens.clone()), None)?;
+            let trust = if tokenizer.allows_control_tokens() { Trust::Unchecked } else { Trust::All };
+            return Ok(RenderedChat { text, trust });
+        };
+        let mark = |text: &str| marks.mark(text);
+        let special = self.special_tokens.iter();
+        let special = special.map(|(name, text)| (name.clone(), mark(text.as_str().unwrap_or_default()).into()));
+        let (text, places) = marks.remove(&self.run(&with_special(special.collect()), Some(&mark))?);
+        Ok(RenderedChat { text, trust: Trust::Edges(places) })
+    }
+
+    fn run(&self, context: &Map<String, Value>, rewrite: sandbox::Rewrite<'_>) -> Result<String> {
         let rendered = sandbox::on_a_large_stack(|| {
-            sandbox::render(&self.environment, self.limits, &self.source, Jinja::from(Serde(&context)), None)
+            sandbox::render(&self.environment, self.limits, &self.source, Jinja::from(Serde(context)), rewrite)
         });
         rendered.map_err(Error::Chat)?.map_err(|error| self.failed(&error))
     }
@@ -203,6 +284,22 @@ impl ChatTemplate {
             (None, None) => error.to_string(),
         })
     }
+}
+
+/// What a template sees, apart from the checkpoint's special tokens.
+fn content(
+    messages: &[ChatMessage],
+    tools: Option<&Value>,
+    add_generation_prompt: bool,
+    extra: &Map<String, Value>,
+) -> Result<Map<String, Value>> {
+    let messages = messages.iter().map(ChatMessage::to_template).collect::<Result<Vec<_>>>()?;
+    let mut content = extra.clone();
+    content.insert("messages".into(), Value::Array(messages));
+    content.insert("tools".into(), tools.cloned().unwrap_or(Value::Null));
+    content.insert("documents".into(), Value::Null);
+    content.insert("add_generation_prompt".into(), add_generation_prompt.into());
+    Ok(content)
 }
 
 /// `chat_template` as a string, or the one named `default` (else the first) of a list.

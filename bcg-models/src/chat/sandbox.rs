@@ -282,6 +282,7 @@ fn compile<'a>(source: &'a str, name: &'a str, rewrite: Rewrite<'_>) -> Result<I
     for at in 0.. {
         let Some(instruction) = compiled.get(at) else { break };
         let line = compiled.get_line(at).and_then(|line| u16::try_from(line).ok()).unwrap_or(0);
+        let rewrite = rewrite.filter(|_| !is_looked_for(&compiled, at));
         let added: Vec<u32> =
             steps(instruction, rewrite)?.into_iter().map(|step| metered.add_with_line(step, line)).collect();
         places.push(added[0]);
@@ -302,6 +303,38 @@ fn compile<'a>(source: &'a str, name: &'a str, rewrite: Rewrite<'_>) -> Result<I
         }
     }
     Ok(metered)
+}
+
+/// Whether a constant is only searched for in a text, or compared with one: it is not written then.
+fn is_looked_for(instructions: &Instructions<'_>, at: u32) -> bool {
+    use Instruction as I;
+    const SEARCHES: [&str; 9] =
+        ["split", "startswith", "endswith", "find", "rfind", "count", "strip", "lstrip", "rstrip"];
+    // The values on the stack above the constant.
+    let mut above = 0;
+    for instruction in (at + 1..).map_while(|at| instructions.get(at)) {
+        let taken = match instruction {
+            I::Lookup(_) | I::LoadConst(_) => 0,
+            I::GetAttr(_) | I::Not | I::Neg => 1,
+            I::GetItem | I::Add | I::StringConcat | I::Mul | I::Sub | I::In | I::Eq | I::Ne => 2,
+            I::PerformTest(_, Some(num), _) | I::ApplyFilter(_, Some(num), _) => usize::from(*num),
+            I::CallMethod(_, Some(num)) | I::CallFunction(_, Some(num)) => usize::from(*num),
+            _ => return false,
+        };
+        if taken <= above {
+            above = above - taken + 1;
+            continue;
+        }
+        // The constant is one of the values: the first one is what a filter or a method is applied to.
+        let place = taken - 1 - above;
+        return match instruction {
+            I::In | I::Eq | I::Ne | I::PerformTest(..) => true,
+            I::CallMethod("replace", _) | I::ApplyFilter("replace", ..) => place == 1,
+            I::CallMethod(name, _) | I::ApplyFilter(name, ..) => place > 0 && SEARCHES.contains(name),
+            _ => false,
+        };
+    }
+    false
 }
 
 /// What is done in the place of an instruction: at least one step.

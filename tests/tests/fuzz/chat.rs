@@ -1,6 +1,11 @@
 //! Chats through the templates of the checkpoints.
 
-use bcg_models::{ChatMessage, ChatTemplate};
+use std::path::Path;
+
+use bcg_models::{ChatMessage, ChatTemplate, Tokenizer};
+use proptest::collection::vec;
+use proptest::prelude::*;
+use proptest::sample::select;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -100,5 +105,86 @@ fn any_chat_is_rendered_or_refused() {
             }
         }
         Ok(is_taken)
+    });
+}
+
+/// Pieces that make control tokens of the tiny checkpoints when they come together, and others.
+const PIECES: &[&str] = &[
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|",
+    "|>",
+    "<",
+    ">",
+    "|",
+    "im_",
+    "start",
+    "end",
+    "<|im_",
+    "_start|>",
+    "oftext|>",
+    "</think>",
+    " ",
+    "\n",
+    "a",
+    "é",
+    "\u{f0000}",
+    "{{",
+    "\\u003c",
+    "\"",
+];
+
+fn spliced() -> impl Strategy<Value = String> {
+    vec(select(PIECES), 0..8).prop_map(|pieces| pieces.concat())
+}
+
+/// Control tokens that a template writes for a chat, whatever the chat says: as many as for the same chat without text.
+#[test]
+fn no_text_makes_a_control_token() {
+    let rich = Folder::new("control");
+    rich.set("chat_template.jinja", Some(RICH.as_bytes()));
+    let plain =
+        "{% for m in messages %}{{ m.content }}{{ m.name }}{{ m.tool_calls | tojson }}{% endfor %}{{ x | tojson }}";
+    let joined = Folder::new("joined");
+    joined.set("chat_template.jinja", Some(plain.as_bytes()));
+    let load = |folder: &Path| ChatTemplate::load(folder).expect("it parses").expect("a template");
+    let [own, rich, joined] = [load(&models().join(CHECKPOINTS[0])), load(&rich.0), load(&joined.0)];
+    let tokenizers = CHECKPOINTS.map(|name| Tokenizer::load(&models().join(name)).expect("a tokenizer"));
+    let inputs = (vec((spliced(), spliced(), spliced()), 1..4), spliced(), 0..tokenizers.len());
+    campaign::run("control", &inputs, |(messages, extra, at)| {
+        let tokenizer = &tokenizers[*at];
+        let count = |ids: &[u32]| ids.iter().filter(|id| tokenizer.is_special(**id)).count();
+        let message = |(content, name, argument): &(String, String, String)| {
+            let call =
+                json!({"function": {"name": name, "arguments": json!({argument.as_str(): argument}).to_string()}});
+            json!({"role": "user", "content": content, "name": name, "tool_calls": [call]})
+        };
+        let chat: Vec<ChatMessage> =
+            messages.iter().map(|parts| serde_json::from_value(message(parts)).expect("a message")).collect();
+        let extra = Map::from_iter([("x".to_owned(), json!({extra.as_str(): extra}))]);
+        for (template, of_template) in [(&own, 2 * chat.len() + 1), (&rich, 0), (&joined, 0)] {
+            let Ok(text) = template.render(&chat, None, true, &extra) else { continue };
+            let rendered = template.render_for(tokenizer, &chat, None, true, &extra);
+            let ids = rendered.and_then(|rendered| rendered.encode(tokenizer)).map_err(|error| error.to_string())?;
+            if count(&ids) != of_template {
+                return Err(format!("{} control tokens, {of_template} expected: {text:?}", count(&ids)));
+            }
+            if tokenizer.decode(&ids, false).ok().as_deref() != Some(&text) {
+                return Err(format!("the text has changed: {text:?}"));
+            }
+            let whole = tokenizer.encode(&text).expect("ids");
+            if count(&whole) == of_template && whole != ids {
+                return Err(format!("other tokens without a need: {text:?}"));
+            }
+        }
+        let text = &messages[0].0;
+        let ids = tokenizer.encode_content(text, true).map_err(|error| error.to_string())?;
+        let whole = tokenizer.encode_with(text, true).expect("ids");
+        match (count(&ids), count(&whole)) {
+            (0, 0) if ids != whole => Err(format!("other tokens without a need: {text:?}")),
+            (0, made) => Ok(made > 0),
+            (made, _) => Err(format!("{made} control tokens of {text:?}")),
+        }
     });
 }

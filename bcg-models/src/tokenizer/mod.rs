@@ -1,18 +1,28 @@
 //! Text to token ids and back.
 //!
 //! Streaming must never show half a character and must, in the end, equal the text of all tokens decoded at once;
-//! [`TokenStream`] keeps both.
+//! [`TokenStream`] keeps both. Text that clients send makes no control tokens; see [`Tokenizer::encode_content`].
 
+mod control;
+
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
+use serde::Deserialize;
+use tokenizers::Encoding;
+
 use crate::checkpoint::{self, TOKENIZER_BYTES_MAX};
 use crate::error::{Error, Result};
+
+pub(crate) use control::ControlTokens;
 
 /// The tokenizer of a checkpoint (`tokenizer.json`). Cheap to clone.
 #[derive(Clone)]
 pub struct Tokenizer {
     inner: Arc<tokenizers::Tokenizer>,
+    control: Arc<ControlTokens>,
+    allows_control: bool,
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -29,11 +39,21 @@ impl Tokenizer {
     pub fn load(dir: &Path) -> Result<Self> {
         let file = dir.join("tokenizer.json");
         let bytes = checkpoint::read(&file, TOKENIZER_BYTES_MAX)?;
-        let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|error| Error::format(&file, error))?;
+        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|error| Error::format(&file, error))?;
         // Batching belongs to the engine: a file that asks for padding or truncation must not change a prompt.
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|error| Error::format(&file, error))?;
-        Ok(Self { inner: Arc::new(inner) })
+        let control = control_tokens(&inner, &bytes).map_err(|error| Error::format(&file, error))?;
+        Ok(Self { inner: Arc::new(inner), control: Arc::new(control), allows_control: false })
+    }
+
+    /// Says whether text that clients send may hold control tokens, which it may not as long as nobody says so: whether
+    /// [`encode_content`](Self::encode_content) and [`ChatTemplate::encode`](crate::ChatTemplate::encode) take it as
+    /// [`encode_with`](Self::encode_with) does.
+    #[must_use]
+    pub fn allow_control_tokens_in_content(mut self, allows: bool) -> Self {
+        self.allows_control = allows;
+        self
     }
 
     /// The number of tokens, added ones included.
@@ -41,7 +61,8 @@ impl Tokenizer {
         self.inner.get_vocab_size(true)
     }
 
-    /// The token ids of `text`; special tokens spelled in it are recognised, none are added around it.
+    /// The token ids of `text`, which must be trusted: special tokens spelled in it are recognised, none are added around
+    /// it.
     ///
     /// # Errors
     /// [`Error::Tokenizer`] if the tokenizer refuses the text.
@@ -58,6 +79,51 @@ impl Tokenizer {
         let encoding =
             self.inner.encode_fast(text, add_special).map_err(|error| Error::Tokenizer(error.to_string()))?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    /// [`encode_with`](Self::encode_with), for text that a client sent: what spells a control token in it stays text, unless
+    /// [that is allowed](Self::allow_control_tokens_in_content). Text that spells none has the same ids as there.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode); [`Error::Tokenizer`] if a control token would come of the text all the same, as when
+    /// the tokenizer normalises another text to it.
+    pub fn encode_content(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
+        if self.allows_control {
+            return self.encode_with(text, add_special);
+        }
+        let encoding = self.encode_trusted(text, |_| false)?;
+        if !add_special {
+            return Ok(encoding.get_ids().to_vec());
+        }
+        let encoding = self.inner.post_process(encoding, None, true);
+        Ok(encoding.map_err(|error| Error::Tokenizer(error.to_string()))?.get_ids().to_vec())
+    }
+
+    /// Encodes a text of which only some ranges, in bytes, may be taken for control tokens.
+    pub(crate) fn encode_trusted(&self, text: &str, is_trusted: impl Fn(&Range<usize>) -> bool) -> Result<Encoding> {
+        let refused = |token: &str| {
+            Error::Tokenizer(format!(
+                "the text would make the control token `{token}`; take it out, or let the operator set \
+                 `allow_special_tokens_in_content`"
+            ))
+        };
+        let pieces = self.control.cut(text, is_trusted).map_err(refused)?;
+        let encode = |piece: &&str| self.inner.encode_fast(*piece, false);
+        let encodings = pieces.texts.iter().map(encode).collect::<std::result::Result<Vec<_>, _>>();
+        let mut encodings = encodings.map_err(|error| Error::Tokenizer(error.to_string()))?;
+        let encoding = if encodings.len() == 1 { encodings.remove(0) } else { Encoding::merge(encodings, false) };
+        match self.control.forged(encoding.get_ids(), &pieces.trusted) {
+            Some(id) => Err(refused(self.control.text(id))),
+            None => Ok(encoding),
+        }
+    }
+
+    pub(crate) fn allows_control_tokens(&self) -> bool {
+        self.allows_control
+    }
+
+    pub(crate) fn control_tokens(&self) -> &ControlTokens {
+        &self.control
     }
 
     /// The text of `ids`, without special tokens if `skip_special`.
@@ -98,6 +164,26 @@ impl Tokenizer {
     pub fn stream(&self, skip_special: bool) -> TokenStream {
         TokenStream { tokenizer: self.clone(), skip_special, ids: Vec::new(), context: 0, shown: 0 }
     }
+}
+
+/// The added tokens that are special, but for the one that stands for unknown text.
+fn control_tokens(tokenizer: &tokenizers::Tokenizer, file: &[u8]) -> std::result::Result<ControlTokens, String> {
+    #[derive(Deserialize)]
+    struct File {
+        model: Model,
+    }
+    #[derive(Deserialize)]
+    struct Model {
+        unk_token: Option<String>,
+        unk_id: Option<u32>,
+    }
+    let File { model } = serde_json::from_slice(file).map_err(|error| error.to_string())?;
+    let added = tokenizer.get_added_tokens_decoder();
+    let is_unknown = |id: u32, text: &String| model.unk_id == Some(id) || model.unk_token.as_ref() == Some(text);
+    let special = added.iter().filter(|(id, token)| token.special && !is_unknown(**id, &token.content));
+    let mut tokens: Vec<_> = special.map(|(id, token)| (token.content.clone(), *id)).collect();
+    tokens.sort_unstable();
+    ControlTokens::new(tokens)
 }
 
 /// Decodes a sequence token by token; what it yields, joined, equals the text of all tokens at once.
@@ -224,6 +310,64 @@ mod tests {
         assert!(tokenizer.is_special(2) && !tokenizer.is_special(ids[1]));
         assert_eq!(streamed(&tokenizer, &ids, true), "x");
         assert_eq!(streamed(&tokenizer, &ids, false), "<|im_start|>x<|im_end|>");
+    }
+
+    #[test]
+    fn what_a_client_spells_stays_text() {
+        let tokenizer = tiny();
+        for text in
+            ["<|im_start|>", "a<|im_end|><|im_end|>b", "<|im_<|im_start|>start|>", "<|endoftext|", "größer 😀", ""]
+        {
+            let ids = tokenizer.encode_content(text, false).expect("ids");
+            assert!(ids.iter().all(|&id| !tokenizer.is_special(id)), "{text}: {ids:?}");
+            assert_eq!(tokenizer.decode(&ids, false).expect("text"), text);
+        }
+        let text = "no control < token |> im_start";
+        for add_special in [false, true] {
+            let ids = tokenizer.encode_content(text, add_special).expect("ids");
+            assert_eq!(ids, tokenizer.encode_with(text, add_special).expect("ids"));
+        }
+    }
+
+    /// The tiny checkpoint's tokenizer, changed.
+    fn changed(name: &str, change: impl FnOnce(&mut serde_json::Value)) -> Result<Tokenizer> {
+        let dir = crate::testing::TempDir::new(name);
+        let file = std::fs::read(crate::testing::tiny_qwen3().join("tokenizer.json")).expect("the tiny checkpoint");
+        let mut json = serde_json::from_slice(&file).expect("JSON");
+        change(&mut json);
+        dir.write("tokenizer.json", json.to_string().as_bytes());
+        Tokenizer::load(dir.path())
+    }
+
+    #[test]
+    fn what_the_tokenizer_makes_a_control_token_all_the_same_is_refused() {
+        let lower = changed("tokenizer-lower", |json| {
+            json["normalizer"] = serde_json::json!({"type": "Lowercase"});
+            json["added_tokens"][1]["normalized"] = true.into();
+        });
+        let error =
+            lower.expect("it loads").encode_content("a<|IM_START|>b", false).expect_err("it is one").to_string();
+        assert!(error.contains("`<|im_start|>`") && error.contains("`allow_special_tokens_in_content`"), "{error}");
+        let short =
+            changed("tokenizer-short", |json| json["added_tokens"][1]["content"] = "§".into()).expect("it loads");
+        let error = short.encode_content("a§b", false).expect_err("it cannot be cut").to_string();
+        assert!(error.contains("`§`"), "{error}");
+    }
+
+    #[test]
+    fn special_tokens_around_a_text_are_the_tokenizers() {
+        let around = changed("tokenizer-around", |json| {
+            json["post_processor"] = serde_json::json!({"type": "TemplateProcessing", "single": [
+                {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
+                {"SpecialToken": {"id": "<|im_end|>", "type_id": 0}}], "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
+                "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]},
+                "<|im_end|>": {"id": "<|im_end|>", "ids": [2], "tokens": ["<|im_end|>"]}}});
+        })
+        .expect("it loads");
+        let ids = around.encode_content("a<|im_end|>b", true).expect("ids");
+        assert_eq!((ids[0], ids[ids.len() - 1]), (1, 2));
+        assert_eq!(ids.iter().filter(|id| **id < 3).count(), 2);
+        assert_eq!(around.encode_content("ab", true).expect("ids"), around.encode_with("ab", true).expect("ids"));
     }
 
     #[test]
