@@ -103,6 +103,9 @@ impl ModelRunner {
         let config = ModelConfig::load(dir)?;
         options.validate(&config)?;
         let tokenizer = if options.skip_tokenizer_init { None } else { Some(Tokenizer::load(dir)?) };
+        if let Some(tokenizer) = &tokenizer {
+            tokenizer.check_vocabulary(dir, config.vocab_size)?;
+        }
         let mut loaded = |done, total| progress(Progress { stage: Stage::LoadWeights, done, total });
         let weights = match options.load_format {
             LoadFormat::Auto => Weights::open(dir, device, config.dtype)?,

@@ -56,6 +56,44 @@ impl Tokenizer {
         self
     }
 
+    /// Checks that the model knows the tokens of the tokenizer. Added ones that it does not know, as the padding of some
+    /// checkpoints, are only warned of: prompts that hold one are refused.
+    ///
+    /// # Errors
+    /// [`Error::Format`] if the model does not know one of the vocabulary itself. `dir` is the checkpoint's folder, for
+    /// the message.
+    pub fn check_vocabulary(&self, dir: &Path, vocab_size: usize) -> Result<()> {
+        let is_beyond = |id: u32| id as usize >= vocab_size;
+        let named = |mut tokens: Vec<(u32, String)>| {
+            tokens.sort_unstable();
+            let named = tokens.iter().take(TOKENS_NAMED).map(|(id, token)| format!("`{token}` ({id})"));
+            format!("{} token(s), such as {}", tokens.len(), named.collect::<Vec<_>>().join(", "))
+        };
+        let file = dir.join("tokenizer.json");
+        let added = self.inner.get_added_tokens_decoder();
+        let own = self.inner.get_vocab(false).into_iter().map(|(token, id)| (id, token));
+        let own: Vec<_> = own.filter(|(id, _)| is_beyond(*id) && !added.contains_key(id)).collect();
+        if !own.is_empty() {
+            let what = format!(
+                "{} are beyond the {vocab_size} tokens (`vocab_size`) that config.json gives the model; take the tokenizer \
+                 and the config.json of one checkpoint",
+                named(own)
+            );
+            return Err(Error::format(&file, what));
+        }
+        let added = added.into_iter().filter(|(id, _)| is_beyond(*id)).map(|(id, token)| (id, token.content));
+        let added: Vec<_> = added.collect();
+        if !added.is_empty() {
+            tracing::warn!(
+                "{}: the model has {vocab_size} tokens (`vocab_size` in config.json), so prompts that hold one of these \
+                 added ones are refused: {}; if prompts need them, take a tokenizer.json of the same checkpoint",
+                file.display(),
+                named(added)
+            );
+        }
+        Ok(())
+    }
+
     /// The number of tokens, added ones included.
     pub fn vocab_size(&self) -> usize {
         self.inner.get_vocab_size(true)
@@ -200,6 +238,8 @@ pub struct TokenStream {
     shown: usize,
 }
 
+/// Tokens that a message names.
+const TOKENS_NAMED: usize = 5;
 /// The replacement character, which decoders put where bytes are not (yet) a character.
 const REPLACEMENT: char = '\u{fffd}';
 /// Tokens that may wait for a character to become complete; no character has more bytes than half of this.
@@ -368,6 +408,36 @@ mod tests {
         assert_eq!((ids[0], ids[ids.len() - 1]), (1, 2));
         assert_eq!(ids.iter().filter(|id| **id < 3).count(), 2);
         assert_eq!(around.encode_content("ab", true).expect("ids"), around.encode_with("ab", true).expect("ids"));
+    }
+
+    #[test]
+    fn a_vocabulary_beyond_the_models_is_refused_and_added_tokens_are_not() {
+        let tokenizer = tiny();
+        let largest_of = |tokenizer: &Tokenizer| tokenizer.inner.get_vocab(true).into_values().max().expect("tokens");
+        let largest = largest_of(&tokenizer) as usize;
+        let dir = Path::new("/folder");
+        tokenizer.check_vocabulary(dir, largest + 1).expect("the model knows all");
+        let error = tokenizer.check_vocabulary(dir, largest - 1).expect_err("two are beyond").to_string();
+        assert!(error.starts_with("/folder/tokenizer.json: 2 token(s), such as `"), "{error}");
+        assert!(
+            error.contains(&format!("({largest}) are beyond the {} tokens (`vocab_size`)", largest - 1)),
+            "{error}"
+        );
+        let padded = changed("tokenizer-padded", |json| {
+            let mut pad = json["added_tokens"][1].clone();
+            (pad["content"], pad["id"]) = ("<pad>".into(), (largest + 1).into());
+            json["added_tokens"].as_array_mut().expect("a list").push(pad);
+        });
+        let padded = padded.expect("it loads");
+        assert_eq!(largest_of(&padded) as usize, largest + 1);
+        padded.check_vocabulary(dir, largest + 1).expect("it is added");
+        let sparse = changed("tokenizer-sparse", |json| {
+            json["model"]["vocab"]["far away"] = u32::MAX.into();
+        });
+        let sparse = sparse.expect("it loads");
+        assert_eq!(largest_of(&sparse), u32::MAX);
+        let error = sparse.check_vocabulary(dir, largest + 1).expect_err("far away").to_string();
+        assert!(error.contains("1 token(s), such as `far away` (4294967295)"), "{error}");
     }
 
     #[test]
