@@ -4,18 +4,22 @@
 //! [`TokenStream`] keeps both. Text that clients send makes no control tokens; see [`Tokenizer::encode_content`].
 
 mod control;
+mod growth;
 
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::Deserialize;
+use serde_json::Value;
 use tokenizers::Encoding;
 
 use crate::checkpoint::{self, TOKENIZER_BYTES_MAX};
 use crate::error::{Error, Result};
 
 pub(crate) use control::ControlTokens;
+pub use growth::TEXT_GROWTH_MAX;
 
 /// The tokenizer of a checkpoint (`tokenizer.json`). Cheap to clone.
 #[derive(Clone)]
@@ -39,12 +43,38 @@ impl Tokenizer {
     pub fn load(dir: &Path) -> Result<Self> {
         let file = dir.join("tokenizer.json");
         let bytes = checkpoint::read(&file, TOKENIZER_BYTES_MAX)?;
+        let parts: Parts = serde_json::from_slice(&bytes).map_err(|error| Error::format(&file, error))?;
+        parts.check_growth().map_err(|error| Error::format(&file, error))?;
         let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|error| Error::format(&file, error))?;
         // Batching belongs to the engine: a file that asks for padding or truncation must not change a prompt.
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|error| Error::format(&file, error))?;
-        let control = control_tokens(&inner, &bytes).map_err(|error| Error::format(&file, error))?;
-        Ok(Self { inner: Arc::new(inner), control: Arc::new(control), allows_control: false })
+        let control = control_tokens(&inner, &parts.model).map_err(|error| Error::format(&file, error))?;
+        let tokenizer = Self { inner: Arc::new(inner), control: Arc::new(control), allows_control: false };
+        tokenizer.probe().map_err(|error| Error::format(&file, error))?;
+        Ok(tokenizer)
+    }
+
+    /// Encodes and decodes a text that has everything in it once and the usual things often: it must come to an end.
+    fn probe(&self) -> std::result::Result<(), String> {
+        let (tokenizer, (sender, ended)) = (self.clone(), std::sync::mpsc::channel());
+        let work = move || {
+            let kinds = ["a", "Aa", "0", " ", "\n", "\t ", "'s", "._-", "漢字", "é", "😀"]
+                .map(|part| part.repeat(PROBE_REPEATS));
+            let text: String = (' '..='~').chain(kinds.concat().chars()).collect();
+            let decoded = tokenizer.encode_with(&text, true).and_then(|ids| tokenizer.decode(&ids, true));
+            let _ = sender.send(decoded.map(drop)); // nobody waits any more if it took too long
+        };
+        std::thread::Builder::new().name("bcg-tokenizer".into()).spawn(work).map_err(|error| error.to_string())?;
+        // What the tokenizer refuses in this text does not matter; a panic does.
+        match ended.recv_timeout(PROBE_TIME_MAX) {
+            Ok(_) => Ok(()),
+            Err(std::sync::mpsc::RecvTimeoutError::Timeout) => Err(format!(
+                "encoding a short text takes more than {} s; check the expressions of its normalizer and pre_tokenizer",
+                PROBE_TIME_MAX.as_secs()
+            )),
+            Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => Err("encoding a short text panics".to_owned()),
+        }
     }
 
     /// Says whether text that clients send may hold control tokens, which it may not as long as nobody says so: whether
@@ -194,7 +224,7 @@ impl Tokenizer {
     ///
     /// # Errors
     /// [`Error::Tokenizer`] if a part of it cannot be written as JSON.
-    pub fn to_json(&self) -> Result<serde_json::Value> {
+    pub fn to_json(&self) -> Result<Value> {
         serde_json::to_value(&*self.inner).map_err(|error| Error::Tokenizer(error.to_string()))
     }
 
@@ -204,18 +234,39 @@ impl Tokenizer {
     }
 }
 
+/// The parts of `tokenizer.json` that are looked at before the tokenizer is made.
+#[derive(Deserialize)]
+struct Parts {
+    #[serde(default)]
+    normalizer: Value,
+    #[serde(default)]
+    pre_tokenizer: Value,
+    #[serde(default)]
+    post_processor: Value,
+    #[serde(default)]
+    decoder: Value,
+    model: Model,
+}
+
+#[derive(Deserialize)]
+struct Model {
+    unk_token: Option<String>,
+    unk_id: Option<u32>,
+}
+
+impl Parts {
+    fn check_growth(&self) -> std::result::Result<(), String> {
+        growth::check(&[
+            ("normalizer", &self.normalizer),
+            ("pre_tokenizer", &self.pre_tokenizer),
+            ("post_processor", &self.post_processor),
+            ("decoder", &self.decoder),
+        ])
+    }
+}
+
 /// The added tokens that are special, but for the one that stands for unknown text.
-fn control_tokens(tokenizer: &tokenizers::Tokenizer, file: &[u8]) -> std::result::Result<ControlTokens, String> {
-    #[derive(Deserialize)]
-    struct File {
-        model: Model,
-    }
-    #[derive(Deserialize)]
-    struct Model {
-        unk_token: Option<String>,
-        unk_id: Option<u32>,
-    }
-    let File { model } = serde_json::from_slice(file).map_err(|error| error.to_string())?;
+fn control_tokens(tokenizer: &tokenizers::Tokenizer, model: &Model) -> std::result::Result<ControlTokens, String> {
     let added = tokenizer.get_added_tokens_decoder();
     let is_unknown = |id: u32, text: &String| model.unk_id == Some(id) || model.unk_token.as_ref() == Some(text);
     let special = added.iter().filter(|(id, token)| token.special && !is_unknown(**id, &token.content));
@@ -238,6 +289,10 @@ pub struct TokenStream {
     shown: usize,
 }
 
+/// How long a tokenizer may work on a short text when it is loaded.
+const PROBE_TIME_MAX: Duration = Duration::from_secs(10);
+/// How often each thing stands in that text.
+const PROBE_REPEATS: usize = 64;
 /// Tokens that a message names.
 const TOKENS_NAMED: usize = 5;
 /// The replacement character, which decoders put where bytes are not (yet) a character.
@@ -370,7 +425,7 @@ mod tests {
     }
 
     /// The tiny checkpoint's tokenizer, changed.
-    fn changed(name: &str, change: impl FnOnce(&mut serde_json::Value)) -> Result<Tokenizer> {
+    fn changed(name: &str, change: impl FnOnce(&mut Value)) -> Result<Tokenizer> {
         let dir = crate::testing::TempDir::new(name);
         let file = std::fs::read(crate::testing::tiny_qwen3().join("tokenizer.json")).expect("the tiny checkpoint");
         let mut json = serde_json::from_slice(&file).expect("JSON");
@@ -438,6 +493,40 @@ mod tests {
         assert_eq!(largest_of(&sparse), u32::MAX);
         let error = sparse.check_vocabulary(dir, largest + 1).expect_err("far away").to_string();
         assert!(error.contains("1 token(s), such as `far away` (4294967295)"), "{error}");
+    }
+
+    #[test]
+    fn parts_that_make_texts_explode_are_refused_by_name() {
+        use serde_json::json;
+        let replace = |content: &str| json!({"type": "Replace", "pattern": {"String": "a"}, "content": content});
+        let sequence = |kind: &str, part: Value, times: usize| json!({"type": "Sequence", kind: vec![part; times]});
+        let byte_level =
+            json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+        let twice = json!({"type": "TemplateProcessing", "special_tokens": {}, "pair": [],
+            "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]});
+        let slow = json!({"type": "Split", "pattern": {"Regex": "(?=(a+)+$)b|(a|a|aa)+(?<!a)$"}, "behavior": "Isolated", "invert": false});
+        let mut cases = vec![
+            ("normalizer", replace(&"a".repeat(1_000_000)), "`normalizer` makes texts up to 1000000 times as long"),
+            ("normalizer", sequence("normalizers", replace("aa"), 40), "`normalizer.normalizers[5]` makes"),
+            ("normalizer", json!({"type": "Prepend", "prepend": "a".repeat(1000)}), "`normalizer` makes"),
+            (
+                "normalizer",
+                json!({"type": "Replace", "pattern": {"Regex": "x*"}, "content": "y".repeat(32)}),
+                "33 times",
+            ),
+            ("pre_tokenizer", sequence("pretokenizers", byte_level, 40), "`pre_tokenizer.pretokenizers[5]` makes"),
+            ("decoder", replace(&"a".repeat(100)), "`decoder` makes"),
+            ("decoder", sequence("decoders", replace("aaaa"), 3), "`decoder.decoders[2]` makes"),
+            ("post_processor", twice, "`post_processor` repeats the text"),
+        ];
+        for (part, value, said) in cases.drain(..) {
+            let error = changed("tokenizer-explodes", |json| json[part] = value).expect_err(said).to_string();
+            assert!(error.contains("tokenizer.json: ") && error.contains(said), "{error}");
+        }
+        changed("tokenizer-slow", |json| json["pre_tokenizer"] = slow).expect("the expression gives up");
+        let usual = json!({"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]});
+        changed("tokenizer-usual", |json| json["normalizer"] = usual).expect("as in many checkpoints");
     }
 
     #[test]
