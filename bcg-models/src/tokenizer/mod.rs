@@ -311,7 +311,8 @@ impl TokenStream {
         }
         self.ids.push(id);
         let text = self.tokenizer.decode(&self.ids, self.skip_special)?;
-        let complete = if self.ids.len() - self.context > WAITING_MAX {
+        let is_stuck = self.ids.len() - self.context > WAITING_MAX;
+        let complete = if is_stuck {
             // These bytes never became characters; only the last mark can still change.
             text.strip_suffix(REPLACEMENT).map_or(text.len(), str::len)
         } else {
@@ -328,6 +329,13 @@ impl TokenStream {
             }
             self.context = self.ids.len();
             self.shown = self.tokenizer.decode(&self.ids, self.skip_special)?.len();
+        } else if is_stuck {
+            // No clean boundary came of these bytes. The last tokens hold all that can still change; without the others a
+            // token costs the same, however many come.
+            let hidden = text.len().saturating_sub(self.shown);
+            self.ids.drain(..self.ids.len() - WAITING_MAX / 2);
+            self.context = 0;
+            self.shown = self.tokenizer.decode(&self.ids, self.skip_special)?.len().saturating_sub(hidden);
         }
         Ok(fresh)
     }
@@ -395,6 +403,22 @@ mod tests {
                 assert_eq!(streamed(&tokenizer, &ids, skip_special), whole, "{ids:?}");
             }
         }
+    }
+
+    #[test]
+    fn bytes_that_never_become_characters_fill_no_window() {
+        let tokenizer = tiny();
+        // Every byte of the emoji but its last one, over and over.
+        let emoji = tokenizer.encode("😀").expect("ids");
+        let ids: Vec<u32> = std::iter::repeat_n(&emoji[..emoji.len() - 1], 300).flatten().copied().collect();
+        let mut stream = tokenizer.stream(true);
+        let mut text = String::new();
+        for &id in &ids {
+            text.extend(stream.push(id).expect("piece"));
+            assert!(stream.ids.len() <= 2 * WAITING_MAX, "{} tokens are decoded at each one", stream.ids.len());
+        }
+        text += &stream.finish().expect("rest");
+        assert_eq!(text, tokenizer.decode(&ids, true).expect("text"));
     }
 
     #[test]
