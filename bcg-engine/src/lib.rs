@@ -5,7 +5,8 @@
 //! this process, [`load::start`] makes one from [`EngineOptions`]; tests put a scripted engine in its place.
 //!
 //! Reading order: [`scheduler`] decides what runs next, [`sequence`] is what it moves around, [`prefix_cache`] holds its
-//! pages, [`output`] turns tokens into text, [`worker`] is the thread that ties them to a [`model::StepModel`].
+//! pages, [`output`] turns tokens into text, [`worker`] is the thread that ties them to a [`model::StepModel`]. Beside it,
+//! [`compilers`] and [`masks`] are the threads of grammars.
 
 #![forbid(unsafe_code)]
 

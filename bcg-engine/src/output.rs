@@ -26,7 +26,10 @@ pub struct OutputOptions {
 
 /// The answer of one request while it is made.
 ///
-/// Invariant: it sends at most `max_tokens + 1` events, so a channel of that capacity never makes the worker wait.
+/// Invariants:
+/// - it sends at most `max_tokens + 1` events, so a channel of that capacity never makes the worker wait;
+/// - what it holds back is bounded: text by the longest stop string, log probabilities by `max_tokens`, as each token has
+///   one entry. So an answer that nobody reads takes the memory of one complete answer; the HTTP layer ends it in time.
 #[derive(Debug)]
 pub struct Output {
     options: OutputOptions,
