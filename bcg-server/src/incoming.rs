@@ -4,6 +4,7 @@
 //! of the body. So half the cores do it, one request each; others wait with nothing but their bytes. `/health` and what
 //! runs already never wait for them.
 
+use std::num::NonZero;
 use std::sync::Arc;
 use std::thread::available_parallelism;
 
@@ -19,6 +20,8 @@ use crate::error::ApiError;
 use crate::fields::BodyFields;
 use crate::{App, trace};
 
+/// The most requests that are read at once, however many cores there are: each may take tens of MiB.
+const READERS_MAX: usize = 16;
 /// The most requests that wait to be read; one more is a 429.
 const WAITING_MAX: usize = 256;
 /// The most requests whose grammars are compiled, or wait for it; one more is a 429.
@@ -75,16 +78,20 @@ pub(crate) struct Readers {
 impl Default for Readers {
     /// Half the cores, at least one.
     fn default() -> Self {
-        let threads = available_parallelism().map_or(1, |cores| cores.get().div_ceil(2));
-        Self {
-            threads: Arc::new(Semaphore::new(threads)),
-            waiting: FairPlaces::new(WAITING_MAX),
-            compiling: FairPlaces::new(COMPILING_MAX),
-        }
+        let cores = available_parallelism().map_or(1, NonZero::get);
+        Self::new(cores.div_ceil(2).min(READERS_MAX), WAITING_MAX)
     }
 }
 
 impl Readers {
+    fn new(threads: usize, waiting: usize) -> Self {
+        Self {
+            threads: Arc::new(Semaphore::new(threads)),
+            waiting: FairPlaces::new(waiting),
+            compiling: FairPlaces::new(COMPILING_MAX),
+        }
+    }
+
     /// Does something off the async threads, once it is its turn. What it holds is dropped there too.
     async fn run<T: Send + 'static>(
         &self,
@@ -176,5 +183,33 @@ impl App {
             request.prompt = Prompt::Tokens(self.engine.prompt_tokens(prompt)?);
         }
         Ok(Read::Compiles(submission))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn requests_take_turns_and_a_number_of_them_waits() {
+        let readers = Readers::new(1, 3);
+        let [one, two] = ["one", "two"].map(ClientId::new);
+        let (go, waits) = channel::<()>();
+        let mut first = Box::pin(readers.run(&one, move || Ok(waits.recv().is_ok())));
+        assert!((&mut first).now_or_never().is_none());
+        let mut second = Box::pin(readers.run(&one, || Ok(())));
+        let mut third = Box::pin(readers.run(&two, || Ok(())));
+        assert!((&mut second).now_or_never().is_none() && (&mut third).now_or_never().is_none());
+        // The limit that a client reads is that of the server.
+        assert_eq!(readers.run(&two, || Ok(())).await, Err(ApiError::Busy { limit: WAITING_MAX }));
+        drop(third);
+        assert_eq!(readers.waiting.free(), 1, "who leaves makes room");
+        go.send(()).expect("the first runs");
+        assert_eq!((first.await, second.await), (Ok(true), Ok(())));
+        assert_eq!((readers.waiting.free(), readers.threads.available_permits()), (3, 1));
     }
 }
