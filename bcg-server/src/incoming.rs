@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use crate::answers::Answers;
 use crate::error::ApiError;
 use crate::fields::BodyFields;
+use crate::request::check_logprobs;
 use crate::{App, trace};
 
 /// The most requests that are read at once, however many cores there are: each may take tens of MiB.
@@ -154,6 +155,7 @@ impl App {
                 let (asked, rest) = read(&app, &BodyFields::parse(&body)?)?;
                 drop(body);
                 let Asked { requests, n, priority } = asked;
+                check_logprobs(&requests, n, app.engine.info().context_length)?;
                 let submission = Submission { requests, n, client, priority, cancelled };
                 Ok((app.submit_or_defer(submission)?, rest))
             }

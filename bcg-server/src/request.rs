@@ -17,6 +17,8 @@ use crate::format;
 const N_MAX: usize = 128;
 /// The most answers of one request, over all its prompts.
 pub(crate) const CHOICES_MAX: usize = 1024;
+/// The most log probabilities of one request, over all its answers; one answer may always have those of its context.
+const LOGPROBS_MAX: usize = 1 << 20;
 /// The most tokens with a bias.
 const LOGIT_BIAS_MAX: usize = 1024;
 /// The most stop tokens of one request.
@@ -144,6 +146,23 @@ pub(crate) fn check_choices(param: &'static str, prompts: usize, n: usize) -> Re
          several requests."
     );
     Err(ApiError::invalid(param, message))
+}
+
+/// Refuses a request whose answers may hold more log probabilities than one request may have: each takes up to a KiB of
+/// memory, far more than its token.
+pub(crate) fn check_logprobs(requests: &[GenerationRequest], n: usize, context_length: usize) -> Result<(), ApiError> {
+    let tokens = |request: &GenerationRequest| request.max_tokens.unwrap_or(context_length).min(context_length);
+    let per_token = |request: &GenerationRequest| request.top_logprobs.map_or(0, |top| top + 1);
+    let of_answer = |request: &GenerationRequest| tokens(request) * per_token(request);
+    let largest = requests.iter().map(of_answer).max().unwrap_or(0);
+    if requests.iter().map(of_answer).sum::<usize>() * n <= LOGPROBS_MAX.max(largest) {
+        return Ok(());
+    }
+    let message = format!(
+        "Invalid value for `logprobs`: all answers together may have more than {LOGPROBS_MAX} log probabilities; ask for \
+         fewer answers, alternatives or tokens."
+    );
+    Err(ApiError::invalid("logprobs", message))
 }
 
 /// Reads what all routes ask of the engine. `top_logprobs` is read by the route, because the APIs differ.
@@ -391,6 +410,20 @@ mod tests {
             assert!(read(bad.clone()).is_err(), "{bad}");
         }
         assert!(read(json!({"repetition_penalty": 1.0, "presence_penalty": null})).is_ok());
+    }
+
+    #[test]
+    fn log_probabilities_are_bounded_over_all_answers() {
+        let greedy = GenerationRequest::greedy(Prompt::Tokens(vec![1]));
+        let with = |max_tokens, top_logprobs| GenerationRequest { max_tokens, top_logprobs, ..greedy.clone() };
+        let context = 100_000;
+        for fine in [with(None, None), with(None, Some(20)), with(Some(8191), Some(0)), with(Some(400), Some(19))] {
+            let n = if fine.max_tokens.is_some() { 128 } else { 1 };
+            assert_eq!(check_logprobs(&[fine], n, context), Ok(()));
+        }
+        assert_eq!(check_logprobs(&[with(None, None)], 128, context), Ok(()));
+        assert!(check_logprobs(&[with(None, Some(20))], 2, context).is_err());
+        assert!(check_logprobs(&vec![with(Some(1024), Some(1)); 513], 1, context).is_err());
     }
 
     #[test]
