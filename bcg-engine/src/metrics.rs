@@ -124,9 +124,9 @@ impl Default for Metrics {
 impl Metrics {
     fn register(&mut self) {
         let registry = &mut self.registry;
-        registry.register("queue_depth", "Requests that wait", self.queue_depth.clone());
-        registry.register("queued_answers", "Answers of requests that wait", self.queued_answers.clone());
-        registry.register("requests_refused", "Requests that were refused, by reason", self.refused.clone());
+        registry.register("queue_depth", "Submissions that wait", self.queue_depth.clone());
+        registry.register("queued_answers", "Requests that wait, one for each answer", self.queued_answers.clone());
+        registry.register("submissions_refused", "Submissions that were refused, by reason", self.refused.clone());
         registry.register("running_requests", "Sequences that run", self.running.clone());
         registry.register("kv_pages_used", "KV cache pages in use", self.kv_pages_used.clone());
         registry.register("kv_pages_cached", "KV cache pages in the prefix cache", self.kv_pages_cached.clone());
