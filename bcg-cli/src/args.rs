@@ -142,7 +142,7 @@ pub struct EngineArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = EngineOptions::default().queue_timeout.as_secs())]
     pub queue_timeout: u64,
 
-    /// Seconds that a step, or a grammar's work, may take before the engine counts as stuck and the process ends; ten
+    /// Seconds that a step may take before the engine counts as stuck and the process ends; ten
     /// times as long for a step that may capture graphs or is the first of its size. 0 does not watch
     #[arg(long, value_name = "SECONDS", default_value_t = EngineOptions::default().watchdog_timeout.as_secs())]
     pub watchdog_timeout: u64,

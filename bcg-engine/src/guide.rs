@@ -36,7 +36,7 @@ const STACK_BYTES: usize = 512 << 20;
 /// Bounds on the work that one grammar may cause.
 ///
 /// Measured in release, on one of two shared cores, with a made-up vocabulary of 128,000 tokens: a schema of a few fields
-/// compiles in 1 ms, one of 500 objects in 60 ms, and the costliest of 256 KiB in 1 to 1.5 s. A mask takes some 10 µs,
+/// compiles in 1 ms, one of 500 objects in 60 ms, and the costliest of 256 KiB in 2.9 s with twice this fuel. A mask takes some 10 µs,
 /// 1 ms where the grammar asks something of the whole vocabulary, and 60 ms in the costliest step that was found.
 fn limits() -> ParserLimits {
     ParserLimits {

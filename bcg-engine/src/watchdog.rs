@@ -1,6 +1,6 @@
 //! Notices that the engine hangs: a call of the device, or a grammar, that never returns.
 //!
-//! The worker beats at every step and says what it does ([`Pulse::beat`]); others name work that must end ([`Pulse::task`]).
+//! The worker beats at every step and says what it does ([`Pulse::beat`]), and since when a sequence waits for its mask.
 //! A thread of its own looks at both. Where something takes longer than the timeout, the engine is *stuck*: health says why,
 //! the log names the call and the last steps, and whoever waits for the engine's end learns of it
 //! ([`LocalEngine::given_up`](crate::local::LocalEngine::given_up)). A thread within a call cannot be stopped, so only the
@@ -8,13 +8,14 @@
 //!
 //! Nothing here waits for the worker, and no lock is held while a model is called.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::fmt::{self, Write as _};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::masks::MASK_WAIT_MAX;
 use super::scheduler::PlanKind;
 
 /// How many times longer a step may take that may capture graphs, or load kernels because it is the first of its size.
@@ -76,8 +77,6 @@ struct State {
     held_since: Option<Instant>,
     /// The last steps, how long each took, and whether it failed.
     steps: VecDeque<(StepName, Duration, bool)>,
-    tasks: HashMap<u64, (&'static str, Instant)>,
-    next_task: u64,
 }
 
 /// What the engine does right now. Clones are the same pulse.
@@ -92,8 +91,6 @@ impl Default for Pulse {
             patience: 1,
             held_since: None,
             steps: VecDeque::with_capacity(STEPS_SHOWN),
-            tasks: HashMap::new(),
-            next_task: 0,
         })))
     }
 }
@@ -120,15 +117,6 @@ impl Pulse {
         self.lock().held_since = since;
     }
 
-    /// Names work that must end within the timeout; it ends when what this returns is dropped.
-    pub(crate) fn task(&self, name: &'static str) -> Task {
-        let mut state = self.lock();
-        let id = state.next_task;
-        state.next_task += 1;
-        state.tasks.insert(id, (name, Instant::now()));
-        Task { pulse: self.clone(), id }
-    }
-
     /// Says what has taken too long.
     fn overdue(&self, timeout: Duration) -> Option<String> {
         let state = self.lock();
@@ -147,11 +135,10 @@ impl Pulse {
         if let Some(doing) = doing.filter(|_| is_late(state.since, state.patience)) {
             return late(doing, state.since);
         }
-        if let Some(since) = state.held_since.filter(|since| is_late(*since, 1)) {
-            return late("the mask of a grammar".to_owned(), since);
-        }
-        let (name, since) = state.tasks.values().find(|(_, since)| is_late(*since, 1))?;
-        late((*name).to_owned(), *since)
+        // A mask that takes long fails its own request first, so that no grammar of a client ends the process.
+        let patience = timeout.max(MASK_WAIT_MAX * 2);
+        let held = state.held_since.filter(|since| now.saturating_duration_since(*since) >= patience)?;
+        late("the mask of a grammar".to_owned(), held)
     }
 
     /// The last steps, the newest last.
@@ -168,19 +155,6 @@ impl Pulse {
     fn lock(&self) -> MutexGuard<'_, State> {
         // No call in here panics half way.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Work that must end; see [`Pulse::task`].
-#[derive(Debug)]
-pub(crate) struct Task {
-    pulse: Pulse,
-    id: u64,
-}
-
-impl Drop for Task {
-    fn drop(&mut self) {
-        self.pulse.lock().tasks.remove(&self.id);
     }
 }
 
@@ -260,15 +234,14 @@ mod tests {
     }
 
     #[test]
-    fn a_task_that_never_ends_is_named() {
+    fn a_mask_that_is_never_there_is_named_after_its_own_bound() {
         let pulse = Pulse::default();
-        drop(pulse.task("one that ended"));
-        let task = pulse.task("the compiling of a grammar");
-        std::thread::sleep(TIMEOUT * 2);
-        assert!(pulse.overdue(TIMEOUT).expect("late").contains("the compiling of a grammar"));
-        drop(task);
-        pulse.set_held_since(Some(Instant::now() - TIMEOUT));
-        assert!(pulse.overdue(TIMEOUT).expect("late").contains("the mask of a grammar"));
+        let held_for = |time: Duration| {
+            pulse.set_held_since(Instant::now().checked_sub(time));
+            pulse.overdue(TIMEOUT)
+        };
+        assert_eq!(held_for(MASK_WAIT_MAX), None, "its request fails by itself");
+        assert!(held_for(MASK_WAIT_MAX * 2).expect("late").contains("the mask of a grammar"));
         pulse.set_held_since(None);
         assert_eq!(pulse.overdue(TIMEOUT), None);
     }

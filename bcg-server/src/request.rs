@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use bcg_engine::stop::STOP_STRINGS_MAX;
+use bcg_engine::stop::{STOP_BYTES_MAX, STOP_STRINGS_MAX};
 use bcg_engine::{GenerationRequest, ModelInfo, Prompt, SamplingParams, Usage};
 use serde::de::{DeserializeSeed, Deserializer, Error, SeqAccess, Visitor};
 use serde_json::{Map, Value, json};
@@ -23,8 +23,6 @@ const LOGPROBS_MAX: usize = 1 << 20;
 const LOGIT_BIAS_MAX: usize = 1024;
 /// The most stop tokens of one request.
 const STOP_TOKENS_MAX: usize = 128;
-/// Bytes of one stop string.
-const STOP_BYTES_MAX: usize = 1 << 10;
 /// How far a request may be put before or behind the other waiting requests of its client.
 const PRIORITY_MAX: i32 = 1000;
 

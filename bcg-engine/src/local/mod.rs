@@ -170,7 +170,8 @@ impl LocalEngine {
                         "This model has no chat template; give the prompt as text.".into(),
                     ));
                 };
-                let rendered = chat.render_for(tokenizer, messages, Some(tools), true, template_args).map_err(refused)?;
+                let rendered =
+                    chat.render_for(tokenizer, messages, Some(tools), true, template_args).map_err(refused)?;
                 length::refuse_too_long(tokenizer, rendered.text(), self.options.info.context_length)?;
                 rendered.encode(tokenizer).map_err(refused)?
             }
@@ -191,7 +192,6 @@ impl LocalEngine {
         cancelled: &CancellationToken,
     ) -> Result<Option<Guide>, SubmitError> {
         let Some(grammar) = &request.grammar else { return Ok(None) };
-        let _watched = self.shared.pulse.task("the compiling of a grammar");
         match &self.compilers {
             Some(compilers) => compilers.guide(grammar, client, cancelled).map(Some),
             None => self.text().map(|_| None),
