@@ -227,3 +227,18 @@ fn what_chat_templates_do_still_works() {
         assert_eq!(render(source).unwrap_or_else(|error| panic!("{source}: {error}")), text, "{source}");
     }
 }
+
+#[test]
+fn a_long_conversation_is_within_the_limits() {
+    let source = "{% set ns = namespace(last='') %}{% for m in messages %}\
+                  {% set c = m.content.split('</think>')[-1].lstrip('\n') %}\
+                  {% if loop.index0 > 0 and messages[loop.index0 - 1].role == m.role %}{{ raise_exception('twice') }}{% endif %}\
+                  {% if loop.index0 == messages | length - 1 %}{% set ns.last = m.role %}{% endif %}\
+                  {{ '<|im_start|>' + m.role + '\n' + c.strip() + '<|im_end|>\n' }}{% endfor %}\
+                  {% for m in messages[1:] %}{{ m.role[0] }}{% endfor %}{{ ns.last }}";
+    let roles = ["user", "assistant"].into_iter().cycle();
+    let text = "What is said takes a line. ".repeat(100);
+    let messages: Vec<_> = roles.take(3000).map(|role| ChatMessage::new(role, text.as_str())).collect();
+    let prompt = load(source).expect("it parses").render(&messages, None, true, &Map::new()).expect("a prompt");
+    assert!(prompt.len() > 3000 * text.len() && prompt.ends_with("uaassistant"));
+}
