@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use bcg_runtime::DType;
 use serde_json::Value;
 
+use super::LAYERS_MAX;
 use crate::checkpoint::{self, CONFIG_BYTES_MAX};
 use crate::error::{Error, Result};
 
@@ -105,6 +106,14 @@ impl Fields {
         match self.get(field) {
             Some(value) if value.as_u64() == Some(0) => Ok(0),
             _ => Ok(self.optional_count(field)?.unwrap_or(0)),
+        }
+    }
+
+    /// Refuses more layers than any model has: memory is asked for all of them before the first one is read.
+    pub(super) fn check_layers(&self, field: &str, layers: usize) -> Result<()> {
+        match layers {
+            ..=LAYERS_MAX => Ok(()),
+            _ => Err(self.error(field, format!("at most {LAYERS_MAX} layers"), layers, "check the checkpoint")),
         }
     }
 

@@ -35,6 +35,7 @@ impl LayerKind {
                 return Err(fields.error("layers_block_type", "the kinds of the layers", got, remedy));
             }
         };
+        fields.check_layers(field, names.len())?;
         let kinds: Vec<Self> = names.iter().map(|name| Self::of(fields, field, name)).collect::<Result<_>>()?;
         match fields.optional_count("num_hidden_layers")? {
             Some(layers) if layers != kinds.len() => {
@@ -87,6 +88,7 @@ mod tests {
             (json!({"hybrid_override_pattern": "ME"}), "got \"E\"; mixtures of experts are not implemented"),
             (json!({"layers_block_type": ["conv"]}), "got \"conv\"; no other kind"),
             (json!({"hybrid_override_pattern": "M-", "num_hidden_layers": 3}), "`num_hidden_layers`: expected 2"),
+            (json!({"hybrid_override_pattern": "M".repeat(1_025)}), "expected at most 1024 layers, got 1025"),
             (json!({}), "add `layers_block_type` or `hybrid_override_pattern`"),
         ] {
             let error = kinds(root).expect_err(says).to_string();

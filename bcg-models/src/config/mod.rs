@@ -19,6 +19,9 @@ use crate::state::CacheLayout;
 pub use fields::Fields;
 pub use layer_kinds::LayerKind;
 
+/// The most layers of a model; more is an error. The largest published ones have less than 200.
+pub const LAYERS_MAX: usize = 1_024;
+
 /// The geometry and the constants of one model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
@@ -59,6 +62,9 @@ impl ModelConfig {
         // First, because another architecture may lack any of the fields below.
         let architecture = config.architecture()?;
         registry::check(&architecture)?;
+        for field in ["num_hidden_layers", "num_nextn_predict_layers"] {
+            config.check_layers(field, config.optional_size(field)?)?;
+        }
         let mut eos_token_ids = Vec::new();
         for fields in generation.into_iter().chain([&config]) {
             for id in fields.token_ids("eos_token_id")? {
@@ -161,6 +167,8 @@ mod tests {
             ("rope_scaling", json!({"rope_type": "yarn"})),
             ("layer_types", json!(["sliding_attention"])),
             ("vocab_size", json!(-1)),
+            ("num_hidden_layers", json!(1_000_000_000)),
+            ("num_nextn_predict_layers", json!(1_000_000_000)),
             ("hidden_size", Value::Null),
             ("torch_dtype", json!("int8")),
             ("eos_token_id", json!("two")),
