@@ -1,7 +1,7 @@
-//! `config.json` and `generation_config.json`.
+//! `config.json`, `generation_config.json` and `tokenizer.json`.
 
 use bcg_models::weights::Weights;
-use bcg_models::{ModelConfig, registry};
+use bcg_models::{ModelConfig, Tokenizer, registry};
 use bcg_runtime::Device;
 use proptest::prelude::*;
 use serde_json::json;
@@ -29,6 +29,30 @@ fn any_configuration_is_read_or_refused() {
         let checkpoint = &folders[document.origin % tiny.len()];
         let weights = Weights::open(checkpoint, &device, config.dtype).map_err(|error| error.to_string())?;
         let _ = registry::load(&config, weights);
+        Ok(true)
+    });
+}
+
+#[test]
+fn any_tokenizer_is_loaded_or_refused() {
+    let mut tokenizer = read_json(&models().join(CHECKPOINTS[0]).join("tokenizer.json"));
+    // Few words: most changes are then to the parts that are at work.
+    let vocabulary = tokenizer["model"]["vocab"].as_object().expect("a vocabulary").clone();
+    tokenizer["model"]["vocab"] = vocabulary.into_iter().filter(|(_, id)| id.as_u64() < Some(20)).collect();
+    tokenizer["model"]["merges"] = json!([]);
+    let unigram = json!({"model": {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0], ["▁a", -2.5]]},
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFKC"}, {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "▁"}]},
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true},
+        "added_tokens": [{"id": 3, "content": "<s>", "single_word": false, "lstrip": true, "rstrip": true,
+            "normalized": true, "special": true}], "decoder": {"type": "Metaspace", "replacement": "▁"}});
+    let folder = Folder::new("tokenizer");
+    campaign::run("tokenizer", &documents(vec![tokenizer, unigram]), |document| {
+        folder.set("tokenizer.json", Some(&document.bytes));
+        let Ok(tokenizer) = Tokenizer::load(&folder.0) else { return Ok(false) };
+        let Ok(ids) = tokenizer.encode_content("Hello  <|im_start|> <s> a１2 é漢", true) else { return Ok(false) };
+        let _ = tokenizer.decode(&ids, true);
+        let _ = tokenizer.check_vocabulary(&folder.0, 20);
         Ok(true)
     });
 }
