@@ -14,7 +14,9 @@ use bcg_engine::metrics::{Metrics, ReasonLabel};
 use bcg_engine::model::{GraphCounters, StepError, StepModel};
 use bcg_engine::prefix_cache::PrefixCache;
 use bcg_engine::scheduler::{Limits, Scheduler};
-use bcg_engine::{Engine, EventStream, Health, ModelInfo, Prompt, QueueOptions, Submission, SubmitError, WatchdogOptions};
+use bcg_engine::{
+    Engine, EventStream, Health, ModelInfo, Prompt, QueueOptions, Submission, SubmitError, WatchdogOptions,
+};
 use bcg_models::state::PagePool;
 use bcg_models::{ChatTemplate, GraphMode, ModelRunner, ModelRunnerOptions, SampledToken, SequenceInput};
 use bcg_runtime::{Device, HostControl, LiveObjects};
