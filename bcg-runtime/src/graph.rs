@@ -1,6 +1,7 @@
 //! A breakable CUDA graph: segments and breaks, in order.
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Instant;
 
 use crate::capture::context::Forward;
@@ -266,7 +267,8 @@ fn capture<L: LiveBatch, O: Freeze>(
     let begun = Instant::now();
     stream.begin_forward(live.rows(), 0)?;
     stream.arena().begin_log();
-    let hold = Hold::begin(stream.main());
+    let main = Arc::clone(stream.main());
+    let hold = Hold::begin(main.device());
     let mut guard = CaptureGuard::begin(stream, is_dry, &hold)?;
     let run = || {
         let mut cx = Context { stream: guard.stream, live, writer: Some(&mut guard.writer) };

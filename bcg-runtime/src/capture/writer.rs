@@ -178,7 +178,7 @@ pub(crate) struct CaptureGuard<'a, L> {
 
 impl<'a, L> CaptureGuard<'a, L> {
     /// Begins a capture; with `is_dry`, nothing runs until the guard goes. `hold` lasts until the graphs are made.
-    pub(crate) fn begin(stream: &'a mut OpStream, is_dry: bool, hold: &Hold) -> Result<Self> {
+    pub(crate) fn begin(stream: &'a mut OpStream, is_dry: bool, hold: &Hold<'_>) -> Result<Self> {
         if IS_CAPTURING.replace(true) {
             let state = "another capture is open on this thread";
             return Err(Error::CaptureState { transition: "begin", state });

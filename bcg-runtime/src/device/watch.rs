@@ -11,9 +11,9 @@
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::{Device, Stream};
+use super::Device;
 use crate::{DevicePtr, Result};
 
 /// What a call waits for.
@@ -114,19 +114,19 @@ impl Holds {
 
 /// Says that its owner may hold work of a device that is not enqueued, until it is dropped.
 #[derive(Debug)]
-pub(crate) struct Hold {
-    stream: Arc<Stream>,
+pub(crate) struct Hold<'a> {
+    device: &'a Device,
     number: u64,
 }
 
-impl Hold {
-    pub(crate) fn begin(stream: &Arc<Stream>) -> Self {
-        let mut holds = stream.device().holds().lock();
+impl<'a> Hold<'a> {
+    pub(crate) fn begin(device: &'a Device) -> Self {
+        let mut holds = device.holds().lock();
         // Under the lock, so that no hold of this device with a lower number begins later.
         let number = NEXT_HOLD.fetch_add(1, Ordering::Relaxed);
         holds.active.push(number);
         drop(holds);
-        Self { stream: Arc::clone(stream), number }
+        Self { device, number }
     }
 
     pub(crate) fn number(&self) -> u64 {
@@ -134,9 +134,9 @@ impl Hold {
     }
 }
 
-impl Drop for Hold {
+impl Drop for Hold<'_> {
     fn drop(&mut self) {
-        let device = self.stream.device();
+        let device = self.device;
         let mut holds = device.holds().lock();
         holds.active.retain(|hold| *hold != self.number);
         loop {

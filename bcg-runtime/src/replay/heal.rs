@@ -9,6 +9,8 @@
 //! - Work of another sequence is launched as a chain the first time; then a merged executable is made for it too, up to
 //!   a bound for each graph.
 
+use std::sync::Arc;
+
 use super::healer::Healer;
 use super::tape::Tape;
 use super::{ChainReason, ReplayPath, begin, run_break, thaw_output};
@@ -27,7 +29,8 @@ pub(crate) fn replay<L: LiveBatch, O: Freeze>(
     let span = tracing::trace_span!("healed replay");
     let _entered = span.enter();
     begin(tape, stream, live)?;
-    let hold = Hold::begin(stream.main());
+    let main = Arc::clone(stream.main());
+    let hold = Hold::begin(main.device());
     let active = Active::begin(tape.healer.take_list(stream.main()), &hold)?;
     let result = run_steps(tape, stream, live);
     stream.arena().end_serving();

@@ -237,7 +237,7 @@ impl Active {
     ///
     /// # Errors
     /// Those of leaving the outer list.
-    pub(crate) fn begin(mut list: WorkList, hold: &Hold) -> Result<Self> {
+    pub(crate) fn begin(mut list: WorkList, hold: &Hold<'_>) -> Result<Self> {
         leave(list.main.device(), "a replay or capture of another graph", Needs::Results)?;
         list.hold = Some(hold.number());
         Ok(Self { outer: Some((WORK_LIST.replace(Some(list)), watch::install(Some(WATCHER)))) })

@@ -9,9 +9,8 @@ use std::io::ErrorKind;
 use std::time::Duration;
 
 use super::regions::Memory;
-use super::work::Work;
 use crate::error::context_lost_name;
-use crate::{Error, Result};
+use crate::{DevicePtr, Error, Result};
 
 /// The environment variable with the faults of a host device that [`Device::host_from_env`] opens.
 ///
@@ -166,20 +165,20 @@ impl Flips {
         self.flips.clear();
     }
 
-    /// Called when `work` has run: flips a bit of what it wrote if that is due.
-    pub(super) fn ran(&mut self, work: &Work, memory: &Memory) -> Result<()> {
-        if self.flips.is_empty() {
-            return Ok(());
-        }
+    pub(super) fn is_empty(&self) -> bool {
+        self.flips.is_empty()
+    }
+
+    /// Called when work has run that may write from `output` on: flips a bit of what it wrote if that is due.
+    pub(super) fn ran(&mut self, work: &str, output: Option<DevicePtr>, memory: &Memory) -> Result<()> {
         let mut result = Ok(());
-        let name = work.name();
         self.flips.retain_mut(|flip| {
-            if flip.work != name {
+            if flip.work != work {
                 return true;
             }
             flip.left -= 1;
             if flip.left == 0 {
-                result = spoil(work, flip.bit, memory);
+                result = spoil(work, output, flip.bit, memory);
             }
             flip.left > 0
         });
@@ -188,15 +187,15 @@ impl Flips {
 }
 
 /// Flips a bit of what `work` wrote.
-fn spoil(work: &Work, bit: u64, memory: &Memory) -> Result<()> {
-    let Some(start) = work.output() else {
+fn spoil(work: &str, output: Option<DevicePtr>, bit: u64, memory: &Memory) -> Result<()> {
+    let Some(start) = output else {
         let message = "no argument of it is an address that it may write to, so no bit of its output can be flipped";
-        return Err(Error::Memory { kernel: work.name().to_owned(), message: message.to_owned() });
+        return Err(Error::Memory { kernel: work.to_owned(), message: message.to_owned() });
     };
     let (at, mut byte) = (start.offset_bytes((bit / 8) as usize), [0]);
-    memory.read(work.name(), &mut byte, at)?;
+    memory.read(work, &mut byte, at)?;
     byte[0] ^= 1 << (bit % 8);
-    memory.write(work.name(), at, &byte)
+    memory.write(work, at, &byte)
 }
 
 /// Returns the text of the faults that the environment variable asks for: its value, or what is in the file `@PATH`.

@@ -274,7 +274,7 @@ impl Queue {
         let work = std::mem::replace(&mut slot.work, Work::Nothing);
         let mut poison = slot.poison.take();
         if poison.is_none()
-            && let Err(error) = work.run(memory).and_then(|()| self.flips.ran(&work, memory))
+            && let Err(error) = self.run(&work, memory)
         {
             poison = Some(self.keep(seq, error));
         }
@@ -282,6 +282,12 @@ impl Queue {
         if let Some(failure) = poison {
             self.mark_failed(seq, failure);
         }
+    }
+
+    /// Runs work, and spoils what it wrote if a test wants that.
+    fn run(&mut self, work: &Work, memory: &Memory) -> Result<()> {
+        work.run(memory)?;
+        if self.flips.is_empty() { Ok(()) } else { self.flips.ran(work.name(), work.output(), memory) }
     }
 
     fn finish(&mut self, idx: u32, poison: Option<u64>) {
