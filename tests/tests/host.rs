@@ -4,8 +4,12 @@ use bcg_runtime::{Device, HostOptions, ReplayMode};
 use bcg_tests::conformance::fixture::with_replay;
 use bcg_tests::conformance::{self, *};
 
-/// Schedules that each rule is run under.
+/// Schedules that each rule is run under, unless `BCG_SCHEDULES` says otherwise, as `cargo xtask miri` does.
 const NUM_SEEDS: u64 = 100;
+
+fn num_schedules() -> u64 {
+    std::env::var("BCG_SCHEDULES").map_or(NUM_SEEDS, |number| number.parse().expect("BCG_SCHEDULES is a number"))
+}
 
 /// Rules that take long and do not depend on the schedule, and how many schedules they get.
 const SLOW: &[(&str, u64)] = &[
@@ -15,7 +19,7 @@ const SLOW: &[(&str, u64)] = &[
 ];
 
 fn run(name: &str, rule: fn(&Device)) {
-    let num_seeds = SLOW.iter().find(|(slow, _)| *slow == name).map_or(NUM_SEEDS, |(_, seeds)| *seeds);
+    let num_seeds = SLOW.iter().find(|(slow, _)| *slow == name).map_or(num_schedules(), |(_, seeds)| *seeds);
     for seed in 0..num_seeds {
         let mut options = HostOptions::default();
         options.seed = seed;

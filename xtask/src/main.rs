@@ -14,6 +14,7 @@ mod imports;
 mod kernels;
 mod layers;
 mod licenses;
+mod miri;
 mod package;
 mod page;
 mod plots;
@@ -38,6 +39,8 @@ cargo xtask <command>
   first-token     measure the time from the server's start to its first token; an error above 2 s
   fuzz            send spoiled inputs to everything that reads some, each target for a while
                   [http | chat | safetensors | config] [--seconds 600] [--seed N]
+  miri            run the tests of the host device under Miri, which needs a nightly toolchain
+                  [--valgrind runs more of them, under valgrind, which sees less]
   test-page       open the page of `bcg inspect --html` in a headless browser and use it
   package         package every crate that can be published [--verify builds them too] [--allow-dirty]
   figures FILE    print what moved from docs/figures.json to the standing.json of a run; an error if anything got slower
@@ -60,8 +63,10 @@ fn run() -> Result<()> {
     let mut args = std::env::args().skip(1);
     let command = args.next();
     let flags: Vec<String> = args.collect();
-    if !matches!(command.as_deref(), Some("figures" | "fmt" | "fuzz" | "package" | "plots" | "soak" | "test-clients"))
-        && let Some(flag) = flags.first()
+    if !matches!(
+        command.as_deref(),
+        Some("figures" | "fmt" | "fuzz" | "miri" | "package" | "plots" | "soak" | "test-clients")
+    ) && let Some(flag) = flags.first()
     {
         bail!("unexpected argument `{flag}`\n\n{USAGE}");
     }
@@ -74,6 +79,7 @@ fn run() -> Result<()> {
         Some("soak") => soak::run(&flags),
         Some("first-token") => first_token::run(),
         Some("fuzz") => fuzz::run(&flags),
+        Some("miri") => miri::run(&flags),
         Some("figures") => figures::run(&flags),
         Some("test-page") => page::run(),
         Some("package") => package::run(&flags),
