@@ -7,14 +7,15 @@
 //!
 //! Clients share fairly what is scarce (max-min: nobody gets more by taking it from one who has less):
 //! - the tokens of a step: each client with prompts gets its part of the budget, and what one leaves goes to the others;
+//!   where their part is all that some ask for, the others wait for one step, so that short prompts run in a short step;
 //! - the places among those that run: where all are taken, or all pages, the client that runs the most lets its newest
 //!   sequence give way to one that runs at least two fewer.
 //!
 //! This ends. Each time a sequence gives way to another client's, the sum of the squares of what clients run falls: from
 //! `m` and `w`, with `m >= w + 2`, to `m - 1` and `w + 1`. So it cannot go back and forth, and only an end or an arrival
 //! lets it go on. And the oldest running sequence never gives way, neither to a client nor for pages: whoever does is the
-//! newest of a client that runs at least two, or runs beside others that are older. So the oldest advances in every step
-//! that it is ready for, until it ends or an older one runs again, of which there are finitely many.
+//! newest of a client that runs at least two, or runs beside others that are older. So the oldest advances in every
+//! other step at least, once it is ready, until it ends or an older one runs again, of which there are finitely many.
 //!
 //! Steps overlap: the next one is planned while the last one runs, so a sequence's newest token may be known to the device
 //! only. [`Scheduler::launch`] notes that a plan was enqueued, [`Scheduler::collect`] what it chose.

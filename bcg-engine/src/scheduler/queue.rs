@@ -43,6 +43,8 @@ pub(super) struct FairQueue {
     clock: u64,
     /// Places of clients with a demand, in ascending order of it.
     by_demand: Vec<(usize, ClientIdx)>,
+    /// Whether long prompts waited for short ones in the step before.
+    has_waited: bool,
 }
 
 impl FairQueue {
@@ -136,7 +138,8 @@ impl FairQueue {
     }
 
     /// Shares `budget` tokens out: each client gets what it asks for, or else as much as any other that gets less than it
-    /// asks for.
+    /// asks for. Where some get all, the others wait for one step, so that short prompts run in a short step, but never
+    /// for two in a row.
     pub(super) fn share(&mut self, mut budget: usize) {
         self.by_demand.clear();
         let asking = self.clients.iter().enumerate().filter(|(_, client)| client.demand > 0);
@@ -147,6 +150,15 @@ impl FairQueue {
             let share = (*demand).min(budget.div_ceil(self.by_demand.len() - at));
             self.clients[idx.0].share = share;
             budget -= share;
+        }
+        let is_short = |(demand, idx): &(usize, ClientIdx)| self.clients[idx.0].share == *demand;
+        let num_short = self.by_demand.iter().filter(|asked| is_short(asked)).count();
+        self.has_waited = !self.has_waited && (1..self.by_demand.len()).contains(&num_short);
+        if self.has_waited {
+            // In ascending order of demand, the short ones come first.
+            for (_, idx) in &self.by_demand[num_short..] {
+                self.clients[idx.0].share = 0;
+            }
         }
     }
 

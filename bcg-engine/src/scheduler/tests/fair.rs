@@ -71,17 +71,18 @@ fn a_probe_comes_before_all_others() {
 }
 
 #[test]
-fn the_tokens_of_a_step_are_shared_and_what_one_leaves_the_other_takes() {
+fn long_prompts_share_the_tokens_of_a_step_and_wait_for_short_ones_every_other_step() {
     let mut scheduler = scheduler(64, 64);
     let tokens = |plan: &StepPlan| plan.entries.iter().map(|entry| (entry.id.0, entry.num_tokens)).collect::<Vec<_>>();
     scheduler.add(of("a", sequence(1, 60)));
     assert_eq!(tokens(&step(&mut scheduler).expect("work")), [(1, 16)], "alone it has the whole step");
     scheduler.add(of("b", sequence(2, 5)));
-    assert_eq!(tokens(&step(&mut scheduler).expect("work")), [(1, 11), (2, 5)]);
+    assert_eq!(tokens(&step(&mut scheduler).expect("work")), [(2, 5)], "a short prompt has a step of its own");
     scheduler.add(of("b", sequence(3, 40)));
     scheduler.add(of("c", sequence(4, 3)));
     let plan = step(&mut scheduler).expect("work");
     assert_eq!(tokens(&plan), [(2, 1), (1, 6), (4, 3), (3, 6)], "15 tokens: c needs 3, a and b have 6 each");
+    assert_eq!(tokens(&step(&mut scheduler).expect("work")), [(2, 1), (4, 1), (1, 7), (3, 7)]);
 }
 
 #[test]
