@@ -4,6 +4,7 @@
 //! needs no Rust.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
@@ -16,13 +17,11 @@ const BYTES_MAX: u64 = 60 << 20;
 const PROFILE: &str = "bundle";
 
 /// Executables and the packages they come from.
-const EXECUTABLES: [(&str, &str); 5] = [
-    ("bcg-tests", "gpu"),
-    ("bcg-cli", "bcg"),
-    ("bcg-benches", "mechanism"),
-    ("bcg-benches", "matmul"),
-    ("bcg-examples", "own_kernel"),
-];
+const EXECUTABLES: [(&str, &str); 4] =
+    [("bcg-tests", "gpu"), ("bcg-benches", "mechanism"), ("bcg-benches", "matmul"), ("bcg-examples", "own_kernel")];
+
+/// `bcg`, which `gpu` holds too: the two share nearly all of their code.
+const BCG: &str = "#!/bin/sh\nexec \"$(dirname \"$0\")/gpu\" bcg \"$@\"\n";
 
 /// Folders of the project that travel along.
 const FOLDERS: [&str; 4] = ["models", "tests/data", "tests/geometry", "benches/peers"];
@@ -40,6 +39,9 @@ pub(crate) fn run() -> Result<()> {
     for (_, executable) in EXECUTABLES {
         copy(&target().join(PROFILE).join(executable), &bundle.join("bin").join(executable))?;
     }
+    let bcg = bundle.join("bin").join("bcg");
+    fs::write(&bcg, BCG)?;
+    fs::set_permissions(&bcg, fs::Permissions::from_mode(0o755))?;
     for folder in FOLDERS {
         copy(&root().join(folder), &bundle.join(folder))?;
     }

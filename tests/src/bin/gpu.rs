@@ -1,7 +1,7 @@
 //! Runs every rule on the first CUDA device. Without one it fails: this is the gate that needs a GPU.
 //!
 //! `gpu [FILTER] [--random N]`: only rules whose `group::name` contains FILTER; N random programs (200 unless told; 0 for
-//! none). `gpu serve FLAGS` is a `bcg-server` whose device a request can break. `gpu --geometry DIR`: only the rules about the folder that `tests/geometry/reference.py` wrote. `BCG_ROOT` tells where the repository's `models` and `tests` lie, if not where it was built.
+//! none). `gpu serve FLAGS` is a `bcg-server` whose device a request can break, and `gpu bcg …` is `bcg`, so that a bundle needs one of the two only. `gpu --geometry DIR`: only the rules about the folder that `tests/geometry/reference.py` wrote. `BCG_ROOT` tells where the repository's `models` and `tests` lie, if not where it was built.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -13,6 +13,7 @@ use bcg_runtime::{Device, ReplayMode};
 use bcg_tests::conformance::fixture::with_replay;
 use bcg_tests::geometry::Session;
 use bcg_tests::{conformance, device_faults, geometry, golden, ops, random, soak};
+use clap::Parser;
 
 struct Options {
     filter: String,
@@ -133,8 +134,14 @@ fn run_geometry(device: &Device, dir: &Path) -> ExitCode {
 
 fn main() -> ExitCode {
     let began = Instant::now();
-    if std::env::args().nth(1).is_some_and(|command| command == "serve") {
-        return bcg_cli::exit("gpu serve", device_faults::run(std::env::args().skip(1), began));
+    match std::env::args().nth(1).as_deref() {
+        Some("serve") => return bcg_cli::exit("gpu serve", device_faults::run(std::env::args().skip(1), began)),
+        Some("bcg") => {
+            let cli = bcg_cli::Cli::parse_from(std::env::args().skip(1));
+            bcg_cli::logging::init(cli.log_format);
+            return bcg_cli::exit("bcg", cli.run());
+        }
+        _ => {}
     }
     let options = match Options::parse(std::env::args().skip(1)) {
         Ok(options) => options,
