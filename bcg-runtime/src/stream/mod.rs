@@ -245,7 +245,11 @@ impl OpStream {
             return Ok(());
         }
         self.counts.copies += 1;
-        self.submit(&Op::CopyFromPinned { dst: ptr, src: src.ptr().offset_bytes(offset), bytes })
+        let op = Op::CopyFromPinned { dst: ptr, src: src.ptr().offset_bytes(offset), bytes };
+        if self.lists_work() && work_list::keep_copy(&self.main, &op, src) {
+            return Ok(());
+        }
+        self.enqueue_op(&op)
     }
 
     /// Enqueues a copy of a contiguous tensor into page-locked memory, from an offset in bytes on.

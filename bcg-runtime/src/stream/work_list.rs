@@ -25,7 +25,7 @@ use crate::device::watch::{self, Hold, Needs, Watcher};
 use crate::launch::{AnyKernel, Launch};
 use crate::op::Op;
 use crate::segment::Segment;
-use crate::{Device, Dims, Error, Result, StepKind};
+use crate::{Device, Dims, Error, PinnedBuffer, Result, StepKind};
 
 thread_local! {
     static WORK_LIST: RefCell<Option<WorkList>> = const { RefCell::new(None) };
@@ -46,6 +46,9 @@ pub(crate) struct Origin {
 pub(crate) struct Listed {
     pub(crate) op: Op,
     pub(crate) origin: Origin,
+    /// The page-locked memory that it reads. A node of an executable knows more of such memory than its address, so the
+    /// memory must be there until the node is patched to read another.
+    reads: Option<Arc<PinnedBuffer>>,
 }
 
 /// Segments in a row and the work of the breaks between them.
@@ -167,22 +170,25 @@ impl Span {
 
     fn push(&mut self, op: &Op, origin: Origin) {
         match self.slots.get_mut(self.num_ops) {
-            Some(slot) => (slot.op, slot.origin) = (op.clone(), origin),
-            None => self.slots.push(Listed { op: op.clone(), origin }),
+            Some(slot) => (slot.op, slot.origin, slot.reads) = (op.clone(), origin, None),
+            None => self.slots.push(Listed { op: op.clone(), origin, reads: None }),
         }
         self.num_ops += 1;
     }
 
     fn push_launch(&mut self, kernel: &'static dyn AnyKernel, dims: Dims, args: &[u8], origin: Origin) {
         match self.slots.get_mut(self.num_ops) {
-            Some(Listed { op: Op::Launch(launch), origin: slot_place }) => {
+            Some(Listed { op: Op::Launch(launch), origin: slot_place, .. }) => {
                 (launch.kernel, launch.dims, *slot_place) = (kernel, dims, origin);
                 launch.args.set(args);
             }
-            Some(slot) => (slot.op, slot.origin) = (Op::Launch(Launch::from_bytes(kernel, dims, args)), origin),
+            Some(slot) => {
+                (slot.op, slot.origin) = (Op::Launch(Launch::from_bytes(kernel, dims, args)), origin);
+                slot.reads = None;
+            }
             None => {
                 let op = Op::Launch(Launch::from_bytes(kernel, dims, args));
-                self.slots.push(Listed { op, origin });
+                self.slots.push(Listed { op, origin, reads: None });
             }
         }
         self.num_ops += 1;
@@ -198,7 +204,7 @@ impl Span {
     /// Enqueues everything, in order.
     pub(crate) fn enqueue(&self, main: &Stream) -> Result<()> {
         let enqueue = |ops: &[Listed]| {
-            ops.iter().try_for_each(|Listed { op, origin }| {
+            ops.iter().try_for_each(|Listed { op, origin, .. }| {
                 let enqueued = main.device().backend().enqueue(main.handle(), op);
                 enqueued.map_err(|error| error.in_break(origin.site, origin.segment))
             })
@@ -315,6 +321,14 @@ pub(crate) fn needs_run() -> Option<&'static str> {
 /// Notes work of a break that goes to `main`; `true` if it is kept back and must not be enqueued.
 pub(crate) fn keep(main: &Arc<Stream>, op: &Op) -> bool {
     note(main, |span, origin| span.push(op, origin))
+}
+
+/// As [`keep`], for a copy that reads `memory`.
+pub(crate) fn keep_copy(main: &Arc<Stream>, op: &Op, memory: &Arc<PinnedBuffer>) -> bool {
+    note(main, |span, origin| {
+        span.push(op, origin);
+        span.slots[span.num_ops - 1].reads = Some(Arc::clone(memory));
+    })
 }
 
 /// As [`keep`], for a launch of `kernel` with the argument struct in `args`.
