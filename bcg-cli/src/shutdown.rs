@@ -3,8 +3,11 @@
 use std::process::exit;
 use std::time::Duration;
 
+use rustix::process::{Signal, getpid, kill_process};
 use tokio::sync::watch;
 
+/// How long the process may take to run what libraries do at its end, before it is killed.
+const EXIT_TIME: Duration = Duration::from_secs(1);
 /// The exit status of a process that was told twice to end.
 const TOLD_TWICE: i32 = 130;
 
@@ -48,6 +51,13 @@ pub(crate) fn force_after(patience: Duration) {
     let thread = std::thread::Builder::new().name("bcg-hard-exit".into()).spawn(move || {
         std::thread::sleep(patience);
         tracing::error!("something hangs and does not let the process end: leaving as it is");
+        std::thread::spawn(|| {
+            std::thread::sleep(EXIT_TIME);
+            // The driver's own end waits for kernels that still run.
+            if let Err(error) = kill_process(getpid(), Signal::KILL) {
+                tracing::error!(%error, "the process cannot be killed");
+            }
+        });
         exit(1);
     });
     if let Err(error) = thread {
