@@ -4,6 +4,7 @@
 //! failing are tested without a model.
 
 use bcg_models::{ModelRunner, PendingStep, SampledToken, SequenceInput};
+use bcg_runtime::DeviceKind;
 
 /// What the graphs of a model did since it was made, and what its graphs take.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -66,6 +67,11 @@ pub trait StepModel {
     /// As [`launch`](Self::launch).
     fn collect(&mut self, step: Self::Pending) -> Result<Vec<SampledToken>, StepError>;
 
+    /// Whether a step runs while the host does something else, so that a launch ahead saves time.
+    fn overlaps(&self) -> bool {
+        true
+    }
+
     /// Returns the counters.
     fn stats(&self) -> GraphCounters;
 }
@@ -79,6 +85,10 @@ impl StepModel for ModelRunner {
 
     fn collect(&mut self, step: PendingStep) -> Result<Vec<SampledToken>, StepError> {
         Self::collect(self, step).map(|output| output.tokens).map_err(StepError::from)
+    }
+
+    fn overlaps(&self) -> bool {
+        self.device().kind() != DeviceKind::Host
     }
 
     fn stats(&self) -> GraphCounters {

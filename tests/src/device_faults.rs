@@ -97,6 +97,10 @@ impl StepModel for Breaking {
         StepModel::collect(&mut self.model, step)
     }
 
+    fn overlaps(&self) -> bool {
+        StepModel::overlaps(&self.model)
+    }
+
     fn stats(&self) -> GraphCounters {
         StepModel::stats(&self.model)
     }

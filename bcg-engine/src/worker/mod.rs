@@ -11,7 +11,7 @@
 //! - a step that fails, by an error or by a panic, ends the request that is to blame and no other ([`trials`]);
 //! - after an error of the device what runs fails, and the model is loaded anew, once, for the requests that wait.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -26,12 +26,14 @@ use super::RequestError;
 use super::choice::Choice;
 use super::metrics::PhaseLabel;
 use super::model::{Damage, GraphCounters, StepError, StepModel};
-use super::scheduler::{PlanKind, Scheduler, StepPlan};
+use super::scheduler::{Scheduler, StepPlan};
 use super::sequence::{Lane, SequenceId};
 use super::watchdog::{Doing, StepName};
+use pace::Pace;
 use trials::Trials;
 
 mod blame;
+mod pace;
 mod requests;
 mod shared;
 mod trials;
@@ -88,8 +90,7 @@ pub struct Worker<'a, M: StepModel> {
     was_trial: bool,
     /// Steps that were launched.
     num_launched: u64,
-    /// Kinds and numbers of tokens of steps that went well.
-    seen: HashSet<(PlanKind, usize)>,
+    pace: Pace,
     captures_lazily: bool,
     /// Whether the last turn found nothing to launch.
     is_resting: bool,
@@ -118,7 +119,7 @@ impl<'a, M: StepModel> Worker<'a, M> {
             trials: Trials::default(),
             was_trial: false,
             num_launched: 0,
-            seen: HashSet::new(),
+            pace: Pace::default(),
             captures_lazily: requests.captures_lazily,
             is_resting: true,
             last_look: last_step,
@@ -138,6 +139,7 @@ impl<'a, M: StepModel> Worker<'a, M> {
     fn work(&mut self) -> Exit {
         self.take_stats();
         while !self.shared.stop.load(Ordering::Relaxed) {
+            let early = self.collect_early();
             let open = self.take_arrived();
             self.reap();
             self.release_ready();
@@ -147,7 +149,7 @@ impl<'a, M: StepModel> Worker<'a, M> {
             }
             self.publish();
             let is_done = !open && self.scheduler.is_idle() && self.in_flight.is_none();
-            if let Err(Broken { damage, message }) = self.turn() {
+            if let Err(Broken { damage, message }) = early.and_then(|()| self.turn()) {
                 self.requests.kept = self.scheduler.take_waiting();
                 self.fail_all_but_kept(&format!("the device was lost while it worked on this request: {message}"));
                 return if damage == Damage::Context { Exit::ContextLost(message) } else { Exit::ModelLost(message) };
@@ -158,6 +160,15 @@ impl<'a, M: StepModel> Worker<'a, M> {
         }
         self.fail_all_but_kept("the engine was stopped before the answer was complete");
         Exit::Stopped
+    }
+
+    /// Ends the step under way before the next one is planned, where several clients share a device that does nothing while
+    /// the host waits: it gains nothing from a step ahead.
+    fn collect_early(&mut self) -> Result<(), Broken> {
+        if self.model.overlaps() || !self.pace.is_shared(Instant::now()) {
+            return Ok(());
+        }
+        self.in_flight.take().map_or(Ok(()), |step| self.collect(step))
     }
 
     /// Launches the next step, then ends the one before.
@@ -210,6 +221,10 @@ impl<'a, M: StepModel> Worker<'a, M> {
                 Err(RecvTimeoutError::Timeout) => return true,
                 Err(RecvTimeoutError::Disconnected) => return false,
             }
+        } else if let Some(rest) = self.rest()
+            && let Ok(message) = self.requests.arriving.recv(rest)
+        {
+            self.take(message);
         }
         loop {
             match self.requests.arriving.try_recv() {
@@ -220,9 +235,20 @@ impl<'a, M: StepModel> Worker<'a, M> {
         }
     }
 
+    /// How long the next step may wait for requests.
+    fn rest(&self) -> Option<Duration> {
+        let step = self.in_flight.as_ref()?;
+        let began = step.launched.max(self.last_step);
+        self.pace.rest(step.name.kind, step.name.tokens, began, Instant::now())
+    }
+
     fn take(&mut self, message: Message) {
         let Message::Requests(requests) = message else { return };
+        let now = Instant::now();
         for request in requests {
+            if !request.is_probe {
+                self.pace.arrived(&request.client, now);
+            }
             self.shared.metrics.prompt_tokens.inc_by(request.prompt.len() as u64);
             self.scheduler.add(self.requests.take(request));
         }
@@ -306,12 +332,13 @@ impl<'a, M: StepModel> Worker<'a, M> {
         let (launched, kind, tokens) = (Instant::now(), plan.kind(), plan.num_tokens());
         self.num_launched += 1;
         let name = StepName { number: self.num_launched, kind, sequences: plan.entries.len(), tokens };
-        let may_capture = self.captures_lazily || !self.seen.contains(&(kind, tokens));
+        let may_capture = self.captures_lazily || !self.pace.knows(kind, tokens);
         self.shared.pulse.beat(Doing::Launching(name), may_capture);
         let pending = self.try_launch(&plan);
         self.shared.pulse.beat(Doing::Between, false);
         match pending {
             Ok(pending) => {
+                self.pace.launched(launched.elapsed());
                 self.scheduler.launch(&plan);
                 Ok(Some(InFlight { plan, pending, launched, name, may_capture }))
             }
@@ -367,7 +394,7 @@ impl<'a, M: StepModel> Worker<'a, M> {
         self.take_stats();
         match sampled {
             Ok(sampled) => {
-                self.seen.insert((name.kind, name.tokens));
+                self.pace.ended(name.kind, name.tokens, took);
                 self.shared.num_steps.fetch_add(1, Ordering::Relaxed);
                 self.deliver(&plan, &sampled);
                 self.clear(&plan);
