@@ -112,7 +112,7 @@ impl Worker {
                 line.clear();
             }
             // It is ending, and its status says more.
-            std::future::pending().await
+            std::future::pending::<()>().await;
         };
         tokio::select! {
             () = says_so => Ok(None),

@@ -78,7 +78,7 @@ impl Tokenizer {
     }
 
     /// Says whether text that clients send may hold control tokens, which it may not as long as nobody says so: whether
-    /// [`encode_content`](Self::encode_content) and [`ChatTemplate::encode`](crate::ChatTemplate::encode) take it as
+    /// [`encode_content`](Self::encode_content) and [`RenderedChat::encode`](crate::RenderedChat::encode) take it as
     /// [`encode_with`](Self::encode_with) does.
     #[must_use]
     pub fn allow_control_tokens_in_content(mut self, allows: bool) -> Self {

@@ -393,7 +393,7 @@ fn http() -> Vec<Row> {
         raw("an unknown transfer encoding", &post("Transfer-Encoding: gzip, identity\r\n", valid), &[0, 400, 501]),
         raw(
             "9 MiB in chunks",
-            &post("Transfer-Encoding: chunked\r\n", &format!("{:x}\r\n{}\r\n0\r\n\r\n", MIB, long).repeat(9)),
+            &post("Transfer-Encoding: chunked\r\n", &format!("{MIB:x}\r\n{long}\r\n0\r\n\r\n").repeat(9)),
             &[0, 400, 413],
         ),
         raw("a body that waits for leave", &post("Content-Length: 99999999\r\nExpect: 100-continue\r\n", ""), &[413]),

@@ -32,6 +32,7 @@ pub(crate) fn run(report: &mut Report) {
     ends(report);
     faults(report);
     supervised(report);
+    seen_from_outside(report);
 }
 
 fn ended(server: &mut Server, within: Duration, code: Option<i32>) -> Result<(), String> {
@@ -161,6 +162,10 @@ fn supervised(report: &mut Report) {
         ended(&mut server, END, Some(1))?;
         if server.log().contains("--max-restarts") { Ok(()) } else { Err(server.log()) }
     });
+}
+
+/// What clients and operators see of a supervisor.
+fn seen_from_outside(report: &mut Report) {
     report.row("supervisor", "a request in the meantime is told when to come back", || {
         let server = start(&["--supervise"], "");
         signal(*server.children().first().ok_or("no worker")?, "KILL");
