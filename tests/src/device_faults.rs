@@ -1,7 +1,7 @@
 //! A `bcg-server` whose device a request can break, to see what the process then does: `gpu serve FLAGS`.
 //!
-//! A prompt that begins with [`TRAP`] launches a kernel that traps, one that begins with [`SPIN`] a kernel that runs for
-//! [`SPIN_SECONDS`]. On the host device the first fails as a trap does, and the second sleeps.
+//! A prompt that begins with `TRAP` launches a kernel that traps, one that begins with `SPIN` a kernel that runs for
+//! `SPIN_SECONDS`. On the host device the first fails as a trap does, and the second sleeps.
 
 use std::time::{Duration, Instant};
 
