@@ -1,6 +1,6 @@
 //! Notices that the engine hangs: a call of the device, or a grammar, that never returns.
 //!
-//! The worker beats at every step and says what it does ([`Pulse::beat`]), and since when a sequence waits for its mask.
+//! The worker beats at every step and says what it does (`Pulse::beat`), and since when a sequence waits for its mask.
 //! A thread of its own looks at both. Where something takes longer than the timeout, the engine is *stuck*: health says why,
 //! the log names the call and the last steps, and whoever waits for the engine's end learns of it
 //! ([`LocalEngine::given_up`](crate::local::LocalEngine::given_up)). A thread within a call cannot be stopped, so only the

@@ -1,7 +1,7 @@
 //! Continuous batching as a pure rule: which sequences run next, on which pages.
 //!
 //! A step takes the newest token of every running sequence, then fills its budget of tokens with prompts: those that are
-//! under way first, then waiting ones in their turn ([`queue`]). A long prompt is prefilled in chunks, beside the decodes
+//! under way first, then waiting ones in their turn (`queue`). A long prompt is prefilled in chunks, beside the decodes
 //! of others. When pages run out, a sequence gives its pages back and is computed again later, from what the prefix cache
 //! still has of it: the newest of the client that runs the most.
 //!

@@ -8,7 +8,7 @@
 //! - it never waits for a client: every event channel has room for all the events of its answer;
 //! - it sleeps only when no step is under way and none can be planned, and a message wakes it;
 //! - a request that never began fails once it has waited too long;
-//! - a step that fails, by an error or by a panic, ends the request that is to blame and no other ([`trials`]);
+//! - a step that fails, by an error or by a panic, ends the request that is to blame and no other (`trials`);
 //! - after an error of the device what runs fails, and the model is loaded anew, once, for the requests that wait.
 
 use std::collections::HashMap;
