@@ -55,6 +55,8 @@ pub(crate) struct Call {
     pub(crate) expect: Expect,
     pub(crate) leave: Option<Leave>,
     pub(crate) is_new_connection: bool,
+    /// Whether its client takes a while before it reads each part of the answer.
+    pub(crate) reads_slowly: bool,
 }
 
 impl Call {
@@ -73,6 +75,7 @@ impl Call {
             });
         }
         call.is_new_connection = rng.chance(3);
+        call.reads_slowly = rng.chance(12);
         call
     }
 
@@ -85,7 +88,7 @@ impl Call {
     }
 
     fn new(line: &'static str, body: String, expect: Expect) -> Self {
-        Self { line, body, expect, leave: None, is_new_connection: false }
+        Self { line, body, expect, leave: None, is_new_connection: false, reads_slowly: false }
     }
 
     /// The bytes that the client sends.

@@ -2,14 +2,20 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::pki_types::pem::PemObject;
+use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName};
+use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 use super::calls::{Call, Expect, Leave};
+use super::life::CERT;
 
 /// Longer than any answer takes; a call without an end fails the soak instead of stopping it.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -39,15 +45,23 @@ struct Response {
     waited: Duration,
 }
 
+trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Duplex for S {}
+
+/// A connection, over TLS or not.
+type Connection = BufReader<Box<dyn Duplex>>;
+
 /// One connection at a time.
 pub(crate) struct Client {
     address: SocketAddr,
-    connection: Option<BufReader<TcpStream>>,
+    tls: Option<TlsConnector>,
+    connection: Option<Connection>,
 }
 
 impl Client {
-    pub(crate) fn new(address: SocketAddr) -> Self {
-        Self { address, connection: None }
+    pub(crate) fn new(address: SocketAddr, is_tls: bool) -> Self {
+        Self { address, tls: is_tls.then(connector), connection: None }
     }
 
     /// Makes a call and returns its end; an error says what was wrong with it.
@@ -79,14 +93,16 @@ impl Client {
             .map_err(|error| format!("{error}: {call:?}: {} {}", response.status, response.body))
     }
 
-    async fn connect(&mut self) -> Result<BufReader<TcpStream>, String> {
-        match self.connection.take() {
-            Some(connection) => Ok(connection),
-            None => match TcpStream::connect(self.address).await {
-                Ok(stream) => stream.set_nodelay(true).map(|()| BufReader::new(stream)).map_err(|e| e.to_string()),
-                Err(error) => Err(format!("no connection: {error}")),
-            },
+    async fn connect(&mut self) -> Result<Connection, String> {
+        if let Some(connection) = self.connection.take() {
+            return Ok(connection);
         }
+        let stream = TcpStream::connect(self.address).await.map_err(|error| format!("no connection: {error}"))?;
+        stream.set_nodelay(true).map_err(|error| error.to_string())?;
+        let Some(tls) = &self.tls else { return Ok(BufReader::new(Box::new(stream))) };
+        let name = ServerName::try_from("localhost").expect("a name");
+        let stream = tls.connect(name, stream).await.map_err(|error| format!("no TLS: {error}"))?;
+        Ok(BufReader::new(Box::new(stream)))
     }
 
     async fn exchange(&mut self, call: &Call) -> Result<Response, String> {
@@ -110,7 +126,16 @@ impl Client {
     }
 }
 
-async fn read(connection: &mut BufReader<TcpStream>, call: &Call) -> Result<Response, String> {
+/// Trusts the server's own certificate.
+fn connector() -> TlsConnector {
+    let mut roots = RootCertStore::empty();
+    let certificate = CertificateDer::from_pem_file(CERT).expect("the certificate of the tests");
+    roots.add(certificate).expect("a root");
+    let config = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
+    TlsConnector::from(Arc::new(config))
+}
+
+async fn read(connection: &mut Connection, call: &Call) -> Result<Response, String> {
     let broken = |error: std::io::Error| format!("the connection broke: {error}");
     connection.write_all(call.request().as_bytes()).await.map_err(broken)?;
     let asked = Instant::now();
@@ -122,12 +147,15 @@ async fn read(connection: &mut BufReader<TcpStream>, call: &Call) -> Result<Resp
         head += &line(connection).await?.to_ascii_lowercase();
     }
     let mut body = Vec::new();
+    let pause = Duration::from_millis(if call.reads_slowly { 5 } else { 0 });
+    sleep(pause).await;
     match head.lines().find_map(|line| line.strip_prefix("content-length: ")) {
         Some(length) => {
             body.resize(length.parse().map_err(|_| "no length")?, 0);
             connection.read_exact(&mut body).await.map_err(broken)?;
         }
         None => loop {
+            sleep(pause).await;
             let size = usize::from_str_radix(line(connection).await?.trim(), 16).map_err(|_| "no chunk size")?;
             let from = body.len();
             body.resize(from + size + 2, 0);
@@ -142,7 +170,7 @@ async fn read(connection: &mut BufReader<TcpStream>, call: &Call) -> Result<Resp
     Ok(Response { status, head, body, waited })
 }
 
-async fn line(connection: &mut BufReader<TcpStream>) -> Result<String, String> {
+async fn line(connection: &mut Connection) -> Result<String, String> {
     let mut line = String::new();
     match connection.read_line(&mut line).await {
         Ok(0) => Err("the connection ended".into()),

@@ -40,6 +40,10 @@ pub(crate) struct Setup {
     pub(crate) prefix_cache: bool,
 }
 
+/// The certificate of the server, which its clients trust, and its key.
+pub(crate) const CERT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/data/tls/cert.pem");
+const KEY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/data/tls/key.pem");
+
 /// The setups, in turn.
 pub(crate) const SETUPS: [Setup; 4] = [
     Setup { graph: GraphMode::Off, page_size: 2, kv_cache_tokens: 512, chunked_prefill_size: 256, prefix_cache: true },
@@ -61,6 +65,11 @@ pub(crate) const SETUPS: [Setup; 4] = [
 ];
 
 impl Setup {
+    /// Whether clients come over TLS: every second setup's do.
+    fn is_tls(self) -> bool {
+        self.graph == GraphMode::Ahead
+    }
+
     fn runner_options(self) -> ModelRunnerOptions {
         ModelRunnerOptions {
             page_size: self.page_size,
@@ -209,6 +218,7 @@ pub(crate) struct Life {
     pub(crate) engine: Arc<Counted>,
     pub(crate) faults: Arc<StepFaults>,
     pub(crate) address: SocketAddr,
+    pub(crate) is_tls: bool,
     loaded: Arc<Mutex<Vec<Loaded>>>,
     stop: oneshot::Sender<()>,
     server: JoinHandle<()>,
@@ -223,7 +233,7 @@ impl Life {
         let engine = Arc::new(Counted { engine, accepted: AtomicU64::new(0) });
         let (stop, stopped) = oneshot::channel();
         let (ready, address) = mpsc::channel();
-        let served = Arc::clone(&engine);
+        let (served, is_tls) = (Arc::clone(&engine), setup.is_tls());
         let server = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
             runtime.expect("a runtime").block_on(async {
@@ -232,11 +242,15 @@ impl Life {
                 let shutdown = async {
                     let _ = stopped.await;
                 };
-                serve(served, listener, &HttpOptions::default(), shutdown).await.expect("the options fit");
+                let mut options = HttpOptions::default();
+                if is_tls {
+                    (options.tls_cert, options.tls_key) = (Some(CERT.into()), Some(KEY.into()));
+                }
+                serve(served, listener, &options, shutdown).await.expect("the options fit");
             });
         });
         let address = address.recv().expect("the server starts");
-        Self { engine, faults, address, loaded, stop, server }
+        Self { engine, faults, address, is_tls, loaded, stop, server }
     }
 
     /// How often the model was loaded.

@@ -21,6 +21,10 @@ pub(crate) const MAX_QUEUED: usize = 8;
 /// Driver calls that need memory.
 const ALLOCATIONS: [&str; 3] = ["cuMemAlloc", "cuMemMap", "cuMemAddressReserve"];
 
+/// How long a call hangs, and how much longer the calls of a slow device take, in milliseconds.
+const HANG_MS: u64 = 60;
+const SLOW_MS: u64 = 1;
+
 /// What the message of a failure says, one of them.
 const CLEAR: [&str; 4] =
     ["step of this request failed", "worked on this request", "the device is lost", "The engine has stopped"];
@@ -36,7 +40,7 @@ pub(crate) enum Phase {
     Leaving,
     /// Many more clients than the queue bears.
     Overload,
-    /// Steps fail, and allocations.
+    /// Steps fail, and allocations; calls hang for a while, or are slow.
     Faults,
     /// A driver call fails, and with it the device.
     Lost,
@@ -143,7 +147,7 @@ impl Soak {
     /// Asks a question while nobody else does.
     fn ask(&self, life: &Life, question: usize) -> String {
         let call = Call::question(question, question.is_multiple_of(2));
-        match self.runtime.block_on(Client::new(life.address).call(&call)) {
+        match self.runtime.block_on(Client::new(life.address, life.is_tls).call(&call)) {
             Ok(End::Answered(mut texts)) => texts.remove(0),
             end => panic!("question {question} ended with {end:?}"),
         }
@@ -200,12 +204,12 @@ impl Soak {
     /// Shuts the server down while it answers: all that it accepted is answered.
     pub(crate) fn shut_down(&mut self, life: Life) -> Tally {
         let before = life.engine.num_accepted();
-        let (engine, address) = (Arc::clone(&life.engine), life.address);
+        let (engine, address, is_tls) = (Arc::clone(&life.engine), life.address, life.is_tls);
         let mut tally = Tally::default();
         let ending = self.runtime.block_on(async {
             let mut calls = JoinSet::new();
             for question in 0..Phase::ShutDown.num_clients() {
-                let mut client = Client::new(address);
+                let mut client = Client::new(address, is_tls);
                 calls.spawn(async move { client.call(&Call::question(question, question % 2 == 0)).await });
             }
             while engine.num_accepted() < before + QUESTIONS.len() as u64 {
@@ -246,7 +250,7 @@ impl Soak {
 fn start(life: &Life, shared: &Arc<Shared>) -> JoinSet<()> {
     let mut clients = JoinSet::new();
     for _ in 0..shared.phase.num_clients() {
-        clients.spawn(Arc::clone(shared).client(Client::new(life.address)));
+        clients.spawn(Arc::clone(shared).client(Client::new(life.address, life.is_tls)));
     }
     clients
 }
@@ -267,7 +271,7 @@ fn settled(shared: &Shared) -> Tally {
 /// Lets calls of the driver fail until one is taken for the loss of the device.
 async fn lose_device(life: &Life, phase: Phase, rng: &mut Rng, is_lost: impl Fn() -> bool) {
     // Those of the clients may be over before one fails, so this makes some too.
-    let (control, mut client) = (life.control(), Client::new(life.address));
+    let (control, mut client) = (life.control(), Client::new(life.address, life.is_tls));
     while !is_lost() {
         control.fail_call(1 + rng.below(100) as u64);
         let end = client.call(&Call::question(0, false)).await;
@@ -292,7 +296,7 @@ async fn inject(life: &Life, shared: &Shared, rng: &mut Rng) {
                 sleep(Duration::from_millis(1)).await;
             }
             control.clear_faults();
-            match rng.below(4) {
+            match rng.below(6) {
                 0 => life.faults.launch.store(true, Ordering::Relaxed),
                 1 => life.faults.collect.store(true, Ordering::Relaxed),
                 // The step behind a failed one makes a buffer anew, for which there is no memory then.
@@ -300,7 +304,9 @@ async fn inject(life: &Life, shared: &Shared, rng: &mut Rng) {
                     control.fail_calls_named("cuMemHostAlloc", 1);
                     life.faults.collect.store(true, Ordering::Relaxed);
                 }
-                _ => control.fail_calls_named(ALLOCATIONS[rng.below(ALLOCATIONS.len())], 1),
+                3 => control.fail_calls_named(ALLOCATIONS[rng.below(ALLOCATIONS.len())], 1),
+                4 => control.inject(&format!("hang:any:{}:{HANG_MS}", 1 + rng.below(100))).expect("a fault"),
+                _ => control.inject(&format!("slow:any:1:{SLOW_MS}")).expect("a fault"),
             }
         },
         Phase::Lost => {
