@@ -14,8 +14,9 @@ const HEAVY: usize = 500;
 const LIGHT: usize = 20;
 /// How many times as long as on an idle server its first token may take.
 const RATIO_MAX: f64 = 3.0;
-/// What a first token may take in any case, on a machine that runs other tests as well.
-const FIRST_TOKEN_FLOOR: Duration = Duration::from_millis(60);
+/// What a first token may take in any case: machines that run other tests as well are this uneven. Behind the queue of the
+/// heavy client it would be seconds.
+const FIRST_TOKEN_FLOOR: Duration = Duration::from_millis(200);
 /// Connections for all, and steps that the host device, which computes row by row, makes about as fast as a GPU does.
 const FLAGS: [&str; 4] = ["--max-connections", "2048", "--max-running-requests", "4"];
 

@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::client::{Reply, get};
@@ -15,11 +16,16 @@ pub(crate) const SERVE: &str = "serve";
 /// How long a server may take until it serves; a loaded machine with an unoptimised build needs some of it.
 const START: Duration = Duration::from_secs(60);
 
+/// How long the last lines of a process that has ended may take.
+const LAST_LINES: Duration = Duration::from_secs(2);
+
 /// A `bcg-server`, which is this executable once more.
 pub(crate) struct Server {
     child: Child,
     pub(crate) address: SocketAddr,
     log: Arc<Mutex<String>>,
+    /// Reads what the process and those that it started write.
+    reader: JoinHandle<()>,
 }
 
 impl Server {
@@ -53,14 +59,14 @@ impl Server {
         let mut child = command.spawn().expect("a process starts");
         let log = Arc::new(Mutex::new(String::new()));
         let (sink, lines) = (log.clone(), BufReader::new(child.stderr.take().expect("it is piped")));
-        std::thread::spawn(move || {
+        let reader = std::thread::spawn(move || {
             for line in lines.lines().map_while(Result::ok) {
                 let mut log = sink.lock().expect("no panic");
                 log.push_str(&line);
                 log.push('\n');
             }
         });
-        Self { child, address, log }
+        Self { child, address, log, reader }
     }
 
     fn wait_ready(&self) {
@@ -129,11 +135,20 @@ impl Server {
         let deadline = Instant::now() + patience;
         while Instant::now() < deadline {
             if let Some(status) = self.child.try_wait().expect("it is a child") {
+                self.read_to_the_end();
                 return Some(status);
             }
             std::thread::sleep(Duration::from_millis(10));
         }
         None
+    }
+
+    /// Waits for the last lines of the log; a worker that lives on holds it open.
+    fn read_to_the_end(&self) {
+        let deadline = Instant::now() + LAST_LINES;
+        while !self.reader.is_finished() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 }
 
