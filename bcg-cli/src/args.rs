@@ -214,8 +214,8 @@ pub struct ServerArgs {
     #[arg(long, value_name = "N", default_value_t = 5)]
     pub max_restarts: usize,
 
-    /// Whether the process ends, with an error, when the watchdog finds a call that does not return; if not, /health says
-    /// 503 for as long as it lasts
+    /// Whether the process ends, with an error, when the watchdog finds a call that does not return; if not, it stays to be
+    /// looked at, with /health at 503, and serves no more
     #[arg(long, value_name = "BOOL", default_value_t = true, action = ArgAction::Set)]
     pub watchdog_exit: bool,
 
@@ -479,6 +479,7 @@ mod tests {
             ("--max-connections", "0", "at least 1"),
             ("--request-read-timeout", "0", "at least 1 second"),
             ("--response-write-timeout", "0", "at least 1 second"),
+            ("--shutdown-deadline", "18446744073709551615", "at most 2147483647 seconds"),
             ("--max-inflight-body-bytes", "1000", "lower --max-body-bytes"),
             ("--cors-allow-origin", "chat.example.com", "give a scheme and a host"),
             ("--cors-allow-origin", "https://chat.example.com/", "give a scheme and a host"),

@@ -65,7 +65,6 @@ pub(crate) fn force_after(patience: Duration) {
     }
 }
 
-#[cfg(unix)]
 async fn requested() {
     use tokio::signal::unix::{SignalKind, signal};
     match signal(SignalKind::terminate()) {
@@ -78,11 +77,6 @@ async fn requested() {
             ctrl_c().await;
         }
     }
-}
-
-#[cfg(not(unix))]
-async fn requested() {
-    ctrl_c().await;
 }
 
 async fn ctrl_c() {

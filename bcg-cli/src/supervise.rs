@@ -5,21 +5,24 @@
 //! with it; clients see their connections break.
 //!
 //! The two talk over what a process has anyway. The worker's standard input *is* the listening socket, and its standard
-//! output is a socket pair: the worker says `ready` on it once it serves, and ends in order when the parent writes to it
-//! or goes away.
+//! output is a socket pair: the worker says `ready` on it once it serves, ends in order when the parent writes to it, and
+//! at once when the parent is gone.
 
 use std::collections::VecDeque;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::process::{ExitStatus, Stdio};
+use std::process::{ExitStatus, Stdio, exit};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use bcg_server::HttpOptions;
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, Command};
+use tokio::sync::watch;
 
 use crate::args::ServerArgs;
 use crate::shutdown::Shutdown;
@@ -28,6 +31,8 @@ use crate::shutdown::Shutdown;
 const WORKER: &str = "BCG_WORKER";
 /// What a worker says when it serves.
 const READY: &str = "ready";
+/// What a worker hears when it shall end: one byte.
+const END: &[u8; 1] = b"e";
 /// The time in which `max_restarts` count.
 const RESTART_WINDOW: Duration = Duration::from_secs(600);
 /// How much longer each restart within the window waits than the one before; the first one does not wait.
@@ -35,10 +40,13 @@ const RESTART_PAUSE: Duration = Duration::from_secs(1);
 /// How much longer than its own deadline a worker may take to end before it is killed.
 const KILL_AFTER: Duration = Duration::from_secs(10);
 
-/// The worker's side of its parent.
+/// The worker's side of its parent. A thread listens to it from the start, so that a parent that is gone ends the worker at
+/// once, even while the model is loaded: it would keep the socket otherwise.
 #[derive(Debug)]
 pub(crate) struct Parent {
     control: UnixStream,
+    wants_end: watch::Receiver<bool>,
+    serves: Arc<AtomicBool>,
 }
 
 impl Parent {
@@ -55,7 +63,22 @@ impl Parent {
         listener.local_addr().context(problem.clone())?;
         let control = UnixStream::from(std::io::stdout().as_fd().try_clone_to_owned()?);
         control.peer_addr().context(problem)?;
-        Ok(Some((Self { control }, listener)))
+        let (sender, wants_end) = watch::channel(false);
+        let serves = Arc::new(AtomicBool::new(false));
+        let (heard, is_served) = (control.try_clone()?, Arc::clone(&serves));
+        std::thread::Builder::new().name("bcg-parent".into()).spawn(move || {
+            if matches!((&heard).read(&mut [0]), Ok(1..)) {
+                if !is_served.load(Ordering::Relaxed) {
+                    exit(0); // nothing is lost before it serves
+                }
+                let _ = sender.send(true);
+            }
+            if !matches!((&heard).read(&mut [0]), Ok(1..)) {
+                tracing::error!("the supervisor is gone: leaving at once");
+                exit(1);
+            }
+        })?;
+        Ok(Some((Self { control, wants_end, serves }, listener)))
     }
 
     /// Says that this worker serves.
@@ -63,17 +86,14 @@ impl Parent {
     /// # Errors
     /// If the parent is gone.
     pub(crate) fn ready(&self) -> anyhow::Result<()> {
+        self.serves.store(true, Ordering::Relaxed);
         writeln!(&self.control, "{READY}").context("the supervisor is gone")
     }
 
-    /// Resolves when the parent wants this worker to end, or is gone.
-    pub(crate) async fn wants_end(self) {
-        let wanted = async {
-            self.control.set_nonblocking(true)?;
-            tokio::net::UnixStream::from_std(self.control)?.read(&mut [0]).await
-        };
-        if let Err(error) = wanted.await {
-            tracing::warn!(%error, "the supervisor cannot be heard");
+    /// Resolves when the parent wants this worker to end.
+    pub(crate) async fn wants_end(mut self) {
+        if self.wants_end.wait_for(|wanted| *wanted).await.is_err() {
+            std::future::pending::<()>().await;
         }
     }
 }
@@ -123,7 +143,7 @@ impl Worker {
     /// Lets the worker finish what runs; kills it at the deadline.
     async fn stop(mut self, deadline: Duration) -> anyhow::Result<()> {
         // A worker that is gone needs no word.
-        let _ = self.control.get_mut().write_all(b"end\n").await;
+        let _ = self.control.get_mut().write_all(END).await;
         match tokio::time::timeout(deadline + KILL_AFTER, self.child.wait()).await {
             Ok(status) => ensure!(status?.success(), "the worker did not end well"),
             Err(_) => {

@@ -83,7 +83,7 @@ impl Held {
         }
         let holds = self.by_client.get(client).copied().unwrap_or(0);
         // Of the last place that is taken: what the client holds before it, and what is free before it.
-        let (before, free_before) = ((holds + weight).saturating_sub(1), free - weight + 1);
+        let (before, free_before) = ((holds + weight).saturating_sub(1), (free - weight).saturating_add(1));
         let is_granted = weight == 0 || is_first || before <= free_before.saturating_mul(HELD_PER_FREE);
         if is_granted && weight > 0 {
             self.sum += weight;

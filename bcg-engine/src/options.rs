@@ -174,6 +174,8 @@ impl EngineOptions {
         self.runner_options(context_length, kv_cache_tokens, self.mem_fraction_static).check()?;
         OptionError::positive("max_queued_requests", self.max_queued_requests)?;
         OptionError::positive("max_queued_choices", self.max_queued_choices)?;
+        OptionError::seconds("queue_timeout", self.queue_timeout)?;
+        OptionError::seconds("watchdog_timeout", self.watchdog_timeout)?;
         if let Some(tokens) = self.kv_cache_tokens {
             let least = self.context_length.unwrap_or(0).max(self.page_size);
             if tokens < least {

@@ -81,6 +81,14 @@ impl HttpOptions {
         if self.response_write_timeout.is_zero() {
             return Err(OptionError::new("response_write_timeout", "is 0", "give at least 1 second").into());
         }
+        for (option, time) in [
+            ("request_read_timeout", self.request_read_timeout),
+            ("response_write_timeout", self.response_write_timeout),
+            ("shutdown_deadline", self.shutdown_deadline),
+            ("shutdown_grace", self.shutdown_grace),
+        ] {
+            OptionError::seconds(option, time)?;
+        }
         if self.max_inflight_body_bytes < self.max_body_bytes {
             let (all, one) = (self.max_inflight_body_bytes, self.max_body_bytes);
             let problem = format!("{all} is less than one body may have, which is {one}");

@@ -23,7 +23,7 @@ pub(super) fn refuse_too_long(tokenizer: &Tokenizer, text: &str, context: usize)
     let (mut rest, mut tokens) = (text, 0_usize);
     while !rest.is_empty() {
         let (piece, later) = rest.split_at(rest.floor_char_boundary(PIECE_BYTES));
-        tokens += tokenizer.encode(piece).map_err(|error| SubmitError::Prompt(error.to_string()))?.len();
+        tokens += tokenizer.encode_content(piece, false).map_err(|error| SubmitError::Prompt(error.to_string()))?.len();
         if tokens > context.saturating_mul(MARGIN) {
             return Err(SubmitError::PromptTooLong { context });
         }

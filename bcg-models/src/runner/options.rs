@@ -62,6 +62,19 @@ impl OptionError {
             _ => Ok(()),
         }
     }
+
+    /// Refuses a time that is no sum with another one any more.
+    ///
+    /// # Errors
+    /// The refusal of more than 2147483647 seconds.
+    pub fn seconds(option: &'static str, time: Duration) -> std::result::Result<(), Self> {
+        match time.as_secs() {
+            seconds if seconds > i32::MAX as u64 => {
+                Err(Self::new(option, format!("is {seconds} seconds"), "give at most 2147483647 seconds"))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// How a [`ModelRunner`](super::ModelRunner) is set up.

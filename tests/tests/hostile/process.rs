@@ -29,10 +29,12 @@ pub(crate) struct Server {
 }
 
 impl Server {
+    /// The folder of the tiny Qwen3.
+    pub(crate) const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/tiny-qwen3");
+
     /// Starts the tiny Qwen3 with these flags, and waits until it serves.
     pub(crate) fn start(flags: &[&str], environment: &[(&str, &str)]) -> Self {
-        let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/tiny-qwen3");
-        let server = Self::spawn(model, flags, environment);
+        let server = Self::spawn(Self::TINY, flags, environment);
         server.wait_ready();
         server
     }

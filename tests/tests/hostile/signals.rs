@@ -99,7 +99,8 @@ fn faults(report: &mut Report) {
         let _answer = std::thread::spawn(move || post(address, "/v1/completions", LONG));
         std::thread::sleep(Duration::from_secs(1));
         signal(server.pid(), "TERM");
-        ended(&mut server, END, Some(0))
+        // In order at the deadline, or by force soon after.
+        ended(&mut server, END, Some(0)).or_else(|_| ended(&mut server, END, Some(1)))
     });
     report.row("fault", "a slow device is none that hangs", || {
         let server = start(&[], "slow:cuEventSynchronize:60:150");
@@ -192,24 +193,54 @@ fn seen_from_outside(report: &mut Report) {
         }
         ended(&mut server, END, Some(0))
     });
-    report.row("supervisor", "a worker does not outlive it", || {
-        let server = start(&["--supervise"], "");
+    report.row("supervisor", "a worker does not outlive it, though it answers", || {
+        let server = start(&["--supervise", "--shutdown-deadline", "60"], "");
         let worker = *server.children().first().ok_or("no worker")?;
+        let address = server.address;
+        let _answer = std::thread::spawn(move || post(address, "/v1/completions", LONG));
+        std::thread::sleep(Duration::from_millis(100));
         signal(server.pid(), "KILL");
-        let began = Instant::now();
-        while std::path::Path::new(&format!("/proc/{worker}")).exists() {
-            if began.elapsed() > END {
-                signal(worker, "KILL");
-                return Err("the worker lives on".into());
-            }
-            std::thread::sleep(Duration::from_millis(20));
+        gone(worker)
+    });
+    report.row("supervisor", "TERM twice ends it and its worker at once", || {
+        let mut server = start(&["--supervise", "--shutdown-deadline", "60"], "");
+        let worker = *server.children().first().ok_or("no worker")?;
+        let address = server.address;
+        let _answer = std::thread::spawn(move || post(address, "/v1/completions", LONG));
+        std::thread::sleep(Duration::from_millis(100));
+        signal(server.pid(), "TERM");
+        std::thread::sleep(Duration::from_millis(100));
+        signal(server.pid(), "TERM");
+        ended(&mut server, Duration::from_secs(5), Some(130))?;
+        gone(worker)
+    });
+    report.row("supervisor", "TERM while the model is loaded", || {
+        let hang = [("BCG_HOST_FAULT", "hang:any:20")];
+        let mut server = Server::spawn(Server::TINY, &["--supervise", "--shutdown-deadline", "60"], &hang);
+        while server.children().is_empty() {
+            std::thread::sleep(Duration::from_millis(10));
         }
-        Ok(())
+        std::thread::sleep(Duration::from_millis(500));
+        signal(server.pid(), "TERM");
+        ended(&mut server, Duration::from_secs(5), Some(0))
     });
     report.row("supervisor", "a model that cannot load ends it at once", || {
         let mut server = Server::spawn("/nowhere", &["--supervise"], &[]);
         ended(&mut server, END, Some(1))
     });
+}
+
+/// Waits until a worker is gone; far less than its deadline.
+fn gone(worker: u32) -> Result<(), String> {
+    let began = Instant::now();
+    while std::path::Path::new(&format!("/proc/{worker}")).exists() {
+        if began.elapsed() > Duration::from_secs(5) {
+            signal(worker, "KILL");
+            return Err("the worker lives on".into());
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
 }
 
 /// A fault that only the first worker has: the file is gone after it was read.
