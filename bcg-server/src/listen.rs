@@ -99,8 +99,7 @@ impl Server {
                 });
             } else if let Ok(permit) = Arc::clone(&refusals).try_acquire_owned() {
                 tokio::spawn(async move {
-                    // Whether the client heard it changes nothing.
-                    let _ = timeout(REFUSAL_TIME, server.refuse(stream)).await;
+                    server.refuse(stream).await;
                     drop(permit);
                 });
             }
@@ -116,6 +115,33 @@ pub(crate) async fn pause_after(error: &io::Error) {
     if !matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset) {
         tracing::error!(%error, "connections cannot be accepted; trying again in a second");
         sleep(Duration::from_secs(1)).await;
+    }
+}
+
+/// Answers the first request of a connection, whatever it is, and closes the connection. `respond` gets the path.
+pub(crate) async fn answer_once(
+    http: &http1::Builder,
+    tls: Option<&Acceptor>,
+    stream: TcpStream,
+    respond: impl Fn(&str) -> Response,
+) {
+    let service = service_fn(|request: Request<Incoming>| {
+        let respond = &respond;
+        async move {
+            let (head, body) = request.into_parts();
+            let _ = timeout(REFUSAL_READ, Limited::new(body, REFUSAL_BYTES).collect()).await;
+            Ok::<_, Infallible>(respond(head.uri.path()))
+        }
+    });
+    let mut http = http.clone();
+    http.keep_alive(false);
+    match tls {
+        None => drop(http.serve_connection(TokioIo::new(stream), service).await),
+        Some(tls) => {
+            if let Ok(stream) = tls.accept(stream).await {
+                drop(http.serve_connection(TokioIo::new(stream), service).await);
+            }
+        }
     }
 }
 
@@ -143,21 +169,9 @@ impl Server {
     }
 
     async fn refuse(&self, stream: TcpStream) {
-        let service = service_fn(|request: Request<Incoming>| async move {
-            let body = Limited::new(request.into_body(), REFUSAL_BYTES);
-            let _ = timeout(REFUSAL_READ, body.collect()).await;
-            Ok::<_, Infallible>(self.refusal())
-        });
-        let mut http = self.http.clone();
-        http.keep_alive(false);
-        match &self.tls {
-            None => drop(http.serve_connection(TokioIo::new(stream), service).await),
-            Some(tls) => {
-                if let Ok(stream) = tls.accept(stream).await {
-                    drop(http.serve_connection(TokioIo::new(stream), service).await);
-                }
-            }
-        }
+        let refused = answer_once(&self.http, self.tls.as_ref(), stream, |_| self.refusal());
+        // Whether the client heard it changes nothing.
+        let _ = timeout(REFUSAL_TIME, refused).await;
     }
 
     fn refusal(&self) -> Response {

@@ -7,20 +7,15 @@ use std::time::Duration;
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use http_body_util::{BodyExt, Limited};
-use hyper::Request;
-use hyper::body::Incoming;
 use hyper::server::conn::http1;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioTimer;
 use serde_json::json;
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use crate::error::{ApiError, HttpError};
-use crate::listen::pause_after;
+use crate::listen::{answer_once, pause_after};
 use crate::options::{HttpOptions, Setup};
 use crate::tls::Acceptor;
 
@@ -28,10 +23,6 @@ use crate::tls::Acceptor;
 const CONNECTIONS_MAX: usize = 128;
 /// How long one answer may take, the request included.
 const ANSWER_TIME: Duration = Duration::from_secs(2);
-/// How long a request's body is read before it is answered: a client that still writes might miss the answer.
-const BODY_TIME: Duration = Duration::from_millis(20);
-/// How much of it is read, in bytes.
-const BODY_BYTES: usize = 1 << 20;
 /// When clients are told to try again, in seconds.
 const RETRY_AFTER: u64 = 2;
 
@@ -48,7 +39,7 @@ pub async fn stand_by(
 ) -> Result<Infallible, HttpError> {
     let setup = Setup::new(options)?;
     let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(ANSWER_TIME).keep_alive(false);
+    http.timer(TokioTimer::new()).header_read_timeout(ANSWER_TIME);
     let standby = Arc::new(Standby { http, tls: setup.tls, status, reason });
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
@@ -58,7 +49,9 @@ pub async fn stand_by(
                 let standby = Arc::clone(&standby);
                 tokio::spawn(async move {
                     // Whether the client heard it changes nothing.
-                    let _ = timeout(ANSWER_TIME, standby.answer(stream)).await;
+                    let respond = |path: &str| standby.response(path == "/health");
+                    let answered = answer_once(&standby.http, standby.tls.as_ref(), stream, respond);
+                    let _ = timeout(ANSWER_TIME, answered).await;
                     drop(place);
                 });
             }
@@ -75,27 +68,6 @@ struct Standby {
 }
 
 impl Standby {
-    async fn answer(&self, stream: TcpStream) {
-        match &self.tls {
-            None => self.serve(stream).await,
-            Some(tls) => {
-                if let Ok(stream) = tls.accept(stream).await {
-                    self.serve(stream).await;
-                }
-            }
-        }
-    }
-
-    async fn serve(&self, stream: impl AsyncRead + AsyncWrite + Unpin) {
-        let service = service_fn(|request: Request<Incoming>| async move {
-            let is_health = request.uri().path() == "/health";
-            let _ = timeout(BODY_TIME, Limited::new(request.into_body(), BODY_BYTES).collect()).await;
-            Ok::<_, Infallible>(self.response(is_health))
-        });
-        // A client that leaves is none.
-        let _ = self.http.serve_connection(TokioIo::new(stream), service).await;
-    }
-
     fn response(&self, is_health: bool) -> Response {
         let mut response = if is_health {
             let body = json!({"status": self.status, "reason": self.reason});
