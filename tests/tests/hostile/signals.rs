@@ -54,18 +54,7 @@ fn ends(report: &mut Report) {
         signal(server.pid(), "INT");
         ended(&mut server, END, Some(0))
     });
-    report.row("signal", "TERM while an answer is written", || {
-        let mut server = start(&["--shutdown-deadline", "30"], "");
-        let address = server.address;
-        let answer = std::thread::spawn(move || post(address, "/v1/completions", LONG));
-        std::thread::sleep(Duration::from_millis(300));
-        signal(server.pid(), "TERM");
-        let reply = answer.join().expect("no panic")?;
-        if reply.status != 200 {
-            return Err(format!("the answer was cut: {} {}", reply.status, reply.body));
-        }
-        ended(&mut server, END, Some(0))
-    });
+    report.row("signal", "TERM while an answer is written", || finishes(&[]));
     report.row("signal", "a worker that is stopped and goes on", || {
         let server = start(&["--supervise"], "");
         let worker = *server.children().first().ok_or("no worker")?;
@@ -74,6 +63,20 @@ fn ends(report: &mut Report) {
         signal(worker, "CONT");
         answers(&server, Duration::from_secs(5))
     });
+}
+
+/// An answer that is written when the server is told to end is complete, and then the server ends.
+fn finishes(flags: &[&str]) -> Result<(), String> {
+    let mut server = start(&[flags, &["--shutdown-deadline", "30"]].concat(), "");
+    let address = server.address;
+    let answer = std::thread::spawn(move || post(address, "/v1/completions", LONG));
+    std::thread::sleep(Duration::from_millis(300));
+    signal(server.pid(), "TERM");
+    let reply = answer.join().expect("no panic")?;
+    if reply.status != 200 {
+        return Err(format!("the answer was cut: {} {}", reply.status, reply.body));
+    }
+    ended(&mut server, END, Some(0))
 }
 
 fn faults(report: &mut Report) {
@@ -181,18 +184,7 @@ fn seen_from_outside(report: &mut Report) {
         }
         Err("never a 503".into())
     });
-    report.row("supervisor", "TERM drains through it", || {
-        let mut server = start(&["--supervise", "--shutdown-deadline", "30"], "");
-        let address = server.address;
-        let answer = std::thread::spawn(move || post(address, "/v1/completions", LONG));
-        std::thread::sleep(Duration::from_millis(300));
-        signal(server.pid(), "TERM");
-        let reply = answer.join().expect("no panic")?;
-        if reply.status != 200 {
-            return Err(format!("the answer was cut: {} {}", reply.status, reply.body));
-        }
-        ended(&mut server, END, Some(0))
-    });
+    report.row("supervisor", "TERM drains through it", || finishes(&["--supervise"]));
     report.row("supervisor", "a worker does not outlive it, though it answers", || {
         let server = start(&["--supervise", "--shutdown-deadline", "60"], "");
         let worker = *server.children().first().ok_or("no worker")?;
