@@ -1,6 +1,6 @@
 //! What failed, in which segment, at which break, with the driver's code kept.
 
-use std::fmt::Display;
+use std::fmt::{self, Display, Formatter};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::break_site::BreakSite;
@@ -244,6 +244,19 @@ pub enum Error {
         /// Which tensor differs, and by how many bytes.
         detail: String,
     },
+    /// A rank of a world failed, came too late, or did something else than the others: the world is lost, and every rank
+    /// gets this error, the same one, once (law L18).
+    #[error("rank {rank} is lost{}: {cause}; no rank of this world goes on: make the world anew", Place(.collective, *.segment))]
+    RankLost {
+        /// The rank at fault.
+        rank: usize,
+        /// What the others waited for, such as `all_reduce`; empty if nobody waited.
+        collective: String,
+        /// The segment that the collective stands in, if it is captured.
+        segment: Option<usize>,
+        /// What the rank did, or did not do.
+        cause: String,
+    },
     /// An option has a value that cannot work.
     #[error("{option}: {message}")]
     Option {
@@ -255,6 +268,19 @@ pub enum Error {
     /// An error of the model author's own.
     #[error(transparent)]
     Other(#[from] Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// Where ranks waited for one that did not come.
+struct Place<'a>(&'a str, Option<usize>);
+
+impl Display for Place<'_> {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match (self.0, self.1) {
+            ("", _) => Ok(()),
+            (collective, None) => write!(f, " at `{collective}`"),
+            (collective, Some(segment)) => write!(f, " at `{collective}` of segment {segment}"),
+        }
+    }
 }
 
 impl Error {

@@ -8,6 +8,7 @@
 //! - Safe code makes no address: a [`DevicePtr`] comes from the device's memory.
 
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::compile::{ArgStruct, ArgType, ArgValue, KernelArgs, Source};
@@ -72,6 +73,35 @@ impl Dims {
 /// A kernel's host reference: does on the host device what the CUDA source does on a GPU.
 pub type HostFn<A> = fn(&A, &Dims, &HostMemory<'_>) -> Result<()>;
 
+/// The host reference of a kernel through which the ranks of a world meet, in its two halves. As on GPUs, a rank's memory
+/// is touched by that rank alone, and what others need of it is sent.
+pub struct RanksFn<A> {
+    /// Returns what this rank sends to all.
+    pub give: fn(&A, &Dims, &HostMemory<'_>) -> Result<Vec<u8>>,
+    /// Runs when every rank has sent; the slice holds what each sent, in the order of the ranks.
+    pub take: fn(&A, &Dims, &[Arc<[u8]>], &HostMemory<'_>) -> Result<()>,
+}
+
+impl<A> Clone for RanksFn<A> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<A> Copy for RanksFn<A> {}
+
+impl<A> fmt::Debug for RanksFn<A> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("RanksFn(..)")
+    }
+}
+
+/// What stands for a kernel on the host device.
+enum HostReference<A> {
+    One(HostFn<A>),
+    Ranks(RanksFn<A>),
+}
+
 /// A kernel: its CUDA source and its host reference, under one entry name.
 ///
 /// # Example
@@ -120,7 +150,7 @@ pub type HostFn<A> = fn(&A, &Dims, &HostMemory<'_>) -> Result<()>;
 pub struct Kernel<A: KernelArgs> {
     name: &'static str,
     source: &'static Source,
-    host: HostFn<A>,
+    host: HostReference<A>,
     id: KernelId,
     is_programmatic: bool,
 }
@@ -141,6 +171,23 @@ impl<A: KernelArgs> Kernel<A> {
     /// # Panics
     /// At compile time, in a `static`, if `source` does not list `A`; see [`Source::takes`].
     pub const unsafe fn new(name: &'static str, source: &'static Source, host: HostFn<A>) -> Self {
+        Self::with_host(name, source, HostReference::One(host))
+    }
+
+    /// Names a kernel through which the ranks of a world meet: it ends on no rank before every rank has come to it. Its
+    /// argument struct begins with [`CommunicatorArgs`](crate::CommunicatorArgs), and only
+    /// [`OpStream::launch_collective`](crate::OpStream::launch_collective) launches it.
+    ///
+    /// # Safety
+    /// As [`Kernel::new`]; of other ranks' memory, the source touches their planes only.
+    ///
+    /// # Panics
+    /// As [`Kernel::new`].
+    pub const unsafe fn collective(name: &'static str, source: &'static Source, host: RanksFn<A>) -> Self {
+        Self::with_host(name, source, HostReference::Ranks(host))
+    }
+
+    const fn with_host(name: &'static str, source: &'static Source, host: HostReference<A>) -> Self {
         const { assert!(size_of::<A>() <= ARG_BYTES_MAX, "the argument struct is larger than ARG_BYTES_MAX") }
         assert!(
             source.lists(A::STRUCT),
@@ -183,10 +230,12 @@ pub trait AnyKernel: Send + Sync + fmt::Debug {
     fn index(&self) -> Result<usize>;
     /// Tells whether the kernel may start while the kernel before it still runs; see [`Kernel::programmatic`].
     fn is_programmatic(&self) -> bool;
+    /// Tells whether the ranks of a world meet in the kernel; see [`Kernel::collective`].
+    fn is_collective(&self) -> bool;
     /// Returns the kernel's argument struct.
     #[doc(hidden)]
     fn arg_struct(&self) -> &'static ArgStruct;
-    /// Runs the host reference.
+    /// Runs the host reference; of a collective, the half that takes what all ranks `gave`.
     ///
     /// # Safety
     /// `args` are the bytes of an argument struct of this kernel's type.
@@ -194,7 +243,16 @@ pub trait AnyKernel: Send + Sync + fmt::Debug {
     /// # Errors
     /// Those of the host reference.
     #[doc(hidden)]
-    unsafe fn run_host(&self, args: &ArgBytes, dims: &Dims, memory: &HostMemory<'_>) -> Result<()>;
+    unsafe fn run_host(&self, args: &ArgBytes, dims: &Dims, gave: &[Arc<[u8]>], memory: &HostMemory<'_>) -> Result<()>;
+    /// Returns what a rank gives to all others; nothing for a kernel that is no collective.
+    ///
+    /// # Safety
+    /// As [`AnyKernel::run_host`].
+    ///
+    /// # Errors
+    /// Those of the host reference.
+    #[doc(hidden)]
+    unsafe fn give_host(&self, args: &ArgBytes, dims: &Dims, memory: &HostMemory<'_>) -> Result<Vec<u8>>;
 }
 
 impl<A: KernelArgs> AnyKernel for Kernel<A> {
@@ -218,11 +276,25 @@ impl<A: KernelArgs> AnyKernel for Kernel<A> {
         A::STRUCT
     }
 
-    unsafe fn run_host(&self, args: &ArgBytes, dims: &Dims, memory: &HostMemory<'_>) -> Result<()> {
-        assert_eq!(args.as_slice().len(), size_of::<A>(), "the bytes of another argument struct");
-        // SAFETY: the caller promises that these are the bytes of an `A`, all of them by the line above; `A` is `Copy`.
-        let args = unsafe { args.as_slice().as_ptr().cast::<A>().read_unaligned() };
-        (self.host)(&args, dims, memory)
+    fn is_collective(&self) -> bool {
+        matches!(self.host, HostReference::Ranks(_))
+    }
+
+    unsafe fn run_host(&self, args: &ArgBytes, dims: &Dims, gave: &[Arc<[u8]>], memory: &HostMemory<'_>) -> Result<()> {
+        // SAFETY: the caller's promise.
+        let args = unsafe { args.read::<A>() };
+        match &self.host {
+            HostReference::One(host) => host(&args, dims, memory),
+            HostReference::Ranks(host) => (host.take)(&args, dims, gave, memory),
+        }
+    }
+
+    unsafe fn give_host(&self, args: &ArgBytes, dims: &Dims, memory: &HostMemory<'_>) -> Result<Vec<u8>> {
+        match &self.host {
+            HostReference::One(_) => Ok(Vec::new()),
+            // SAFETY: the caller's promise.
+            HostReference::Ranks(host) => (host.give)(&unsafe { args.read::<A>() }, dims, memory),
+        }
     }
 }
 
@@ -279,6 +351,16 @@ impl ArgBytes {
     pub fn as_slice(&self) -> &[u8] {
         &self.bytes[..usize::from(self.len)]
     }
+
+    /// Returns the argument struct.
+    ///
+    /// # Safety
+    /// The bytes are those of an `A`.
+    unsafe fn read<A: KernelArgs>(&self) -> A {
+        assert_eq!(self.as_slice().len(), size_of::<A>(), "the bytes of another argument struct");
+        // SAFETY: the caller promises that these are the bytes of an `A`, all of them by the line above; `A` is `Copy`.
+        unsafe { self.as_slice().as_ptr().cast::<A>().read_unaligned() }
+    }
 }
 
 impl fmt::Debug for ArgBytes {
@@ -294,7 +376,13 @@ pub(crate) struct Launch {
     pub(crate) dims: Dims,
     /// The argument struct of `kernel`.
     pub(crate) args: ArgBytes,
+    /// Where a collective meets the other ranks, as the backend numbers it; `None` for other kernels.
+    pub(crate) plane: Option<PlaneId>,
 }
+
+/// A communicator's number among those of its device's backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct PlaneId(pub(crate) u32);
 
 impl Launch {
     /// Describes a launch of `kernel` with `args`.
@@ -304,7 +392,7 @@ impl Launch {
 
     /// As [`Launch::new`], with the bytes of the kernel's argument struct.
     pub(crate) fn from_bytes(kernel: &'static dyn AnyKernel, dims: Dims, args: &[u8]) -> Self {
-        Self { kernel, dims, args: ArgBytes::new(args) }
+        Self { kernel, dims, args: ArgBytes::new(args), plane: None }
     }
 
     /// Returns the first address among its arguments that its kernel may write to.

@@ -82,6 +82,7 @@ mod stream;
 mod tensor;
 mod timeline;
 mod transfer;
+mod world;
 
 pub use address::DevicePtr;
 pub use arena::{ArenaStats, BlockLifetime, Moment};
@@ -102,7 +103,7 @@ pub use error::{Error, Result};
 pub use generation::Generation;
 pub use graph::{BreakableCudaGraph, GraphOptions};
 pub use ladder::{Decision, EagerReason, Ladder};
-pub use launch::{ARG_BYTES_MAX, AnyKernel, Dims, HostFn, Kernel};
+pub use launch::{ARG_BYTES_MAX, AnyKernel, Dims, HostFn, Kernel, RanksFn};
 pub use replay::description::{BreakDescription, Description, SegmentDescription};
 pub use replay::{ChainReason, ReplayPath};
 pub use runner::{Runner, RunnerStats};
@@ -110,6 +111,8 @@ pub use stream::{OpStream, ReplayMode, Rows, RunnerOptions, SideStream, StepKind
 pub use tensor::Tensor;
 pub use timeline::{GpuTimeline, KernelTime, Timeline};
 pub use transfer::{Readback, Staging, UploadOptions, UploadSource, Uploader};
+pub use world::communicator::COLLECTIVE_BLOCKS_MAX;
+pub use world::{Communicator, CommunicatorArgs, CommunicatorOptions, RANKS_MAX, RankThreads, World, WorldOptions};
 
 /// The CUDA sources of the runtime's own kernels, for a build that compiles every kernel.
 pub static SOURCES: &[&Source] = &[&scrub::SOURCE];

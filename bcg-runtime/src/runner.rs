@@ -3,7 +3,9 @@
 use crate::arena::ArenaStats;
 use crate::error::catch_panic;
 use crate::tensor::{read_rows, write_rows};
-use crate::{Context, Device, Eager, Element, Live, LiveBatch, OpStream, ReplayMode, Result, RunnerOptions, Tensor};
+use crate::{
+    Communicator, Context, Device, Eager, Element, Live, LiveBatch, OpStream, ReplayMode, Result, RunnerOptions, Tensor,
+};
 
 /// How much a runner did since it was made.
 ///
@@ -55,7 +57,27 @@ impl Runner {
     /// # Errors
     /// The driver's; [`Error::OutOfMemory`](crate::Error::OutOfMemory) if `arena_bytes` are not free.
     pub fn new(device: &Device, options: RunnerOptions) -> Result<Self> {
-        Ok(Self { stream: OpStream::new(device, options)? })
+        Ok(Self { stream: OpStream::new(device, options, None)? })
+    }
+
+    /// Makes the runner of a rank: its main stream is the one that uses the communicator.
+    ///
+    /// # Errors
+    /// As [`Runner::new`]; [`Error::RankLost`](crate::Error::RankLost) if the world is lost already.
+    pub fn in_world(communicator: Communicator, options: RunnerOptions) -> Result<Self> {
+        communicator.check()?;
+        let device = communicator.device().clone();
+        Ok(Self { stream: OpStream::new(&device, options, Some(communicator))? })
+    }
+
+    /// Returns this rank, which is 0 outside of a world.
+    pub fn rank(&self) -> usize {
+        self.stream.rank()
+    }
+
+    /// Returns the number of ranks, which is 1 outside of a world.
+    pub fn world_size(&self) -> usize {
+        self.stream.world_size()
     }
 
     /// Returns the device.

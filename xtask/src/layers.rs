@@ -17,7 +17,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("base", &["error", "dtype", "shape", "address", "break_site", "compile"]),
     ("device", &["device", "launch", "op"]),
     ("memory", &["arena", "generation"]),
-    ("tensor", &["tensor", "frozen"]),
+    ("tensor", &["tensor", "frozen", "world"]),
     ("stream", &["stream", "segment", "matmul", "scrub"]),
     ("capture", &["capture"]),
     ("runner", &["runner", "transfer"]),

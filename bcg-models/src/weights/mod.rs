@@ -6,6 +6,7 @@
 
 mod files;
 mod random;
+mod shard;
 
 use std::path::Path;
 
@@ -14,6 +15,8 @@ use bcg_runtime::{DType, Device, Tensor, UploadOptions, Uploader};
 use crate::error::Result;
 use files::WeightFiles;
 use random::RandomWeights;
+
+pub use shard::Shard;
 
 /// The checkpoint's tensors that were not taken yet.
 pub struct Weights<'a> {

@@ -118,7 +118,7 @@ impl<L> TapeWriter<L> {
 
     fn begin_segment(&mut self, stream: &mut OpStream) -> Result<()> {
         stream.device().backend().begin_capture(stream.main().handle())?;
-        stream.segment = Some(SegmentLog::default());
+        stream.segment = Some(SegmentLog { index: self.num_segments, ..SegmentLog::default() });
         stream.arena().set_may_grow(false);
         stream.arena().log_step(self.steps.len());
         Ok(())

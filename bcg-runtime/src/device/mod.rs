@@ -7,6 +7,7 @@ pub(crate) mod cuda;
 mod guard;
 pub(crate) mod host;
 mod info;
+pub(crate) mod ranks;
 pub(crate) mod traits;
 pub(crate) mod watch;
 

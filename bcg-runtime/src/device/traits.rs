@@ -14,9 +14,12 @@
 //! `destroy_*`, `free*`, `unmap` and `abort_capture` never fail: they log what the driver says and go on.
 
 use std::fmt;
+use std::sync::Arc;
 
 use crate::compile::Arch;
 use crate::device::KernelTrace;
+use crate::device::host::Collectives;
+use crate::launch::PlaneId;
 use crate::op::Op;
 use crate::{DType, DeviceKind, DevicePtr, MemoryInfo, Result};
 
@@ -261,9 +264,29 @@ pub(crate) enum Part<'a> {
     Op(&'a Op),
 }
 
+/// A device as a rank of a world.
+pub(crate) trait RankBackend {
+    /// Returns the device's number among those whose memory it can reach, and nothing on the host device, where ranks send
+    /// each other copies.
+    fn ordinal(&self) -> Option<i32>;
+    /// Lets the devices with these numbers read and write `[base, base + bytes)`, which is mapped.
+    fn share(&self, base: DevicePtr, bytes: usize, with: &[i32]) -> Result<()>;
+    /// Joins the place where collectives of this device meet those of others, as rank `rank`, and returns its number.
+    fn join(&self, collectives: &Arc<Collectives>, rank: usize) -> PlaneId;
+}
+
 /// All that a device does.
 pub(crate) trait Backend:
-    MemoryBackend + StreamBackend + MatmulBackend + EventBackend + GraphBackend + fmt::Debug + Send + Sync + 'static
+    MemoryBackend
+    + StreamBackend
+    + MatmulBackend
+    + EventBackend
+    + GraphBackend
+    + RankBackend
+    + fmt::Debug
+    + Send
+    + Sync
+    + 'static
 {
     fn kind(&self) -> DeviceKind;
     fn name(&self) -> &str;

@@ -25,7 +25,10 @@ use crate::launch::{self, Launch};
 use crate::op::{Op, RowCopy};
 use crate::shape::Shape;
 use crate::tensor::{PersistentBuffer, Storage, Tensor};
-use crate::{DType, Device, DevicePtr, Dims, Error, Kernel, KernelArgs, Result, Stream};
+use crate::{
+    AnyKernel as _, Communicator, CommunicatorArgs, DType, Device, DevicePtr, Dims, Error, Kernel, KernelArgs, Result,
+    Stream,
+};
 use probe::Probe;
 use side::{Fork, PooledStream};
 use steps::StepLog;
@@ -67,6 +70,8 @@ pub struct OpStream {
     valid_rows: Allocation,
     valid_rows_now: Option<u32>,
     options: RunnerOptions,
+    /// What its collectives go through, if it is a rank of a world.
+    communicator: Option<Communicator>,
     /// A capture is open in which nothing runs: work outside segments is dropped.
     pub(crate) is_dry: bool,
     pub(crate) segment: Option<SegmentLog>,
@@ -99,10 +104,12 @@ pub(crate) struct SegmentLog {
     pub(crate) is_programmatic: Option<bool>,
     /// An enqueuing call failed, so the segment misses work whatever the caller makes of the error.
     pub(crate) is_broken: bool,
+    /// Its index among the segments of the capture.
+    pub(crate) index: usize,
 }
 
 impl OpStream {
-    pub(crate) fn new(device: &Device, options: RunnerOptions) -> Result<Self> {
+    pub(crate) fn new(device: &Device, options: RunnerOptions, communicator: Option<Communicator>) -> Result<Self> {
         let main = Arc::new(Stream::new(device, &options.name)?);
         let bytes_max = match options.arena_bytes_max {
             Some(bytes) => bytes,
@@ -120,6 +127,7 @@ impl OpStream {
             valid_rows: Allocation::new(device, size_of::<u32>())?,
             valid_rows_now: None,
             options,
+            communicator,
             is_dry: false,
             segment: None,
             destination: Destination::Device,
@@ -183,6 +191,10 @@ impl OpStream {
     /// # Errors
     /// [`Error::Kernel`] if the kernel does not compile or load; the driver's.
     pub fn launch<A: KernelArgs>(&mut self, kernel: &'static Kernel<A>, dims: Dims, args: A) -> Result<()> {
+        if kernel.is_collective() {
+            let message = format!("`{}` is a collective: use OpStream::launch_collective", kernel.name());
+            return Err(Error::Option { option: "OpStream::launch", message });
+        }
         if dims.is_empty() {
             return Ok(());
         }
@@ -191,6 +203,56 @@ impl OpStream {
             return Ok(());
         }
         self.enqueue_op(&Op::Launch(Launch::new(kernel, dims, &args)))
+    }
+
+    /// Returns this rank, which is 0 outside of a world.
+    pub fn rank(&self) -> usize {
+        self.communicator.as_ref().map_or(0, Communicator::rank)
+    }
+
+    /// Returns the number of ranks, which is 1 outside of a world.
+    pub fn world_size(&self) -> usize {
+        self.communicator.as_ref().map_or(1, |communicator| communicator.world().size())
+    }
+
+    /// Returns the bytes of the plane that collectives write into on each other rank: an op sends larger messages in several
+    /// parts. There is no bound on the host device, and outside of a world.
+    pub fn plane_bytes(&self) -> usize {
+        self.communicator.as_ref().map_or(usize::MAX, Communicator::plane_bytes)
+    }
+
+    /// Enqueues a collective, which runs when every rank has come to its own; `args` gets what it begins with. All ranks
+    /// enqueue the same collectives, with the same geometry, in the same order. A geometry without threads enqueues nothing.
+    ///
+    /// # Errors
+    /// [`Error::Option`] outside of a world, on a side stream, or for another kernel; as [`OpStream::launch`].
+    pub fn launch_collective<A: KernelArgs>(
+        &mut self,
+        kernel: &'static Kernel<A>,
+        dims: Dims,
+        args: impl FnOnce(CommunicatorArgs) -> A,
+    ) -> Result<()> {
+        let refuse = |what: &str| {
+            let message = format!("`{}` {what}", kernel.name());
+            Err(Error::Option { option: "OpStream::launch_collective", message })
+        };
+        let Some(communicator) = &self.communicator else {
+            return refuse("needs a world of several ranks: make the runner with Runner::in_world");
+        };
+        if !kernel.is_collective() {
+            return refuse("is no collective: use OpStream::launch");
+        }
+        if !Arc::ptr_eq(&self.current, &self.main) {
+            return refuse("is on a side stream, but a communicator has one order: enqueue it on the main stream");
+        }
+        if dims.is_empty() {
+            return Ok(());
+        }
+        let segment = self.segment.as_ref().map(|segment| segment.index);
+        let args = args(communicator.args(kernel.name(), segment));
+        let launch = Launch { plane: Some(communicator.plane()), ..Launch::new(kernel, dims, &args) };
+        self.count_launch(kernel.name());
+        self.submit(&Op::Launch(launch))
     }
 
     /// Enqueues a copy of `src` into `dst`, of the same shape and dtype; either may be row-sliced.
@@ -294,6 +356,10 @@ impl OpStream {
 
     pub(crate) fn arena(&self) -> &Arena {
         &self.arena
+    }
+
+    pub(crate) fn communicator(&self) -> Option<&Communicator> {
+        self.communicator.as_ref()
     }
 
     pub(crate) fn replay_mode(&self) -> ReplayMode {

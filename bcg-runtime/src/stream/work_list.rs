@@ -179,7 +179,7 @@ impl Span {
     fn push_launch(&mut self, kernel: &'static dyn AnyKernel, dims: Dims, args: &[u8], origin: Origin) {
         match self.slots.get_mut(self.num_ops) {
             Some(Listed { op: Op::Launch(launch), origin: slot_place, .. }) => {
-                (launch.kernel, launch.dims, *slot_place) = (kernel, dims, origin);
+                (launch.kernel, launch.dims, launch.plane, *slot_place) = (kernel, dims, None, origin);
                 launch.args.set(args);
             }
             Some(slot) => {

@@ -20,6 +20,7 @@ mod memory;
 mod merge;
 mod module;
 mod plans;
+mod ranks;
 mod stream;
 mod sys;
 mod tuning;

@@ -13,6 +13,7 @@
 
 mod backing;
 mod capture;
+mod collectives;
 mod control;
 mod event;
 pub(super) mod fault;
@@ -33,6 +34,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::ThreadId;
 
+pub(crate) use collectives::Collectives;
 pub use control::HostControl;
 pub use view::HostMemory;
 

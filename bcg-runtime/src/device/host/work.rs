@@ -126,7 +126,7 @@ fn run_kernel(launch: &Launch, memory: &Memory) -> Result<()> {
     let kernel = launch.kernel;
     let memory = HostMemory::new(memory, kernel.name());
     // SAFETY: a launch's bytes are those of its kernel's argument struct, an invariant of `launch.rs`.
-    let run = || unsafe { kernel.run_host(&launch.args, &launch.dims, &memory) };
+    let run = || unsafe { kernel.run_host(&launch.args, &launch.dims, &[], &memory) };
     catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
         let message = format!("host reference of kernel {}: {}", kernel.name(), text.unwrap_or("no message"));

@@ -1,0 +1,25 @@
+//! A GPU as a rank of a world: its number, and who may touch its memory.
+
+use std::sync::Arc;
+
+use super::CudaBackend;
+use crate::device::host::Collectives;
+use crate::device::traits::RankBackend;
+use crate::launch::PlaneId;
+use crate::{DevicePtr, Result};
+
+impl RankBackend for CudaBackend {
+    fn ordinal(&self) -> Option<i32> {
+        Some(self.device)
+    }
+
+    fn share(&self, base: DevicePtr, bytes: usize, with: &[i32]) -> Result<()> {
+        let _relaxed = self.enter()?;
+        with.iter().try_for_each(|device| self.driver.set_access(base.0, bytes, *device))
+    }
+
+    /// GPUs meet in each other's memory, at addresses that a collective has among its arguments.
+    fn join(&self, _collectives: &Arc<Collectives>, _rank: usize) -> PlaneId {
+        PlaneId(0)
+    }
+}

@@ -1,0 +1,220 @@
+//! A communicator: the memory through which the collectives of one rank's stream pass data to the other ranks.
+//!
+//! - The *plane* of a rank is memory that all ranks can write. A collective pushes what it has into its place in the planes
+//!   of the others, and reads what they pushed into its own. So nothing is registered, and no rank reads another's tensors
+//!   (law L14).
+//! - Nothing that the host passes to a collective changes from call to call: epochs live in device memory and the kernels
+//!   advance them (law L15).
+//! - While a kernel waits it polls a word of page-locked memory, which the host sets to make it leave, and leaves by itself
+//!   after a bound; it then says in that memory which rank it waited for (law L18).
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::{RANKS_MAX, World};
+use crate::device::host::Collectives;
+use crate::device::{Allocation, Reservation};
+use crate::launch::PlaneId;
+use crate::{Device, DeviceKind, DevicePtr, Error, KernelArgs, PinnedBuffer, Result};
+
+/// The blocks of a collective's grid, at most: each has an epoch of its own. Two ranks that share a GPU must both find room
+/// for theirs beside the other's.
+pub const COLLECTIVE_BLOCKS_MAX: usize = 64;
+
+/// Words of page-locked memory between host and device: leave; the lost rank and 1; the collective; its segment and 1.
+const WORDS: usize = 4;
+
+/// How large the communicators of a world are.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct CommunicatorOptions {
+    /// The bytes of each rank's plane; larger messages are sent in several parts. The host device has none.
+    pub plane_bytes: usize,
+    /// What epochs begin at. A test begins just below 2³².
+    pub first_epoch: u32,
+}
+
+impl Default for CommunicatorOptions {
+    fn default() -> Self {
+        Self { plane_bytes: 64 << 20, first_epoch: 0 }
+    }
+}
+
+/// What a collective's kernel is told of the communicator: the first field of its argument struct. The same for every call
+/// of one kernel in one place of a forward.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, KernelArgs)]
+pub struct CommunicatorArgs {
+    /// The planes of all ranks, in order; null beyond the world's size, and on the host device.
+    #[points_to(u32)]
+    pub planes: [DevicePtr; RANKS_MAX],
+    /// The epoch of each block, of this rank: how many collectives of this communicator it has done.
+    #[points_to(u32)]
+    pub epochs: DevicePtr,
+    /// Page-locked words: leave; the lost rank and 1; the collective; its segment and 1.
+    #[points_to(u32)]
+    pub words: DevicePtr,
+    /// The bytes of a plane.
+    pub plane_bytes: u64,
+    /// How long to wait for another rank, in nanoseconds.
+    pub timeout_ns: u64,
+    /// This rank.
+    pub rank: u32,
+    /// The number of ranks.
+    pub num_ranks: u32,
+    /// The collective's number among the names of the communicator.
+    pub collective: u32,
+    /// The segment that it is captured in, and 1; 0 outside.
+    pub segment: u32,
+}
+
+/// What one rank needs for its collectives: given to its [`Runner`](crate::Runner), whose main stream is the only one that
+/// uses it (law L16). Two runners on one communicator do not compile:
+/// ```compile_fail,E0382
+/// use bcg_runtime::{CommunicatorOptions, Device, Runner, RunnerOptions, World, WorldOptions};
+/// let world = World::new(vec![Device::host()], WorldOptions::default())?;
+/// let communicator = world.communicators(CommunicatorOptions::default())?.remove(0);
+/// let first = Runner::in_world(communicator, RunnerOptions::default())?;
+/// let second = Runner::in_world(communicator, RunnerOptions::default())?;
+/// # Ok::<(), bcg_runtime::Error>(())
+/// ```
+pub struct Communicator {
+    world: World,
+    rank: usize,
+    plane: PlaneId,
+    args: CommunicatorArgs,
+    words: Arc<PinnedBuffer>,
+    /// The collectives launched so far, by name.
+    names: Mutex<Vec<&'static str>>,
+    _epochs: Allocation,
+    /// All ranks' planes: others write into this one's as long as they live.
+    _planes: Arc<[Reservation]>,
+}
+
+impl Communicator {
+    pub(super) fn for_all(world: &World, options: &CommunicatorOptions) -> Result<Vec<Self>> {
+        let (size, timeout) = (world.size(), world.0.options.timeout);
+        let planes = planes(world, options.plane_bytes)?;
+        let collectives = Arc::new(Collectives::new(size, timeout, &world.0.lost));
+        world.0.collectives.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&collectives));
+        let mut args = CommunicatorArgs {
+            planes: [DevicePtr::NULL; RANKS_MAX],
+            epochs: DevicePtr::NULL,
+            words: DevicePtr::NULL,
+            plane_bytes: planes.first().map_or(0, |plane| plane.mapped_bytes() as u64),
+            timeout_ns: timeout.as_nanos().try_into().unwrap_or(u64::MAX),
+            rank: 0,
+            num_ranks: size as u32,
+            collective: 0,
+            segment: 0,
+        };
+        for (place, plane) in args.planes.iter_mut().zip(planes.iter()) {
+            *place = plane.base();
+        }
+        let mut all = Vec::with_capacity(size);
+        for (rank, device) in world.0.devices.iter().enumerate() {
+            let epochs = Allocation::new(device, COLLECTIVE_BLOCKS_MAX * size_of::<u32>())?;
+            let stream = device.own_stream()?;
+            stream.backend.fill_u32(stream.handle, epochs.ptr(), options.first_epoch, COLLECTIVE_BLOCKS_MAX)?;
+            let words = Arc::new(PinnedBuffer::new(device, WORDS * size_of::<u32>())?);
+            words.write_bytes_at(0, &[0; WORDS * size_of::<u32>()])?;
+            world.0.abort_words.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&words));
+            all.push(Self {
+                world: world.clone(),
+                rank,
+                plane: device.backend().join(&collectives, rank),
+                args: CommunicatorArgs { epochs: epochs.ptr(), words: words.ptr(), rank: rank as u32, ..args },
+                words,
+                names: Mutex::default(),
+                _epochs: epochs,
+                _planes: Arc::clone(&planes),
+            });
+            device.synchronize()?;
+        }
+        Ok(all)
+    }
+
+    /// Returns the world.
+    pub fn world(&self) -> &World {
+        &self.world
+    }
+
+    /// Returns this rank.
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// Returns the device of this rank.
+    pub fn device(&self) -> &Device {
+        self.world.device(self.rank)
+    }
+
+    /// Returns the bytes of a plane; without a bound on the host device.
+    pub fn plane_bytes(&self) -> usize {
+        if self.world.kind() == DeviceKind::Host { usize::MAX } else { self.args.plane_bytes as usize }
+    }
+
+    pub(crate) fn plane(&self) -> PlaneId {
+        self.plane
+    }
+
+    /// What a collective of this name is told, in this segment of a capture or outside of any.
+    pub(crate) fn args(&self, collective: &'static str, segment: Option<usize>) -> CommunicatorArgs {
+        let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = names.iter().position(|name| *name == collective);
+        let number = known.unwrap_or_else(|| {
+            names.push(collective);
+            names.len() - 1
+        });
+        let segment = segment.map_or(0, |segment| segment as u32 + 1);
+        CommunicatorArgs { collective: number as u32, segment, ..self.args }
+    }
+
+    /// Checks that no rank is lost, of which a kernel of this rank may tell first.
+    ///
+    /// # Errors
+    /// [`Error::RankLost`].
+    pub(crate) fn check(&self) -> Result<()> {
+        let mut words = [0; WORDS];
+        self.words.read_bytes_at(0, bytemuck::cast_slice_mut(&mut words))?;
+        let [_, lost, collective, segment]: [u32; WORDS] = words;
+        if lost == 0 {
+            return self.world.check();
+        }
+        let names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        let name = names.get(collective as usize).map_or("a collective", |name| *name);
+        let segment = segment.checked_sub(1).map(|segment| segment as usize);
+        let cause = format!("rank {} waited {:?} for it", self.rank, self.world.0.options.timeout);
+        Err(self.world.lose_at(lost as usize - 1, name.to_owned(), segment, cause))
+    }
+}
+
+/// Maps a plane on each GPU, which all others can write, and fills it with the word that stands for "not yet written".
+fn planes(world: &World, bytes: usize) -> Result<Arc<[Reservation]>> {
+    let ordinals: Option<Vec<i32>> = world.0.devices.iter().map(|device| device.backend().ordinal()).collect();
+    let Some(ordinals) = ordinals else { return Ok(Arc::new([])) };
+    let mut planes = Vec::with_capacity(world.size());
+    for device in &world.0.devices {
+        let mut plane = Reservation::new(device, bytes)?;
+        plane.grow(bytes)?;
+        let backend = device.backend();
+        backend.share(plane.base(), plane.mapped_bytes(), &ordinals).map_err(|error| match error {
+            Error::Driver { .. } => Error::NoDevice(format!(
+                "{}: its memory cannot be reached by the other GPUs of the world ({error}); choose GPUs with a link",
+                device.name()
+            )),
+            error => error,
+        })?;
+        let stream = device.own_stream()?;
+        backend.fill_u32(stream.handle, plane.base(), u32::MAX, plane.mapped_bytes() / size_of::<u32>())?;
+        device.synchronize()?;
+        planes.push(plane);
+    }
+    Ok(planes.into())
+}
+
+impl fmt::Debug for Communicator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Communicator").field("rank", &self.rank).field("world", &self.world).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,207 @@
+//! Several GPUs in one process: a [`World`] of ranks, each with a device and a thread of its own.
+//!
+//! - [`communicator`]: the memory through which collectives pass data, and what a collective's kernel is told of it.
+//! - [`meeting`]: where the ranks' threads wait for each other, with a bound.
+//! - [`threads`]: a thread for each rank, which do the same at the same time.
+//!
+//! Invariants: every rank does the same forwards in the same order (law L13); a rank that fails, or does not come, ends the
+//! world for all of them with one error, [`Error::RankLost`] (law L18).
+
+pub(crate) mod communicator;
+pub(crate) mod meeting;
+mod threads;
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+pub use communicator::{Communicator, CommunicatorArgs, CommunicatorOptions};
+pub use threads::RankThreads;
+
+use crate::device::host::Collectives;
+use crate::device::ranks::{Lost, LostRank};
+use crate::{Device, DeviceKind, Error, PinnedBuffer, Result};
+use meeting::Meeting;
+
+/// The most ranks of a world.
+pub const RANKS_MAX: usize = 8;
+
+/// How the ranks of a world wait for each other.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct WorldOptions {
+    /// How long ranks wait for one that does not come, on the host and on the device, before it counts as lost.
+    pub timeout: Duration,
+}
+
+impl Default for WorldOptions {
+    fn default() -> Self {
+        Self { timeout: Duration::from_secs(10) }
+    }
+}
+
+/// The ranks that share one model, each with a device. Cloning is cheap; all clones mean the same world.
+///
+/// # Example
+/// ```
+/// use bcg_runtime::{CommunicatorOptions, Device, Runner, RunnerOptions, World, WorldOptions};
+/// let world = World::new(vec![Device::host(), Device::host()], WorldOptions::default())?;
+/// let mut communicators = world.communicators(CommunicatorOptions::default())?;
+/// let second = Runner::in_world(communicators.remove(1), RunnerOptions::default())?;
+/// assert_eq!((second.rank(), second.world_size()), (1, 2));
+/// # Ok::<(), bcg_runtime::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct World(Arc<Shared>);
+
+struct Shared {
+    devices: Vec<Device>,
+    options: WorldOptions,
+    lost: Arc<Lost>,
+    meeting: Meeting,
+    /// Where collectives of host devices meet.
+    collectives: Mutex<Vec<Arc<Collectives>>>,
+    /// The words that kernels of each rank poll while they wait: see `communicator.rs`.
+    abort_words: Mutex<Vec<Arc<PinnedBuffer>>>,
+}
+
+impl World {
+    /// Makes a world with a rank on each device, in order. The devices are of one kind; several ranks may share a GPU if
+    /// each has opened it for itself.
+    ///
+    /// # Errors
+    /// [`Error::Option`] for no device, more than [`RANKS_MAX`], devices of several kinds, or one that is there twice.
+    pub fn new(devices: Vec<Device>, options: WorldOptions) -> Result<Self> {
+        let refuse = |message: String| Err(Error::Option { option: "World::new", message });
+        if !(1..=RANKS_MAX).contains(&devices.len()) {
+            return refuse(format!("{} ranks; give 1 to {RANKS_MAX} devices", devices.len()));
+        }
+        if let Some(other) = devices.iter().find(|device| device.kind() != devices[0].kind()) {
+            let message =
+                format!("{} and {} are of different kinds; give devices of one kind", devices[0].name(), other.name());
+            return refuse(message);
+        }
+        for (rank, device) in devices.iter().enumerate() {
+            if devices[..rank].iter().any(|other| other.is(device)) {
+                return refuse(format!("{} is there twice; open it once for each rank", device.name()));
+            }
+        }
+        let lost = Arc::new(Lost::default());
+        let meeting = Meeting::new(devices.len(), options.timeout, &lost);
+        let shared =
+            Shared { devices, options, lost, meeting, collectives: Mutex::default(), abort_words: Mutex::default() };
+        Ok(Self(Arc::new(shared)))
+    }
+
+    /// Returns the number of ranks.
+    pub fn size(&self) -> usize {
+        self.0.devices.len()
+    }
+
+    /// Returns the device of a rank.
+    ///
+    /// # Panics
+    /// If there is no such rank.
+    pub fn device(&self, rank: usize) -> &Device {
+        &self.0.devices[rank]
+    }
+
+    /// Makes a communicator for each rank, in order: the one through which all collectives of that rank's main stream go.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]; [`Error::NoDevice`] if a GPU cannot reach another one's memory; the driver's.
+    pub fn communicators(&self, options: CommunicatorOptions) -> Result<Vec<Communicator>> {
+        Communicator::for_all(self, &options)
+    }
+
+    /// Ends the world because a rank failed: kernels that wait for another rank leave, threads that wait for another rank
+    /// get the error that this returns, and so does every later call. What came first counts.
+    pub fn lose(&self, rank: usize, cause: &Error) -> Error {
+        if let Some(error) = self.0.lost.error() {
+            return error;
+        }
+        self.lose_at(rank, String::new(), None, cause.to_string())
+    }
+
+    /// Returns the error that every rank gets, once a rank is lost.
+    pub fn lost(&self) -> Option<Error> {
+        self.0.lost.error()
+    }
+
+    pub(crate) fn check(&self) -> Result<()> {
+        self.0.lost.check()
+    }
+
+    pub(crate) fn lose_at(&self, rank: usize, collective: String, segment: Option<usize>, cause: String) -> Error {
+        let error = self.0.lost.set(LostRank { rank, collective, segment, cause });
+        self.0.meeting.wake();
+        for collectives in self.0.collectives.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            collectives.wake();
+        }
+        for word in self.0.abort_words.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            if let Err(error) = word.write_bytes_at(0, &1u32.to_ne_bytes()) {
+                tracing::warn!(%error, "telling a device that its world is lost");
+            }
+        }
+        error
+    }
+
+    /// Waits for all ranks. The last one calls `join` with what each gave, in the order of the ranks, and each gets its own
+    /// part of what that returns. All come for the same `purpose`.
+    ///
+    /// # Errors
+    /// [`Error::RankLost`] on every rank if one does not come in time, comes for something else, or was lost before; on the
+    /// rank that called it, the error of `join`.
+    pub(crate) fn meet<T: Send + 'static, R: Send + 'static>(
+        &self,
+        rank: usize,
+        purpose: &'static str,
+        value: T,
+        join: impl FnOnce(Vec<T>) -> Result<Vec<R>>,
+    ) -> Result<R> {
+        self.0.meeting.meet(rank, purpose, value, join).map_err(|failed| match failed {
+            meeting::Failed::Lost(error) => {
+                self.0.meeting.wake();
+                error
+            }
+            meeting::Failed::Late { rank, cause } => self.lose_at(rank, purpose.to_owned(), None, cause),
+            meeting::Failed::Join(error) => {
+                self.lose_at(rank, purpose.to_owned(), None, error.to_string());
+                error
+            }
+        })
+    }
+
+    /// Waits for all ranks, and returns an error on all of them if there is one on any: the first in the order of the ranks.
+    /// The world goes on.
+    ///
+    /// # Errors
+    /// This rank's own; [`Error::Other`] that names another rank and its error; those of [`World::meet`].
+    pub(crate) fn agree<R: Send + 'static>(&self, rank: usize, purpose: &'static str, result: Result<R>) -> Result<R> {
+        let (message, result) = match result {
+            Ok(value) => (None, Ok(value)),
+            Err(error) => (Some(error.to_string()), Err(error)),
+        };
+        let first = self.meet(rank, purpose, message, |messages| {
+            let first = messages.iter().enumerate().find_map(|(rank, message)| Some((rank, message.clone()?)));
+            Ok(vec![first; messages.len()])
+        })?;
+        match (result, first) {
+            (Ok(value), None) => Ok(value),
+            (Err(error), _) => Err(error),
+            (Ok(_), Some((other, message))) => {
+                Err(Error::other(format!("{purpose} failed on rank {other}: {message}")))
+            }
+        }
+    }
+
+    fn kind(&self) -> DeviceKind {
+        self.0.devices[0].kind()
+    }
+}
+
+impl fmt::Debug for World {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("World").field(&self.0.devices).finish()
+    }
+}
