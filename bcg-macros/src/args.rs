@@ -12,7 +12,7 @@ use crate::check::say;
 pub(crate) struct Options {
     enable: Option<bool>,
     stub: Option<ExprPath>,
-    /// The body waits for other ranks; this only demands a stub.
+    /// The body waits for other ranks, so it needs a stub.
     rank_coupled: Option<Ident>,
 }
 
@@ -20,6 +20,11 @@ impl Options {
     /// Whether the function breaks captures. `enable = false` makes it a plain call.
     pub(crate) fn is_enabled(&self) -> bool {
         self.enable.unwrap_or(true)
+    }
+
+    /// Whether all ranks come to the body together.
+    pub(crate) fn is_rank_coupled(&self) -> bool {
+        self.rank_coupled.is_some()
     }
 
     /// The function that takes the place of the body during a capture.

@@ -147,7 +147,7 @@ fn breaking_block(options: &Options, name: &Ident, body: &Group, checked: &Break
     let body = if receiver.is_some() { with_body_self(body) } else { body.clone() };
     let (context_param, params) = (&context.param, arguments.iter().map(|argument| &argument.param));
 
-    let site = site(name);
+    let site = site(name, options.is_rank_coupled());
     let owned = Owned::of(arguments);
     let hold = owned.hold();
     let inputs = Input::all(checked);
@@ -171,13 +171,14 @@ fn breaking_block(options: &Options, name: &Ident, body: &Group, checked: &Break
 }
 
 /// Where the break stands in the source: the line of its name.
-fn site(name: &Ident) -> TokenStream {
+fn site(name: &Ident, is_rank_coupled: bool) -> TokenStream {
     let text = Literal::string(&name.to_string());
     let line = quote_spanned!(name.span()=> ::core::line!());
     quote_spanned!(Span::mixed_site()=> ::bcg_runtime::__private::BreakSite {
         name: #text,
         file: ::core::file!(),
         line: #line,
+        is_rank_coupled: #is_rank_coupled,
     })
 }
 

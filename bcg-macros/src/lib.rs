@@ -116,7 +116,9 @@ use syn::{DeriveInput, parse_macro_input};
 /// # let _ = exchange;
 /// ```
 ///
-/// `rank_coupled` says that the body waits for other ranks. Ranks do not capture in step, so it requires a stub.
+/// `rank_coupled` says that the body waits for other ranks, through something that is not the runner's own communicator,
+/// such as another library. All ranks of the runner's world meet before the body, so none enters it alone, and it is never
+/// part of a merged executable. While ranks capture nothing runs, so it requires a stub.
 /// ```
 /// use std::sync::Arc;
 /// use bcg_runtime::{Eager, Result, Tensor, eager_on_graph};

@@ -11,6 +11,8 @@ pub struct BreakSite {
     pub file: &'static str,
     /// The line of the function.
     pub line: u32,
+    /// The body waits for other ranks, which come to it together.
+    pub is_rank_coupled: bool,
 }
 
 impl fmt::Display for BreakSite {

@@ -382,7 +382,10 @@ fn measured<R>(runner: &mut Runner, f: impl FnOnce(&mut Runner) -> Result<R>) ->
     };
     let before = free(runner)?;
     let output = f(runner)?;
-    Ok((output, before.saturating_sub(free(runner)?)))
+    let taken = before.saturating_sub(free(runner)?);
+    // What is kept and what goes is the same on all ranks (law L13).
+    let ranks = runner.stream_mut().ranks().cloned();
+    Ok((output, ranks.map_or(Ok(taken), |ranks| ranks.max("a measuring of memory", taken))?))
 }
 
 fn not_captured(name: &str, size: usize) -> Error {

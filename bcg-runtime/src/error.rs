@@ -257,6 +257,14 @@ pub enum Error {
         /// What the rank did, or did not do.
         cause: String,
     },
+    /// A step of all ranks failed on one of them, or was not the same on all of them. No rank did it, and the world goes on.
+    #[error("{what}: {message}")]
+    Ranks {
+        /// The step, such as `a capture`.
+        what: &'static str,
+        /// Which rank, and why.
+        message: String,
+    },
     /// An option has a value that cannot work.
     #[error("{option}: {message}")]
     Option {
@@ -333,7 +341,7 @@ impl Error {
         match self {
             located @ Self::Break { .. } => located,
             cause => {
-                let BreakSite { name, file, line } = *site;
+                let BreakSite { name, file, line, .. } = *site;
                 Self::Break { name, segment, file, line, cause: Box::new(cause) }
             }
         }
@@ -368,7 +376,7 @@ mod tests {
 
     #[test]
     fn a_cause_is_told_once() {
-        static SITE: BreakSite = BreakSite { name: "attend", file: "model.rs", line: 7 };
+        static SITE: BreakSite = BreakSite { name: "attend", file: "model.rs", line: 7, is_rank_coupled: false };
         let failed = || Error::driver("cuGraphLaunch", 700, "CUDA_ERROR_ILLEGAL_ADDRESS");
         for error in [failed().in_segment(2), failed().in_break(&SITE, 2)] {
             assert_eq!(error.to_string().matches("cuGraphLaunch failed").count(), 1, "{error}");

@@ -1,6 +1,7 @@
 //! A breakable CUDA graph: segments and breaks, in order.
 
 use std::fmt;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -13,7 +14,9 @@ use crate::error::catch_panic;
 use crate::replay::tape::{self, Tape};
 use crate::replay::{self, ReplayPath, verify};
 use crate::stream::work_list;
-use crate::{Context, Description, Error, Freeze, LiveBatch, OpStream, Result, Runner, Timeline, timeline};
+use crate::{
+    BlockLifetime, Context, Description, Error, Freeze, LiveBatch, OpStream, Result, Runner, Timeline, timeline,
+};
 
 /// What a graph checks when it captures.
 ///
@@ -96,11 +99,15 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
     }
 
     /// Captures `forward` and runs it: each segment is launched as soon as it is complete and each break runs on real
-    /// data, so the returned output is that of `live`.
+    /// data, so the returned output is that of `live`. Of several ranks, all capture, nothing runs before all have, and the
+    /// first replay gives the output (law L17).
     ///
     /// An earlier capture of this graph is dropped first.
     ///
     /// # Errors
+    /// With several ranks, [`Error::Ranks`] on all of them if one fails, or captures other work than rank 0; then no rank has
+    /// captured, and all go on.
+    ///
     /// The first error, located by segment or break; what was captured is discarded and the runner stays usable.
     /// [`Error::ArenaFull`] if a segment needs more memory than the arena has: run the forward eagerly once before.
     pub fn capture(
@@ -112,9 +119,10 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
         self.captured = Err("its last capture failed");
         let span = tracing::info_span!("capture", graph = %self.name);
         let _entered = span.enter();
-        let (tape, output) = capture(runner.stream_mut(), live, self.options, &forward, false)?;
+        let is_dry = runner.stream_mut().ranks().is_some();
+        let (tape, output) = capture(runner.stream_mut(), live, self.options, &forward, is_dry)?;
         self.captured = Ok(Captured { forward: Box::new(forward), tape: Box::new(tape) });
-        Ok(output)
+        if is_dry { self.replay(runner, live) } else { Ok(output) }
     }
 
     /// Captures `forward` ahead of its first use, and runs nothing where that is possible: if every break only
@@ -148,7 +156,7 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
         let span = tracing::info_span!("capture", graph = %self.name);
         let _entered = span.enter();
         let taped = match capture(runner.stream_mut(), live, self.options, &forward, true) {
-            Err(error @ Error::NeedsRun { .. }) => {
+            Err(error @ Error::NeedsRun { .. }) if runner.stream_mut().ranks().is_none() => {
                 tracing::debug!(%error, "captured with a run");
                 capture(runner.stream_mut(), live, self.options, &forward, false)
             }
@@ -256,7 +264,16 @@ impl<L: LiveBatch, O: Freeze> fmt::Debug for BreakableCudaGraph<L, O> {
     }
 }
 
-/// Captures a forward; with `is_dry`, nothing of it runs.
+/// What a capture has on its tape, before any executable of it is made.
+struct Recorded<L, O: Freeze> {
+    writer: TapeWriter<L>,
+    blocks: Vec<BlockLifetime>,
+    output: O,
+    frozen_output: O::Frozen,
+}
+
+/// Captures a forward; with `is_dry`, nothing of it runs. Several ranks meet before they begin, and compare what they have
+/// when they have captured and when they can launch it.
 fn capture<L: LiveBatch, O: Freeze>(
     stream: &mut OpStream,
     live: &L,
@@ -264,31 +281,30 @@ fn capture<L: LiveBatch, O: Freeze>(
     forward: &Forward<L, O>,
     is_dry: bool,
 ) -> Result<(Tape<L, O>, O)> {
+    const WHAT: &str = "a capture";
     let begun = Instant::now();
-    stream.begin_forward(live.rows(), 0)?;
-    stream.arena().begin_log();
+    let ranks = stream.ranks().cloned();
+    if let Some(ranks) = &ranks {
+        ranks.come(WHAT)?;
+    }
     let main = Arc::clone(stream.main());
     let hold = Hold::begin(main.device());
-    let mut guard = CaptureGuard::begin(stream, is_dry, &hold)?;
-    let run = || {
-        let mut cx = Context { stream: guard.stream, live, writer: Some(&mut guard.writer) };
-        forward(&mut cx)
-    };
-    let result = catch_panic(run).map_err(|error| error.in_segment(guard.writer.segment_index()));
-    if let Some(what) = work_list::needs_run() {
-        return Err(Error::NeedsRun { what });
+    let mut recorded = record(stream, live, options, forward, is_dry, &hold);
+    if let Some(ranks) = &ranks {
+        recorded = ranks.agree(WHAT, recorded, Recorded::number);
     }
-    let output = result?;
-    let mut freezer = Freezer::new(guard.stream);
-    let frozen_output = output.freeze(&mut freezer).map_err(|error| error.in_segment(guard.writer.segment_index()))?;
-    let arena = guard.stream.arena().clone();
-    let TapeWriter { mut steps, spans, retained, pinned, stamps, .. } = guard.seal()?;
-    check_census(&steps, options.expected_breaks)?;
-    let healer = tape::prepare(stream, &mut steps, spans)?;
+    let Recorded { writer, blocks, output, frozen_output } = recorded?;
+    let TapeWriter { mut steps, spans, retained, pinned, stamps, .. } = writer;
+    let mut healer = tape::prepare(stream, &mut steps, spans);
+    if let Some(ranks) = &ranks {
+        healer = ranks.agree(WHAT, healer, |_| 0);
+    }
+    let healer = healer?;
     drop(hold);
+    let arena = stream.arena().clone();
     let tape = Tape {
         healer,
-        blocks: arena.end_log(steps.len()),
+        blocks,
         steps,
         output: frozen_output,
         stamps,
@@ -306,6 +322,56 @@ fn capture<L: LiveBatch, O: Freeze>(
         "captured"
     );
     Ok((tape, output))
+}
+
+fn record<L: LiveBatch, O: Freeze>(
+    stream: &mut OpStream,
+    live: &L,
+    options: GraphOptions,
+    forward: &Forward<L, O>,
+    is_dry: bool,
+    hold: &Hold<'_>,
+) -> Result<Recorded<L, O>> {
+    stream.begin_forward(live.rows(), 0)?;
+    stream.arena().begin_log();
+    let mut guard = CaptureGuard::begin(stream, is_dry, hold)?;
+    let run = || {
+        let mut cx = Context { stream: guard.stream, live, writer: Some(&mut guard.writer) };
+        forward(&mut cx)
+    };
+    let result = catch_panic(run).map_err(|error| error.in_segment(guard.writer.segment_index()));
+    if let Some(what) = work_list::needs_run() {
+        return Err(Error::NeedsRun { what });
+    }
+    let output = result?;
+    let mut freezer = Freezer::new(guard.stream);
+    let frozen_output = output.freeze(&mut freezer).map_err(|error| error.in_segment(guard.writer.segment_index()))?;
+    let arena = guard.stream.arena().clone();
+    let writer = guard.seal()?;
+    check_census(&writer.steps, options.expected_breaks)?;
+    let blocks = arena.end_log(writer.steps.len());
+    Ok(Recorded { writer, blocks, output, frozen_output })
+}
+
+impl<L, O: Freeze> Recorded<L, O> {
+    /// Returns a number that differs, as good as surely, between captures of different work: of other kernels, of other
+    /// breaks, or at other places of the arena (law L14).
+    fn number(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        for step in &self.writer.steps {
+            match step {
+                Step::Segment(segment) => (&segment.kernels, segment.nodes.total()).hash(&mut hasher),
+                Step::Break(step) => (step.site.name, step.launches, step.not_healable).hash(&mut hasher),
+            }
+        }
+        for block in &self.blocks {
+            (block.offset, block.bytes, block.from, block.to).hash(&mut hasher);
+        }
+        for span in &self.writer.spans {
+            (span.num_launches(), span.first_and_last()).hash(&mut hasher);
+        }
+        hasher.finish()
+    }
 }
 
 fn check_census<L>(steps: &[Step<L>], expected: Option<usize>) -> Result<()> {

@@ -65,7 +65,7 @@ impl Runner {
     /// # Errors
     /// As [`Runner::new`]; [`Error::RankLost`](crate::Error::RankLost) if the world is lost already.
     pub fn in_world(communicator: Communicator, options: RunnerOptions) -> Result<Self> {
-        communicator.check()?;
+        communicator.told().check()?;
         let device = communicator.device().clone();
         Ok(Self { stream: OpStream::new(&device, options, Some(communicator))? })
     }
@@ -95,6 +95,9 @@ impl Runner {
         live: &L,
         forward: impl FnOnce(&mut Context<'_, L>) -> Result<O>,
     ) -> Result<O> {
+        if let Some(ranks) = self.stream.ranks() {
+            ranks.come("an eager forward")?;
+        }
         self.stream.begin_forward(live.rows(), 0)?;
         let stream = &mut self.stream;
         let result = catch_panic(|| {
@@ -102,7 +105,7 @@ impl Runner {
             stream.check_joined("the end of the forward")?;
             Ok(output)
         });
-        result.inspect_err(|_| self.stream.reset_forks())
+        self.ended(result)
     }
 
     /// Runs more eager work in the forward that ran last, whose output is still valid: logits, sampling, read-back.
@@ -116,7 +119,16 @@ impl Runner {
             stream.check_joined("the end of the tail")?;
             Ok(output)
         });
-        result.inspect_err(|_| self.stream.reset_forks())
+        self.ended(result)
+    }
+
+    /// Cleans up after work that failed. The other ranks may wait for what this one did not do, so their world ends.
+    fn ended<R>(&mut self, result: Result<R>) -> Result<R> {
+        let result = result.inspect_err(|_| self.stream.reset_forks());
+        match self.stream.ranks() {
+            Some(ranks) => ranks.ended(result),
+            None => result,
+        }
     }
 
     /// Enqueues a copy of `data`, in row-major order, into a persistent tensor: an input of the coming forward.
@@ -137,34 +149,47 @@ impl Runner {
     pub fn read<T: Element>(&mut self, tensor: &Tensor) -> Result<Vec<T>> {
         tensor.check_dtype("Runner::read", T::DTYPE)?;
         let ptr = self.stream.addr(tensor)?;
-        read_rows(self.stream.main().stream_ref(), tensor, ptr)
+        let values = read_rows(self.stream.main().stream_ref(), tensor, ptr)?;
+        self.stream.check_ranks()?;
+        Ok(values)
     }
 
     /// Waits until the work enqueued so far has run.
     ///
     /// # Errors
-    /// The first error of that work.
+    /// The first error of that work; [`Error::RankLost`](crate::Error::RankLost).
     pub fn synchronize(&self) -> Result<()> {
-        self.stream.main().synchronize()
+        self.stream.main().synchronize()?;
+        self.stream.check_ranks()
     }
 
-    /// Gives the arena's physical memory back (sleep). Addresses and graphs stay; tensors of the forward that ran last
+    /// Gives the arena's physical memory back (sleep), after the ranks have met if there are several. Addresses and graphs stay; tensors of the forward that ran last
     /// become stale, and until [`restore_memory`](Self::restore_memory) no forward begins.
     ///
     /// # Errors
     /// The first error of the work waited for.
     pub fn release_memory(&mut self) -> Result<()> {
+        if let Some(ranks) = self.stream.ranks() {
+            ranks.come("a release of memory")?;
+        }
         self.stream.device().synchronize()?;
         self.stream.arena().release();
         Ok(())
     }
 
-    /// Gives the arena's addresses memory again (wake).
+    /// Gives the arena's addresses memory again (wake): of several ranks, all or none do.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory), or [`Error::Ranks`](crate::Error::Ranks) if another rank has too
+    /// little.
     pub fn restore_memory(&mut self) -> Result<()> {
-        self.stream.arena().restore()
+        let restored = self.stream.arena().restore();
+        match self.stream.ranks() {
+            None => restored,
+            Some(ranks) => ranks.agree("a restoring of memory", restored, |()| 0).inspect_err(|_| {
+                self.stream.arena().release();
+            }),
+        }
     }
 
     /// Changes how graphs are replayed from now on, those that are captured already included.

@@ -6,10 +6,13 @@ use crate::break_site::BreakSite;
 use crate::capture::bridge::{Bridges, Carrier, scrub, scrub_output};
 use crate::capture::freeze::{Freezer, Thaw};
 use crate::capture::step::Break;
+use crate::device::watch::Needs;
 use crate::error::catch_panic;
 use crate::generation::Stamp;
 use crate::stream::work_list::Origin;
 use crate::{Bridge, Context, Eager, LiveBatch, OpStream, Result};
+
+const RANK_COUPLED: &str = "a rank-coupled break";
 
 /// Calls the body of a function whose annotation is switched off.
 pub fn plain_call<L: LiveBatch, R>(
@@ -69,7 +72,7 @@ fn call<L: LiveBatch, F, R: Bridge>(
         let args = freezer.tensors;
         probe.snapshot_args(cx.stream.main(), site.to_string(), &args)?;
     }
-    let result = run(&mut Eager::new(cx));
+    let result = come(cx.stream, site).and_then(|()| run(&mut Eager::new(cx)));
     cx.stream.probe = probe;
     let output = result?;
     scrub_output(cx.stream, &output, cx.live.rows())?;
@@ -89,6 +92,10 @@ fn capture<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
     let segment = writer.segment_index();
     let span = tracing::debug_span!("break", name = site.name, segment);
     cx.stream.begin_listing(Origin { step: writer.steps.len(), segment, site }, None);
+    if site.is_rank_coupled {
+        // The body, which runs at each replay, is not the stub that is listed now.
+        cx.stream.leave_list(RANK_COUPLED, Needs::Nothing)?;
+    }
     let captured = span.in_scope(|| run_captured(cx, site, freeze, run, replay));
     match captured {
         Ok((output, step, stamps)) => {
@@ -126,6 +133,7 @@ fn run_captured<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
     let is_own = outputs.iter().map(|output| cx.stream.arena().holds(&claims, output.ptr)).collect();
     let bridges = Bridges { tensors: outputs.clone(), is_own };
     let run = move |eager: &mut Eager<'_, L>, arena: &Arena| {
+        come(eager, site)?;
         let output = replay(eager, &frozen, &Thaw { arena })?;
         check_joined_at_replay(eager, site)?;
         let mut carrier = Carrier::new(eager, &bridges);
@@ -135,6 +143,14 @@ fn run_captured<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
     let launches = cx.stream.counts.launches - launches_before;
     let step = Break { site, run: Box::new(run), claims, args, outputs, launches, not_healable: None };
     Ok((output, step, stamps))
+}
+
+/// Waits for all ranks before the body of a rank-coupled break.
+fn come(stream: &OpStream, site: &BreakSite) -> Result<()> {
+    match stream.ranks() {
+        Some(ranks) if site.is_rank_coupled => ranks.come(RANK_COUPLED),
+        _ => Ok(()),
+    }
 }
 
 /// As [`OpStream::check_joined`], without making the place's name when all is well.

@@ -58,7 +58,9 @@ impl<'a, L: LiveBatch> Eager<'a, L> {
         tensor.check_dtype("Eager::read", T::DTYPE)?;
         self.leave_list("Eager::read", Needs::Results)?;
         let ptr = self.addr(tensor)?;
-        read_rows(self.stream.main().stream_ref(), tensor, ptr)
+        let values = read_rows(self.stream.main().stream_ref(), tensor, ptr)?;
+        self.check_ranks()?;
+        Ok(values)
     }
 
     /// Enqueues a copy of `data`, in row-major order, into a tensor. `data` may be reused at once.
@@ -77,7 +79,8 @@ impl<'a, L: LiveBatch> Eager<'a, L> {
     /// # Errors
     /// The first error of that work.
     pub fn synchronize(&mut self) -> Result<()> {
-        self.stream.main().synchronize()
+        self.stream.main().synchronize()?;
+        self.check_ranks()
     }
 }
 

@@ -400,6 +400,11 @@ impl Event {
         self.device.backend().synchronize_event(self.handle)
     }
 
+    /// Makes later work of a stream, maybe of another GPU, wait for the latest record.
+    pub(crate) fn hold_back(&self, stream: &Stream) -> Result<()> {
+        stream.device.backend().wait_event(stream.handle, self.handle)
+    }
+
     /// Puts the event after the work that the stream has now.
     pub(crate) fn record(&self, stream: &Stream) -> Result<()> {
         self.device.backend().record_event(self.handle, stream.handle)
@@ -445,6 +450,11 @@ impl Graph {
         self.handle
     }
 
+    /// Adds a chain of another device's work; see [`RankBackend::add_chain`](super::traits::RankBackend::add_chain).
+    pub(crate) fn add_chain(&self, device: &Device, parts: &[Part<'_>]) -> Result<Option<Vec<NodeHandle>>> {
+        device.backend().add_chain(self.handle, parts)
+    }
+
     pub(crate) fn node_counts(&self) -> Result<NodeCounts> {
         self.device.backend().node_counts(self.handle)
     }
@@ -480,7 +490,12 @@ impl GraphExec {
     /// Makes later launches do `op` at `node`, which did work that is alike; launches that were enqueued keep theirs.
     /// Returns `false`, and changes nothing, if the driver refuses this change.
     pub(crate) fn patch(&self, node: NodeHandle, op: &Op) -> Result<bool> {
-        self.device.backend().patch(self.handle, node, op)
+        self.patch_of(&self.device, node, op)
+    }
+
+    /// As [`GraphExec::patch`], for a node with work of `device`.
+    pub(crate) fn patch_of(&self, device: &Device, node: NodeHandle, op: &Op) -> Result<bool> {
+        device.backend().patch(self.handle, node, op)
     }
 
     pub(crate) fn launch(&self, stream: &Stream) -> Result<()> {

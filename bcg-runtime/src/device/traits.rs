@@ -273,6 +273,10 @@ pub(crate) trait RankBackend {
     fn share(&self, base: DevicePtr, bytes: usize, with: &[i32]) -> Result<()>;
     /// Joins the place where collectives of this device meet those of others, as rank `rank`, and returns its number.
     fn join(&self, collectives: &Arc<Collectives>, rank: usize) -> PlaneId;
+    /// Adds parts of this device, each after the one before, to a merged graph of another device of the same kind, beside
+    /// what is there, and returns the node of each piece of work. Returns nothing where a graph holds the work of one device
+    /// only, or if a captured graph has a node that cannot be copied.
+    fn add_chain(&self, graph: GraphHandle, parts: &[Part<'_>]) -> Result<Option<Vec<NodeHandle>>>;
 }
 
 /// All that a device does.

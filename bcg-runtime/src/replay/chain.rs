@@ -12,9 +12,15 @@ use crate::{Freeze, LiveBatch, OpStream, Result, StepKind};
 pub(crate) fn replay<L: LiveBatch, O: Freeze>(tape: &Tape<L, O>, stream: &mut OpStream, live: &L) -> Result<O> {
     let span = tracing::trace_span!("chain replay");
     let _entered = span.enter();
+    if let Some(ranks) = stream.ranks() {
+        ranks.come("a replay as a chain")?;
+    }
     begin(tape, stream, live)?;
     let result = run_steps(tape, stream, live);
     stream.arena().end_serving();
+    if let Some(ranks) = stream.ranks() {
+        return ranks.ended(result).map(|()| thaw_output(tape));
+    }
     result.map(|()| thaw_output(tape))
 }
 

@@ -36,7 +36,13 @@ pub(crate) fn replay<L: LiveBatch, O: Freeze>(
     stream.arena().end_serving();
     tape.healer.keep_list(active.end());
     drop(hold);
-    let path = result?;
+    for (step, why) in tape.healer.take_left_on_any() {
+        tape.leave_break(step, why);
+    }
+    let path = match stream.ranks() {
+        Some(ranks) => ranks.ended(result)?,
+        None => result?,
+    };
     if path == ReplayPath::Chain(ChainReason::WorkChanged) {
         tape.forget_covered();
     }
@@ -68,6 +74,7 @@ fn run_steps<L: LiveBatch, O: Freeze>(tape: &mut Tape<L, O>, stream: &mut OpStre
                     tracing::debug!(name = captured.site.name, why, "a break cannot be healed any more");
                     captured.not_healable = Some(why);
                     healer.forget_break_after(segment);
+                    healer.note_left(step, why);
                     path.note(Some(ChainReason::BreakLeft));
                 }
             }
@@ -78,7 +85,7 @@ fn run_steps<L: LiveBatch, O: Freeze>(tape: &mut Tape<L, O>, stream: &mut OpStre
 }
 
 fn end_span(healer: &mut Healer, stream: &mut OpStream) -> Result<Option<ChainReason>> {
-    let launch = |span: &Span, main: &Stream| {
+    let launch = |span: &Span, main: &Arc<Stream>| {
         if let Some(kind) = span.step_kind() {
             stream.begin_step(kind);
         }

@@ -9,12 +9,14 @@
 use std::sync::Arc;
 
 use super::ChainReason;
+use super::world::{self, Launched, Request, WorldExec};
 use crate::capture::step::Step;
-use crate::device::traits::{NodeHandle, Part};
+use crate::device::traits::NodeHandle;
 use crate::device::{Graph, GraphExec, Stream};
 use crate::op::Op;
 use crate::stream::steps;
 use crate::stream::work_list::{ListMode, Listed, Origin, Span, WorkList};
+use crate::world::Ranks;
 use crate::{Error, Result, StepKind};
 
 /// The merged executables that a graph tries to make, one for each span and each sequence of work in it.
@@ -30,14 +32,18 @@ pub(crate) struct Healer {
     list: Option<WorkList>,
     /// How many nodes were patched so far, by the step of their break.
     patched: Vec<u64>,
+    /// This rank, if it is one of several.
+    ranks: Option<Ranks>,
+    /// Breaks, by their steps, that turned out not to be healable on this rank since the last launch.
+    left: Vec<(usize, &'static str)>,
+    /// Those that turned out not to be healable on any rank, in this replay.
+    left_on_any: Vec<(usize, &'static str)>,
 }
 
 /// One executable for the segments and the work of a span.
 #[derive(Debug)]
 struct Merged {
-    exec: GraphExec,
-    /// The graph that owns the nodes.
-    _graph: Graph,
+    exec: Exec,
     /// The indices of its first and its last segment.
     segments: (usize, usize),
     /// The nodes of the segments and of the work between them.
@@ -48,12 +54,29 @@ struct Merged {
     holds: Vec<Listed>,
 }
 
+/// What launches a merged executable's nodes.
+#[derive(Debug)]
+enum Exec {
+    /// This device alone; the graph owns the nodes.
+    Own { exec: GraphExec, _graph: Graph },
+    /// All ranks, of which these nodes are one's.
+    World(Arc<WorldExec>),
+}
+
 impl Healer {
-    /// Makes the merged executables of the spans that a capture listed.
-    pub(crate) fn new(main: &Arc<Stream>, num_steps: usize, spans: &[Span]) -> Result<Self> {
+    /// Makes the merged executables of the spans that a capture listed. Of several ranks, all do.
+    pub(crate) fn new(main: &Arc<Stream>, num_steps: usize, spans: &[Span], ranks: Option<&Ranks>) -> Result<Self> {
         let list = Some(WorkList::new(main, ListMode::Replay));
         let patched = vec![0; num_steps];
-        let mut healer = Self { merged: Vec::new(), tries_left: MERGED_MAX, list, patched };
+        let mut healer = Self {
+            merged: Vec::new(),
+            tries_left: MERGED_MAX,
+            list,
+            patched,
+            ranks: ranks.cloned(),
+            left: Vec::new(),
+            left_on_any: Vec::new(),
+        };
         for span in spans {
             healer.merge(span, main)?;
         }
@@ -86,11 +109,18 @@ impl Healer {
 
     /// Keeps a merged executable for a span, if there is room, more than one launch to save, and no node that cannot be
     /// copied.
-    fn merge(&mut self, span: &Span, main: &Stream) -> Result<()> {
-        if self.tries_left == 0 || span.num_launches() <= 1 {
+    fn merge(&mut self, span: &Span, main: &Arc<Stream>) -> Result<()> {
+        let num_least = if self.ranks.is_some() { 1 } else { 2 };
+        if self.tries_left == 0 || span.num_launches() < num_least {
             return Ok(());
         }
         self.tries_left -= 1;
+        if let Some(ranks) = &self.ranks
+            && let Some((exec, nodes)) = world::merge(ranks, main, span)?
+        {
+            self.merged.push(Merged::with(Exec::World(exec), nodes, span));
+            return Ok(());
+        }
         match Merged::new(span, main) {
             Ok(merged) => self.merged.extend(merged),
             // The chain needs less, and what runs must go on.
@@ -112,13 +142,28 @@ impl Healer {
         self.list = list;
     }
 
+    /// Notes that a break, by its step, turned out not to be healable: the other ranks must know.
+    pub(super) fn note_left(&mut self, step: usize, why: &'static str) {
+        if self.ranks.is_some() {
+            self.left.push((step, why));
+        }
+    }
+
+    /// Returns the breaks, by their steps, that turned out not to be healable on any rank since this was last called.
+    pub(super) fn take_left_on_any(&mut self) -> Vec<(usize, &'static str)> {
+        std::mem::take(&mut self.left_on_any)
+    }
+
     /// Drops the executables that hold work of the break after this segment.
     pub(super) fn forget_break_after(&mut self, segment: usize) {
         self.merged.retain(|merged| !(merged.segments.0..merged.segments.1).contains(&segment));
     }
 
     /// Launches a span, and returns why it was not one launch, if so.
-    pub(super) fn launch(&mut self, span: &Span, main: &Stream) -> Result<Option<ChainReason>> {
+    pub(super) fn launch(&mut self, span: &Span, main: &Arc<Stream>) -> Result<Option<ChainReason>> {
+        if let Some(ranks) = self.ranks.clone() {
+            return self.launch_in_world(&ranks, span, main);
+        }
         if span.num_launches() <= 1 {
             return span.enqueue(main).map(|()| None);
         }
@@ -127,6 +172,11 @@ impl Healer {
             self.merge(span, main)?;
             return Ok(Some(ChainReason::WorkChanged));
         };
+        self.launch_own(at, span, main)
+    }
+
+    /// Launches an executable of this device alone.
+    fn launch_own(&mut self, at: usize, span: &Span, main: &Stream) -> Result<Option<ChainReason>> {
         match self.merged[at].launch(span, main, &mut self.patched) {
             Ok(true) => Ok(None),
             Ok(false) => {
@@ -142,26 +192,90 @@ impl Healer {
     }
 }
 
+/// With several ranks.
+impl Healer {
+    /// As [`Healer::launch`], for the spans of all ranks, which come here too.
+    fn launch_in_world(&mut self, ranks: &Ranks, span: &Span, main: &Arc<Stream>) -> Result<Option<ChainReason>> {
+        if span.num_launches() == 0 && self.left.is_empty() {
+            return Ok(None);
+        }
+        let at = self.merged.iter().position(|merged| merged.does(span));
+        let mut request = Request {
+            exec: None,
+            changes: Vec::new(),
+            has_none: at.is_none() && span.num_launches() > 0,
+            is_spent: self.tries_left == 0,
+            left: std::mem::take(&mut self.left),
+        };
+        if let Some(at) = at
+            && let Exec::World(exec) = &self.merged[at].exec
+        {
+            exec.get_ready(ranks.rank)?;
+            (request.exec, request.changes) = (Some(Arc::clone(exec)), self.merged[at].changes(span));
+        }
+        let outcome = ranks.meet("a launch", request, world::launch_all)?;
+        self.left_on_any.extend(outcome.left);
+        match (outcome.launched, at) {
+            (Launched::AsOne, Some(at)) => {
+                self.merged[at].hold(span, &mut self.patched);
+                match &self.merged[at].exec {
+                    Exec::World(exec) => exec.follow(ranks.rank).map(|()| None),
+                    Exec::Own { .. } => Ok(None),
+                }
+            }
+            (Launched::Refused, Some(at)) => {
+                self.merged.remove(at);
+                span.enqueue(main).map(|()| Some(ChainReason::PatchRefused))
+            }
+            (_, Some(at)) if !outcome.merges && matches!(self.merged[at].exec, Exec::Own { .. }) => {
+                self.launch_own(at, span, main)
+            }
+            _ => {
+                span.enqueue(main)?;
+                if outcome.merges {
+                    self.merged.retain(|merged| !merged.does(span));
+                    self.merge(span, main)?;
+                }
+                Ok(Some(ChainReason::WorkChanged))
+            }
+        }
+    }
+}
+
 impl Merged {
     /// Makes the executable; nothing if a segment has a node that cannot be copied.
     fn new(span: &Span, main: &Stream) -> Result<Option<Self>> {
-        let mut parts = Vec::with_capacity(span.num_launches());
-        let mut next = 0;
-        for (before, segment) in &span.segments {
-            parts.extend(span.ops()[next..*before].iter().map(|listed| Part::Op(&listed.op)));
-            next = *before;
-            let graph = segment.graph.as_ref().map(Graph::handle);
-            parts.extend(graph.map(|graph| Part::Graph { graph, is_programmatic: segment.is_programmatic }));
-        }
-        parts.extend(span.ops()[next..].iter().map(|listed| Part::Op(&listed.op)));
         let segments = span.first_and_last();
-        let Some((graph, nodes)) = Graph::merge(main, &parts).map_err(|error| error.in_segment(segments.0))? else {
+        let Some((graph, nodes)) = Graph::merge(main, &span.parts()).map_err(|error| error.in_segment(segments.0))?
+        else {
             return Ok(None);
         };
         let exec = graph.instantiate().map_err(|error| error.in_segment(segments.0))?;
+        Ok(Some(Self::with(Exec::Own { exec, _graph: graph }, nodes, span)))
+    }
+
+    fn with(exec: Exec, nodes: Vec<NodeHandle>, span: &Span) -> Self {
         let captured = span.segments.iter().map(|(_, segment)| segment.nodes.total());
         let num_nodes = captured.sum::<usize>() + span.ops().len();
-        Ok(Some(Self { exec, _graph: graph, segments, num_nodes, nodes, holds: span.ops().to_vec() }))
+        Self { exec, segments: span.first_and_last(), num_nodes, nodes, holds: span.ops().to_vec() }
+    }
+
+    /// Returns the nodes whose work in `span` differs from what they do.
+    fn changes(&self, span: &Span) -> Vec<(NodeHandle, Listed)> {
+        let all = self.holds.iter().zip(span.ops()).zip(&self.nodes);
+        all.filter(|((held, listed), _)| !held.op.is_same(&listed.op))
+            .map(|((_, listed), node)| (*node, listed.clone()))
+            .collect()
+    }
+
+    /// Notes that the nodes do the work of `span`: they were patched.
+    fn hold(&mut self, span: &Span, patched: &mut [u64]) {
+        for (held, listed) in self.holds.iter_mut().zip(span.ops()) {
+            if !held.op.is_same(&listed.op) {
+                held.clone_from(listed);
+                patched[listed.origin.step] += 1;
+            }
+        }
     }
 
     /// Tells whether it does the work of `span`, once it is patched.
@@ -187,18 +301,19 @@ impl Merged {
 
     /// Patches what differs and launches. Returns `false`, with nothing enqueued, if the driver refuses a patch.
     fn launch(&mut self, span: &Span, main: &Stream, patched: &mut [u64]) -> Result<bool> {
+        let Exec::Own { exec, .. } = &self.exec else { return Ok(false) };
         for ((held, listed), node) in self.holds.iter_mut().zip(span.ops()).zip(&self.nodes) {
             if held.op.is_same(&listed.op) {
                 continue;
             }
             let Origin { step, segment, site } = listed.origin;
-            if !self.exec.patch(*node, &listed.op).map_err(|error| error.in_break(site, segment))? {
+            if !exec.patch(*node, &listed.op).map_err(|error| error.in_break(site, segment))? {
                 return Ok(false);
             }
             held.clone_from(listed);
             patched[step] += 1;
         }
-        self.exec.launch(main).map_err(|error| error.in_segment(self.segments.0))?;
+        exec.launch(main).map_err(|error| error.in_segment(self.segments.0))?;
         Ok(true)
     }
 }

@@ -10,6 +10,7 @@ mod heal;
 mod healer;
 pub(crate) mod tape;
 pub(crate) mod verify;
+mod world;
 
 use std::fmt;
 

@@ -34,6 +34,9 @@ use side::{Fork, PooledStream};
 use steps::StepLog;
 use work_list::{Destination, Origin};
 
+use crate::world::Ranks;
+use crate::world::communicator::Told;
+
 pub use options::{ReplayMode, RunnerOptions};
 pub use rows::Rows;
 pub use side::SideStream;
@@ -72,6 +75,7 @@ pub struct OpStream {
     options: RunnerOptions,
     /// What its collectives go through, if it is a rank of a world.
     communicator: Option<Communicator>,
+    ranks: Option<Ranks>,
     /// A capture is open in which nothing runs: work outside segments is dropped.
     pub(crate) is_dry: bool,
     pub(crate) segment: Option<SegmentLog>,
@@ -127,6 +131,7 @@ impl OpStream {
             valid_rows: Allocation::new(device, size_of::<u32>())?,
             valid_rows_now: None,
             options,
+            ranks: communicator.as_ref().and_then(Communicator::ranks),
             communicator,
             is_dry: false,
             segment: None,
@@ -358,8 +363,22 @@ impl OpStream {
         &self.arena
     }
 
-    pub(crate) fn communicator(&self) -> Option<&Communicator> {
-        self.communicator.as_ref()
+    /// This rank, if it is one of several.
+    pub(crate) fn ranks(&self) -> Option<&Ranks> {
+        self.ranks.as_ref()
+    }
+
+    /// What this rank's kernels say of the other ranks.
+    pub(crate) fn told(&self) -> Option<&Arc<Told>> {
+        self.communicator.as_ref().map(Communicator::told)
+    }
+
+    /// Checks that no rank is lost: what was waited for is not the result of all ranks then.
+    ///
+    /// # Errors
+    /// [`Error::RankLost`].
+    pub(crate) fn check_ranks(&self) -> Result<()> {
+        self.told().map_or(Ok(()), |told| told.check())
     }
 
     pub(crate) fn replay_mode(&self) -> ReplayMode {

@@ -42,6 +42,7 @@ impl OpStream {
             let message = format!("{rows:?} are more than the {} that a device counts", i32::MAX);
             return Err(Error::Option { option: "LiveBatch::rows", message });
         };
+        self.check_ranks()?;
         self.reset_forks();
         self.arena().begin_forward(extent)?;
         self.set_valid_rows(valid.cast_unsigned())

@@ -52,7 +52,7 @@ pub(crate) struct Listed {
 }
 
 /// Segments in a row and the work of the breaks between them.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Span {
     /// The first `num_ops` are there; the others are places to write the next ones to, without moving large values.
     slots: Vec<Listed>,
@@ -305,7 +305,7 @@ pub(crate) fn take_span() -> Span {
 }
 
 /// Calls `f` with the span that ends here, which is empty afterwards.
-pub(crate) fn end_span<R>(f: impl FnOnce(&Span, &Stream) -> R) -> Option<R> {
+pub(crate) fn end_span<R>(f: impl FnOnce(&Span, &Arc<Stream>) -> R) -> Option<R> {
     with(|list| {
         let result = f(&list.span, &list.main);
         list.span.clear();

@@ -8,9 +8,11 @@
 //! not enqueued, or failed, nothing is read until the next one.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::device::{Event, PinnedBuffer};
+use crate::world::communicator::Told;
 use crate::{DType, Device, Element, Error, Result, Runner, Tensor};
 
 /// Parts begin at multiples of this many bytes.
@@ -38,6 +40,8 @@ pub struct Readback {
     parts: Vec<(DType, Range<usize>)>,
     /// The latest copies were not enqueued, or did not run: the memory holds nothing, or what was read back before.
     has_failed: AtomicBool,
+    /// What the kernels of the rank that read back say of the others.
+    told: Option<Arc<Told>>,
 }
 
 impl Readback {
@@ -47,7 +51,7 @@ impl Readback {
     /// The driver's.
     pub fn new(device: &Device, bytes: usize) -> Result<Self> {
         let (buffer, copied) = (PinnedBuffer::new(device, bytes)?, Event::new(device)?);
-        Ok(Self { buffer, copied, parts: Vec::new(), has_failed: AtomicBool::new(false) })
+        Ok(Self { buffer, copied, parts: Vec::new(), has_failed: AtomicBool::new(false), told: None })
     }
 
     /// Waits for the latest [`Runner::read_back`] and returns the values of its tensor number `part`, in row-major
@@ -55,14 +59,15 @@ impl Readback {
     ///
     /// # Errors
     /// [`Error::Shape`] if there is no such part or `T` is not its dtype; the first error of the work waited for.
-    /// [`Error::Other`] after the latest [`Runner::read_back`], or the wait for it, has failed.
+    /// [`Error::RankLost`] if a rank was lost meanwhile. [`Error::Other`] after the latest [`Runner::read_back`], or the wait for it, has failed.
     pub fn read<T: Element>(&self, part: usize) -> Result<Vec<T>> {
         if self.has_failed.load(Ordering::Relaxed) {
             let what =
                 "Readback::read: the latest Runner::read_back failed, so there is nothing to read; read back again";
             return Err(Error::other(what));
         }
-        self.copied.synchronize().inspect_err(|_| self.has_failed.store(true, Ordering::Relaxed))?;
+        let waited = self.copied.synchronize().and_then(|()| self.told.as_ref().map_or(Ok(()), |told| told.check()));
+        waited.inspect_err(|_| self.has_failed.store(true, Ordering::Relaxed))?;
         let Some((dtype, bytes)) = self.parts.get(part) else {
             let expected = format!("a part below {}", self.parts.len());
             return Err(Error::shape("Readback::read", expected, part.to_string()));
@@ -98,6 +103,7 @@ impl Runner {
             readback.parts.push((tensor.dtype(), bytes));
         }
         readback.copied.record(self.stream_mut().main())?;
+        readback.told = self.stream_mut().told().cloned();
         *readback.has_failed.get_mut() = false;
         Ok(())
     }

@@ -11,7 +11,7 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::{RANKS_MAX, World};
+use super::{RANKS_MAX, Ranks, World};
 use crate::device::host::Collectives;
 use crate::device::{Allocation, Reservation};
 use crate::launch::PlaneId;
@@ -83,12 +83,20 @@ pub struct Communicator {
     rank: usize,
     plane: PlaneId,
     args: CommunicatorArgs,
-    words: Arc<PinnedBuffer>,
-    /// The collectives launched so far, by name.
-    names: Mutex<Vec<&'static str>>,
+    told: Arc<Told>,
     _epochs: Allocation,
     /// All ranks' planes: others write into this one's as long as they live.
     _planes: Arc<[Reservation]>,
+}
+
+/// What the kernels of a rank say of the others, for whoever waits for that rank's work.
+#[derive(Debug)]
+pub(crate) struct Told {
+    world: World,
+    rank: usize,
+    words: Arc<PinnedBuffer>,
+    /// The collectives launched so far, by name.
+    names: Mutex<Vec<&'static str>>,
 }
 
 impl Communicator {
@@ -124,8 +132,7 @@ impl Communicator {
                 rank,
                 plane: device.backend().join(&collectives, rank),
                 args: CommunicatorArgs { epochs: epochs.ptr(), words: words.ptr(), rank: rank as u32, ..args },
-                words,
-                names: Mutex::default(),
+                told: Arc::new(Told { world: world.clone(), rank, words, names: Mutex::default() }),
                 _epochs: epochs,
                 _planes: Arc::clone(&planes),
             });
@@ -160,7 +167,7 @@ impl Communicator {
 
     /// What a collective of this name is told, in this segment of a capture or outside of any.
     pub(crate) fn args(&self, collective: &'static str, segment: Option<usize>) -> CommunicatorArgs {
-        let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut names = self.told.names.lock().unwrap_or_else(PoisonError::into_inner);
         let known = names.iter().position(|name| *name == collective);
         let number = known.unwrap_or_else(|| {
             names.push(collective);
@@ -170,6 +177,18 @@ impl Communicator {
         CommunicatorArgs { collective: number as u32, segment, ..self.args }
     }
 
+    /// What its kernels say of the other ranks.
+    pub(crate) fn told(&self) -> &Arc<Told> {
+        &self.told
+    }
+
+    /// This rank, if it is one of several.
+    pub(crate) fn ranks(&self) -> Option<Ranks> {
+        (self.world.size() > 1).then(|| Ranks { world: self.world.clone(), rank: self.rank })
+    }
+}
+
+impl Told {
     /// Checks that no rank is lost, of which a kernel of this rank may tell first.
     ///
     /// # Errors

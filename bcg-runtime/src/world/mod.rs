@@ -172,31 +172,81 @@ impl World {
         })
     }
 
-    /// Waits for all ranks, and returns an error on all of them if there is one on any: the first in the order of the ranks.
-    /// The world goes on.
+    fn kind(&self) -> DeviceKind {
+        self.0.devices[0].kind()
+    }
+}
+
+/// A rank, as the forwards of its runner know it: one of several.
+#[derive(Clone, Debug)]
+pub(crate) struct Ranks {
+    pub(crate) world: World,
+    pub(crate) rank: usize,
+}
+
+impl Ranks {
+    /// See [`World::meet`].
+    pub(crate) fn meet<T: Send + 'static, R: Send + 'static>(
+        &self,
+        purpose: &'static str,
+        value: T,
+        join: impl FnOnce(Vec<T>) -> Result<Vec<R>>,
+    ) -> Result<R> {
+        self.world.meet(self.rank, purpose, value, join)
+    }
+
+    /// Waits for all ranks.
     ///
     /// # Errors
-    /// This rank's own; [`Error::Other`] that names another rank and its error; those of [`World::meet`].
-    pub(crate) fn agree<R: Send + 'static>(&self, rank: usize, purpose: &'static str, result: Result<R>) -> Result<R> {
-        let (message, result) = match result {
-            Ok(value) => (None, Ok(value)),
-            Err(error) => (Some(error.to_string()), Err(error)),
-        };
-        let first = self.meet(rank, purpose, message, |messages| {
-            let first = messages.iter().enumerate().find_map(|(rank, message)| Some((rank, message.clone()?)));
-            Ok(vec![first; messages.len()])
+    /// Those of [`World::meet`].
+    pub(crate) fn come(&self, purpose: &'static str) -> Result<()> {
+        self.meet(purpose, (), Ok)
+    }
+
+    /// Waits for all ranks, and returns an error on all of them if there is one on any, or if the numbers that stand for
+    /// what they did differ. The world goes on.
+    ///
+    /// # Errors
+    /// This rank's own; [`Error::Ranks`] that names another rank; those of [`World::meet`].
+    pub(crate) fn agree<R>(
+        &self,
+        purpose: &'static str,
+        result: Result<R>,
+        number: impl FnOnce(&R) -> u64,
+    ) -> Result<R> {
+        let said = result.as_ref().map(number).map_err(Error::to_string);
+        let first = self.meet(purpose, said, |said| {
+            let failed = said.iter().enumerate().find_map(|(rank, said)| Some((rank, said.clone().err()?)));
+            let other = || said.iter().position(|number| *number != said[0]);
+            let differs =
+                || other().map(|rank| (rank, "it differs there from rank 0: all ranks do the same".to_owned()));
+            Ok(vec![failed.or_else(differs); said.len()])
         })?;
         match (result, first) {
             (Ok(value), None) => Ok(value),
             (Err(error), _) => Err(error),
-            (Ok(_), Some((other, message))) => {
-                Err(Error::other(format!("{purpose} failed on rank {other}: {message}")))
+            (Ok(_), Some((rank, message))) => {
+                Err(Error::Ranks { what: purpose, message: format!("rank {rank}: {message}") })
             }
         }
     }
 
-    fn kind(&self) -> DeviceKind {
-        self.0.devices[0].kind()
+    /// Waits for all ranks and returns the largest of their numbers.
+    ///
+    /// # Errors
+    /// Those of [`World::meet`].
+    pub(crate) fn max(&self, purpose: &'static str, number: usize) -> Result<usize> {
+        self.meet(purpose, number, |numbers| {
+            let max = numbers.iter().copied().max().unwrap_or(0);
+            Ok(vec![max; numbers.len()])
+        })
+    }
+
+    /// Ends the world if the forward of this rank failed: the others may wait for what it did not do.
+    pub(crate) fn ended<R>(&self, result: Result<R>) -> Result<R> {
+        result.inspect_err(|error| {
+            self.world.lose(self.rank, error);
+        })
     }
 }
 

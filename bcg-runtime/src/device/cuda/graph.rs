@@ -21,14 +21,15 @@ impl GraphBackend for CudaBackend {
         self.bind_again()?;
         self.driver.begin_capture(stream.0)?;
         let thread = std::thread::current().id();
-        gate.captures.push(OpenCapture { stream: stream.0, thread, is_spoilt: false });
-        self.num_captures.store(gate.captures.len(), Ordering::Release);
+        gate.captures.push(OpenCapture { context: self.context, stream: stream.0, thread, is_spoilt: false });
+        self.gate.num_captures.store(gate.captures.len(), Ordering::Release);
         Ok(())
     }
 
     fn end_capture(&self, stream: StreamHandle) -> Result<GraphHandle> {
         self.bind()?;
-        let is_spoilt = self.gate().captures.iter().any(|capture| capture.stream == stream.0 && capture.is_spoilt);
+        let is_own = |capture: &OpenCapture| (capture.context, capture.stream) == (self.context, stream.0);
+        let is_spoilt = self.gate().captures.iter().any(|capture| is_own(capture) && capture.is_spoilt);
         if is_spoilt {
             self.abort_capture(stream);
             return Err(self.driver.error("cuStreamEndCapture", CAPTURE_INVALIDATED));

@@ -53,7 +53,7 @@ impl MemoryBackend for CudaBackend {
     }
 
     fn free(&self, ptr: DevicePtr) {
-        self.free_or_put_off(PutOff::Free(ptr.0));
+        self.free_or_put_off(PutOff { context: self.context, ptr: ptr.0, is_pinned: false });
     }
 
     fn alloc_pinned(&self, bytes: usize) -> Result<DevicePtr> {
@@ -64,7 +64,7 @@ impl MemoryBackend for CudaBackend {
     }
 
     fn free_pinned(&self, ptr: DevicePtr) {
-        self.free_or_put_off(PutOff::FreePinned(ptr.0));
+        self.free_or_put_off(PutOff { context: self.context, ptr: ptr.0, is_pinned: true });
     }
 
     fn write_pinned(&self, ptr: DevicePtr, data: &[u8]) -> Result<()> {

@@ -4,7 +4,7 @@
 //! graphs: a programmatic edge ends at a kernel node, so only in a flat graph may a kernel after a boundary start
 //! before the one ahead of it has ended.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use super::super::traits::{NodeHandle, Part};
 use super::CudaBackend;
@@ -55,12 +55,16 @@ impl<'a> Merge<'a> {
         self.backend.driver.add_edge(self.graph, &edge)
     }
 
-    /// Tells whether the driver holds the edges that were added: a kernel that starts early though it must not would
-    /// compute from memory that is not written yet, and nothing else would show it.
+    /// Tells whether the driver holds the edges that were added, beside those of other ranks: a kernel that starts early
+    /// though it must not would compute from memory that is not written yet, and nothing else would show it.
     fn holds_its_edges(&self) -> Result<bool> {
+        let own: HashSet<u64> = self.edges.iter().flat_map(|(from, to, _)| [*from, *to]).collect();
         let sorted = |edges: &[Edge]| {
-            let mut edges: Vec<_> =
-                edges.iter().map(|(from, to, data)| (*from, *to, data.from_port, data.type_)).collect();
+            let mut edges: Vec<_> = edges
+                .iter()
+                .filter(|(from, to, _)| own.contains(from) || own.contains(to))
+                .map(|(from, to, data)| (*from, *to, data.from_port, data.type_))
+                .collect();
             edges.sort_unstable();
             edges
         };

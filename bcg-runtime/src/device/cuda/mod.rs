@@ -6,9 +6,10 @@
 //!   thread by itself must restore it; every call that is not on the launch path sets it again in any case.
 //! - The primary context is retained and never released: it serves all backends of a device and outlives them, as in
 //!   the CUDA runtime, so the remembered context never dangles.
-//! - [`Gate`] knows all streams and open captures. What a driver forbids while *any* stream of the context captures,
-//!   and answers by spoiling that capture (waiting for the context, freeing memory), goes through the gate first: it is
-//!   refused, done another way, or put off until the captures have ended.
+//! - [`Gate`], one for the process, knows all streams and open captures. What a driver forbids while *any* stream of the
+//!   context captures, and answers by spoiling that capture (waiting for the context, freeing memory), goes through the gate
+//!   first: it is refused, done another way, or put off until the captures have ended. Frees are put off while any GPU
+//!   captures: they wait for every GPU that shares memory with theirs (law L17).
 //! - No call panics, whatever the driver says.
 
 mod cublaslt;
@@ -28,7 +29,7 @@ mod tuning;
 use std::cell::Cell;
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread::ThreadId;
 
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
@@ -65,6 +66,14 @@ pub(crate) struct CudaBackend {
     can_overlap: bool,
     modules: Modules,
     matmuls: Matmuls,
+    gate: Arc<SharedGate>,
+}
+
+/// The gate of all GPUs of the process.
+static GATE: LazyLock<Arc<SharedGate>> = LazyLock::new(Arc::default);
+
+#[derive(Debug, Default)]
+struct SharedGate {
     gate: Mutex<Gate>,
     /// `gate.captures.len()`, for a look without the lock.
     num_captures: AtomicUsize,
@@ -73,7 +82,8 @@ pub(crate) struct CudaBackend {
 /// Streams, open captures, and what must wait until no capture is open.
 #[derive(Debug, Default)]
 struct Gate {
-    streams: Vec<u64>,
+    /// Contexts and their streams.
+    streams: Vec<(u64, u64)>,
     captures: Vec<OpenCapture>,
     put_off: Vec<PutOff>,
 }
@@ -81,6 +91,7 @@ struct Gate {
 /// A capture that was begun and not ended.
 #[derive(Debug)]
 struct OpenCapture {
+    context: u64,
     stream: u64,
     thread: ThreadId,
     /// A forbidden call was refused: ending the capture fails, as if the driver had seen the call.
@@ -89,9 +100,10 @@ struct OpenCapture {
 
 /// A free that would have spoiled an open capture.
 #[derive(Debug)]
-enum PutOff {
-    Free(u64),
-    FreePinned(u64),
+struct PutOff {
+    context: u64,
+    ptr: u64,
+    is_pinned: bool,
 }
 
 impl CudaBackend {
@@ -131,6 +143,7 @@ impl CudaBackend {
         let shared_bytes_max = number(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize;
         let context = driver.retain_primary_context(device)?;
         let mut backend = Self::assemble(driver, name, device, context, arch);
+        backend.gate = Arc::clone(&GATE);
         backend.shared_bytes_max = shared_bytes_max;
         backend.num_multiprocessors = number(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         let _relaxed = backend.enter()?;
@@ -151,8 +164,7 @@ impl CudaBackend {
             can_overlap: arch.major >= 9,
             modules: Modules::new(),
             matmuls: Matmuls::new(),
-            gate: Mutex::default(),
-            num_captures: AtomicUsize::new(0),
+            gate: Arc::default(),
         }
     }
 
@@ -162,8 +174,12 @@ impl CudaBackend {
     }
 
     fn bind_again(&self) -> Result<()> {
-        self.driver.set_current(self.context)?;
-        CURRENT.set(self.context);
+        self.bind_to(self.context)
+    }
+
+    fn bind_to(&self, context: u64) -> Result<()> {
+        self.driver.set_current(context)?;
+        CURRENT.set(context);
         Ok(())
     }
 
@@ -184,12 +200,17 @@ impl CudaBackend {
 
     fn gate(&self) -> MutexGuard<'_, Gate> {
         // The gate's lists are whole after every statement, so a panic elsewhere leaves nothing to repair.
-        self.gate.lock().unwrap_or_else(PoisonError::into_inner)
+        self.gate.gate.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many captures are open, on all GPUs.
+    fn num_captures(&self) -> usize {
+        self.gate.num_captures.load(Ordering::Acquire)
     }
 
     /// Tells whether a stream captures, by itself or because it joined a capture. Calls nothing while none is open.
     fn is_capturing(&self, stream: u64) -> Result<bool> {
-        Ok(self.num_captures.load(Ordering::Acquire) > 0 && self.driver.is_capturing(stream)?)
+        Ok(self.num_captures() > 0 && self.driver.is_capturing(stream)?)
     }
 
     /// Refuses a call while its stream captures.
@@ -210,17 +231,17 @@ impl CudaBackend {
     /// pass: neither disturbs one.
     fn enter_if_capturing(&self) -> Result<Option<Relaxed>> {
         self.bind()?;
-        (self.num_captures.load(Ordering::Acquire) > 0).then(|| self.driver.relax()).transpose()
+        (self.num_captures() > 0).then(|| self.driver.relax()).transpose()
     }
 
     /// Waits for all enqueued work. Captured work is not enqueued, so open captures are left alone.
     fn wait_for_all(&self, gate: &Gate) -> Result<()> {
-        if gate.captures.is_empty() {
+        if gate.captures.iter().all(|capture| capture.context != self.context) {
             return self.driver.synchronize_context();
         }
         // While a stream captures, waiting for the context is illegal and spoils the capture: wait for the others.
-        for &stream in &gate.streams {
-            if !self.driver.is_capturing(stream)? {
+        for &(context, stream) in &gate.streams {
+            if context == self.context && !self.driver.is_capturing(stream)? {
                 self.driver.synchronize_stream(stream)?;
             }
         }
@@ -230,8 +251,8 @@ impl CudaBackend {
     /// Notes that a stream no longer captures, and does what was put off once no capture is left.
     fn capture_ended(&self, stream: u64) {
         let mut gate = self.gate();
-        gate.captures.retain(|capture| capture.stream != stream);
-        self.num_captures.store(gate.captures.len(), Ordering::Release);
+        gate.captures.retain(|capture| (capture.context, capture.stream) != (self.context, stream));
+        self.gate.num_captures.store(gate.captures.len(), Ordering::Release);
         if gate.captures.is_empty() {
             for put_off in gate.put_off.drain(..) {
                 self.release(&put_off);
@@ -241,15 +262,17 @@ impl CudaBackend {
 
     /// Frees memory after all enqueued work. No capture may be open.
     fn release(&self, memory: &PutOff) {
-        self.enter_and_log(|driver| match *memory {
+        let PutOff { context, ptr, is_pinned } = *memory;
+        self.enter_and_log(|driver| {
+            self.bind_to(context)?;
             // `cuMemFree` waits by itself for memory that is not stream-ordered; `cuMemFreeHost` does not promise it.
-            PutOff::Free(ptr) => driver.free(ptr),
-            PutOff::FreePinned(ptr) => {
-                if let Err(error) = driver.synchronize_context() {
-                    tracing::warn!(device = %self.name, %error, "waiting before a free failed; going on");
-                }
-                driver.free_pinned(ptr)
+            if !is_pinned {
+                return driver.free(ptr);
             }
+            if let Err(error) = driver.synchronize_context() {
+                tracing::warn!(device = %self.name, %error, "waiting before a free failed; going on");
+            }
+            driver.free_pinned(ptr)
         });
     }
 }
@@ -303,7 +326,8 @@ impl fmt::Debug for CudaBackend {
 impl Drop for CudaBackend {
     fn drop(&mut self) {
         // Every guard keeps the device alive, so no stream, graph or allocation is left that could use these.
-        let put_off = std::mem::take(&mut self.gate().put_off);
+        let put_off: Vec<PutOff> =
+            self.gate().put_off.extract_if(.., |put_off| put_off.context == self.context).collect();
         put_off.iter().for_each(|memory| self.release(memory));
         if let Some(matmuls) = self.matmuls.take() {
             self.enter_and_log(move |_| {
@@ -404,8 +428,9 @@ mod tests {
     fn frees_wait_for_the_last_open_capture() {
         let backend = refusing::<702>();
         let thread = std::thread::current().id();
-        backend.gate().captures = [1, 2].map(|stream| OpenCapture { stream, thread, is_spoilt: false }).into();
-        backend.num_captures.store(2, Ordering::Release);
+        let context = backend.context;
+        backend.gate().captures = [1, 2].map(|stream| OpenCapture { context, stream, thread, is_spoilt: false }).into();
+        backend.gate.num_captures.store(2, Ordering::Release);
         backend.free(DevicePtr(256));
         backend.free_pinned(DevicePtr(512));
         assert_eq!(backend.gate().put_off.len(), 2);
@@ -413,14 +438,15 @@ mod tests {
         assert_eq!(backend.gate().put_off.len(), 2, "stream 2 still captures");
         backend.capture_ended(2);
         assert_eq!(backend.gate().put_off.len(), 0);
-        assert_eq!(backend.num_captures.load(Ordering::Acquire), 0);
+        assert_eq!(backend.num_captures(), 0);
     }
 
     #[test]
     fn an_allocation_during_a_capture_of_this_thread_is_refused_before_the_driver_sees_it() {
         let backend = refusing::<703>();
         let thread = std::thread::current().id();
-        backend.gate().captures.push(OpenCapture { stream: 1, thread, is_spoilt: false });
+        let context = backend.context;
+        backend.gate().captures.push(OpenCapture { context, stream: 1, thread, is_spoilt: false });
         assert!(matches!(backend.alloc(1), Err(Error::CaptureForbidden { .. })));
         std::thread::scope(|scope| {
             let other = scope.spawn(|| backend.alloc(1));

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use super::CudaBackend;
+use super::merge::Merge;
 use crate::device::host::Collectives;
-use crate::device::traits::RankBackend;
+use crate::device::traits::{GraphHandle, NodeHandle, Part, RankBackend};
 use crate::launch::PlaneId;
 use crate::{DevicePtr, Result};
 
@@ -16,6 +17,11 @@ impl RankBackend for CudaBackend {
     fn share(&self, base: DevicePtr, bytes: usize, with: &[i32]) -> Result<()> {
         let _relaxed = self.enter()?;
         with.iter().try_for_each(|device| self.driver.set_access(base.0, bytes, *device))
+    }
+
+    fn add_chain(&self, graph: GraphHandle, parts: &[Part<'_>]) -> Result<Option<Vec<NodeHandle>>> {
+        let _relaxed = self.enter()?;
+        Merge::new(self, graph.0).add_all(parts)
     }
 
     /// GPUs meet in each other's memory, at addresses that a collective has among its arguments.

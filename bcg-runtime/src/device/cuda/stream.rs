@@ -13,12 +13,12 @@ impl StreamBackend for CudaBackend {
     fn create_stream(&self, _name: &str) -> Result<StreamHandle> {
         let _relaxed = self.enter()?;
         let stream = self.driver.create_stream()?;
-        self.gate().streams.push(stream);
+        self.gate().streams.push((self.context, stream));
         Ok(StreamHandle(stream))
     }
 
     fn destroy_stream(&self, stream: StreamHandle) {
-        self.gate().streams.retain(|known| *known != stream.0);
+        self.gate().streams.retain(|known| *known != (self.context, stream.0));
         self.enter_and_log(|driver| driver.destroy_stream(stream.0));
     }
 

@@ -7,7 +7,7 @@ use super::HostBackend;
 use crate::DevicePtr;
 use crate::Result;
 use crate::device::ranks::Lost;
-use crate::device::traits::RankBackend;
+use crate::device::traits::{GraphHandle, NodeHandle, Part, RankBackend};
 use crate::launch::PlaneId;
 
 /// The meeting place of one communicator: what each rank gave to each collective that is not done on all ranks.
@@ -34,6 +34,11 @@ impl RankBackend for HostBackend {
 
     fn share(&self, _base: DevicePtr, _bytes: usize, _with: &[i32]) -> Result<()> {
         Ok(())
+    }
+
+    /// Host devices have a queue each, and a graph is launched on one of them.
+    fn add_chain(&self, _graph: GraphHandle, _parts: &[Part<'_>]) -> Result<Option<Vec<NodeHandle>>> {
+        Ok(None)
     }
 
     fn join(&self, _collectives: &Arc<Collectives>, _rank: usize) -> PlaneId {
