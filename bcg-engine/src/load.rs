@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
+use bcg_models::weights::Shard;
 use bcg_models::{
     CaptureSummary, ChatTemplate, GraphMode, ModelConfig, ModelRunner, ModelRunnerOptions, Phase, Progress,
 };
@@ -242,7 +243,7 @@ fn kv_cache(
     let useful = options.max_running_requests.saturating_mul(context_length);
     Ok(match (device, options.mem_fraction_static) {
         (DeviceKind::Host, None) => {
-            let fits = HOST_KV_BYTES / config.cache_layout()?.kv_bytes_per_token(config.dtype).max(1);
+            let fits = HOST_KV_BYTES / config.cache_layout(Shard::WHOLE)?.kv_bytes_per_token(config.dtype).max(1);
             (fits.min(useful).max(context_length), None)
         }
         (_, fraction) => (useful, Some(fraction.unwrap_or(MEM_FRACTION_STATIC))),

@@ -72,7 +72,7 @@ mod tests {
 
     use super::*;
     use crate::testing::TempDir;
-    use crate::weights::Weights;
+    use crate::weights::{Shard, Weights};
     use crate::{ChatTemplate, ModelConfig, Tokenizer};
 
     #[test]
@@ -83,7 +83,7 @@ mod tests {
             let config = ModelConfig::load(dir)?;
             Tokenizer::load(dir)?;
             ChatTemplate::load(dir)?;
-            Weights::open(dir, &device, config.dtype).map(drop)
+            Weights::open(dir, &device, config.dtype, Shard::WHOLE).map(drop)
         };
         let names = ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"];
         let rest = ["chat_template.jinja", "model.safetensors", "model.safetensors.index.json"];

@@ -10,7 +10,7 @@ use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::models::{deepseek, nemotron_h, qwen3, qwen3_moe};
 use crate::state::{CacheLayout, Caches};
-use crate::weights::Weights;
+use crate::weights::{self, Divided, Shard, Weights};
 
 /// A language model, loaded.
 pub trait Model: Debug + Send + Sync {
@@ -34,17 +34,20 @@ pub trait Model: Debug + Send + Sync {
     fn logits(&self, cx: &mut OpStream, hidden: &Tensor) -> bcg_runtime::Result<Tensor>;
 }
 
-/// An architecture as `config.json` names it, what a sequence keeps between steps, and the loader.
-type Family = (&'static str, fn(&ModelConfig) -> Result<CacheLayout>, Loader);
+/// An architecture as `config.json` names it, what a sequence keeps between steps, the counts that ranks divide beside
+/// the vocabulary, and the loader.
+type Family = (&'static str, fn(&ModelConfig) -> Result<CacheLayout>, fn(&ModelConfig) -> Result<Vec<Divided>>, Loader);
 type Loader = fn(&ModelConfig, &mut Weights<'_>) -> Result<Arc<dyn Model>>;
 
 /// The supported architectures.
 const MODELS: &[Family] = &[
-    ("Qwen3ForCausalLM", qwen3::cache_layout, |c, w| Ok(Arc::new(qwen3::load(c, w)?))),
-    ("Qwen3MoeForCausalLM", qwen3_moe::cache_layout, |c, w| Ok(Arc::new(qwen3_moe::load(c, w)?))),
-    ("NemotronHForCausalLM", nemotron_h::cache_layout, |c, w| Ok(Arc::new(nemotron_h::load(c, w)?))),
-    ("DeepseekV3ForCausalLM", deepseek::cache_layout, |c, w| Ok(Arc::new(deepseek::load(c, w)?))),
-    ("DeepseekV2ForCausalLM", deepseek::cache_layout, |c, w| Ok(Arc::new(deepseek::load(c, w)?))),
+    ("Qwen3ForCausalLM", qwen3::cache_layout, qwen3::divided, |c, w| Ok(Arc::new(qwen3::load(c, w)?))),
+    ("Qwen3MoeForCausalLM", qwen3_moe::cache_layout, qwen3_moe::divided, |c, w| Ok(Arc::new(qwen3_moe::load(c, w)?))),
+    ("NemotronHForCausalLM", nemotron_h::cache_layout, nemotron_h::divided, |c, w| {
+        Ok(Arc::new(nemotron_h::load(c, w)?))
+    }),
+    ("DeepseekV3ForCausalLM", deepseek::cache_layout, deepseek::divided, |c, w| Ok(Arc::new(deepseek::load(c, w)?))),
+    ("DeepseekV2ForCausalLM", deepseek::cache_layout, deepseek::divided, |c, w| Ok(Arc::new(deepseek::load(c, w)?))),
 ];
 
 /// The names of the supported architectures.
@@ -52,12 +55,13 @@ pub fn supported() -> Vec<&'static str> {
     MODELS.iter().map(|(name, ..)| *name).collect()
 }
 
-/// Loads the model that `config` names, and refuses weights that it leaves over.
+/// Loads the share of the model that `config` names, and refuses weights that it leaves over.
 ///
 /// # Errors
-/// [`Error::Architecture`]; those of [`Weights`].
+/// [`Error::Architecture`]; those of [`check_shard`]; those of [`Weights`].
 pub fn load(config: &ModelConfig, mut weights: Weights<'_>) -> Result<Arc<dyn Model>> {
-    let (_, _, load) = family(&config.architecture)?;
+    let (.., load) = family(&config.architecture)?;
+    check_shard(config, weights.shard().num_ranks)?;
     let model = load(config, &mut weights)?;
     weights.finish()?;
     Ok(model)
@@ -71,12 +75,36 @@ pub fn check(architecture: &str) -> Result<()> {
     family(architecture).map(|_| ())
 }
 
-/// What a sequence of the model that `config` names keeps between steps.
+/// What one rank keeps of a sequence of the model that `config` names, between steps.
+///
+/// With W ranks, Hkv key-value heads of D dimensions and Hq query heads, a rank keeps of each layer and token
+/// `max(Hkv / W, 1)` key and as many value heads, which `Hq / W` query heads read. Latents are not divided. Of the
+/// state-space layers it keeps `channels / W` channels of the convolution and the states of `H / W` heads.
 ///
 /// # Errors
-/// [`Error::Architecture`]; [`Error::Config`] for a field that is absent or that the family cannot honour.
-pub fn cache_layout(config: &ModelConfig) -> Result<CacheLayout> {
-    family(&config.architecture)?.1(config)
+/// [`Error::Architecture`]; [`Error::Config`] for a field that is absent or that the family cannot honour; those of
+/// [`check_shard`].
+pub fn cache_layout(config: &ModelConfig, shard: Shard) -> Result<CacheLayout> {
+    let mut layout = family(&config.architecture)?.1(config)?;
+    check_shard(config, shard.num_ranks)?;
+    for heads in [&mut layout.k[0], &mut layout.v[0], &mut layout.q_heads] {
+        *heads = shard.share(*heads);
+    }
+    if let Some(states) = &mut layout.states {
+        (states.conv[0], states.ssm[0]) = (shard.share(states.conv[0]), shard.share(states.ssm[0]));
+    }
+    Ok(layout)
+}
+
+/// Checks that `num_ranks` ranks can divide the model that `config` names.
+///
+/// # Errors
+/// [`Error::Architecture`]; [`Error::Config`] names the first field whose count the ranks cannot divide, and the numbers
+/// of ranks that work.
+pub fn check_shard(config: &ModelConfig, num_ranks: usize) -> Result<()> {
+    let mut divided = family(&config.architecture)?.2(config)?;
+    divided.push(Divided::new("vocab_size", config.vocab_size));
+    weights::check_shard(config, &divided, num_ranks)
 }
 
 fn family(architecture: &str) -> Result<&'static Family> {

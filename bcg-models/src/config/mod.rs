@@ -5,6 +5,7 @@
 //! A value that this code cannot honour is refused by name before anything is loaded, and not discovered later as wrong
 //! tokens.
 
+mod dense_layers;
 mod fields;
 mod layer_kinds;
 
@@ -15,7 +16,9 @@ use bcg_runtime::DType;
 use crate::error::Result;
 use crate::registry;
 use crate::state::CacheLayout;
+use crate::weights::Shard;
 
+pub use dense_layers::DenseLayers;
 pub use fields::Fields;
 pub use layer_kinds::LayerKind;
 
@@ -85,17 +88,16 @@ impl ModelConfig {
             eos_token_ids,
             fields: config,
         };
-        parsed.cache_layout()?; // asks the family, which refuses what its layers cannot honour
+        parsed.cache_layout(Shard::WHOLE)?; // asks the family, which refuses what its layers cannot honour
         Ok(parsed)
     }
 
-    /// What a sequence of this model keeps between steps.
+    /// What one rank keeps of a sequence between steps: of [`Shard::WHOLE`], all.
     ///
     /// # Errors
-    /// [`Error::Config`](crate::Error::Config) for a field of the family that is absent or that cannot be honoured; not
-    /// after a successful [`load`](Self::load).
-    pub fn cache_layout(&self) -> Result<CacheLayout> {
-        registry::cache_layout(self)
+    /// Those of [`registry::cache_layout`]; none for the whole after a successful [`load`](Self::load).
+    pub fn cache_layout(&self, shard: Shard) -> Result<CacheLayout> {
+        registry::cache_layout(self, shard)
     }
 }
 

@@ -14,7 +14,7 @@ use super::{Linear, RmsNorm};
 use crate::batch::{ForwardBatch, TokenInputs};
 use crate::config::{Fields, ModelConfig};
 use crate::state::{CacheLayout, LayerKv};
-use crate::weights::Weights;
+use crate::weights::{Divided, Section, Shard, Weights};
 
 /// The heads of grouped-query attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,6 +56,17 @@ impl Heads {
             }
             None => Ok(Self { q, kv, dim }),
         }
+    }
+
+    /// The heads that one rank has: its share of the query heads, and the key-value heads that these read.
+    pub fn share(self, shard: Shard) -> Self {
+        Self { q: shard.share(self.q), kv: shard.share(self.kv), ..self }
+    }
+
+    /// What ranks divide of such attention. Several ranks may keep one key-value head.
+    pub fn divided(self) -> [Divided; 2] {
+        let kv = Divided { is_shared: true, ..Divided::new("num_key_value_heads", self.kv) };
+        [Divided::new("num_attention_heads", self.q), kv]
     }
 
     /// What `kv_layers` layers of such attention keep of a token.
@@ -112,6 +123,7 @@ pub struct Attention {
     qkv_proj: Linear,
     o_proj: Linear,
     norm_rope: Option<NormRope>,
+    /// Those of this rank.
     heads: Heads,
     scale: f32,
 }
@@ -148,23 +160,20 @@ impl Attention {
     /// # Errors
     /// Those of [`Heads::read`] and of [`Weights::take`].
     pub fn load_plain(weights: &mut Weights<'_>, name: &str, config: &ModelConfig) -> crate::Result<Self> {
-        let heads = Heads::read(config)?;
-        let (hidden, q_width, kv_width) = (config.hidden_size, heads.q * heads.dim, heads.kv * heads.dim);
-        let qkv = [
-            (format!("{name}.q_proj"), q_width),
-            (format!("{name}.k_proj"), kv_width),
-            (format!("{name}.v_proj"), kv_width),
-        ];
+        let (heads, hidden) = (Heads::read(config)?, config.hidden_size);
+        let [q, kv] = [heads.q, heads.kv].map(|units| [Section { units, rows: heads.dim }]);
+        let qkv: [(String, &[Section]); 3] =
+            [(format!("{name}.q_proj"), &q), (format!("{name}.k_proj"), &kv), (format!("{name}.v_proj"), &kv)];
         Ok(Self {
-            qkv_proj: Linear::load_fused(weights, &qkv, hidden)?,
-            o_proj: Linear::load(weights, &format!("{name}.o_proj"), hidden, q_width)?,
+            qkv_proj: Linear::column_fused(weights, &qkv, hidden)?,
+            o_proj: Linear::row(weights, &format!("{name}.o_proj"), hidden, heads.q * heads.dim)?,
             norm_rope: None,
-            heads,
+            heads: heads.share(weights.shard()),
             scale: (heads.dim as f32).sqrt().recip(),
         })
     }
 
-    /// `[T, C]` to `[T, C]`; writes the keys and values of the new tokens.
+    /// `[T, C]` to partial sums, `[T, C]`; writes the keys and values of the new tokens.
     ///
     /// # Errors
     /// Those of the ops, and of the break.
@@ -175,7 +184,7 @@ impl Attention {
         inputs: &TokenInputs,
         kv: &LayerKv,
     ) -> Result<Tensor> {
-        let qkv = self.qkv_proj.forward(cx, x)?; // [T, (Hq + 2 Hkv) D]
+        let qkv = self.qkv_proj.forward(cx, x)?; // [T, (Hq + 2 Hkv) D], of this rank's heads
         let q = match &self.norm_rope {
             Some(norm_rope) => norm_rope.forward(cx, &qkv, inputs, kv)?,
             None => {
@@ -193,7 +202,7 @@ impl Attention {
                 ops::attention_decode(cx, &q, &kv, &decode.kv_lens, &decode.plan, self.scale)?
             }
         }; // [T, Hq D]
-        self.o_proj.forward(cx, &attended)
+        self.o_proj.forward(cx, &attended) // partial sums
     }
 }
 

@@ -14,7 +14,7 @@ use super::Linear;
 use crate::batch::{ForwardBatch, TokenInputs};
 use crate::config::{Fields, ModelConfig};
 use crate::state::{LayerState, StateLayout};
-use crate::weights::Weights;
+use crate::weights::{Divided, Part, Section, Shard, Split, Weights};
 
 /// The sizes of a mixer, and how it computes.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -73,6 +73,16 @@ impl Mamba2Config {
             return Err(fields.error("ssm_state_size", expected, read.state_size, "the scan keeps no larger state"));
         }
         Ok(read)
+    }
+
+    /// What ranks divide of a mixer. A group stays on one rank, because the norm behind the scan is one of each group.
+    pub fn divided(&self) -> [Divided; 2] {
+        [Divided::new("mamba_num_heads", self.heads), Divided::new("n_groups", self.groups)]
+    }
+
+    /// The heads and the groups that one rank has.
+    pub fn share(self, shard: Shard) -> Self {
+        Self { heads: shard.share(self.heads), groups: shard.share(self.groups), ..self }
     }
 
     /// What `layers` mixers keep of a sequence.
@@ -152,6 +162,7 @@ struct Core {
     /// `[H P]`.
     norm_weight: Tensor,
     eps: f32,
+    /// Of this rank.
     config: Mamba2Config,
 }
 
@@ -161,28 +172,38 @@ impl Mamba2 {
     /// # Errors
     /// Those of [`Mamba2Config::read`] and of [`Weights::take`].
     pub fn load(weights: &mut Weights<'_>, name: &str, config: &ModelConfig) -> crate::Result<Self> {
-        let (hidden, mixer) = (config.hidden_size, Mamba2Config::read(&config.fields)?);
-        let (inner, channels, heads) = (mixer.inner(), mixer.channels(), mixer.heads);
-        let mut take = |part: &str, shape: &[usize]| weights.take(&format!("{name}.{part}"), shape);
-        let conv1d_weight = take("conv1d.weight", &[channels, 1, mixer.conv_kernel])?;
+        let (hidden, whole) = (config.hidden_size, Mamba2Config::read(&config.fields)?);
+        let mixer = whole.share(weights.shard());
+        // What stands in the rows of the matrices, and is divided by itself.
+        let x = Section { units: whole.heads, rows: whole.head_dim };
+        let b = Section { units: whole.groups, rows: whole.state_size };
+        let dt = Section { units: whole.heads, rows: 1 };
+        let (z, c) = (x, b);
+        let mut take = |part: &str, shape: &[usize], sections: &[Section]| {
+            let name = format!("{name}.{part}");
+            weights.take_rows(&[Part { name: &name, shape, split: Split::Rows(sections) }])
+        };
+        let (channels, kernel) = (whole.channels(), whole.conv_kernel);
+        let conv1d_weight = take("conv1d.weight", &[channels, 1, kernel], &[x, b, c])?;
         let core = Core {
-            conv1d_weight: conv1d_weight.reshape(&[channels, mixer.conv_kernel])?,
-            conv1d_bias: mixer.use_conv_bias.then(|| take("conv1d.bias", &[channels])).transpose()?,
-            a_log: take("A_log", &[heads])?,
-            d: take("D", &[heads])?,
-            dt_bias: take("dt_bias", &[heads])?,
-            norm_weight: take("norm.weight", &[inner])?,
+            conv1d_weight: conv1d_weight.reshape(&[mixer.channels(), kernel])?,
+            conv1d_bias: whole.use_conv_bias.then(|| take("conv1d.bias", &[channels], &[x, b, c])).transpose()?,
+            a_log: take("A_log", &[whole.heads], &[dt])?,
+            d: take("D", &[whole.heads], &[dt])?,
+            dt_bias: take("dt_bias", &[whole.heads], &[dt])?,
+            norm_weight: take("norm.weight", &[whole.inner()], &[x])?,
             eps: config.rms_norm_eps,
             config: mixer,
         };
+        let in_proj: (String, &[Section]) = (format!("{name}.in_proj"), &[z, x, b, c, dt]);
         Ok(Self {
-            in_proj: Linear::load(weights, &format!("{name}.in_proj"), inner + channels + heads, hidden)?,
+            in_proj: Linear::column_fused(weights, &[in_proj], hidden)?,
             core: Arc::new(core),
-            out_proj: Linear::load(weights, &format!("{name}.out_proj"), hidden, inner)?,
+            out_proj: Linear::row(weights, &format!("{name}.out_proj"), hidden, whole.inner())?,
         })
     }
 
-    /// `[T, C]` to `[T, C]`; takes the states of the batch's sequences over their new tokens.
+    /// `[T, C]` to partial sums, `[T, C]`; takes the states of the batch's sequences over their new tokens.
     ///
     /// # Errors
     /// Those of the ops, and of the break.

@@ -13,7 +13,7 @@ use super::{Linear, RmsNorm, RotaryScaling};
 use crate::batch::{DecodeInputs, ForwardBatch, TokenInputs};
 use crate::config::ModelConfig;
 use crate::state::{CacheLayout, LayerKv};
-use crate::weights::Weights;
+use crate::weights::{Divided, Part, Section, Shard, Split, Weights};
 
 /// What the norms of queries and latents add to the mean square, whatever the configuration says of other norms.
 const EPS: f32 = 1e-6;
@@ -68,6 +68,16 @@ impl MlaDims {
         })
     }
 
+    /// What ranks divide of such attention. Latents are not divided.
+    pub fn divided(self) -> [Divided; 1] {
+        [Divided::new("num_attention_heads", self.heads)]
+    }
+
+    /// The heads that one rank has, at the same widths.
+    pub fn share(self, shard: Shard) -> Self {
+        Self { heads: shard.share(self.heads), ..self }
+    }
+
     /// What `kv_layers` layers of such attention keep of a token.
     pub fn cache_layout(self, kv_layers: usize) -> CacheLayout {
         CacheLayout { kv_layers, k: [1, self.latent], v: [1, self.rope], q_heads: self.heads, states: None }
@@ -77,6 +87,9 @@ impl MlaDims {
 /// What all layers of latent attention share.
 #[derive(Debug, Clone)]
 pub struct MlaShared {
+    /// Undivided.
+    whole: MlaDims,
+    /// Of this rank.
     dims: MlaDims,
     /// `[R / 2]` f32.
     inv_freq: Tensor,
@@ -91,9 +104,11 @@ impl MlaShared {
     /// # Errors
     /// Those of [`MlaDims::read`] and of [`RotaryScaling::read`]; the device's.
     pub fn load(weights: &Weights<'_>, config: &ModelConfig) -> crate::Result<Self> {
-        let dims = MlaDims::read(config)?;
+        let whole = MlaDims::read(config)?;
+        let dims = whole.share(weights.shard());
         let rotary = RotaryScaling::read(&config.fields, dims.rope)?;
         Ok(Self {
+            whole,
             dims,
             inv_freq: rotary.upload(weights.device())?,
             is_interleaved: config.fields.get("rope_interleave").is_none() || config.fields.flag("rope_interleave")?,
@@ -141,20 +156,24 @@ impl Mla {
     /// Those of [`Weights::take`].
     pub fn load(weights: &mut Weights<'_>, name: &str, hidden: usize, shared: &MlaShared) -> crate::Result<Self> {
         let MlaDims { heads, latent, nope, value, .. } = shared.dims;
-        let kv_b_proj = weights.take(&format!("{name}.kv_b_proj.weight"), &[heads * (nope + value), latent])?;
+        let (kv_b_name, whole_heads) = (format!("{name}.kv_b_proj.weight"), shared.whole.heads);
+        let of_heads = [Section { units: whole_heads, rows: nope + value }];
+        let shape = [whole_heads * (nope + value), latent];
+        let kv_b_proj =
+            weights.take_rows(&[Part { name: &kv_b_name, shape: &shape, split: Split::Rows(&of_heads) }])?;
         let of_heads = kv_b_proj.reshape(&[heads, (nope + value) * latent])?;
         Ok(Self {
-            q: Queries::load(weights, name, hidden, shared.dims)?,
+            q: Queries::load(weights, name, hidden, shared.whole)?,
             kv_a_layernorm: RmsNorm::load(weights, &format!("{name}.kv_a_layernorm"), latent, EPS)?,
             k_b_proj: of_heads.columns(0..nope * latent)?.reshape(&[heads, nope, latent])?,
             v_b_proj: of_heads.columns(nope * latent..(nope + value) * latent)?.reshape(&[heads, value, latent])?,
             kv_b_proj: kv_b_proj.reshape(&[heads, nope + value, latent])?,
-            o_proj: Linear::load(weights, &format!("{name}.o_proj"), hidden, heads * value)?,
+            o_proj: Linear::row(weights, &format!("{name}.o_proj"), hidden, whole_heads * value)?,
             shared: shared.clone(),
         })
     }
 
-    /// `[T, C]` to `[T, C]`; writes the latents and rope keys of the new tokens.
+    /// `[T, C]` to partial sums, `[T, C]`; writes the latents and rope keys of the new tokens.
     ///
     /// # Errors
     /// Those of the ops, and of the break.
@@ -210,12 +229,13 @@ impl Mla {
 }
 
 impl Queries {
+    /// Latents, rope keys and compressed queries are the same on every rank.
     fn load(weights: &mut Weights<'_>, name: &str, hidden: usize, dims: MlaDims) -> crate::Result<Self> {
         let q_width = dims.heads * (dims.nope + dims.rope);
         let (kv_a, kv_width) = (format!("{name}.kv_a_proj_with_mqa"), dims.latent + dims.rope);
         let Some(rank) = dims.q_rank else {
             return Ok(Self::Direct {
-                q_proj: Linear::load(weights, &format!("{name}.q_proj"), q_width, hidden)?,
+                q_proj: Linear::column(weights, &format!("{name}.q_proj"), q_width, hidden)?,
                 kv_a_proj_with_mqa: Linear::load(weights, &kv_a, kv_width, hidden)?,
             });
         };
@@ -223,7 +243,7 @@ impl Queries {
         Ok(Self::Compressed {
             a_proj: Linear::load_fused(weights, &parts, hidden)?,
             q_a_layernorm: RmsNorm::load(weights, &format!("{name}.q_a_layernorm"), rank, EPS)?,
-            q_b_proj: Linear::load(weights, &format!("{name}.q_b_proj"), q_width, rank)?,
+            q_b_proj: Linear::column(weights, &format!("{name}.q_b_proj"), q_width, rank)?,
         })
     }
 

@@ -5,7 +5,7 @@ use bcg_runtime::{OpStream, Result, Tensor};
 
 use super::Linear;
 use crate::config::{Fields, ModelConfig};
-use crate::weights::Weights;
+use crate::weights::{Section, Weights};
 
 /// `down(silu(gate(x)) * up(x))`.
 #[derive(Debug)]
@@ -37,19 +37,20 @@ impl Mlp {
     /// # Errors
     /// Those of [`Weights::take`].
     pub fn load_sized(weights: &mut Weights<'_>, name: &str, hidden: usize, inner: usize) -> crate::Result<Self> {
-        let gate_up = [(format!("{name}.gate_proj"), inner), (format!("{name}.up_proj"), inner)];
+        let channels: &[Section] = &[Section { units: inner, rows: 1 }];
+        let gate_up = [(format!("{name}.gate_proj"), channels), (format!("{name}.up_proj"), channels)];
         Ok(Self {
-            gate_up_proj: Linear::load_fused(weights, &gate_up, hidden)?,
-            down_proj: Linear::load(weights, &format!("{name}.down_proj"), hidden, inner)?,
+            gate_up_proj: Linear::column_fused(weights, &gate_up, hidden)?,
+            down_proj: Linear::row(weights, &format!("{name}.down_proj"), hidden, inner)?,
         })
     }
 
-    /// `[T, C]` to `[T, C]`.
+    /// `[T, C]` to partial sums, `[T, C]`.
     ///
     /// # Errors
     /// Those of the ops.
     pub fn forward(&self, cx: &mut OpStream, x: &Tensor) -> Result<Tensor> {
-        let gate_up = self.gate_up_proj.forward(cx, x)?; // [T, 2 I]
+        let gate_up = self.gate_up_proj.forward(cx, x)?; // [T, 2 I], of this rank's channels
         let gated = ops::silu_mul(cx, &gate_up)?; // [T, I]
         self.down_proj.forward(cx, &gated)
     }
@@ -81,17 +82,17 @@ impl Relu2Mlp {
     pub fn load(weights: &mut Weights<'_>, name: &str, config: &ModelConfig) -> crate::Result<Self> {
         let (hidden, inner) = (config.hidden_size, Self::read_width(&config.fields)?);
         Ok(Self {
-            up_proj: Linear::load(weights, &format!("{name}.up_proj"), inner, hidden)?,
-            down_proj: Linear::load(weights, &format!("{name}.down_proj"), hidden, inner)?,
+            up_proj: Linear::column(weights, &format!("{name}.up_proj"), inner, hidden)?,
+            down_proj: Linear::row(weights, &format!("{name}.down_proj"), hidden, inner)?,
         })
     }
 
-    /// `[T, C]` to `[T, C]`.
+    /// `[T, C]` to partial sums, `[T, C]`.
     ///
     /// # Errors
     /// Those of the ops.
     pub fn forward(&self, cx: &mut OpStream, x: &Tensor) -> Result<Tensor> {
-        let up = self.up_proj.forward(cx, x)?; // [T, I]
+        let up = self.up_proj.forward(cx, x)?; // [T, I], of this rank's channels
         let squared = ops::relu2(cx, &up)?; // [T, I]
         drop(up);
         self.down_proj.forward(cx, &squared)

@@ -8,7 +8,7 @@ use bcg_runtime::{OpStream, Result, Tensor};
 
 use super::{Linear, Mlp};
 use crate::config::{Fields, ModelConfig};
-use crate::weights::Weights;
+use crate::weights::{Divided, Part, Section, Split, Weights};
 
 /// The most experts that the kernels choose among, and the most that they choose for a token.
 const EXPERTS_MAX: usize = 512;
@@ -64,6 +64,11 @@ impl MoeConfig {
         };
         read.check(fields)?;
         Ok(read)
+    }
+
+    /// What ranks divide of a mixture: each expert's channels.
+    pub fn divided(&self) -> [Divided; 1] {
+        [Divided::new("moe_intermediate_size", self.inner)]
     }
 
     /// Refuses numbers that do not fit together.
@@ -133,12 +138,12 @@ fn groups(fields: &Fields, is_sigmoid: bool) -> crate::Result<[usize; 2]> {
     Ok([groups, fields.count("topk_group")?])
 }
 
-/// One layer's router and experts.
+/// One layer's router, the same on every rank, and experts, of each of which a rank has its share of the channels.
 #[derive(Debug)]
 pub struct Moe {
     gate: Linear,
     scoring: Scoring,
-    /// `[E, 2 I, C]`: of each expert `gate_proj`, then `up_proj`.
+    /// `[E, 2 I, C]`: of each expert the channels of this rank, first those of `gate_proj`, then those of `up_proj`.
     gate_up_proj: Tensor,
     /// `[E, C, I]`.
     down_proj: Tensor,
@@ -163,16 +168,18 @@ impl Moe {
         let (is_renormalised, scale) = (moe.is_renormalised, moe.scale);
         let shared_experts = format!("{name}.shared_experts");
         let shared = moe.shared_inner.map(|inner| Mlp::load_sized(weights, &shared_experts, hidden, inner));
+        let gate_up = ([inner, hidden], Split::Rows(&[Section { units: inner, rows: 1 }]));
+        let down = ([hidden, inner], Split::Columns);
         Ok(Self {
             gate,
             scoring: Scoring { scores, chosen: moe.chosen, groups, kept_groups, is_renormalised, scale },
-            gate_up_proj: take_experts(weights, name, num_experts, &["gate_proj", "up_proj"], [inner, hidden])?,
-            down_proj: take_experts(weights, name, num_experts, &["down_proj"], [hidden, inner])?,
+            gate_up_proj: take_experts(weights, name, num_experts, &["gate_proj", "up_proj"], gate_up)?,
+            down_proj: take_experts(weights, name, num_experts, &["down_proj"], down)?,
             shared_experts: shared.transpose()?,
         })
     }
 
-    /// `[T, C]` to `[T, C]`; rows from `num_valid`, `[1]` i32, on become zeros.
+    /// `[T, C]` to partial sums, `[T, C]`; rows from `num_valid`, `[1]` i32, on become zeros.
     ///
     /// # Errors
     /// Those of the ops.
@@ -188,19 +195,20 @@ impl Moe {
     }
 }
 
-/// Takes matrices of all experts, those of one expert on top of each other, as `[E, rows, columns]`.
+/// Takes this rank's share of matrices of all experts, those of one expert on top of each other, as `[E, rows, columns]`.
 fn take_experts(
     weights: &mut Weights<'_>,
     name: &str,
     num_experts: usize,
     matrices: &[&str],
-    shape: [usize; 2],
+    (shape, split): ([usize; 2], Split<'_>),
 ) -> crate::Result<Tensor> {
     let names: Vec<String> = (0..num_experts)
         .flat_map(|expert| matrices.iter().map(move |matrix| format!("{name}.experts.{expert}.{matrix}.weight")))
         .collect();
-    let parts: Vec<_> = names.iter().map(|name| (name.as_str(), &shape[..])).collect();
-    Ok(weights.take_rows(&parts)?.reshape(&[num_experts, matrices.len() * shape[0], shape[1]])?)
+    let parts: Vec<_> = names.iter().map(|name| Part { name, shape: &shape, split }).collect();
+    let taken = weights.take_rows(&parts)?;
+    Ok(taken.reshape(&[num_experts, taken.dim(0) / num_experts, taken.dim(1)])?)
 }
 
 #[cfg(test)]

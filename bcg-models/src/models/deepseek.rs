@@ -4,7 +4,7 @@ use crate::Result;
 use crate::config::ModelConfig;
 use crate::layers::{Decoder, Mixer, Mla, MlaDims, MlaShared, Mlp, Moe, MoeConfig, RotaryScaling};
 use crate::state::CacheLayout;
-use crate::weights::Weights;
+use crate::weights::{Divided, Weights};
 
 /// Latents and rope keys of every layer.
 ///
@@ -25,6 +25,17 @@ pub fn cache_layout(config: &ModelConfig) -> Result<CacheLayout> {
     Mlp::read_width(fields)?;
     MoeConfig::read(config)?;
     Ok(dims.cache_layout(fields.count("num_hidden_layers")?))
+}
+
+/// What the ranks divide.
+///
+/// # Errors
+/// Those of [`cache_layout`].
+pub fn divided(config: &ModelConfig) -> Result<Vec<Divided>> {
+    let mut divided = Vec::from(MlaDims::read(config)?.divided());
+    divided.push(Divided::new("intermediate_size", Mlp::read_width(&config.fields)?));
+    divided.extend(MoeConfig::read(config)?.divided());
+    Ok(divided)
 }
 
 /// Takes the model's weights. The layers after the last one, which predict further tokens, are left out.

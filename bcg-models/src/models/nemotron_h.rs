@@ -4,7 +4,7 @@ use crate::Result;
 use crate::config::{LayerKind, ModelConfig};
 use crate::layers::{Attention, Decoder, Heads, Mamba2, Mamba2Config, Mixer, Relu2Mlp, Sublayer};
 use crate::state::CacheLayout;
-use crate::weights::Weights;
+use crate::weights::{Divided, Weights};
 
 /// Keys and values of the attention layers, states of the Mamba2 layers.
 ///
@@ -21,6 +21,17 @@ pub fn cache_layout(config: &ModelConfig) -> Result<CacheLayout> {
     let count = |kind| kinds.iter().filter(|other| **other == kind).count();
     let states = Mamba2Config::read(fields)?.state_layout(count(LayerKind::Mamba2));
     Ok(CacheLayout { states: Some(states), ..Heads::read(config)?.cache_layout(count(LayerKind::Attention)) })
+}
+
+/// What the ranks divide.
+///
+/// # Errors
+/// Those of [`cache_layout`].
+pub fn divided(config: &ModelConfig) -> Result<Vec<Divided>> {
+    let mut divided = Vec::from(Heads::read(config)?.divided());
+    divided.extend(Mamba2Config::read(&config.fields)?.divided());
+    divided.push(Divided::new("intermediate_size", Relu2Mlp::read_width(&config.fields)?));
+    Ok(divided)
 }
 
 /// Takes the model's weights.

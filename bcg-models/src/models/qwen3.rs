@@ -4,7 +4,7 @@ use crate::Result;
 use crate::config::ModelConfig;
 use crate::layers::{Attention, Decoder, Heads, Mixer, Mlp, Rotary, rope_theta};
 use crate::state::CacheLayout;
-use crate::weights::Weights;
+use crate::weights::{Divided, Weights};
 
 /// Keys and values of every layer.
 ///
@@ -14,6 +14,15 @@ pub fn cache_layout(config: &ModelConfig) -> Result<CacheLayout> {
     rope_theta(&config.fields)?;
     Mlp::read_width(&config.fields)?;
     Ok(Heads::read(config)?.cache_layout(config.fields.count("num_hidden_layers")?))
+}
+
+/// What the ranks divide.
+///
+/// # Errors
+/// Those of [`cache_layout`].
+pub fn divided(config: &ModelConfig) -> Result<Vec<Divided>> {
+    let [heads, kv_heads] = Heads::read(config)?.divided();
+    Ok(vec![heads, kv_heads, Divided::new("intermediate_size", Mlp::read_width(&config.fields)?)])
 }
 
 /// Takes the model's weights.

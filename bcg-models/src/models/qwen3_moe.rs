@@ -1,13 +1,11 @@
 //! Qwen3-MoE: Qwen3 with mixtures of experts in place of MLPs.
 
-use serde_json::Value;
-
 use super::qwen3;
 use crate::Result;
-use crate::config::{Fields, ModelConfig};
-use crate::layers::{Decoder, Mixer, Mlp, Moe, MoeConfig};
+use crate::config::{DenseLayers, ModelConfig};
+use crate::layers::{Decoder, Heads, Mixer, Mlp, Moe, MoeConfig};
 use crate::state::CacheLayout;
-use crate::weights::Weights;
+use crate::weights::{Divided, Weights};
 
 /// Keys and values of every layer.
 ///
@@ -17,6 +15,20 @@ pub fn cache_layout(config: &ModelConfig) -> Result<CacheLayout> {
     MoeConfig::read(config)?;
     DenseLayers::read(&config.fields)?;
     qwen3::cache_layout(config)
+}
+
+/// What the ranks divide.
+///
+/// # Errors
+/// Those of [`cache_layout`].
+pub fn divided(config: &ModelConfig) -> Result<Vec<Divided>> {
+    let mut divided = Vec::from(Heads::read(config)?.divided());
+    divided.extend(MoeConfig::read(config)?.divided());
+    let dense = DenseLayers::read(&config.fields)?;
+    if (0..config.fields.count("num_hidden_layers")?).any(|layer| dense.has(layer)) {
+        divided.push(Divided::new("intermediate_size", Mlp::read_width(&config.fields)?));
+    }
+    Ok(divided)
 }
 
 /// Takes the model's weights.
@@ -29,47 +41,4 @@ pub fn load(config: &ModelConfig, weights: &mut Weights<'_>) -> Result<Decoder> 
         true => Mlp::load(weights, name, config).map(Mixer::Mlp),
         false => Moe::load(weights, name, config).map(|moe| Mixer::Moe(Box::new(moe))),
     })
-}
-
-/// The layers that have an MLP.
-struct DenseLayers {
-    named: Vec<usize>,
-    /// Every layer that is not named has experts if its number, counted from 1, is a multiple of this.
-    sparse_step: usize,
-}
-
-impl DenseLayers {
-    /// Reads `mlp_only_layers` and `decoder_sparse_step`.
-    fn read(fields: &Fields) -> Result<Self> {
-        let sparse_step = fields.optional_count("decoder_sparse_step")?.unwrap_or(1);
-        let Some(value) = fields.get("mlp_only_layers") else { return Ok(Self { named: vec![], sparse_step }) };
-        let number = |layer: &Value| layer.as_u64().map(|layer| layer as usize);
-        let named = value.as_array().and_then(|layers| layers.iter().map(number).collect());
-        let remedy = "check the checkpoint's conversion";
-        let named = named.ok_or_else(|| fields.error("mlp_only_layers", "a list of layers", value, remedy))?;
-        Ok(Self { named, sparse_step })
-    }
-
-    fn has(&self, layer: usize) -> bool {
-        self.named.contains(&layer) || !(layer + 1).is_multiple_of(self.sparse_step)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::json;
-
-    #[test]
-    fn dense_layers_are_named_or_between_sparse_ones() {
-        let dense = |root| -> Vec<usize> {
-            let dense = DenseLayers::read(&Fields::new("config.json", root)).expect("layers");
-            (0..6).filter(|layer| dense.has(*layer)).collect()
-        };
-        assert_eq!(dense(json!({})), [0; 0]);
-        assert_eq!(dense(json!({"mlp_only_layers": [0, 4], "decoder_sparse_step": 1})), [0, 4]);
-        assert_eq!(dense(json!({"mlp_only_layers": [1], "decoder_sparse_step": 2})), [0, 1, 2, 4]);
-        let error = DenseLayers::read(&Fields::new("config.json", json!({"mlp_only_layers": "all"})));
-        assert!(error.is_err_and(|error| error.to_string().contains("field `mlp_only_layers`")));
-    }
 }

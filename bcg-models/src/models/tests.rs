@@ -16,7 +16,7 @@ use crate::runner::{GraphMode, LoadFormat, ModelRunner};
 use crate::sampling::SamplingParams;
 use crate::state::{CacheLayout, Caches, KvCache, StateCache, StateLayout};
 use crate::testing::TempDir;
-use crate::weights::Weights;
+use crate::weights::{Shard, Weights};
 
 /// A folder in `models`.
 fn folder(name: &str) -> PathBuf {
@@ -61,8 +61,8 @@ impl Tiny {
     fn load(name: &str) -> Self {
         let device = Device::host();
         let config = ModelConfig::load(&folder(name)).expect(name);
-        let weights = Weights::open(&folder(name), &device, config.dtype).expect(name);
-        let layout = config.cache_layout().expect("a layout");
+        let weights = Weights::open(&folder(name), &device, config.dtype, Shard::WHOLE).expect(name);
+        let layout = config.cache_layout(Shard::WHOLE).expect("a layout");
         let kv = KvCache::new(&device, config.dtype, &layout, [2 * PAGES, PAGE_SIZE]).expect("a cache");
         let states = StateCache::new(&device, config.dtype, layout.states.as_ref(), 2).expect("states");
         let plan = DecodePlan::new(&device, layout.q_heads, layout.k[0]);
@@ -297,7 +297,7 @@ fn the_geometry_of_nemotron_h_has_the_published_number_of_parameters() {
     let ssm_dtype = DType::F32;
     let states = StateLayout { layers: 24, conv: [10_240, 3], ssm: [128, 64, 128], ssm_dtype };
     let layout = CacheLayout { kv_layers: 4, k: [8, 128], v: [8, 128], q_heads: 32, states: Some(states) };
-    assert_eq!(config.cache_layout().expect("a layout"), layout);
+    assert_eq!(config.cache_layout(Shard::WHOLE).expect("a layout"), layout);
     let tiny = folder("tiny-nemotron-h");
     assert_eq!(num_parameters_nemotron_h(&ModelConfig::load(&tiny).expect("config")), num_stored(&tiny));
 }

@@ -16,6 +16,7 @@ use crate::batch::Phase;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::state::{Caches, KvCache, PagePool, StateCache};
+use crate::weights::Shard;
 
 /// What is taken beside weights and KV cache, in bytes.
 #[derive(Debug, Clone, Copy, Default)]
@@ -33,7 +34,7 @@ pub(super) fn caches(
     options: &ModelRunnerOptions,
     num_pages: usize,
 ) -> Result<Caches> {
-    let layout = config.cache_layout()?;
+    let layout = config.cache_layout(Shard::WHOLE)?;
     let kv = KvCache::new(device, config.dtype, &layout, [num_pages, options.page_size])?;
     let slots = 2 * options.max_running_requests;
     let states = StateCache::new(device, config.dtype, layout.states.as_ref(), slots).map_err(|error| match error {
@@ -68,7 +69,7 @@ impl ModelRunner {
         let device = self.device().clone();
         self.options.fit_kv_cache(&self.config, device.memory_info()?, measured)?;
         let num_pages = self.options.num_pages();
-        let layout = self.config.cache_layout()?;
+        let layout = self.config.cache_layout(Shard::WHOLE)?;
         let kv = KvCache::new(&device, self.config.dtype, &layout, [num_pages, self.options.page_size])?;
         self.caches = Arc::new(Caches { kv, states: self.caches.states.clone() });
         self.pages = page_pool(&self.caches, &self.options);
@@ -151,7 +152,7 @@ impl ModelRunnerOptions {
         let Some(fraction) = self.mem_fraction_static else { return Ok(()) };
         let Measured { arena_bytes, graph_bytes } = measured;
         let kept_free = (memory.total_bytes as f64 * (1.0 - fraction)).ceil() as usize;
-        let page_bytes = config.cache_layout()?.kv_bytes_per_token(config.dtype) * self.page_size;
+        let page_bytes = config.cache_layout(Shard::WHOLE)?.kv_bytes_per_token(config.dtype) * self.page_size;
         let fits =
             memory.free_bytes.saturating_sub(kept_free.saturating_add(graph_bytes)) / page_bytes * self.page_size;
         if fits < self.context_length {
@@ -202,7 +203,7 @@ mod tests {
     #[test]
     fn the_kv_cache_gets_what_the_others_leave() {
         let config = ModelConfig::load(&crate::testing::tiny_qwen3()).expect("config");
-        let page_bytes = config.cache_layout().expect("a layout").kv_bytes_per_token(config.dtype) * 16;
+        let page_bytes = config.cache_layout(Shard::WHOLE).expect("a layout").kv_bytes_per_token(config.dtype) * 16;
         // 1,000 pages in all, of which weights and arena took 300, the graphs will take 100, and 200 stay free.
         let memory = MemoryInfo { free_bytes: 700 * page_bytes, total_bytes: 1000 * page_bytes };
         let measured = Measured { arena_bytes: 32 << 20, graph_bytes: 100 * page_bytes };

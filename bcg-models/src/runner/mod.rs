@@ -34,7 +34,7 @@ use crate::registry::{self, Model};
 use crate::sampling::SamplingParams;
 use crate::state::{Caches, KvCache, PagePool, StateCache};
 use crate::tokenizer::Tokenizer;
-use crate::weights::Weights;
+use crate::weights::{Shard, Weights};
 
 pub use choose::{PendingStep, TOP_LOGPROBS_MAX};
 pub use generate::{FinishReason, GenerateOptions, Generated};
@@ -108,8 +108,8 @@ impl ModelRunner {
         }
         let mut loaded = |done, total| progress(Progress { stage: Stage::LoadWeights, done, total });
         let weights = match options.load_format {
-            LoadFormat::Auto => Weights::open(dir, device, config.dtype)?,
-            LoadFormat::Dummy => Weights::random(device, config.dtype)?,
+            LoadFormat::Auto => Weights::open(dir, device, config.dtype, Shard::WHOLE)?,
+            LoadFormat::Dummy => Weights::random(device, config.dtype, Shard::WHOLE)?,
         };
         let model = registry::load(&config, weights.with_progress(&mut loaded))?;
 
@@ -120,7 +120,7 @@ impl ModelRunner {
         if !is_fitted {
             progress(Progress { stage: Stage::KvCache, done: 1, total: 1 });
         }
-        let layout = config.cache_layout()?;
+        let layout = config.cache_layout(Shard::WHOLE)?;
         let decode_plan = ops::DecodePlan::new(device, layout.q_heads, layout.k[0]);
         let inputs = InputBuffers::new(device, options.limits()?, options.page_size, decode_plan)?;
         let mut runtime_options = bcg_runtime::RunnerOptions::default();

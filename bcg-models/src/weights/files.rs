@@ -11,6 +11,8 @@ use half::{bf16, f16};
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorInfo;
 
+use super::part::{Part, Stretches};
+use super::shard::Shard;
 use crate::checkpoint::{self, INDEX_BYTES_MAX};
 use crate::error::{Error, Result};
 
@@ -34,10 +36,12 @@ struct OpenFile {
     path: PathBuf,
 }
 
-/// One tensor's elements, converted while they are read.
+/// The elements that a rank keeps of a tensor, converted while they are read.
 #[derive(Debug)]
 pub(super) struct FileTensor {
     place: Place,
+    /// Which elements, in their order.
+    stretches: Vec<Stretches>,
     from: Element,
     to: Element,
 }
@@ -88,8 +92,9 @@ impl WeightFiles {
         Ok(())
     }
 
-    /// Takes a tensor, to be read as `dtype`.
-    pub(super) fn take(&mut self, name: &str, shape: &[usize], dtype: DType) -> Result<FileTensor> {
+    /// Takes a tensor, of which the part of `shard`, which divides it, is to be read as `dtype`.
+    pub(super) fn take(&mut self, part: &Part<'_>, shard: Shard, dtype: DType) -> Result<FileTensor> {
+        let Part { name, shape, .. } = *part;
         let Some(place) = self.tensors.remove(name) else {
             return Err(Error::MissingTensors { dir: self.dir.clone(), names: vec![name.to_owned()] });
         };
@@ -104,7 +109,7 @@ impl WeightFiles {
             _ => None,
         };
         match (from.and_then(Element::of), Element::of(dtype)) {
-            (Some(from), Some(to)) => Ok(FileTensor { place, from, to }),
+            (Some(from), Some(to)) => Ok(FileTensor { place, stretches: part.stretches(shard), from, to }),
             _ => Err(mismatch(
                 format!("bf16, f16 or f32, to be converted to {dtype}"),
                 format!("{:?}", place.info.dtype),
@@ -135,13 +140,33 @@ impl WeightFiles {
 }
 
 impl UploadSource for FileTensor {
-    fn read(&self, offset: usize, into: &mut [u8]) -> bcg_runtime::Result<()> {
-        if self.from == self.to {
-            return self.place.read(offset, into);
+    fn read(&self, offset: usize, mut into: &mut [u8]) -> bcg_runtime::Result<()> {
+        let size = self.to.size_bytes();
+        let mut at = offset / size; // elements from the beginning of the next stretches
+        for stretches in &self.stretches {
+            let Stretches { first, len, stride, count } = *stretches;
+            while at < len * count && !into.is_empty() {
+                let (stretch, begin) = (at / len, at % len);
+                let elements = (len - begin).min(into.len() / size);
+                let (now, later) = into.split_at_mut(elements * size);
+                self.read_elements(first + stretch * stride + begin, now)?;
+                (at, into) = (at + elements, later);
+            }
+            at = at.saturating_sub(len * count);
         }
+        Ok(())
+    }
+}
+
+impl FileTensor {
+    /// Reads elements that stand together, from the element `first` of the tensor on.
+    fn read_elements(&self, first: usize, into: &mut [u8]) -> bcg_runtime::Result<()> {
         let (from, to) = (self.from.size_bytes(), self.to.size_bytes());
+        if self.from == self.to {
+            return self.place.read(first * from, into);
+        }
         let mut source = vec![0; into.len() / to * from];
-        self.place.read(offset / to * from, &mut source)?;
+        self.place.read(first * from, &mut source)?;
         for (into, source) in into.chunks_exact_mut(to).zip(source.chunks_exact(from)) {
             self.to.write(self.from.read(source), into);
         }
@@ -228,7 +253,7 @@ mod tests {
     }
 
     fn taken(files: &mut WeightFiles, name: &str, len: usize, dtype: DType) -> Result<Vec<u8>> {
-        let tensor = files.take(name, &[len], dtype)?;
+        let tensor = files.take(&Part::whole(name, &[len]), Shard::WHOLE, dtype)?;
         let mut bytes = vec![0; len * dtype.size_bytes()];
         tensor.read(0, &mut bytes)?;
         Ok(bytes)
@@ -254,7 +279,7 @@ mod tests {
         let values: Vec<u8> = (0..10).flat_map(|i| bf16::from_f32(i as f32).to_le_bytes()).collect();
         write(&dir, "model.safetensors", &[("a", Dtype::F32, &[0; 12]), ("b", Dtype::BF16, &values)]);
         let mut files = WeightFiles::open(dir.path()).expect("open");
-        let tensor = files.take("b", &[10], DType::F32).expect("b");
+        let tensor = files.take(&Part::whole("b", &[10]), Shard::WHOLE, DType::F32).expect("b");
         let mut bytes = [0; 8];
         tensor.read(12, &mut bytes).expect("elements 3 and 4");
         assert_eq!(bytes, bytemuck::cast::<[f32; 2], [u8; 8]>([3.0, 4.0]));

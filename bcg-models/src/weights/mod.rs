@@ -3,8 +3,12 @@
 //! A model *takes* each tensor once, by name and shape, and gets memory whose elements arrive when the loading ends.
 //! [`Weights::finish`] refuses what is left over, so that a checkpoint of another architecture, or a part that the
 //! wiring forgot, is an error at load and not a wrong answer later.
+//!
+//! Of several ranks each takes its [`Shard`]: a [`Part`] says how a tensor is divided, and a rank reads the bytes that it
+//! keeps, and no others.
 
 mod files;
+mod part;
 mod random;
 mod shard;
 
@@ -16,13 +20,16 @@ use crate::error::Result;
 use files::WeightFiles;
 use random::RandomWeights;
 
-pub use shard::Shard;
+pub use part::{Part, Section, Split};
+pub(crate) use shard::check as check_shard;
+pub use shard::{Divided, Shard};
 
 /// The checkpoint's tensors that were not taken yet.
 pub struct Weights<'a> {
     origin: Origin,
     device: &'a Device,
     dtype: DType,
+    shard: Shard,
     progress: Option<&'a mut dyn FnMut(usize, usize)>,
 }
 
@@ -43,24 +50,26 @@ impl std::fmt::Debug for Weights<'_> {
 
 impl<'a> Weights<'a> {
     /// Opens `model.safetensors`, or the shards of `model.safetensors.index.json`, of the checkpoint in `dir`.
-    /// Tensors are converted to `dtype` on their way to `device`.
+    /// Tensors are converted to `dtype` on their way to `device`, which gets the parts of `shard`.
     ///
     /// # Errors
     /// [`Error::File`](crate::Error::File), [`Error::Format`](crate::Error::Format) for files that are absent or
     /// corrupt; [`Error::MissingTensors`](crate::Error::MissingTensors) if the index names tensors that its shards do
     /// not hold.
-    pub fn open(dir: &Path, device: &'a Device, dtype: DType) -> Result<Self> {
+    pub fn open(dir: &Path, device: &'a Device, dtype: DType, shard: Shard) -> Result<Self> {
         let uploader = Uploader::new(device, UploadOptions::default());
         let origin = Origin::Files { files: WeightFiles::open(dir)?, uploader };
-        Ok(Self { origin, device, dtype, progress: None })
+        Ok(Self { origin, device, dtype, shard, progress: None })
     }
 
-    /// Makes up every tensor that is taken, the same ones each time: to measure a geometry without its checkpoint.
+    /// Makes up every tensor that is taken, the same ones each time: to measure a geometry without its checkpoint. What
+    /// several ranks keep is the same on all of them; the parts of a divided tensor are not those of the whole one.
     ///
     /// # Errors
     /// The device's.
-    pub fn random(device: &'a Device, dtype: DType) -> Result<Self> {
-        Ok(Self { origin: Origin::Random(Box::new(RandomWeights::new(device)?)), device, dtype, progress: None })
+    pub fn random(device: &'a Device, dtype: DType, shard: Shard) -> Result<Self> {
+        let origin = Origin::Random(Box::new(RandomWeights::new(device)?));
+        Ok(Self { origin, device, dtype, shard, progress: None })
     }
 
     /// Calls `progress(bytes done, bytes in all)` while [`finish`](Self::finish) writes the tensors.
@@ -75,55 +84,64 @@ impl<'a> Weights<'a> {
         self.device
     }
 
-    /// Takes the tensor `name`, which must have `shape`. Its elements are undefined before [`finish`](Self::finish).
+    /// The share of the model that is taken.
+    pub fn shard(&self) -> Shard {
+        self.shard
+    }
+
+    /// Takes the tensor `name`, which must have `shape`, undivided. Its elements are undefined before
+    /// [`finish`](Self::finish).
     ///
     /// # Errors
     /// [`Error::MissingTensors`](crate::Error::MissingTensors),
     /// [`Error::TensorMismatch`](crate::Error::TensorMismatch), or the device's error.
     pub fn take(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        self.take_rows(&[(name, shape)])
+        self.take_rows(&[Part::whole(name, shape)])
     }
 
-    /// Takes several tensors and joins them along their first dimension: one matrix product instead of several.
+    /// Takes this rank's share of several tensors and joins them along their first dimension: one matrix product instead
+    /// of several.
     ///
     /// # Errors
-    /// As [`take`](Self::take).
+    /// As [`take`](Self::take); [`Error::TensorMismatch`](crate::Error::TensorMismatch) for a tensor that the ranks
+    /// cannot divide as its part says.
     ///
     /// # Panics
     /// If the shapes differ after the first dimension.
-    pub fn take_rows(&mut self, parts: &[(&str, &[usize])]) -> Result<Tensor> {
+    pub fn take_rows(&mut self, parts: &[Part<'_>]) -> Result<Tensor> {
         self.take_rows_as(parts, self.dtype)
     }
 
-    /// Takes the tensor `name` as f32, whatever the dtype of the others: one that rounding would spoil.
+    /// Takes the tensor `name` undivided as f32, whatever the dtype of the others: one that rounding would spoil.
     ///
     /// # Errors
     /// As [`take`](Self::take).
     pub fn take_f32(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        self.take_rows_as(&[(name, shape)], DType::F32)
+        self.take_rows_as(&[Part::whole(name, shape)], DType::F32)
     }
 
-    fn take_rows_as(&mut self, parts: &[(&str, &[usize])], dtype: DType) -> Result<Tensor> {
-        let mut shape = parts[0].1.to_vec();
-        assert!(parts.iter().all(|(_, part)| part[1..] == shape[1..]), "parts of one matrix have equal rows");
-        shape[0] = parts.iter().map(|(_, part)| part[0]).sum();
+    fn take_rows_as(&mut self, parts: &[Part<'_>], dtype: DType) -> Result<Tensor> {
+        let shard = self.shard;
+        let kept = parts.iter().map(|part| part.kept_shape(shard)).collect::<Result<Vec<_>>>()?;
+        let mut shape = kept[0].clone();
+        assert!(kept.iter().all(|part| part[1..] == shape[1..]), "parts of one matrix have equal rows");
+        shape[0] = kept.iter().map(|part| part[0]).sum();
         let mut last = 0;
-        let mut ranges = parts.iter().map(|(_, part)| {
+        let ranges = kept.iter().map(|part| {
             last += part[0];
             last - part[0]..last
         });
         match &mut self.origin {
             Origin::Files { files, uploader } => {
                 // Before the memory, which a wrong shape may be too large for.
-                let sources =
-                    parts.iter().map(|(name, part)| files.take(name, part, dtype)).collect::<Result<Vec<_>>>()?;
+                let sources = parts.iter().map(|part| files.take(part, shard, dtype)).collect::<Result<Vec<_>>>()?;
                 let tensor = self.device.empty(&shape, dtype)?;
                 ranges.zip(sources).try_for_each(|(rows, source)| uploader.add(&tensor.rows(rows)?, source))?;
                 Ok(tensor)
             }
             Origin::Random(random) => {
                 let tensor = self.device.empty(&shape, dtype)?;
-                ranges.try_for_each(|rows| random.fill(&tensor.rows(rows)?))?;
+                ranges.zip(parts).try_for_each(|(rows, part)| random.fill(&tensor.rows(rows)?, part.number(shard)))?;
                 Ok(tensor)
             }
         }
@@ -196,8 +214,9 @@ mod tests {
         let device = Device::host();
         let mut seen = Vec::new();
         let mut progress = |done, total| seen.push((done, total));
-        let mut weights = Weights::open(dir.path(), &device, DType::F32).expect("open").with_progress(&mut progress);
-        let qk = weights.take_rows(&[("q", &[1, 2]), ("k", &[2, 2])]).expect("q and k");
+        let mut weights =
+            Weights::open(dir.path(), &device, DType::F32, Shard::WHOLE).expect("open").with_progress(&mut progress);
+        let qk = weights.take_rows(&[Part::whole("q", &[1, 2]), Part::whole("k", &[2, 2])]).expect("q and k");
         let norm = weights.take("norm", &[1]).expect("norm");
         weights.finish().expect("nothing left");
         assert_eq!(device.read::<f32>(&qk).expect("read"), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
@@ -211,7 +230,7 @@ mod tests {
         let view = TensorView::new(Dtype::F32, vec![1], &[0; 4]).expect("a view");
         dir.write("model.safetensors", &safetensors::serialize([("a", view)], None).expect("serialised"));
         let device = Device::host();
-        let mut weights = Weights::open(dir.path(), &device, DType::F32).expect("open");
+        let mut weights = Weights::open(dir.path(), &device, DType::F32, Shard::WHOLE).expect("open");
         let error = weights.take("a", &[u32::MAX as usize, u32::MAX as usize]).expect_err("too large").to_string();
         assert_eq!(error, "tensor `a`: expected shape [4294967295, 4294967295] by config.json, got [1]");
     }
@@ -220,8 +239,9 @@ mod tests {
     fn random_tensors_are_the_same_each_time_and_have_the_scale_of_their_kind() {
         let device = Device::host();
         let load = || {
-            let mut weights = Weights::random(&device, DType::F32).expect("weights");
-            let matrix = weights.take_rows(&[("a", &[3, 40]), ("b", &[2, 40])]).expect("a matrix");
+            let mut weights = Weights::random(&device, DType::F32, Shard::WHOLE).expect("weights");
+            let matrix =
+                weights.take_rows(&[Part::whole("a", &[3, 40]), Part::whole("b", &[2, 40])]).expect("a matrix");
             let norm = weights.take("norm", &[40]).expect("a norm");
             weights.finish().expect("nothing can be left");
             (device.read::<f32>(&matrix).expect("read"), device.read::<f32>(&norm).expect("read"))

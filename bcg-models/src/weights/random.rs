@@ -25,10 +25,12 @@ impl RandomWeights {
         Ok(Self { runner: Runner::new(device, options)?, seed: 0, bytes: 0 })
     }
 
-    /// Enqueues the filling of a tensor. Vectors are the scales of norms: they lie around 1, all else around 0.
-    pub(super) fn fill(&mut self, tensor: &Tensor) -> Result<()> {
+    /// Enqueues the filling of the part `number` of a tensor. Vectors are the scales of norms: they lie around 1, all else
+    /// around 0.
+    pub(super) fn fill(&mut self, tensor: &Tensor, number: usize) -> Result<()> {
         let mean = if tensor.rank() == 1 { 1.0 } else { 0.0 };
-        self.runner.eager(&(), |cx| ops::fill_random(cx, tensor, self.seed, mean, STD))?;
+        let seed = self.seed | (number as u64) << 32; // no model has that many tensors
+        self.runner.eager(&(), |cx| ops::fill_random(cx, tensor, seed, mean, STD))?;
         self.seed += 1;
         self.bytes += tensor.size_bytes();
         Ok(())

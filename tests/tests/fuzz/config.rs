@@ -1,6 +1,6 @@
 //! `config.json`, `generation_config.json` and `tokenizer.json`.
 
-use bcg_models::weights::Weights;
+use bcg_models::weights::{Shard, Weights};
 use bcg_models::{ModelConfig, Tokenizer, registry};
 use bcg_runtime::Device;
 use proptest::prelude::*;
@@ -24,10 +24,11 @@ fn any_configuration_is_read_or_refused() {
         folder.set("config.json", Some(&document.bytes));
         folder.set("generation_config.json", generation.as_ref().map(|generation| &generation.bytes[..]));
         let Ok(config) = ModelConfig::load(&folder.0) else { return Ok(false) };
-        config.cache_layout().map_err(|error| format!("no layout after a load: {error}"))?;
+        config.cache_layout(Shard::WHOLE).map_err(|error| format!("no layout after a load: {error}"))?;
         // Some find all of their tensors, and all must come back.
         let checkpoint = &folders[document.origin % tiny.len()];
-        let weights = Weights::open(checkpoint, &device, config.dtype).map_err(|error| error.to_string())?;
+        let weights =
+            Weights::open(checkpoint, &device, config.dtype, Shard::WHOLE).map_err(|error| error.to_string())?;
         let _ = registry::load(&config, weights);
         Ok(true)
     });

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use bcg_models::weights::Weights;
+use bcg_models::weights::{Shard, Weights};
 use bcg_models::{ModelConfig, registry};
 use bcg_runtime::Device;
 use proptest::prelude::*;
@@ -54,7 +54,7 @@ fn any_safetensors_file_is_loaded_or_refused() {
         let data = kept.map_or(&checkpoint.data[..], |kept| &checkpoint.data[..kept.index(checkpoint.data.len())]);
         folder.set("model.safetensors", Some(&[&len.to_le_bytes(), &header.bytes[..], data].concat()));
         folder.set("model.safetensors.index.json", index.as_ref().map(|index| &index.bytes[..]));
-        let weights = Weights::open(&folder.0, &device, checkpoint.config.dtype);
+        let weights = Weights::open(&folder.0, &device, checkpoint.config.dtype, Shard::WHOLE);
         Ok(weights.is_ok_and(|weights| registry::load(&checkpoint.config, weights).is_ok()))
     });
 }
