@@ -5,7 +5,8 @@ use bcg_runtime::{DType, Device, LiveBatch, Rows, Runner, RunnerOptions};
 
 use super::fixture::{FLOATS, Fixture, assert_close};
 
-/// `gather_rows` copies rows bit for bit, however they lie; an index outside gives zeros.
+/// `gather_rows` copies rows bit for bit, however they lie; an index outside gives zeros. The indices of the share of a
+/// table begin at any row.
 pub(super) fn gather_rows_picks_rows(device: &Device) {
     let mut fixture = Fixture::new(device);
     for dtype in FLOATS {
@@ -14,16 +15,25 @@ pub(super) fn gather_rows_picks_rows(device: &Device) {
             let on_device = fixture.ints(&index);
             for x in fixture.random_rows(11, columns, dtype) {
                 let out = fixture.run(|cx| ops::gather_rows(cx, &x.tensor, &on_device));
-                assert_eq!(fixture.read(&out), picked(&x.values, columns, &index), "{dtype}, {columns} columns");
+                assert_eq!(
+                    fixture.read(&out),
+                    picked(&x.values, columns, &index.map(i64::from)),
+                    "{dtype}, {columns} columns"
+                );
+                for first in [3, 11, i32::MAX as usize] {
+                    let of_share = index.map(|row| i64::from(row) - first as i64);
+                    let out = fixture.run(|cx| ops::gather_rows_from(cx, &x.tensor, first, &on_device));
+                    assert_eq!(fixture.read(&out), picked(&x.values, columns, &of_share), "{dtype}, from {first}");
+                }
             }
         }
     }
 }
 
-fn picked(values: &[f64], columns: usize, index: &[i32]) -> Vec<f64> {
+fn picked(values: &[f64], columns: usize, index: &[i64]) -> Vec<f64> {
     let rows: Vec<&[f64]> = values.chunks(columns).collect();
     let zeros = vec![0.0; columns];
-    let row = |i: &i32| usize::try_from(*i).ok().and_then(|i| rows.get(i).copied()).unwrap_or(&zeros);
+    let row = |i: &i64| usize::try_from(*i).ok().and_then(|i| rows.get(i).copied()).unwrap_or(&zeros);
     index.iter().flat_map(|i| row(i).to_vec()).collect()
 }
 

@@ -24,6 +24,8 @@ struct GatherRowsArgs {
     x_stride_bytes: i64,
     row_bytes: i64,
     x_rows: i64,
+    /// The index of the first row of `x`.
+    first_row: i64,
 }
 
 // SAFETY: `gather_rows` has checked the shapes when it launches, and the source indexes by these alone.
@@ -55,6 +57,35 @@ static GATHER_ROWS: Kernel<GatherRowsArgs> = unsafe { Kernel::new("gather_rows",
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
 pub fn gather_rows(cx: &mut OpStream, x: &Tensor, index: &Tensor) -> Result<Tensor> {
+    gather_rows_from(cx, x, 0, index)
+}
+
+/// [`gather_rows`] of a table of which `x` holds the rows from `first_row` on, such as one rank's share of it.
+///
+/// `out[b] = x[index[b] - first_row]`; an index outside gives a row of zeros.
+///
+/// # Shapes
+/// As [`gather_rows`].
+///
+/// # Capture
+/// As [`gather_rows`]; `first_row` is frozen.
+///
+/// # Errors
+/// As [`gather_rows`].
+///
+/// # Example
+/// ```
+/// use bcg_runtime::{Device, Runner, RunnerOptions};
+///
+/// let device = Device::host();
+/// let mut runner = Runner::new(&device, RunnerOptions::default())?;
+/// let second_half = device.tensor(&[2, 1], &[20.0f32, 30.0])?;
+/// let index = device.tensor(&[3], &[3, 1, 2])?;
+/// let out = runner.eager(&(), |cx| bcg_kernels::gather_rows_from(cx, &second_half, 2, &index))?;
+/// assert_eq!(runner.read::<f32>(&out)?, [30.0, 0.0, 20.0]);
+/// # Ok::<(), bcg_runtime::Error>(())
+/// ```
+pub fn gather_rows_from(cx: &mut OpStream, x: &Tensor, first_row: usize, index: &Tensor) -> Result<Tensor> {
     CHECK.rank("x", x, &["T", "C"])?;
     CHECK.rank("index", index, &["B"])?;
     CHECK.dense("index", index, index.shape(), DType::I32)?;
@@ -67,6 +98,7 @@ pub fn gather_rows(cx: &mut OpStream, x: &Tensor, index: &Tensor) -> Result<Tens
         x_stride_bytes: row_stride_bytes(x),
         row_bytes: row_bytes(x),
         x_rows: x.dim(0) as i64,
+        first_row: i64::from(CHECK.u32("first_row", first_row)?),
     };
     cx.launch(&GATHER_ROWS, dims, args)?;
     Ok(out)
