@@ -2,7 +2,7 @@
 
 use bcg_runtime::{Header, Source};
 
-use crate::{activation, attention, choose, latent, linear, moe, norm, rows, ssm};
+use crate::{activation, attention, choose, collective, latent, linear, moe, norm, rows, ssm};
 
 /// Names a CUDA source by its path in `src`. It may include the headers that the ops share, and those of its own folder that
 /// are named here.
@@ -28,6 +28,9 @@ macro_rules! ops {
 
 /// The headers that several ops share.
 pub(crate) const HEADERS: &[Header] = &[
+    ("collective.cuh", include_str!("../include/collective.cuh")),
+    ("collective_gather.cuh", include_str!("../include/collective_gather.cuh")),
+    ("collective_reduce.cuh", include_str!("../include/collective_reduce.cuh")),
     ("few_rows.cuh", include_str!("../include/few_rows.cuh")),
     ("hopper.cuh", include_str!("../include/hopper.cuh")),
     ("latent_attention.cuh", include_str!("../include/latent_attention.cuh")),
@@ -49,6 +52,7 @@ pub fn sources() -> impl Iterator<Item = &'static Source> {
         activation::SOURCES,
         attention::SOURCES,
         choose::SOURCES,
+        collective::SOURCES,
         latent::SOURCES,
         linear::SOURCES,
         moe::SOURCES,

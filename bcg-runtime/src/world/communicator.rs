@@ -18,8 +18,11 @@ use crate::launch::PlaneId;
 use crate::{Device, DeviceKind, DevicePtr, Error, KernelArgs, PinnedBuffer, Result};
 
 /// The blocks of a collective's grid, at most: each has an epoch of its own. Two ranks that share a GPU must both find room
-/// for theirs beside the other's.
-pub const COLLECTIVE_BLOCKS_MAX: usize = 64;
+/// for theirs beside the other's: blocks of up to 512 threads, two of which fit into a multiprocessor.
+pub const COLLECTIVE_BLOCKS_MAX: usize = 128;
+
+/// The smallest plane: some packs of 16 bytes for each rank, in each half.
+const PLANE_BYTES_MIN: usize = 64 << 10;
 
 /// Words of page-locked memory between host and device: leave; the lost rank and 1; the collective; its segment and 1.
 const WORDS: usize = 4;
@@ -28,7 +31,7 @@ const WORDS: usize = 4;
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct CommunicatorOptions {
-    /// The bytes of each rank's plane; larger messages are sent in several parts. The host device has none.
+    /// The bytes of each rank's plane, at least 64 KiB; larger messages are sent in several parts. The host device has none.
     pub plane_bytes: usize,
     /// What epochs begin at. A test begins just below 2³².
     pub first_epoch: u32,
@@ -101,6 +104,10 @@ pub(crate) struct Told {
 
 impl Communicator {
     pub(super) fn for_all(world: &World, options: &CommunicatorOptions) -> Result<Vec<Self>> {
+        if options.plane_bytes < PLANE_BYTES_MIN {
+            let message = format!("plane_bytes is {}; give at least {PLANE_BYTES_MIN}", options.plane_bytes);
+            return Err(Error::Option { option: "World::communicators", message });
+        }
         let (size, timeout) = (world.size(), world.0.options.timeout);
         let planes = planes(world, options.plane_bytes)?;
         let collectives = Arc::new(Collectives::new(size, timeout, &world.0.lost));

@@ -8,7 +8,7 @@ use crate::check::Check;
 use crate::float::{Float, dot, extend_f32, pack_len};
 
 /// Words of a row and of the weight that a thread keeps.
-pub(super) const PACKS: usize = 2;
+pub(crate) const PACKS: usize = 2;
 
 /// The geometry of the RMS norms: one block per row, of as many threads as let each keep two words of a row of up to
 /// 1024 words.

@@ -1,0 +1,102 @@
+// Sums over the ranks in one step. Host reference, shapes and checks: kernels/src/collective/reduce.rs.
+#pragma once
+#include "collective.cuh"
+
+// Every rank sends each other one its piece, and sums what comes. A thread sends the packs after those that it waits for, so
+// that the link is busy meanwhile.
+template <typename T, bool WIDE, u32 RANKS> BCG_DEVICE void reduce(const ReduceArgs& a) {
+    constexpr u32 N = AT_ONCE<RANKS>;
+    u32 step = gridDim.x * blockDim.x, mine = blockIdx.x * blockDim.x + threadIdx.x;
+    PackedRows<T, WIDE> out(a.out, a.columns, a.columns);
+    auto piece = [&](u32 rank) { return PackedRows<T, WIDE>((const T*)a.x + rank * a.x_step, a.x_stride, a.columns); };
+    wait_for_inputs();
+    Collective c(a.communicator);
+    PackedRows<T, WIDE> own = piece(c.c.rank);
+    auto send = [&](u32 first) {
+        for (u32 distance = 1; distance < c.c.num_ranks; distance++) {
+            u32 to = c.rank_at(distance);
+            PackedRows<T, WIDE> x = piece(to);
+            Pack<T> packs[N];
+#pragma unroll
+            for (u32 k = 0; k < N; k++)
+                if (first + k * step < a.packs) packs[k] = x.load(a.first_pack + first + k * step);
+#pragma unroll
+            for (u32 k = 0; k < N; k++)
+                if (first + k * step < a.packs) c.send(to, first + k * step, packs[k]);
+        }
+    };
+    send(mine);
+    for (u32 first = mine; first < a.packs; first += N * step) {
+        send(first + N * step);
+        Pack<T> packs[RANKS][N];
+#pragma unroll
+        for (u32 k = 0; k < N; k++)
+            if (first + k * step < a.packs) c.set_own(packs, k, own.load(a.first_pack + first + k * step));
+        c.receive(packs, [&](u32, u32 k) { return first + k * step < a.packs ? first + k * step : NOWHERE; });
+#pragma unroll
+        for (u32 k = 0; k < N; k++)
+            if (first + k * step < a.packs) out.store(a.first_pack + first + k * step, c.sum(packs, k));
+    }
+    c.end();
+}
+
+// The same where each rank sums a share of the message and sends the sum to all: two crossings, fewer bytes. Its slot holds
+// a share of what the sender has, then one of what it has summed.
+template <typename T, bool WIDE, u32 RANKS> BCG_DEVICE void reduce_two_shot(const ReduceArgs& a) {
+    u32 step = gridDim.x * blockDim.x, mine = blockIdx.x * blockDim.x + threadIdx.x;
+    PackedRows<T, WIDE> x(a.x, a.x_stride, a.columns), out(a.out, a.columns, a.columns);
+    wait_for_inputs();
+    Collective c(a.communicator);
+    u32 share = (a.packs - 1) / c.c.num_ranks + 1;
+    // Pack i of a rank's share, among those of this launch.
+    auto pack_of = [&](u32 rank, u32 i) {
+        u32 at = rank * share + i;
+        return i < share && at < a.packs ? at : NOWHERE;
+    };
+    auto send = [&](u32 i) {
+        for (u32 distance = 1; distance < c.c.num_ranks; distance++) {
+            u32 to = c.rank_at(distance), at = pack_of(to, i);
+            if (at != NOWHERE) c.send(to, i, x.load(a.first_pack + at));
+        }
+    };
+    send(mine);
+    for (u32 i = mine; i < share + step; i += step) {
+        send(i + step);
+        Pack<T> packs[RANKS][1];
+        u32 own = pack_of(c.c.rank, i);
+        if (own != NOWHERE) {
+            c.set_own(packs, 0, x.load(a.first_pack + own));
+            c.receive(packs, [&](u32, u32) { return i; });
+            Pack<T> sum = c.sum(packs, 0);
+            c.send_to_all(share + i, sum);
+            out.store(a.first_pack + own, sum);
+        }
+        if (i < mine + step) continue;
+        u32 before = i - step;
+        c.receive(packs, [&](u32 r, u32) { return pack_of(r, before) == NOWHERE ? NOWHERE : share + before; });
+#pragma unroll
+        for (u32 r = 0; r < RANKS; r++)
+            if (r != c.c.rank && r < c.c.num_ranks && pack_of(r, before) != NOWHERE)
+                out.store(a.first_pack + pack_of(r, before), packs[r][0]);
+    }
+    c.end();
+}
+
+template <typename T> BCG_DEVICE bool is_wide(const ReduceArgs& a) {
+    return ((u64)a.x | (u64)a.out | (a.x_stride | a.x_step | a.columns) * sizeof(T)) % 16 == 0;
+}
+
+template <typename T> BCG_DEVICE void reduce(const ReduceArgs& a) {
+    if (a.communicator.num_ranks == 2) {
+        if (is_wide<T>(a)) reduce<T, true, 2>(a);
+        else reduce<T, false, 2>(a);
+    } else {
+        if (is_wide<T>(a)) reduce<T, true, RANKS_MAX>(a);
+        else reduce<T, false, RANKS_MAX>(a);
+    }
+}
+
+template <typename T> BCG_DEVICE void reduce_two_shot(const ReduceArgs& a) {
+    if (is_wide<T>(a)) reduce_two_shot<T, true, RANKS_MAX>(a);
+    else reduce_two_shot<T, false, RANKS_MAX>(a);
+}
