@@ -11,6 +11,7 @@ pub mod golden;
 pub mod ops;
 pub mod random;
 pub mod soak;
+pub mod world;
 
 use bcg_runtime::Device;
 
