@@ -18,6 +18,10 @@ use crate::{DevicePtr, Result};
 /// The largest argument struct of a kernel, in bytes.
 pub const ARG_BYTES_MAX: usize = 256;
 
+/// Where the arguments of a collective say which segment it is captured in: the offset of
+/// [`CommunicatorArgs::segment`](crate::CommunicatorArgs), with which they begin.
+pub(crate) const SEGMENT_AT: usize = 108;
+
 /// The number of different kernels that one process may launch.
 pub(crate) const KERNELS_MAX: usize = 1024;
 
@@ -393,6 +397,17 @@ impl Launch {
     /// As [`Launch::new`], with the bytes of the kernel's argument struct.
     pub(crate) fn from_bytes(kernel: &'static dyn AnyKernel, dims: Dims, args: &[u8]) -> Self {
         Self { kernel, dims, args: ArgBytes::new(args), plane: None }
+    }
+
+    /// Returns the name of its kernel.
+    pub(crate) fn name(&self) -> &'static str {
+        self.kernel.name()
+    }
+
+    /// Returns the segment that a collective is captured in; its arguments hold it.
+    pub(crate) fn segment(&self) -> Option<usize> {
+        let bytes = self.args.as_slice().get(SEGMENT_AT..)?.first_chunk()?;
+        u32::from_ne_bytes(*bytes).checked_sub(1).map(|segment| segment as usize)
     }
 
     /// Returns the first address among its arguments that its kernel may write to.

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::{RANKS_MAX, Ranks, World};
 use crate::device::host::Collectives;
 use crate::device::{Allocation, Reservation};
-use crate::launch::PlaneId;
+use crate::launch::{PlaneId, SEGMENT_AT};
 use crate::{Device, DeviceKind, DevicePtr, Error, KernelArgs, PinnedBuffer, Result};
 
 /// The blocks of a collective's grid, at most: each has an epoch of its own. Two ranks that share a GPU must both find room
@@ -70,6 +70,8 @@ pub struct CommunicatorArgs {
     /// The segment that it is captured in, and 1; 0 outside.
     pub segment: u32,
 }
+
+const _: () = assert!(std::mem::offset_of!(CommunicatorArgs, segment) == SEGMENT_AT, "see `Launch::segment`");
 
 /// What one rank needs for its collectives: given to its [`Runner`](crate::Runner), whose main stream is the only one that
 /// uses it (law L16). Two runners on one communicator do not compile:

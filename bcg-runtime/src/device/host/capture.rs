@@ -105,7 +105,7 @@ impl State {
         }
     }
 
-    /// Closes a capture: its streams are usable again, and memory that waited for its end is given back.
+    /// Closes a capture: its streams are usable again, and the memory that waited for its end is due.
     pub(super) fn close(&mut self, id: u64) -> Capture {
         let capture = self.captures.remove(&id).expect("an open capture");
         for member in &capture.members {
@@ -113,13 +113,11 @@ impl State {
             stream.capture = None;
             stream.frontier.clear();
         }
-        if !self.deferred.is_empty() && !self.captures.values().any(|other| other.thread == capture.thread) {
-            self.queue.run_all(&self.memory);
-            let (due, kept) =
-                std::mem::take(&mut self.deferred).into_iter().partition(|(thread, _)| *thread == capture.thread);
+        if !self.captures.values().any(|other| other.thread == capture.thread) {
+            let deferred = std::mem::take(&mut self.deferred).into_iter();
+            let (due, kept): (Vec<_>, Vec<_>) = deferred.partition(|(thread, _)| *thread == capture.thread);
             self.deferred = kept;
-            let due: Vec<_> = due;
-            due.into_iter().for_each(|(_, release)| self.release_now(release));
+            self.due.extend(due.into_iter().map(|(_, release)| release));
         }
         capture
     }

@@ -107,10 +107,10 @@ impl EventBackend for HostBackend {
     }
 
     fn synchronize_event(&self, event: EventHandle) -> Result<()> {
-        let state = &mut *self.enter("cuEventSynchronize")?;
+        let mut state = self.enter("cuEventSynchronize")?;
         match *state.event(event) {
             EventState::Never => Ok(()),
-            EventState::Recorded(op) => state.synchronize_op(op),
+            EventState::Recorded(op) => self.synchronize_op(state, op).map(drop),
             EventState::Captured { capture, .. } => {
                 Err(state.forbid(capture, "synchronising an event that was recorded in a capture".to_owned()))
             }

@@ -97,7 +97,11 @@ impl GraphBackend for HostBackend {
 
     fn end_capture(&self, stream: StreamHandle) -> Result<GraphHandle> {
         match self.enter("cuStreamEndCapture") {
-            Ok(mut state) => state.end_capture(stream),
+            Ok(mut state) => {
+                let graph = state.end_capture(stream);
+                self.release_due(state);
+                graph
+            }
             Err(error) => {
                 self.abort_capture(stream);
                 Err(error)
@@ -106,10 +110,11 @@ impl GraphBackend for HostBackend {
     }
 
     fn abort_capture(&self, stream: StreamHandle) {
-        let state = &mut *self.lock();
+        let mut state = self.lock();
         if let Some(id) = state.stream(stream).capture {
             state.close(id);
         }
+        self.release_due(state);
     }
 
     fn node_counts(&self, graph: GraphHandle) -> Result<NodeCounts> {

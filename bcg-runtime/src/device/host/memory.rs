@@ -4,6 +4,8 @@
 //! forbids the calls that allocate, so they are refused and spoil the capture; what cannot be refused (free, unmap)
 //! happens when the thread's last capture ends.
 
+use std::sync::MutexGuard;
+
 use super::backing::CHUNK_BYTES;
 use super::{HostBackend, State};
 use crate::device::traits::MemoryBackend;
@@ -16,18 +18,29 @@ pub(super) enum Release {
     Unmap { base: DevicePtr, offset: usize, bytes: usize },
 }
 
-impl State {
+impl HostBackend {
     /// Gives memory back after all enqueued work, or at the end of this thread's captures.
-    fn release(&mut self, what: Release) {
-        if self.capture_of_this_thread().is_some() {
-            self.deferred.push((std::thread::current().id(), what));
-            return;
+    fn release(&self, what: Release) {
+        let mut state = self.lock();
+        if state.capture_of_this_thread().is_some() {
+            state.deferred.push((std::thread::current().id(), what));
+        } else {
+            self.run_all(state).release_now(what);
         }
-        self.queue.run_all(&self.memory);
-        self.release_now(what);
     }
 
-    pub(super) fn release_now(&mut self, what: Release) {
+    /// Gives the memory back for which the end of a capture was waited, after all enqueued work.
+    pub(super) fn release_due(&self, mut state: MutexGuard<'_, State>) {
+        let due = std::mem::take(&mut state.due);
+        if !due.is_empty() {
+            let mut state = self.run_all(state);
+            due.into_iter().for_each(|what| state.release_now(what));
+        }
+    }
+}
+
+impl State {
+    fn release_now(&mut self, what: Release) {
         match what {
             Release::Remove(ptr) => self.memory.remove(ptr),
             Release::Unmap { base, offset, bytes } => self.memory.unmap(base, offset, bytes),
@@ -57,7 +70,7 @@ impl MemoryBackend for HostBackend {
     }
 
     fn free(&self, ptr: DevicePtr) {
-        self.lock().release(Release::Remove(ptr));
+        self.release(Release::Remove(ptr));
     }
 
     fn alloc_pinned(&self, bytes: usize) -> Result<DevicePtr> {
@@ -67,7 +80,7 @@ impl MemoryBackend for HostBackend {
     }
 
     fn free_pinned(&self, ptr: DevicePtr) {
-        self.lock().release(Release::Remove(ptr));
+        self.release(Release::Remove(ptr));
     }
 
     fn write_pinned(&self, ptr: DevicePtr, data: &[u8]) -> Result<()> {
@@ -96,11 +109,11 @@ impl MemoryBackend for HostBackend {
     }
 
     fn unmap(&self, base: DevicePtr, offset: usize, bytes: usize) {
-        self.lock().release(Release::Unmap { base, offset, bytes });
+        self.release(Release::Unmap { base, offset, bytes });
     }
 
     fn unreserve(&self, base: DevicePtr, _bytes: usize) {
-        self.lock().release(Release::Remove(base));
+        self.release(Release::Remove(base));
     }
 
     fn map_granularity(&self) -> usize {

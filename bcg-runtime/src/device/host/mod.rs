@@ -4,6 +4,9 @@
 //! memory, fills fresh memory with NaN, refuses what CUDA refuses during a capture, and fails any driver call on
 //! request. Where CUDA leaves behaviour undefined (overlapping copies, stale addresses) it reports an error.
 //!
+//! A host device may be a rank of a world of several. Its collectives are work that ends when every rank has come to it:
+//! `collectives` is where they meet, and `ranks` how a device waits for others.
+//!
 //! One lock guards the whole device, and the thread that waits for work runs it under that lock, so operations of one
 //! device never run at the same time. A kernel's host reference must therefore not call the device again.
 //!
@@ -21,6 +24,7 @@ mod graph;
 mod matmul;
 mod memory;
 mod queue;
+mod ranks;
 mod regions;
 mod stream;
 #[cfg(test)]
@@ -44,6 +48,7 @@ use crate::device::KernelTrace;
 use crate::launch::AnyKernel;
 use crate::{DeviceKind, Error, Result};
 use capture::Capture;
+use collectives::Bell;
 use event::EventState;
 use fault::Faults;
 use graph::{Exec, GraphNodes};
@@ -71,7 +76,8 @@ pub struct HostOptions {
     pub memory_bytes: usize,
     /// The number in the device's name, such as 0 in `host:0`.
     pub ordinal: usize,
-    /// How many operations may be queued; beyond that, a random number of them runs at the next enqueuing.
+    /// How many operations may be queued; beyond that, a random number of them runs at the next enqueuing. Those behind a
+    /// collective that waits for other ranks cannot run and do not count.
     pub max_pending: usize,
 }
 
@@ -95,6 +101,8 @@ struct Shared {
     state: Mutex<State>,
     /// Told when calls that hang are released.
     released: Condvar,
+    /// Rung when something happens on another rank of a world of this device.
+    bell: Arc<Bell>,
 }
 
 impl Shared {
@@ -120,6 +128,8 @@ struct State {
     lanes: Vec<Arc<str>>,
     /// Memory to give back when its thread's captures end.
     deferred: Vec<(ThreadId, Release)>,
+    /// Memory to give back after all work that is queued.
+    due: Vec<Release>,
 }
 
 impl State {
@@ -154,8 +164,10 @@ impl HostBackend {
             last_handle: 0,
             lanes: Vec::new(),
             deferred: Vec::new(),
+            due: Vec::new(),
         };
-        Self { shared: Arc::new(Shared { name, options, state: Mutex::new(state), released: Condvar::new() }) }
+        let (state, bell) = (Mutex::new(state), Arc::default());
+        Self { shared: Arc::new(Shared { name, options, state, released: Condvar::new(), bell }) }
     }
 
     pub(crate) fn control(&self) -> HostControl {

@@ -3,6 +3,8 @@
 //! Invariants: `last` is the stream's latest operation outside of captures; a stream captures exactly while `capture`
 //! names an open capture of `graph.rs`, whose `members` then hold the stream.
 
+use std::sync::MutexGuard;
+
 use super::queue::OpRef;
 use super::work::{Work, check_copy, check_dims};
 use super::{HostBackend, State};
@@ -65,16 +67,26 @@ impl State {
             None => Ok(()),
         }
     }
+}
 
-    /// Runs `op` and returns what kept it from doing its work.
-    pub(super) fn synchronize_op(&mut self, op: OpRef) -> Result<()> {
-        self.queue.run_until(op, &self.memory);
-        self.queue.outcome(op)
+impl HostBackend {
+    /// Runs `op` and returns what kept it from doing its work, with the device locked again.
+    pub(super) fn synchronize_op<'a>(
+        &'a self,
+        state: MutexGuard<'a, State>,
+        op: OpRef,
+    ) -> Result<MutexGuard<'a, State>> {
+        let mut state = self.run_until(state, op);
+        state.queue.outcome(op).map(|()| state)
     }
 
-    fn synchronize_stream(&mut self, stream: StreamHandle) -> Result<()> {
-        let last = self.stream(stream).last;
-        self.synchronize_op(last)
+    fn synchronize_latest<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        stream: StreamHandle,
+    ) -> Result<MutexGuard<'a, State>> {
+        let last = state.stream(stream).last;
+        self.synchronize_op(state, last)
     }
 }
 
@@ -88,24 +100,24 @@ impl StreamBackend for HostBackend {
     }
 
     fn destroy_stream(&self, stream: StreamHandle) {
-        let state = &mut *self.lock();
+        let mut state = self.lock();
         state.abandon(stream);
         state.streams.remove(&stream.0);
+        self.release_due(state);
     }
 
     fn synchronize_stream(&self, stream: StreamHandle) -> Result<()> {
-        let state = &mut *self.enter("cuStreamSynchronize")?;
+        let mut state = self.enter("cuStreamSynchronize")?;
         state.refuse_on_capturing(stream, "cuStreamSynchronize of a capturing stream; synchronise in a break")?;
-        state.synchronize_stream(stream)
+        self.synchronize_latest(state, stream).map(drop)
     }
 
     fn synchronize(&self) -> Result<()> {
-        let state = &mut *self.enter("cuCtxSynchronize")?;
+        let mut state = self.enter("cuCtxSynchronize")?;
         if let Some(capture) = state.capture_of_this_thread() {
             return Err(state.forbid(capture, "cuCtxSynchronize; synchronise in a break".to_owned()));
         }
-        state.queue.run_all(&state.memory);
-        state.queue.outcome_of_all()
+        self.run_all(state).queue.outcome_of_all()
     }
 
     fn enqueue(&self, stream: StreamHandle, op: &Op) -> Result<()> {
@@ -149,10 +161,9 @@ impl StreamBackend for HostBackend {
     }
 
     fn copy_to_host(&self, stream: StreamHandle, dst: &mut [u8], src: DevicePtr) -> Result<()> {
-        let state = &mut *self.enter("cuMemcpyDtoHAsync")?;
+        let mut state = self.enter("cuMemcpyDtoHAsync")?;
         state.refuse_on_capturing(stream, "a copy to the host; read in a break")?;
-        state.synchronize_stream(stream)?;
-        state.memory.read("copy to host", dst, src)
+        self.synchronize_latest(state, stream)?.memory.read("copy to host", dst, src)
     }
 
     fn copy_to_pinned(&self, stream: StreamHandle, dst: DevicePtr, src: DevicePtr, bytes: usize) -> Result<()> {
@@ -310,8 +321,7 @@ mod tests {
             rig.fail_later(rig.stream(&format!("stream {at}")));
         }
         {
-            let state = &mut *rig.backend.enter("a test").unwrap();
-            state.queue.run_all(&state.memory);
+            let state = rig.backend.run_all(rig.backend.enter("a test").unwrap());
             assert_eq!(state.queue.num_failures(), FAILURES_MAX);
         }
         assert!(matches!(rig.backend.synchronize(), Err(Error::Memory { .. })));

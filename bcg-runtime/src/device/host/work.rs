@@ -10,7 +10,7 @@ use super::matmul;
 use super::regions::Memory;
 use super::view::HostMemory;
 use crate::device::traits::{Matmul, NodeCounts};
-use crate::launch::Launch;
+use crate::launch::{Launch, PlaneId};
 use crate::op::RowCopy;
 use crate::{DevicePtr, Dims, Error, Result};
 
@@ -47,15 +47,25 @@ pub(super) enum Work {
 }
 
 impl Work {
-    pub(super) fn run(&self, memory: &Memory) -> Result<()> {
+    /// Does it; `gave` is what all ranks gave to a collective.
+    pub(super) fn run(&self, gave: &[Arc<[u8]>], memory: &Memory) -> Result<()> {
         match self {
             Self::Nothing => Ok(()),
-            Self::Launch(launch) => run_kernel(launch, memory),
+            Self::Launch(launch) => run_kernel(launch, gave, memory),
             Self::Matmul(product) => matmul::run(product, memory),
             Self::Fill { dst, pattern, bytes } => memory.fill(FILL, *dst, *pattern, *bytes),
             Self::Copy { name, copy } => copy_rows(name, copy, memory),
             Self::Upload { dst, data } => memory.write(COPY_FROM_HOST, *dst, data),
-            Self::Node(graph, idx) => graph.nodes[*idx as usize].work.run(memory),
+            Self::Node(graph, idx) => graph.nodes[*idx as usize].work.run(gave, memory),
+        }
+    }
+
+    /// Returns the launch, if ranks meet in it, and where.
+    pub(super) fn collective(&self) -> Option<(&Launch, PlaneId)> {
+        match self {
+            Self::Launch(launch) => launch.plane.map(|plane| (launch, plane)),
+            Self::Node(graph, idx) => graph.nodes[*idx as usize].work.collective(),
+            _ => None,
         }
     }
 
@@ -63,7 +73,7 @@ impl Work {
     pub(super) fn name(&self) -> &str {
         match self {
             Self::Nothing => "nothing",
-            Self::Launch(launch) => launch.kernel.name(),
+            Self::Launch(launch) => launch.name(),
             Self::Matmul(_) => matmul::NAME,
             Self::Fill { .. } => FILL,
             Self::Copy { name, .. } => name,
@@ -122,14 +132,23 @@ pub(super) fn check_copy(copy: &RowCopy) -> Result<()> {
     Ok(())
 }
 
-fn run_kernel(launch: &Launch, memory: &Memory) -> Result<()> {
-    let kernel = launch.kernel;
-    let memory = HostMemory::new(memory, kernel.name());
+fn run_kernel(launch: &Launch, gave: &[Arc<[u8]>], memory: &Memory) -> Result<()> {
+    let memory = HostMemory::new(memory, launch.name());
     // SAFETY: a launch's bytes are those of its kernel's argument struct, an invariant of `launch.rs`.
-    let run = || unsafe { kernel.run_host(&launch.args, &launch.dims, &[], &memory) };
+    catch_in_kernel(launch, || unsafe { launch.kernel.run_host(&launch.args, &launch.dims, gave, &memory) })
+}
+
+/// Returns what this rank sends to all others in a collective.
+pub(super) fn give(launch: &Launch, memory: &Memory) -> Result<Vec<u8>> {
+    let memory = HostMemory::new(memory, launch.name());
+    // SAFETY: as in `run_kernel`.
+    catch_in_kernel(launch, || unsafe { launch.kernel.give_host(&launch.args, &launch.dims, &memory) })
+}
+
+fn catch_in_kernel<R>(launch: &Launch, run: impl FnOnce() -> Result<R>) -> Result<R> {
     catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
-        let message = format!("host reference of kernel {}: {}", kernel.name(), text.unwrap_or("no message"));
+        let message = format!("host reference of kernel {}: {}", launch.name(), text.unwrap_or("no message"));
         Err(Error::Panic { message })
     })
 }
