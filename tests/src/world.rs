@@ -16,6 +16,9 @@ use bcg_runtime::{
 const ROWS: usize = 4;
 const COLUMNS: usize = 1024;
 
+/// Keeps rows of zeros zeros; all other sums are too large to change by it.
+const EPS: f32 = 1e-6;
+
 /// What one run does.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -139,7 +142,7 @@ pub fn run(devices: Vec<Device>, options: &Options) -> Result<HostTimes> {
             }
             let residual = cx.empty(h.shape(), DType::F32)?;
             cx.fill_zero(&residual)?;
-            let (normed, _) = all_reduce_add_rms_norm(cx, &h, &residual, &weight, 0.0)?;
+            let (normed, _) = all_reduce_add_rms_norm(cx, &h, &residual, &weight, EPS)?;
             Ok((h, normed))
         };
         lane.runner.eager(&Batch { keep: ROWS }, &forward)?; // loads every kernel
@@ -182,7 +185,7 @@ pub fn run(devices: Vec<Device>, options: &Options) -> Result<HostTimes> {
 fn check(values: &[f32], keep: usize, value: f32) -> bcg_runtime::Result<()> {
     let wrong = values.iter().enumerate().find(|(at, got)| {
         let expected = if at / COLUMNS < keep { value } else { 0.0 };
-        **got != expected
+        (**got - expected).abs() > expected * 1e-6
     });
     match wrong {
         None => Ok(()),
