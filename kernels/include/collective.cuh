@@ -19,12 +19,8 @@
 
 constexpr u32 RANKS_MAX = 8;
 constexpr u32 NOT_WRITTEN = 0xffffffffu;
-constexpr u32 NOWHERE = 0xffffffffu;
 // So many looks at the plane between two at the host's word and the clock: about half a millisecond.
 constexpr u32 LOOKS = 1024;
-
-// How many packs of each rank a thread waits for together: as many as its registers hold.
-template <u32 RANKS> constexpr u32 AT_ONCE = RANKS == 2 ? 4 : 1;
 
 template <typename T> BCG_DEVICE Pack<T> look(const uint4* place) {
     Pack<T> p;
@@ -90,6 +86,9 @@ template <typename T, bool WIDE> struct PackedRows {
     }
 };
 
+// How many ranks' packs a thread holds to sum them.
+template <u32 RANKS> constexpr u32 SLOTS = RANKS == 2 ? 1 : RANKS;
+
 // One collective, as a block takes part in it.
 struct Collective {
     const CommunicatorArgs& c;
@@ -101,74 +100,75 @@ struct Collective {
     BCG_DEVICE explicit Collective(const CommunicatorArgs& c)
         : c(c), epoch(look_word(c.epochs + blockIdx.x)), slot_packs((u32)(c.plane_bytes / 32) / c.num_ranks), is_lost(false) {}
 
-    // Pack `at` of the slot of rank `from` in the plane of rank `on`.
-    BCG_DEVICE uint4* place(u32 on, u32 from, u32 at) const {
-        return (uint4*)c.planes[on] + ((u64)(epoch % 2 * c.num_ranks + from) * slot_packs + at);
-    }
-
     // The rank that is `distance` further, around a ring.
     BCG_DEVICE u32 rank_at(u32 distance) const {
         u32 rank = c.rank + distance;
         return rank < c.num_ranks ? rank : rank - c.num_ranks;
     }
+    BCG_DEVICE bool is_other(u32 rank) const { return rank != c.rank && rank < c.num_ranks; }
 
+    // Puts a pack into this rank's slot at another one.
     template <typename T> BCG_DEVICE void send(u32 to, u32 at, const Pack<T>& p) const {
         Pack<T> sent = as_sent(p);
         store(place(to, c.rank, at), sent.words[0], sent.words[1], sent.words[2], sent.words[3]);
     }
     template <typename T> BCG_DEVICE void send_to_all(u32 at, const Pack<T>& p) const {
+#pragma unroll 1
         for (u32 distance = 1; distance < c.num_ranks; distance++) send(rank_at(distance), at, p);
     }
 
-    // Waits for the packs at(r, k) of the slots of the other ranks r, but for those that are NOWHERE, and puts the ones back.
-    // What is in `packs` of this rank stays. Once a rank is lost it waits for none, and what it gives means nothing.
-    template <typename T, u32 RANKS, u32 N, typename At> BCG_DEVICE void receive(Pack<T> (&packs)[RANKS][N], At at) {
+    // Waits for N packs, and puts the ones back. `from(k, rank, at)` says in which rank's slot, and where there, pack k comes,
+    // or false if none does: what is in `packs` then stays. Once a rank is lost it waits for none, and what it gives means
+    // nothing.
+    template <typename T, u32 N, typename From> BCG_DEVICE void receive(Pack<T> (&packs)[N], From from) {
+        uint4* places[N];
+        u32 rank, at;
+#pragma unroll
+        for (u32 k = 0; k < N; k++) places[k] = from(k, rank, at) ? place(c.rank, rank, at) : nullptr;
         u64 began = 0;
+#pragma unroll 1
         for (u32 looks = 1;; looks++) {
-            u32 missing = NOWHERE;
-#pragma unroll
-            for (u32 r = 0; r < RANKS; r++) {
-#pragma unroll
-                for (u32 k = 0; k < N; k++)
-                    if (is_other(r) && at(r, k) != NOWHERE) packs[r][k] = look<T>(place(c.rank, r, at(r, k)));
-            }
-#pragma unroll
-            for (u32 r = 0; r < RANKS; r++) {
-#pragma unroll
-                for (u32 k = 0; k < N; k++)
-                    if (is_other(r) && at(r, k) != NOWHERE && !has_come(packs[r][k])) missing = r;
-            }
-            if (missing == NOWHERE || gives_up(looks, began, missing)) break;
-        }
-#pragma unroll
-        for (u32 r = 0; r < RANKS; r++) {
 #pragma unroll
             for (u32 k = 0; k < N; k++)
-                if (is_other(r) && at(r, k) != NOWHERE)
-                    store(place(c.rank, r, at(r, k)), NOT_WRITTEN, NOT_WRITTEN, NOT_WRITTEN, NOT_WRITTEN);
+                if (places[k]) packs[k] = look<T>(places[k]);
+            u32 missing = N;
+#pragma unroll
+            for (u32 k = 0; k < N; k++)
+                if (places[k] && !has_come(packs[k])) missing = k;
+            if (missing == N) break;
+            if (is_lost || looks % LOOKS == 0) {
+#pragma unroll
+                for (u32 k = 0; k < N; k++)
+                    if (k == missing) from(k, rank, at);
+                if (gives_up(began, rank)) break;
+            }
         }
+#pragma unroll
+        for (u32 k = 0; k < N; k++)
+            if (places[k]) store(places[k], NOT_WRITTEN, NOT_WRITTEN, NOT_WRITTEN, NOT_WRITTEN);
     }
 
-    // Pack k of the sum, in the order of the ranks.
-    template <typename T, u32 RANKS, u32 N> BCG_DEVICE Pack<T> sum(const Pack<T> (&packs)[RANKS][N], u32 k) const {
+    // The sum of packs k of all ranks, in their order: this rank's own one, and those of the others, N apart. Of two ranks
+    // there is one other, and either order gives the same bits.
+    template <u32 RANKS, u32 N, typename T>
+    BCG_DEVICE Pack<T> sum(const Pack<T> (&packs)[SLOTS<RANKS> * N], u32 k, const Pack<T>& own) const {
         float sums[Pack<T>::LEN];
+        if constexpr (RANKS == 2) {
 #pragma unroll
-        for (u32 e = 0; e < Pack<T>::LEN; e++) sums[e] = get(packs[0][k], e);
+            for (u32 e = 0; e < Pack<T>::LEN; e++) sums[e] = get(own, e) + get(packs[k], e);
+        } else {
 #pragma unroll
-        for (u32 r = 1; r < RANKS; r++) {
-            if (r >= c.num_ranks) break;
+            for (u32 r = 0; r < RANKS; r++) {
+                if (r >= c.num_ranks) continue;
+                Pack<T> p = r == c.rank ? own : packs[r * N + k];
 #pragma unroll
-            for (u32 e = 0; e < Pack<T>::LEN; e++) sums[e] += get(packs[r][k], e);
+                for (u32 e = 0; e < Pack<T>::LEN; e++) sums[e] = r == 0 ? get(p, e) : sums[e] + get(p, e);
+            }
         }
         return pack<T>(sums);
     }
-
-    // Puts what this rank has itself among the packs of all.
-    template <typename T, u32 RANKS, u32 N> BCG_DEVICE void set_own(Pack<T> (&packs)[RANKS][N], u32 k, const Pack<T>& p) const {
-#pragma unroll
-        for (u32 r = 0; r < RANKS; r++)
-            if (r == c.rank) packs[r][k] = p;
-    }
+    // The rank of the packs from slot * N on, among those that `sum` takes.
+    template <u32 RANKS> BCG_DEVICE u32 rank_of(u32 slot) const { return RANKS == 2 ? 1 - c.rank : slot; }
 
     // Called by all threads of the block, when they have taken all that comes.
     BCG_DEVICE void end() const {
@@ -180,11 +180,14 @@ struct Collective {
     }
 
 private:
-    BCG_DEVICE bool is_other(u32 rank) const { return rank != c.rank && rank < c.num_ranks; }
+    // Pack `at` of the slot of rank `from` in the plane of rank `on`.
+    BCG_DEVICE uint4* place(u32 on, u32 from, u32 at) const {
+        return (uint4*)c.planes[on] + ((u64)(epoch % 2 * c.num_ranks + from) * slot_packs + at);
+    }
 
-    // Tells, once in a while, whether to wait no longer: the host says so, another thread does, or the time is over.
-    BCG_DEVICE bool gives_up(u32 looks, u64& began, u32 missing) {
-        if (is_lost || looks % LOOKS != 0) return is_lost;
+    // Tells whether to wait no longer for a rank: the host says so, another thread does, or the time is over.
+    BCG_DEVICE bool gives_up(u64& began, u32 rank) {
+        if (is_lost) return true;
         u64 now = nanoseconds();
         if (began == 0) began = now;
         is_lost = look_word(c.words) != 0 || look_word(c.words + 1) != 0;
@@ -192,7 +195,7 @@ private:
             store_word(c.words + 3, c.segment);
             store_word(c.words + 2, c.collective);
             __threadfence_system();  // the host reads them once it sees the word before
-            store_word(c.words + 1, missing + 1);
+            store_word(c.words + 1, rank + 1);
             is_lost = true;
         }
         return is_lost;

@@ -5,14 +5,16 @@
 // Every rank sends each other one its piece, and sums what comes. A thread sends the packs after those that it waits for, so
 // that the link is busy meanwhile.
 template <typename T, bool WIDE, u32 RANKS> BCG_DEVICE void reduce(const ReduceArgs& a) {
-    constexpr u32 N = AT_ONCE<RANKS>;
+    constexpr u32 N = WIDE && RANKS == 2 ? 4 : 1;  // packs of each rank that a thread waits for together
     u32 step = gridDim.x * blockDim.x, mine = blockIdx.x * blockDim.x + threadIdx.x;
     PackedRows<T, WIDE> out(a.out, a.columns, a.columns);
     auto piece = [&](u32 rank) { return PackedRows<T, WIDE>((const T*)a.x + rank * a.x_step, a.x_stride, a.columns); };
     wait_for_inputs();
     Collective c(a.communicator);
-    PackedRows<T, WIDE> own = piece(c.c.rank);
+    PackedRows<T, WIDE> own_piece = piece(c.c.rank);
     auto send = [&](u32 first) {
+        if (first >= a.packs) return;
+#pragma unroll 1
         for (u32 distance = 1; distance < c.c.num_ranks; distance++) {
             u32 to = c.rank_at(distance);
             PackedRows<T, WIDE> x = piece(to);
@@ -26,16 +28,20 @@ template <typename T, bool WIDE, u32 RANKS> BCG_DEVICE void reduce(const ReduceA
         }
     };
     send(mine);
+#pragma unroll 1
     for (u32 first = mine; first < a.packs; first += N * step) {
         send(first + N * step);
-        Pack<T> packs[RANKS][N];
+        Pack<T> own[N], packs[SLOTS<RANKS> * N];
 #pragma unroll
         for (u32 k = 0; k < N; k++)
-            if (first + k * step < a.packs) c.set_own(packs, k, own.load(a.first_pack + first + k * step));
-        c.receive(packs, [&](u32, u32 k) { return first + k * step < a.packs ? first + k * step : NOWHERE; });
+            if (first + k * step < a.packs) own[k] = own_piece.load(a.first_pack + first + k * step);
+        c.receive(packs, [&](u32 k, u32& rank, u32& at) {
+            rank = c.rank_of<RANKS>(k / N), at = first + k % N * step;
+            return c.is_other(rank) && at < a.packs;
+        });
 #pragma unroll
         for (u32 k = 0; k < N; k++)
-            if (first + k * step < a.packs) out.store(a.first_pack + first + k * step, c.sum(packs, k));
+            if (first + k * step < a.packs) out.store(a.first_pack + first + k * step, c.sum<RANKS, N>(packs, k, own[k]));
     }
     c.end();
 }
@@ -48,36 +54,40 @@ template <typename T, bool WIDE, u32 RANKS> BCG_DEVICE void reduce_two_shot(cons
     wait_for_inputs();
     Collective c(a.communicator);
     u32 share = (a.packs - 1) / c.c.num_ranks + 1;
-    // Pack i of a rank's share, among those of this launch.
-    auto pack_of = [&](u32 rank, u32 i) {
-        u32 at = rank * share + i;
-        return i < share && at < a.packs ? at : NOWHERE;
-    };
+    // Whether a rank's share has a pack i, and which of this launch's that is.
+    auto has = [&](u32 rank, u32 i) { return i < share && rank * share + i < a.packs; };
+    auto pack_of = [&](u32 rank, u32 i) { return a.first_pack + rank * share + i; };
     auto send = [&](u32 i) {
+#pragma unroll 1
         for (u32 distance = 1; distance < c.c.num_ranks; distance++) {
-            u32 to = c.rank_at(distance), at = pack_of(to, i);
-            if (at != NOWHERE) c.send(to, i, x.load(a.first_pack + at));
+            u32 to = c.rank_at(distance);
+            if (has(to, i)) c.send(to, i, x.load(pack_of(to, i)));
         }
     };
     send(mine);
+#pragma unroll 1
     for (u32 i = mine; i < share + step; i += step) {
         send(i + step);
-        Pack<T> packs[RANKS][1];
-        u32 own = pack_of(c.c.rank, i);
-        if (own != NOWHERE) {
-            c.set_own(packs, 0, x.load(a.first_pack + own));
-            c.receive(packs, [&](u32, u32) { return i; });
-            Pack<T> sum = c.sum(packs, 0);
+        Pack<T> packs[RANKS];
+        if (has(c.c.rank, i)) {
+            Pack<T> own = x.load(pack_of(c.c.rank, i));
+            c.receive(packs, [&](u32 k, u32& rank, u32& at) {
+                rank = k, at = i;
+                return c.is_other(rank);
+            });
+            Pack<T> sum = c.sum<RANKS, 1>(packs, 0, own);
             c.send_to_all(share + i, sum);
-            out.store(a.first_pack + own, sum);
+            out.store(pack_of(c.c.rank, i), sum);
         }
         if (i < mine + step) continue;
         u32 before = i - step;
-        c.receive(packs, [&](u32 r, u32) { return pack_of(r, before) == NOWHERE ? NOWHERE : share + before; });
+        c.receive(packs, [&](u32 k, u32& rank, u32& at) {
+            rank = k, at = share + before;
+            return c.is_other(rank) && has(rank, before);
+        });
 #pragma unroll
         for (u32 r = 0; r < RANKS; r++)
-            if (r != c.c.rank && r < c.c.num_ranks && pack_of(r, before) != NOWHERE)
-                out.store(a.first_pack + pack_of(r, before), packs[r][0]);
+            if (c.is_other(r) && has(r, before)) out.store(pack_of(r, before), packs[r]);
     }
     c.end();
 }

@@ -109,7 +109,8 @@ impl World {
     /// Makes a communicator for each rank, in order: the one through which all collectives of that rank's main stream go.
     ///
     /// # Errors
-    /// [`Error::Option`] for too small a plane; [`Error::OutOfMemory`]; [`Error::NoDevice`] if a GPU cannot reach another one's memory; the driver's.
+    /// [`Error::Option`] for too small a plane; [`Error::OutOfMemory`]; [`Error::NoDevice`] if a GPU cannot reach another one's
+    /// memory; the driver's.
     pub fn communicators(&self, options: CommunicatorOptions) -> Result<Vec<Communicator>> {
         Communicator::for_all(self, &options)
     }

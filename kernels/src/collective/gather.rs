@@ -54,8 +54,10 @@ impl Gathering<'_> {
         let is_dense = self.x.is_contiguous() && self.out.row_stride() == columns;
         let message = Message::new(self.check, rows, columns, self.x.dtype(), is_dense)?;
         let (x, out) = (cx.addr(self.x)?, cx.addr(self.out)?);
+        let others = cx.world_size() as u32 - 1;
         for part in message.parts(slot_packs(cx)) {
-            cx.launch_collective(kernel, grid(part.packs), |communicator| GatherArgs {
+            let dims = grid(part.packs.saturating_mul(others));
+            cx.launch_collective(kernel, dims, |communicator| GatherArgs {
                 communicator,
                 x,
                 out,

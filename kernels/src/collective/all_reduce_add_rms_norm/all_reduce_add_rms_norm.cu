@@ -7,7 +7,8 @@
 constexpr u32 AHEAD = 4;
 
 template <typename T, bool WIDE, u32 RANKS> BCG_DEVICE void all_reduce_add_rms_norm(const NormArgs& a) {
-    constexpr u32 LEN = Pack<T>::LEN, N = RANKS == 2 ? PACKS : 1;
+    constexpr u32 LEN = Pack<T>::LEN;
+    constexpr u32 N = RANKS == 2 ? PACKS : 1;  // packs of each rank that a thread waits for together
     u32 step = blockDim.x * LEN, tile = PACKS * step, mine = threadIdx.x * LEN;
     const T* weight = (const T*)a.weight;
     wait_for_inputs();
@@ -15,6 +16,7 @@ template <typename T, bool WIDE, u32 RANKS> BCG_DEVICE void all_reduce_add_rms_n
     auto send = [&](u32 row) {
         if (row >= a.rows) return;
         const T* x = (const T*)a.x + row * a.x_stride;
+#pragma unroll 1
         for (u32 first = mine; first < a.columns; first += tile) {
             Pack<T> packs[PACKS];
 #pragma unroll
@@ -24,10 +26,12 @@ template <typename T, bool WIDE, u32 RANKS> BCG_DEVICE void all_reduce_add_rms_n
                 if (first + p * step < a.columns) c.send_to_all(row * a.row_packs + (first + p * step) / LEN, packs[p]);
         }
     };
+#pragma unroll 1
     for (u32 i = 0; i < AHEAD; i++) send(blockIdx.x + i * gridDim.x);
     Pack<T> weights[PACKS];
 #pragma unroll
     for (u32 p = 0; p < PACKS; p++) weights[p] = load_pack<WIDE>(weight, mine + p * step, a.columns);
+#pragma unroll 1
     for (u32 row = blockIdx.x; row < a.rows; row += gridDim.x) {
         send(row + AHEAD * gridDim.x);
         const T* x = (const T*)a.x + row * a.x_stride;
@@ -35,6 +39,7 @@ template <typename T, bool WIDE, u32 RANKS> BCG_DEVICE void all_reduce_add_rms_n
         T* sum = (T*)a.sum + (i64)row * a.columns;
         Pack<T> values[PACKS];
         float squares = 0.0f;
+#pragma unroll 1
         for (u32 first = mine; first < a.columns; first += tile) {
             Pack<T> added[PACKS];
 #pragma unroll
@@ -42,17 +47,18 @@ template <typename T, bool WIDE, u32 RANKS> BCG_DEVICE void all_reduce_add_rms_n
 #pragma unroll
             for (u32 begin = 0; begin < PACKS; begin += N) {
                 u32 column = first + begin * step;
-                Pack<T> packs[RANKS][N];
+                Pack<T> own[N], packs[SLOTS<RANKS> * N];
 #pragma unroll
-                for (u32 k = 0; k < N; k++) c.set_own(packs, k, load_pack<WIDE>(x, column + k * step, a.columns));
-                c.receive(packs, [&](u32, u32 k) {
-                    u32 at = column + k * step;
-                    return at < a.columns ? row * a.row_packs + at / LEN : NOWHERE;
+                for (u32 k = 0; k < N; k++) own[k] = load_pack<WIDE>(x, column + k * step, a.columns);
+                c.receive(packs, [&](u32 k, u32& rank, u32& at) {
+                    u32 first = column + k % N * step;
+                    rank = c.rank_of<RANKS>(k / N), at = row * a.row_packs + first / LEN;
+                    return c.is_other(rank) && first < a.columns;
                 });
 #pragma unroll
                 for (u32 k = 0; k < N; k++) {
                     u32 p = begin + k, at = column + k * step;
-                    Pack<T> reduced = at < a.columns ? c.sum(packs, k) : Pack<T>{};
+                    Pack<T> reduced = at < a.columns ? c.sum<RANKS, N>(packs, k, own[k]) : Pack<T>{};
                     float sums[LEN];
 #pragma unroll
                     for (u32 e = 0; e < LEN; e++) sums[e] = get(reduced, e) + get(added[p], e);
