@@ -16,7 +16,7 @@ use crate::weights::{self, Divided, Shard, Weights};
 pub trait Model: Debug + Send + Sync {
     /// Runs the layers over the batch's rows and returns the last hidden states: `[T, C]`, or `[Bmax, C]` where the
     /// model ends the rows that nobody wants after the last layer that mixes rows, with [`TokenInputs::keep_wanted`].
-    /// This is what is captured.
+    /// This is what is captured. Every rank of several has the same hidden states, bit for bit.
     ///
     /// # Errors
     /// Those of the ops and breaks.
@@ -27,7 +27,8 @@ pub trait Model: Debug + Send + Sync {
         caches: &Caches,
     ) -> bcg_runtime::Result<Tensor>;
 
-    /// Turns hidden states `[B, C]` into logits `[B, V]` in f32. Runs after the captured part, on the last rows only.
+    /// Turns hidden states `[B, C]` into logits `[B, V]` in f32. Runs after the captured part, on the last rows only. Every
+    /// rank of several gets the logits of all tokens.
     ///
     /// # Errors
     /// Those of the ops.

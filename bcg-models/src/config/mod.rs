@@ -207,6 +207,7 @@ mod tests {
             ("qwen3-8b", "8.2", 8_190_735_360),
             ("qwen3-32b", "32.8", 32_762_123_264),
             ("qwen3-30b-a3b", "30.5", 30_532_122_624),
+            ("qwen3-235b-a22b", "235.1", 235_093_634_560),
         ] {
             let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/geometries").join(name);
             let config = ModelConfig::load(&dir).expect(name);

@@ -1,26 +1,30 @@
 //! The stack that all models share: embedding table, sublayers along a residual stream, final norm, LM head.
 //!
 //! A sublayer reads the stream normalised. What it returns, its branch, is added to the stream by the next norm, in the
-//! same kernel. Rows no longer look at each other after the last sublayer that mixes them: rows whose hidden states
+//! same kernel, which also adds up the partial sums that the branches of several ranks are. So every rank has the same
+//! stream. Embedding table and LM head are divided by the vocabulary; the logits of all tokens come to every rank. Rows no longer look at each other after the last sublayer that mixes them: rows whose hidden states
 //! nobody wants end there.
 
 use bcg_kernels as ops;
-use bcg_runtime::{Context, OpStream, Result, Tensor};
+use bcg_runtime::{Context, Error, OpStream, Result, Tensor};
 
 use super::{Attention, Linear, Mamba2, Mla, Mlp, Moe, Relu2Mlp, RmsNorm};
 use crate::batch::{ForwardBatch, TokenInputs};
 use crate::config::ModelConfig;
 use crate::registry::Model;
 use crate::state::Caches;
-use crate::weights::Weights;
+use crate::weights::{Shard, Weights};
 
 /// A decoder: from token ids to hidden states, and from these to logits.
 #[derive(Debug)]
 pub struct Decoder {
+    /// A row for each token of this rank's share of the vocabulary.
     embed_tokens: Tensor,
+    first_token: usize,
     sublayers: Vec<Sublayer>,
     norm: RmsNorm,
     lm_head: Linear,
+    shard: Shard,
 }
 
 /// A norm, and what reads the normalised stream. Most families have two in each layer: attention, then a feed-forward.
@@ -106,16 +110,34 @@ impl Decoder {
         load_sublayers: impl FnOnce(&mut Weights<'_>) -> crate::Result<Vec<Sublayer>>,
     ) -> crate::Result<Self> {
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-        let embed_tokens = weights.take(&format!("{embed_tokens}.weight"), &[vocab, hidden])?;
+        let embed_tokens = Linear::column(weights, embed_tokens, vocab, hidden)?;
         let sublayers = load_sublayers(weights)?;
         let norm = RmsNorm::load(weights, norm, hidden, config.rms_norm_eps)?;
         let lm_head = if is_tied {
             weights.skip("lm_head.weight"); // some checkpoints repeat the table
-            Linear { weight: embed_tokens.clone() }
+            embed_tokens.clone()
         } else {
-            Linear::load(weights, "lm_head", vocab, hidden)?
+            Linear::column(weights, "lm_head", vocab, hidden)?
         };
-        Ok(Self { embed_tokens, sublayers, norm, lm_head })
+        let shard = weights.shard();
+        let first_token = shard.range(vocab).start;
+        Ok(Self { embed_tokens: embed_tokens.weight, first_token, sublayers, norm, lm_head, shard })
+    }
+
+    /// Refuses to run on another rank than the one that the weights are of.
+    fn check_rank(&self, cx: &OpStream) -> Result<()> {
+        let Shard { rank, num_ranks } = self.shard;
+        if (rank, num_ranks) == (cx.rank(), cx.world_size()) {
+            return Ok(());
+        }
+        let runs = format!("it runs as rank {} of {}", cx.rank(), cx.world_size());
+        Err(Error::other(format!("the model has the weights of rank {rank} of {num_ranks}, and {runs}; load its own")))
+    }
+
+    /// The embeddings of tokens, `[T, C]`. A rank has zeros for those that are not its own.
+    fn embed(&self, cx: &mut OpStream, token_ids: &Tensor) -> Result<Tensor> {
+        let own = ops::gather_rows_from(cx, &self.embed_tokens, self.first_token, token_ids)?;
+        ops::all_reduce(cx, &own)
     }
 }
 
@@ -124,7 +146,8 @@ impl Model for Decoder {
         let (mut kvs, mut states) = (caches.kv.layers().iter(), caches.states.layers().iter());
         let last_mixing = self.sublayers.iter().rposition(|sublayer| sublayer.mixer.mixes_rows());
         let mut num_valid = &inputs.num_valid;
-        let mut residual = ops::gather_rows(cx, &self.embed_tokens, &inputs.token_ids)?; // [T, C]
+        self.check_rank(cx)?;
+        let mut residual = self.embed(cx, &inputs.token_ids)?; // [T, C]
         let mut branch: Option<Tensor> = None;
         for (index, Sublayer { norm, mixer }) in self.sublayers.iter().enumerate() {
             let (x, sum) = norm.forward_branch(cx, branch.take(), residual)?;
@@ -148,7 +171,9 @@ impl Model for Decoder {
     }
 
     fn logits(&self, cx: &mut OpStream, hidden: &Tensor) -> Result<Tensor> {
-        self.lm_head.forward_f32(cx, hidden)
+        self.check_rank(cx)?;
+        let own = self.lm_head.forward_f32(cx, hidden)?; // [B, V / W], of W ranks
+        ops::all_gather_columns(cx, &own)
     }
 }
 

@@ -31,10 +31,10 @@ impl RmsNorm {
     }
 
     /// Adds the branch of the layer before, if there is one, to the residual stream; returns the normalised stream, and
-    /// the stream.
+    /// the stream. The branches of several ranks are partial sums, and are added up in the same kernel.
     ///
     /// # Errors
-    /// As [`forward_add`](Self::forward_add).
+    /// Those of [`ops::rms_norm()`] and of [`ops::all_reduce_add_rms_norm()`].
     pub fn forward_branch(
         &self,
         cx: &mut OpStream,
@@ -42,16 +42,8 @@ impl RmsNorm {
         residual: Tensor,
     ) -> Result<(Tensor, Tensor)> {
         match branch {
-            Some(branch) => self.forward_add(cx, &branch, &residual),
+            Some(branch) => ops::all_reduce_add_rms_norm(cx, &branch, &residual, &self.weight, self.eps),
             None => Ok((self.forward(cx, &residual)?, residual)),
         }
-    }
-
-    /// Adds `x` to `residual` and normalises the sum; returns the normalised sum, and the sum.
-    ///
-    /// # Errors
-    /// Those of [`ops::add_rms_norm()`].
-    pub fn forward_add(&self, cx: &mut OpStream, x: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor)> {
-        ops::add_rms_norm(cx, x, residual, &self.weight, self.eps)
     }
 }

@@ -5,7 +5,11 @@
 //! wiring forgot, is an error at load and not a wrong answer later.
 //!
 //! Of several ranks each takes its [`Shard`]: a [`Part`] says how a tensor is divided, and a rank reads the bytes that it
-//! keeps, and no others.
+//! keeps, and no others. Of W ranks each keeps `R + K / min(W, Hkv) + D / W` bytes:
+//! - R: what every rank needs whole, which are the norms of hidden states, queries and keys, the routers, and the projections
+//!   of latent attention to latents, with their norms.
+//! - K: `k_proj` and `v_proj` of grouped-query attention with Hkv key-value heads.
+//! - D: all else, which are the embedding table, the LM head, the other projections, experts, and all of a state-space mixer.
 
 mod files;
 mod part;
