@@ -19,7 +19,7 @@ type Choices<T> = [(&'static str, &'static str, T)];
 const DEVICES: &Choices<DeviceChoice> = &[
     ("auto", "CUDA if there is a usable GPU, else the host device", DeviceChoice::Auto),
     ("host", "The emulated device; needs no GPU", DeviceChoice::Host),
-    ("cuda", "The first CUDA GPU; an error if there is none", DeviceChoice::Cuda),
+    ("cuda", "CUDA GPUs, the first ones if --devices names none; an error if there are too few", DeviceChoice::Cuda),
 ];
 
 const CAPTURES: &Choices<CaptureMode> = &[
@@ -81,6 +81,15 @@ pub struct EngineArgs {
     /// Where to run.
     #[command(flatten)]
     pub device: DeviceArgs,
+
+    /// Tensor parallelism: ranks that the model is divided among, each on a device
+    #[arg(long, aliases = ["tensor-parallel-size", "tp-size"], value_name = "N", default_value_t = 1)]
+    pub tp: usize,
+
+    /// Numbers of the GPUs of the ranks, separated by commas; one that stands there several times has several ranks
+    /// [default: 0 to N - 1 for --tp N]
+    #[arg(long, value_name = "GPU,GPU,…", value_delimiter = ',')]
+    pub devices: Option<Vec<usize>>,
 
     /// Replay prefills as breakable CUDA graphs, and decodes as full ones
     #[arg(long)]
@@ -307,6 +316,8 @@ impl EngineArgs {
         options.skip_tokenizer_init = self.skip_tokenizer_init;
         options.allow_special_tokens_in_content = self.allow_special_tokens_in_content;
         options.device = self.device.device;
+        options.tp = self.tp;
+        options.devices = self.devices.clone();
         options.enable_breakable_cuda_graph = self.enable_breakable_cuda_graph;
         options.cuda_graph_max_tokens = self.cuda_graph_max_tokens;
         options.cuda_graph_sizes = self.cuda_graph_sizes.clone();
@@ -460,6 +471,20 @@ mod tests {
     }
 
     #[test]
+    fn each_rank_has_a_device() {
+        let options = works(&["--tp", "2", "--devices", "0,0"]);
+        assert_eq!((options.tp, options.devices), (2, Some(vec![0, 0])));
+        refused(&["--tp", "9"], "--tp", "at most 8");
+        refused(&["--tp", "0"], "--tp", "at least 1");
+        refused(&["--tp", "2", "--devices", "0"], "--devices", "for each rank");
+        refused(&["--devices", "0,1"], "--devices", "for each rank");
+        refused(&["--device", "host", "--tp", "2", "--devices", "0,1"], "--devices", "drop it");
+        for wrong in ["0,one", "-1", "0;1", ""] {
+            try_parse(&["--devices", wrong]).expect_err("no numbers");
+        }
+    }
+
+    #[test]
     fn a_command_that_needs_text_names_the_flag() {
         let args = parse(&["--load-format", "dummy", "--skip-tokenizer-init"]);
         let error = args.text_options("bcg eval").expect_err("no text").to_string();
@@ -502,5 +527,6 @@ mod tests {
         let args =
             ServerArgs::try_parse_from(["x", "--model-path", "m", "--max-total-tokens", "4096"]).expect("parses");
         assert_eq!(args.engine.kv_cache_tokens, Some(4096));
+        assert_eq!(works(&["--tensor-parallel-size", "4"]).tp, 4);
     }
 }

@@ -8,7 +8,7 @@ use bcg_models::weights::Shard;
 use bcg_models::{
     CaptureSummary, ChatTemplate, GraphMode, ModelConfig, ModelRunner, ModelRunnerOptions, Phase, Progress,
 };
-use bcg_runtime::{Device, DeviceKind};
+use bcg_runtime::{Device, DeviceKind, HostOptions};
 use serde_json::{Value, json};
 
 use super::ModelInfo;
@@ -90,6 +90,8 @@ fn settings(options: &EngineOptions, runner: &ModelRunner, has_prefix_cache: boo
     json!({
         "version": env!("CARGO_PKG_VERSION"),
         "device": runner.device().name(),
+        "tp": runner.num_ranks(),
+        "devices": (0..runner.num_ranks()).map(|rank| runner.world().device(rank).name()).collect::<Vec<_>>(),
         "architecture": runner.config().architecture,
         "model_path": options.model.display().to_string(),
         "page_size": of_runner.page_size,
@@ -128,8 +130,8 @@ pub fn load_uncaptured(options: &EngineOptions, progress: &mut dyn FnMut(Progres
     options.check()?;
     let began = Instant::now();
     let mut stages = Stages::new(progress);
-    let device = open_device(options.device)?;
-    stages.ended("opening the device");
+    let devices = open_devices(options)?;
+    stages.ended("opening the devices");
     let (folder, is_text) = (&options.model, !options.skip_tokenizer_init);
     let config = ModelConfig::load(folder)
         .with_context(|| format!("`model` {}: not a usable checkpoint folder", folder.display()))?;
@@ -138,10 +140,11 @@ pub fn load_uncaptured(options: &EngineOptions, progress: &mut dyn FnMut(Progres
         "`model` {}: has no tokenizer.json; add `skip_tokenizer_init` to work with token ids",
         folder.display()
     );
-    let fitted = fit(options, &config, &device)?;
-    let runner = ModelRunner::load(&device, folder, fitted, &mut |done| stages.update(done))?;
+    let fitted = fit(options, &config, devices[0].kind())?;
+    let runner = ModelRunner::load_ranks(&devices, folder, fitted, &mut |done| stages.update(done))?;
     tracing::info!(
-        device = device.name(),
+        device = runner.device().name(),
+        ranks = runner.num_ranks(),
         context_length = runner.options().context_length,
         kv_cache_tokens = runner.options().kv_cache_tokens,
         seconds = format_args!("{:.2}", began.elapsed().as_secs_f64()),
@@ -216,14 +219,47 @@ pub fn open_device(device: DeviceChoice) -> anyhow::Result<Device> {
     }
 }
 
+/// Opens the device of each rank, as the options `device`, `tp` and `devices` say. Of host devices, the first one has the
+/// faults that `BCG_HOST_FAULT` asks for.
+///
+/// # Errors
+/// As [`open_device`]; if there are fewer usable GPUs than there are to be.
+pub fn open_devices(options: &EngineOptions) -> anyhow::Result<Vec<Device>> {
+    let gpu = |number: usize| {
+        Device::cuda(number).with_context(|| match &options.devices {
+            Some(_) => format!("`devices` {number}: this GPU cannot be used; name others"),
+            None => format!(
+                "`tp` {}: GPU {number} cannot be used; lower it, or name one GPU several times in `devices`",
+                options.tp
+            ),
+        })
+    };
+    let mut devices = vec![match options.devices.as_deref() {
+        Some([first, ..]) => gpu(*first)?,
+        _ => open_device(options.device)?,
+    }];
+    for rank in 1..options.tp {
+        let number = options.devices.as_ref().and_then(|devices| devices.get(rank)).copied().unwrap_or(rank);
+        devices.push(match devices[0].kind() {
+            DeviceKind::Cuda => gpu(number)?,
+            DeviceKind::Host => {
+                let mut host = HostOptions::default();
+                host.ordinal = rank;
+                Device::host_with(host)
+            }
+        });
+    }
+    Ok(devices)
+}
+
 /// The runner's options: those of the engine, with what the model and the device decide.
-fn fit(options: &EngineOptions, config: &ModelConfig, device: &Device) -> anyhow::Result<ModelRunnerOptions> {
+fn fit(options: &EngineOptions, config: &ModelConfig, device: DeviceKind) -> anyhow::Result<ModelRunnerOptions> {
     let longest = config.max_position_embeddings;
     let mut context_length = options.context_length.unwrap_or(longest);
     if let (Some(tokens), None) = (options.kv_cache_tokens, options.context_length) {
         context_length = context_length.min(tokens);
     }
-    let (kv_cache_tokens, mem_fraction_static) = kv_cache(options, config, device.kind(), context_length)?;
+    let (kv_cache_tokens, mem_fraction_static) = kv_cache(options, config, device, context_length)?;
     let kv_cache_tokens = kv_cache_tokens.next_multiple_of(options.page_size);
     let fitted = options.runner_options(context_length, kv_cache_tokens, mem_fraction_static);
     fitted.validate(config)?;
@@ -261,6 +297,14 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+
+    #[test]
+    fn each_rank_opens_a_host_device_of_its_own() {
+        let options = EngineOptions { device: DeviceChoice::Host, tp: 3, ..EngineOptions::new("m") };
+        let names: Vec<String> =
+            open_devices(&options).expect("opens").iter().map(|device| device.name().to_owned()).collect();
+        assert_eq!(names, ["host:0", "host:1", "host:2"]);
+    }
 
     #[test]
     fn the_summary_names_sizes_segments_breaks_time_and_memory() {

@@ -30,6 +30,13 @@ pub struct PhaseLabel {
     pub phase: &'static str,
 }
 
+/// Which rank it is.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct RankLabel {
+    /// Counted from 0.
+    pub rank: u32,
+}
+
 /// Everything that is counted.
 pub struct Metrics {
     registry: Registry,
@@ -81,6 +88,12 @@ pub struct Metrics {
     pub graph_memory: Gauge,
     /// Forwards that ran eagerly.
     pub eager_forwards: Family<ReasonLabel, Counter>,
+    /// Ranks that the model is divided among.
+    pub ranks: Gauge,
+    /// Device memory that each rank took when the model had been loaded, in bytes.
+    pub rank_memory: Family<RankLabel, Gauge>,
+    /// Ranks that were lost, and their worlds with them.
+    pub lost_ranks: Family<RankLabel, Counter>,
 }
 
 fn latency() -> Histogram {
@@ -115,6 +128,9 @@ impl Default for Metrics {
             graph_evictions: Counter::default(),
             graph_memory: Gauge::default(),
             eager_forwards: Family::default(),
+            ranks: Gauge::default(),
+            rank_memory: Family::default(),
+            lost_ranks: Family::default(),
         };
         metrics.register();
         metrics
@@ -149,6 +165,11 @@ impl Metrics {
         let help = "Device memory of the graphs held";
         registry.register_with_unit("graph_memory", help, Unit::Bytes, self.graph_memory.clone());
         registry.register("eager_forwards", "Forwards that ran eagerly, by reason", self.eager_forwards.clone());
+        registry.register("ranks", "Ranks that the model is divided among", self.ranks.clone());
+        let help = "Device memory that each rank took when the model had been loaded";
+        registry.register_with_unit("rank_memory", help, Unit::Bytes, self.rank_memory.clone());
+        let help = "Ranks that were lost, and their worlds with them";
+        registry.register("lost_ranks", help, self.lost_ranks.clone());
         let seconds = [
             ("time_to_first_token", "From arrival to the first token", self.time_to_first_token.clone()),
             ("inter_token_latency", "From one token of a request to its next", self.inter_token_latency.clone()),
@@ -177,6 +198,20 @@ impl Metrics {
             SubmitError::Stopped(_) => "stopped",
         };
         self.refused.get_or_create(&ReasonLabel { reason }).inc();
+    }
+
+    /// Takes over what each rank of a new model takes of its device.
+    pub fn take_ranks(&self, bytes: &[usize]) {
+        self.ranks.set(i64::try_from(bytes.len()).unwrap_or(i64::MAX));
+        for (rank, &bytes) in (0..).zip(bytes) {
+            self.rank_memory.get_or_create(&RankLabel { rank }).set(i64::try_from(bytes).unwrap_or(i64::MAX));
+        }
+    }
+
+    /// Counts a rank that was lost.
+    pub fn count_lost_rank(&self, rank: usize) {
+        let rank = u32::try_from(rank).unwrap_or(u32::MAX);
+        self.lost_ranks.get_or_create(&RankLabel { rank }).inc();
     }
 
     /// Adds what a runner did since it had done `counted`, which is nothing for a new one, and takes over what its graphs
@@ -236,6 +271,17 @@ mod tests {
         let text = text(&metrics);
         assert!(text.contains("bcg_time_to_first_token_seconds_count 1"), "{text}");
         assert!(!text.contains("# EOF"), "{text}");
+    }
+
+    #[test]
+    fn ranks_have_metrics_of_their_own() {
+        let metrics = Metrics::default();
+        metrics.take_ranks(&[300, 200]);
+        metrics.count_lost_rank(1);
+        let text = text(&metrics);
+        for line in ["bcg_ranks 2", "bcg_rank_memory_bytes{rank=\"0\"} 300", "bcg_lost_ranks_total{rank=\"1\"} 1"] {
+            assert!(text.contains(line), "{line}: {text}");
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! [`StepModel`] is implemented for [`ModelRunner`] here, and by fakes in tests, so that batching, cancelling and
 //! failing are tested without a model.
 
-use bcg_models::{ModelRunner, PendingStep, SampledToken, SequenceInput};
+use bcg_models::{ModelRunner, PendingStep, RankMemory, SampledToken, SequenceInput};
 use bcg_runtime::DeviceKind;
 
 /// What the graphs of a model did since it was made, and what its graphs take.
@@ -30,6 +30,8 @@ pub enum Damage {
     Nothing,
     /// The model: no later step can be trusted, and it must be loaded anew, which this process can do.
     Model,
+    /// This rank, and with it the model: it must be loaded anew, which this process can do.
+    Rank(usize),
     /// The device's context: nothing that this process does will work on the device again.
     Context,
 }
@@ -74,6 +76,11 @@ pub trait StepModel {
 
     /// Returns the counters.
     fn stats(&self) -> GraphCounters;
+
+    /// Returns what each rank takes of its device's memory, in bytes; nothing of a model that has none.
+    fn rank_bytes(&mut self) -> Vec<usize> {
+        Vec::new()
+    }
 }
 
 impl StepModel for ModelRunner {
@@ -102,16 +109,22 @@ impl StepModel for ModelRunner {
             eager: stats.eager.iter().map(|(reason, &count)| (reason.name(), count)).collect(),
         }
     }
+
+    fn rank_bytes(&mut self) -> Vec<usize> {
+        // Of a lost rank the next step tells.
+        self.rank_memory().unwrap_or_default().iter().map(RankMemory::total).collect()
+    }
 }
 
 impl From<bcg_models::Error> for StepError {
-    /// An error of the driver, or of memory that a kernel must not touch, is the device's. Some errors of the driver end
-    /// all work of the process on it.
+    /// An error of the driver, or of memory that a kernel must not touch, is the device's, and a lost rank is as a lost
+    /// device. Some errors of the driver end all work of the process on it.
     fn from(error: bcg_models::Error) -> Self {
         let damage = match &error {
             bcg_models::Error::Runtime(error) if error.is_context_lost() => Damage::Context,
             bcg_models::Error::Runtime(error) => match error.root() {
                 bcg_runtime::Error::Driver { .. } | bcg_runtime::Error::Memory { .. } => Damage::Model,
+                bcg_runtime::Error::RankLost { rank, .. } => Damage::Rank(*rank),
                 _ => Damage::Nothing,
             },
             _ => Damage::Nothing,

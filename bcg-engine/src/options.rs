@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use bcg_models::{GraphMode, LoadFormat, ModelRunnerOptions, OptionError};
+use bcg_runtime::RANKS_MAX;
 
 use super::watchdog::WatchdogOptions;
 
@@ -18,7 +19,7 @@ pub enum DeviceChoice {
     Auto,
     /// The emulated device; it needs no GPU.
     Host,
-    /// The first CUDA GPU; it is an error if there is none.
+    /// CUDA GPUs, from the first one on if [`EngineOptions::devices`] names none; it is an error if there are too few.
     Cuda,
 }
 
@@ -66,6 +67,11 @@ pub struct EngineOptions {
     pub allow_special_tokens_in_content: bool,
     /// Where the model runs.
     pub device: DeviceChoice,
+    /// Tensor parallelism: the ranks that the model is divided among, each of which has a device.
+    pub tp: usize,
+    /// The numbers of the GPUs of the ranks, in order; a GPU that is named several times has several ranks. `None` takes the
+    /// first `tp` ones.
+    pub devices: Option<Vec<usize>>,
     /// Replays prefills as breakable CUDA graphs and decodes as full ones.
     pub enable_breakable_cuda_graph: bool,
     /// The largest token count of a prefill that gets a graph; `None` takes `chunked_prefill_size`.
@@ -124,6 +130,8 @@ impl Default for EngineOptions {
             skip_tokenizer_init: false,
             allow_special_tokens_in_content: false,
             device: DeviceChoice::Auto,
+            tp: 1,
+            devices: None,
             enable_breakable_cuda_graph: false,
             cuda_graph_max_tokens: None,
             cuda_graph_sizes: None,
@@ -186,6 +194,7 @@ impl EngineOptions {
                 ));
             }
         }
+        self.check_ranks()?;
         self.check_graphs()
     }
 
@@ -242,6 +251,25 @@ impl EngineOptions {
             verify_graph: self.verify_graph,
             poison_graph_memory: self.poison_graph_memory,
         }
+    }
+
+    fn check_ranks(&self) -> Result<(), OptionError> {
+        OptionError::positive("tp", self.tp)?;
+        if self.tp > RANKS_MAX {
+            let problem = format!("a model is not divided among {} ranks", self.tp);
+            return Err(OptionError::new("tp", problem, "give at most 8"));
+        }
+        let Some(devices) = &self.devices else { return Ok(()) };
+        if self.device == DeviceChoice::Host {
+            let remedy = "drop it: on the host device each rank has one of its own";
+            return Err(OptionError::new("devices", "names GPUs, and `device` is host", remedy));
+        }
+        if devices.len() != self.tp {
+            let problem = format!("has {} numbers for the {} ranks of `tp`", devices.len(), self.tp);
+            let remedy = "give the number of a GPU for each rank; one may stand there several times";
+            return Err(OptionError::new("devices", problem, remedy));
+        }
+        Ok(())
     }
 
     fn check_graphs(&self) -> Result<(), OptionError> {
@@ -367,6 +395,23 @@ mod tests {
             (options.enable_breakable_cuda_graph, options.cuda_graph_max_tokens) = (true, Some(0));
         };
         refused(limit, "cuda_graph_max_tokens", "drop `enable_breakable_cuda_graph`");
+    }
+
+    #[test]
+    fn each_rank_has_a_device() {
+        for (tp, devices) in [(1, None), (8, None), (2, Some(vec![0, 0])), (2, Some(vec![3, 1])), (1, Some(vec![7]))] {
+            let options = EngineOptions { tp, devices, ..EngineOptions::new("m") };
+            options.check().expect("these work");
+        }
+        refused(|options| options.tp = 0, "tp", "at least 1");
+        refused(|options| options.tp = 9, "tp", "at most 8");
+        refused(|options| options.devices = Some(vec![0, 1]), "devices", "for each rank");
+        refused(|options| (options.tp, options.devices) = (3, Some(vec![0, 1])), "devices", "for each rank");
+        refused(|options| (options.tp, options.devices) = (2, Some(Vec::new())), "devices", "for each rank");
+        let on_host = |options: &mut EngineOptions| {
+            (options.device, options.tp, options.devices) = (DeviceChoice::Host, 2, Some(vec![0, 1]));
+        };
+        refused(on_host, "devices", "drop it");
     }
 
     #[test]

@@ -34,7 +34,7 @@ pub use config::ModelConfig;
 pub use error::{Error, Result};
 pub use runner::{
     CaptureSummary, FinishReason, ForwardPath, GenerateOptions, Generated, GraphMode, GraphStats, LoadFormat,
-    ModelRunner, ModelRunnerOptions, OptionError, PendingStep, Progress, SampledToken, Stage, StepOutput,
+    ModelRunner, ModelRunnerOptions, OptionError, PendingStep, Progress, RankMemory, SampledToken, Stage, StepOutput,
     TOP_LOGPROBS_MAX,
 };
 pub use sampling::SamplingParams;

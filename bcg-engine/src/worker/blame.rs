@@ -16,6 +16,9 @@ impl<M: StepModel> Worker<'_, M> {
         tracing::error!(phase, requests = plan.entries.len(), is_trial, error = error.message, "a step failed");
         let after = self.in_flight.take();
         let message = format!("the {phase} step of this request failed: {}", error.message);
+        if let Damage::Rank(rank) = error.damage {
+            self.shared.metrics.count_lost_rank(rank);
+        }
         let entries = plan.entries.iter().chain(after.iter().flat_map(|step| &step.plan.entries));
         if error.damage != Damage::Nothing {
             entries.for_each(|entry| self.fail(entry.id, RequestError::Engine(message.clone())));

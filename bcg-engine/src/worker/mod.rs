@@ -104,8 +104,9 @@ pub struct Worker<'a, M: StepModel> {
 
 impl<'a, M: StepModel> Worker<'a, M> {
     /// Makes a worker that goes on with the requests of the one before it.
-    pub fn new(model: M, mut scheduler: Scheduler, requests: &'a mut Requests, shared: Arc<Shared>) -> Self {
+    pub fn new(mut model: M, mut scheduler: Scheduler, requests: &'a mut Requests, shared: Arc<Shared>) -> Self {
         shared.metrics.kv_pages.set(gauge(scheduler.cache().pool().num_pages()));
+        shared.metrics.take_ranks(&model.rank_bytes());
         requests.kept.drain(..).for_each(|sequence| scheduler.add(sequence));
         let (counted, last_step) = (GraphCounters::default(), Instant::now());
         let held = requests.active.keys().copied().filter(|id| scheduler.set_held(*id, true)).collect();

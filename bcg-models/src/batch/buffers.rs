@@ -1,12 +1,10 @@
-//! The buffers of a batch on the device, and how the host fills them: see the module above for what they mean.
+//! The buffers of a batch on the device, and how they are filled: see the module above for what they mean.
 
-use std::ops::Range;
+use bcg_kernels::{DecodePlan, StateSlots, attention_prefill_plan_len, unpack_inputs};
+use bcg_runtime::{DType, Device, Result, Runner, Staging, Tensor};
 
-use bcg_kernels::{DecodePlan, StateSlots, attention_prefill_plan, attention_prefill_plan_len, unpack_inputs};
-use bcg_runtime::{DType, Device, Result, Rows, Runner, Staging, Tensor};
-
+use super::stage::{StagedBatch, StagedSampling};
 use super::{AttentionSplit, DecodeInputs, ForwardBatch, Phase, SequenceInput, TokenInputs};
-use crate::sampling::SamplingParams;
 
 /// How large a batch can get.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,14 +27,17 @@ pub struct InputBuffers {
     sections: Tensor,
     /// `[B, pages]`, as wide as the longest possible sequence needs.
     page_table: Tensor,
-    decode_plan: DecodePlan,
     sampling: SamplingBuffers,
     /// `[B]` i32: what the step launched last chose.
     chosen: Tensor,
     staging: Staging,
-    values: Vec<i32>,
-    plan: Vec<i32>,
-    page_size: usize,
+    pub(super) decode_plan: DecodePlan,
+    /// Host memory of the batches that are put together here.
+    pub(super) values: Vec<i32>,
+    /// Host memory of one plan.
+    pub(super) plan: Vec<i32>,
+    pub(super) limits: BatchLimits,
+    pub(super) page_size: usize,
 }
 
 /// The sampling parameters of a batch, one value for each sequence.
@@ -57,7 +58,7 @@ pub struct SamplingBuffers {
 }
 
 /// Sections begin at multiples of this many elements, for loads of 16 bytes.
-const SECTION_ALIGNMENT: usize = 4;
+pub(super) const SECTION_ALIGNMENT: usize = 4;
 
 /// The sections of a batch, in the order in which they lie in the buffer.
 struct Sections<'a> {
@@ -115,42 +116,6 @@ fn sampling_bytes(sequences: usize) -> usize {
     sequences * (4 * size_of::<i32>() + 2 * size_of::<i64>()) + 6 * 16
 }
 
-/// Appends a section of `len` values, padded to where the next one begins, and returns where it lies. `push` appends the
-/// first values, `padding` stands for the others.
-fn push_section(staging: &mut Vec<i32>, len: usize, padding: i32, push: impl FnOnce(&mut Vec<i32>)) -> Range<usize> {
-    let begin = staging.len();
-    push(staging);
-    debug_assert!(staging.len() <= begin + len, "a section holds {len} values");
-    staging.resize(begin + len, padding);
-    staging.resize((begin + len).next_multiple_of(SECTION_ALIGNMENT), 0);
-    begin..begin + len
-}
-
-/// The row after the last one of each sequence.
-fn ends(batch: &[SequenceInput<'_>]) -> impl Iterator<Item = i32> {
-    batch.iter().scan(0, |end, sequence| {
-        *end += sequence.num_new() as i32;
-        Some(*end)
-    })
-}
-
-/// The sequences at the front of the batch that have one new token.
-fn num_decodes(batch: &[SequenceInput<'_>]) -> usize {
-    batch.iter().take_while(|sequence| sequence.num_new() == 1).count()
-}
-
-/// Appends the slots of these positions of a sequence, page by page.
-fn push_slots(staging: &mut Vec<i32>, pages: &[u32], page_size: usize, positions: Range<usize>) {
-    let mut begin = positions.start;
-    while begin < positions.end {
-        let page = begin / page_size;
-        let end = positions.end.min((page + 1) * page_size);
-        let first = pages[page] as usize * page_size + begin % page_size;
-        staging.extend((first..first + (end - begin)).map(|slot| slot as i32));
-        begin = end;
-    }
-}
-
 impl InputBuffers {
     /// Allocates buffers for batches within `limits`.
     ///
@@ -177,11 +142,12 @@ impl InputBuffers {
                 seed: zeros(sequences, DType::I64)?,
                 step: zeros(sequences, DType::I64)?,
             },
-            decode_plan,
+            chosen: zeros(sequences, DType::I32)?,
             staging: Staging::new(device, (len * size_of::<i32>()).max(sampling_bytes(sequences)))?,
+            decode_plan,
             values: Vec::with_capacity(len),
-            chosen: device.zeros(&[limits.sequences], DType::I32)?,
             plan: Vec::with_capacity(plans),
+            limits,
             page_size,
         })
     }
@@ -196,14 +162,13 @@ impl InputBuffers {
             .map(|(inputs, _)| inputs)
     }
 
-    /// Uploads a batch for a forward of `phase` that is padded to `padded` rows. With `write_kv` off no key, value or state
-    /// is kept: a dummy batch.
+    /// Puts a batch together and uploads it: [`stage`](Self::stage), then [`upload`](Self::upload).
     ///
     /// # Errors
-    /// [`bcg_runtime::Error::Shape`] beyond the limits; the driver's.
+    /// As [`upload`](Self::upload).
     ///
     /// # Panics
-    /// If the batch has more than `padded` tokens, a sequence has too few pages, or one of a decode has several tokens.
+    /// As [`stage`](Self::stage).
     pub fn fill(
         &mut self,
         runner: &mut Runner,
@@ -212,138 +177,60 @@ impl InputBuffers {
         padded: usize,
         write_kv: bool,
     ) -> Result<ForwardBatch> {
-        let valid: usize = batch.iter().map(SequenceInput::num_new).sum();
-        assert!(valid <= padded, "{valid} tokens do not fit into {padded} rows");
-        assert!(phase == Phase::Prefill || Phase::of(batch) == phase, "a decode has one new token a sequence");
-        let live = self.views(phase, batch, Rows { valid, padded })?;
-        self.stage_tokens(batch, padded, write_kv);
-        self.stage_sequences(batch, &live, write_kv);
-        let staged = self.values.len();
-        let width = self.stage_page_tables(batch);
-        let all = self.sections.rows(0..self.values.len())?;
-        self.staging.upload(runner, &[(&all, bytemuck::cast_slice(&self.values))])?;
-        let packed = self.sections.rows(staged..self.values.len())?.reshape(&[batch.len(), width])?;
-        let used = live.page_table.rows(0..batch.len())?.columns(0..width)?;
-        let tokens = self.sections.rows(0..valid)?;
+        let staged = self.stage(batch, phase, padded, write_kv);
+        let live = self.upload(runner, &staged);
+        self.take_back(staged);
+        live
+    }
+
+    /// Uploads a batch, and returns it as it lies on this device.
+    ///
+    /// # Errors
+    /// [`bcg_runtime::Error::Shape`] beyond the limits; the driver's.
+    pub fn upload(&mut self, runner: &mut Runner, staged: &StagedBatch) -> Result<ForwardBatch> {
+        let StagedBatch { num_sequences, values, width, .. } = staged;
+        let live = self.views(staged)?;
+        let all = self.sections.rows(0..values.len())?;
+        self.staging.upload(runner, &[(&all, bytemuck::cast_slice(values))])?;
+        let tables = values.len() - num_sequences * width;
+        let packed = self.sections.rows(tables..values.len())?.reshape(&[*num_sequences, *width])?;
+        let used = live.page_table.rows(0..*num_sequences)?.columns(0..*width)?;
+        let tokens = self.sections.rows(0..staged.rows.valid)?;
         runner.tail(&live, |cx| unpack_inputs(cx, &tokens, &self.chosen, &packed, &used))?;
         Ok(live)
     }
 
     /// Where the live batches of a phase and a padded size lie. Those without decodes and mixed ones differ in `split` only.
-    fn views(&self, phase: Phase, batch: &[SequenceInput<'_>], rows: Rows) -> Result<ForwardBatch> {
-        let capacity = rows.padded.min(self.page_table.dim(0));
+    fn views(&self, staged: &StagedBatch) -> Result<ForwardBatch> {
+        let StagedBatch { phase, rows, num_sequences, .. } = *staged;
+        let (capacity, plan_len) = (self.capacity(rows.padded), self.prefill_plan_len(staged));
         let mut sections = Sections { buffer: &self.sections, end: 0 };
         let (captured, last_rows) = sections.captured(phase, rows.padded, &self.page_table, self.decode_plan)?;
-        let (kv_lens, states, plan_len) = match captured.decode {
-            None => {
-                let plan_len = attention_prefill_plan_len(rows.padded, capacity);
-                (sections.next(capacity)?, sections.states(capacity)?, plan_len)
-            }
-            Some(decode) => (decode.kv_lens, decode.states, 1),
+        let (kv_lens, states) = match captured.decode {
+            None => (sections.next(capacity)?, sections.states(capacity)?),
+            Some(decode) => (decode.kv_lens, decode.states),
         };
         Ok(ForwardBatch {
             rows,
-            num_sequences: batch.len(),
+            num_sequences,
             phase,
             cu_seqlens_q: sections.next(capacity + 1)?,
             kv_lens,
             states,
             page_table: self.page_table.rows(0..capacity)?,
-            last_rows: last_rows.rows(0..batch.len())?,
+            last_rows: last_rows.rows(0..num_sequences)?,
             prefill_plan: sections.next(plan_len)?,
-            split: match (phase, num_decodes(batch)) {
-                (Phase::Decode, _) | (Phase::Prefill, 0) => None,
-                (Phase::Prefill, _) => Some(AttentionSplit {
+            split: if staged.is_mixed {
+                Some(AttentionSplit {
                     prompt_starts: sections.next(capacity + 1)?,
                     prompt_plan: sections.next(plan_len)?,
                     decode_kv_lens: sections.next(capacity)?,
                     decode_plan: sections.plan(self.decode_plan)?,
-                }),
+                })
+            } else {
+                None
             },
         })
-    }
-
-    /// Begins the staging with tokens, positions, slots and last rows.
-    fn stage_tokens(&mut self, batch: &[SequenceInput<'_>], padded: usize, write_kv: bool) {
-        let (staging, page_size) = (&mut self.values, self.page_size);
-        staging.clear();
-        push_section(staging, padded, 0, |staging| {
-            for s in batch {
-                staging.extend(s.tokens.iter().map(|token| token.cast_signed()));
-                // As `unpack_inputs` reads it.
-                staging.extend(s.chosen_row.map(|row| -1 - row as i32));
-            }
-        });
-        push_section(staging, padded, 0, |staging| {
-            batch.iter().for_each(|s| staging.extend(s.past_len as i32..s.kv_len() as i32));
-        });
-        let written = if write_kv { batch } else { &[] };
-        push_section(staging, padded, -1, |staging| {
-            written.iter().for_each(|s| push_slots(staging, s.pages, page_size, s.past_len..s.kv_len()));
-        });
-        let valid: usize = batch.iter().map(SequenceInput::num_new).sum();
-        push_section(staging, 2, 0, |staging| staging.extend([valid as i32, batch.len() as i32]));
-        push_section(staging, padded.min(self.page_table.dim(0)), 0, |staging| {
-            staging.extend(ends(batch).map(|end| end - 1));
-        });
-    }
-
-    /// Appends what is known of each sequence, and the plan of the phase's attention.
-    fn stage_sequences(&mut self, batch: &[SequenceInput<'_>], live: &ForwardBatch, write_state: bool) {
-        let (staging, plan) = (&mut self.values, &mut self.plan);
-        let capacity = live.kv_lens.dim(0);
-        let lens = push_section(staging, capacity, 0, |staging| {
-            staging.extend(batch.iter().map(|sequence| sequence.kv_len() as i32));
-        });
-        let slots = |sequence: &SequenceInput<'_>| sequence.state.map(|state| state.slots(sequence.past_len));
-        let number = |slot: Option<u32>| slot.map_or(-1, u32::cast_signed);
-        push_section(staging, capacity, -1, |staging| {
-            staging.extend(batch.iter().map(|sequence| number(slots(sequence).and_then(|(read, _)| read))));
-        });
-        let written = if write_state { batch } else { &[] };
-        push_section(staging, capacity, -1, |staging| {
-            staging.extend(written.iter().map(|sequence| number(slots(sequence).map(|(_, write)| write))));
-        });
-        if live.phase == Phase::Decode {
-            self.decode_plan.fill(&staging[lens.start..][..batch.len()], plan);
-            push_section(staging, plan.len(), 0, |staging| staging.extend_from_slice(plan));
-        }
-        let starts = push_section(staging, capacity + 1, live.rows.valid as i32, |staging| {
-            staging.push(0);
-            staging.extend(ends(batch));
-        });
-        let planned = if live.phase == Phase::Prefill { batch.len() } else { 0 };
-        attention_prefill_plan(&staging[starts.clone()][..=planned], &staging[lens.clone()][..planned], plan);
-        let plan_len = live.prefill_plan.dim(0);
-        push_section(staging, plan_len, 0, |staging| staging.extend_from_slice(plan));
-        if live.split.is_none() {
-            return;
-        }
-        let decodes = num_decodes(batch);
-        let prompt_starts = push_section(staging, capacity + 1, live.rows.valid as i32, |staging| {
-            // Each of those at the front has one row.
-            staging.extend_from_within(starts);
-            let begin = staging.len() - (capacity + 1);
-            staging[begin..begin + decodes].fill(decodes as i32);
-        });
-        attention_prefill_plan(&staging[prompt_starts][..=planned], &staging[lens.clone()][..planned], plan);
-        push_section(staging, plan_len, 0, |staging| staging.extend_from_slice(plan));
-        let decode_lens = lens.start..lens.start + decodes;
-        push_section(staging, capacity, 0, |staging| staging.extend_from_within(decode_lens.clone()));
-        self.decode_plan.fill(&staging[decode_lens], plan);
-        push_section(staging, plan.len(), 0, |staging| staging.extend_from_slice(plan));
-    }
-
-    /// Appends the page tables, as wide as the longest sequence needs, and returns the width.
-    fn stage_page_tables(&mut self, batch: &[SequenceInput<'_>]) -> usize {
-        let pages_of = |sequence: &SequenceInput<'_>| sequence.kv_len().div_ceil(self.page_size);
-        let width = batch.iter().map(pages_of).max().unwrap_or(1);
-        let begin = self.values.len();
-        for (i, sequence) in batch.iter().enumerate() {
-            self.values.extend(sequence.pages[..pages_of(sequence)].iter().map(|page| page.cast_signed()));
-            self.values.resize(begin + (i + 1) * width, 0);
-        }
-        width
     }
 
     /// `[B]` i32: where each step leaves the tokens that it chose, for the next one.
@@ -354,9 +241,9 @@ impl InputBuffers {
     /// Uploads the sampling parameters of a batch.
     ///
     /// # Errors
-    /// As [`fill`](Self::fill).
-    pub fn fill_sampling(&mut self, runner: &mut Runner, batch: &[SequenceInput<'_>]) -> Result<SamplingBuffers> {
-        let rows = |tensor: &Tensor| tensor.rows(0..batch.len());
+    /// As [`upload`](Self::upload).
+    pub fn upload_sampling(&mut self, runner: &mut Runner, staged: &StagedSampling) -> Result<SamplingBuffers> {
+        let rows = |tensor: &Tensor| tensor.rows(0..staged.seed.len());
         let buffers = SamplingBuffers {
             temperature: rows(&self.sampling.temperature)?,
             top_k: rows(&self.sampling.top_k)?,
@@ -365,23 +252,13 @@ impl InputBuffers {
             seed: rows(&self.sampling.seed)?,
             step: rows(&self.sampling.step)?,
         };
-        let floats = |field: fn(&SamplingParams) -> f32| -> Vec<f32> {
-            batch.iter().map(|sequence| field(sequence.sampling)).collect()
-        };
-        let temperature = floats(|params| params.temperature);
-        let top_k =
-            |sequence: &SequenceInput<'_>| sequence.sampling.top_k.map_or(0, |k| i32::try_from(k).unwrap_or(i32::MAX));
-        let top_k: Vec<i32> = batch.iter().map(top_k).collect();
-        let (top_p, min_p) = (floats(|params| params.top_p), floats(|params| params.min_p));
-        let seed: Vec<i64> = batch.iter().map(|sequence| sequence.sampling.seed.cast_signed()).collect();
-        let step: Vec<i64> = batch.iter().map(|sequence| sequence.num_drawn.cast_signed()).collect();
         let parts: [(&Tensor, &[u8]); 6] = [
-            (&buffers.temperature, bytemuck::cast_slice(&temperature)),
-            (&buffers.top_k, bytemuck::cast_slice(&top_k)),
-            (&buffers.top_p, bytemuck::cast_slice(&top_p)),
-            (&buffers.min_p, bytemuck::cast_slice(&min_p)),
-            (&buffers.seed, bytemuck::cast_slice(&seed)),
-            (&buffers.step, bytemuck::cast_slice(&step)),
+            (&buffers.temperature, bytemuck::cast_slice(&staged.temperature)),
+            (&buffers.top_k, bytemuck::cast_slice(&staged.top_k)),
+            (&buffers.top_p, bytemuck::cast_slice(&staged.top_p)),
+            (&buffers.min_p, bytemuck::cast_slice(&staged.min_p)),
+            (&buffers.seed, bytemuck::cast_slice(&staged.seed)),
+            (&buffers.step, bytemuck::cast_slice(&staged.step)),
         ];
         self.staging.upload(runner, &parts)?;
         Ok(buffers)
@@ -391,8 +268,9 @@ impl InputBuffers {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sampling::SamplingParams;
     use crate::state::PagePool;
-    use bcg_runtime::{LiveBatch, RunnerOptions};
+    use bcg_runtime::{LiveBatch, Rows, RunnerOptions};
 
     const LIMITS: BatchLimits = BatchLimits { rows: 16, sequences: 8, pages_per_sequence: 4 };
 

@@ -12,6 +12,7 @@
 //! on the phase and the padded rows alone, so every batch of one size makes the same launches, breaks included.
 
 mod buffers;
+mod stage;
 
 use bcg_kernels::{StateSlots, gather_rows};
 use bcg_runtime::{LiveBatch, OpStream, Result, Rows, Tensor};
@@ -20,6 +21,7 @@ use crate::sampling::SamplingParams;
 use crate::state::StateLease;
 
 pub use buffers::{BatchLimits, InputBuffers, SamplingBuffers};
+pub use stage::{StagedBatch, StagedSampling};
 
 /// One sequence's part of a step.
 #[derive(Debug, Clone, Copy)]

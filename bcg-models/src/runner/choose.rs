@@ -1,36 +1,31 @@
 //! The end of a step: from logits to tokens, and what was asked for about them.
 
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
 use bcg_kernels::{self as ops, SampleInputs};
-use bcg_runtime::{DType, Eager, Element, Readback, Result, Runner, Tensor};
+use bcg_runtime::{DType, Device, Eager, Element, Readback, Result, Runner, Tensor};
 
 use super::SampledToken;
+use super::rank::Launched;
+use super::staged::StagedChoice;
 use crate::batch::{ForwardBatch, SamplingBuffers, SequenceInput};
 
 /// The most alternatives of a token whose log probabilities a step returns.
 pub const TOP_LOGPROBS_MAX: usize = 20;
 
 /// Applies what sequences ask of their logits: a bias, then a mask.
-pub(super) fn adjust(cx: &mut Eager<'_, ForwardBatch>, logits: &Tensor, batch: &[SequenceInput<'_>]) -> Result<()> {
-    let biases = batch.iter().enumerate().flat_map(|(row, sequence)| {
-        sequence.logit_bias.iter().map(move |&(token, value)| (row as i32, token.cast_signed(), value))
-    });
-    let (mut rows, mut tokens, mut values) = (Vec::new(), Vec::new(), Vec::new());
-    for (row, token, value) in biases {
-        rows.push(row);
-        tokens.push(token);
-        values.push(value);
-    }
-    if !rows.is_empty() {
-        let (rows, tokens) = (uploaded(cx, &[rows.len()], &rows)?, uploaded(cx, &[rows.len()], &tokens)?);
-        let values = uploaded(cx, &[values.len()], &values)?;
+pub(super) fn adjust(cx: &mut Eager<'_, ForwardBatch>, logits: &Tensor, asked: &StagedChoice) -> Result<()> {
+    let biases = asked.bias_rows.len();
+    if biases > 0 {
+        let (rows, tokens) = (uploaded(cx, &[biases], &asked.bias_rows)?, uploaded(cx, &[biases], &asked.bias_tokens)?);
+        let values = uploaded(cx, &[biases], &asked.bias_values)?;
         ops::logit_bias(cx, logits, &rows, &tokens, &values)?;
     }
-    let masks = batch.iter().zip(0..).filter_map(|(sequence, row)| Some((row, sequence.token_mask?)));
-    let (rows, masks): (Vec<i32>, Vec<&[u32]>) = masks.unzip();
-    if !rows.is_empty() {
+    let masks = asked.mask_rows.len();
+    if masks > 0 {
         let words = logits.dim(1).div_ceil(32);
-        let mask: Vec<i32> = masks.concat().into_iter().map(u32::cast_signed).collect();
-        let (mask, rows) = (uploaded(cx, &[rows.len(), words], &mask)?, uploaded(cx, &[rows.len()], &rows)?);
+        let mask = uploaded(cx, &[masks, words], &asked.mask_words)?;
+        let rows = uploaded(cx, &[masks], &asked.mask_rows)?;
         ops::token_mask(cx, logits, &rows, &mask)?;
     }
     Ok(())
@@ -66,26 +61,65 @@ pub(super) fn logprobs(
     cx: &mut Eager<'_, ForwardBatch>,
     logits: &Tensor,
     chosen: &Tensor,
-    batch: &[SequenceInput<'_>],
+    asked: &StagedChoice,
 ) -> Result<Option<(Tensor, Tensor)>> {
-    let asking = batch.iter().zip(0..).filter_map(|(sequence, row)| Some((row, sequence.top_logprobs?)));
-    let (rows, counts): (Vec<i32>, Vec<usize>) = asking.unzip();
-    let Some(&most) = counts.iter().max() else { return Ok(None) };
-    let rows = uploaded(cx, &[rows.len()], &rows)?;
-    ops::top_logprobs(cx, logits, &rows, chosen, most).map(Some)
+    if asked.logprob_rows.is_empty() {
+        return Ok(None);
+    }
+    let rows = uploaded(cx, &[asked.logprob_rows.len()], &asked.logprob_rows)?;
+    ops::top_logprobs(cx, logits, &rows, chosen, asked.most_logprobs).map(Some)
 }
 
 /// Bytes that come back from a step of `sequences` at most.
-pub(super) fn readback_bytes(sequences: usize) -> usize {
+fn readback_bytes(sequences: usize) -> usize {
     let pairs = sequences * (1 + TOP_LOGPROBS_MAX);
     // Each of the three tensors is rounded up.
     sequences * DType::I32.size_bytes() + pairs * (DType::I32.size_bytes() + DType::F32.size_bytes()) + 64
 }
 
+/// Steps of a world of several ranks whose tokens the host has not read, at most: no page-locked memory is allocated once
+/// the ranks work together, since that waits for devices that wait for each other (law L14).
+pub(super) const PENDING_MAX: usize = 2;
+
+/// Host memory for chosen tokens that no step uses now. All clones share it.
+#[derive(Debug, Clone)]
+pub(super) struct Readbacks {
+    free: Arc<Mutex<Vec<Readback>>>,
+    bytes: usize,
+    /// Whether these are all there will be.
+    is_bounded: bool,
+}
+
+impl Readbacks {
+    /// Makes those of a world of so many ranks: all there will be, unless it has one rank.
+    pub(super) fn new(device: &Device, sequences: usize, num_ranks: usize) -> Result<Self> {
+        let (bytes, is_bounded) = (readback_bytes(sequences), num_ranks > 1);
+        let free = (0..if is_bounded { PENDING_MAX } else { 0 }).map(|_| Readback::new(device, bytes));
+        Ok(Self { free: Arc::new(Mutex::new(free.collect::<Result<_>>()?)), bytes, is_bounded })
+    }
+
+    /// Tells whether a step may be launched now.
+    pub(super) fn have_room(&self) -> bool {
+        !self.is_bounded || !self.lock().is_empty()
+    }
+
+    /// Takes one for a step.
+    pub(super) fn take(&self, device: &Device) -> Result<Readback> {
+        let free = self.lock().pop();
+        free.map_or_else(|| Readback::new(device, self.bytes), Ok)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Readback>> {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// A step that was launched and whose tokens the host has not read.
 #[derive(Debug)]
 pub struct PendingStep {
-    readback: Readback,
+    /// `None` once it is given back.
+    readback: Option<Readback>,
+    readbacks: Readbacks,
     /// `[B, V]`, if any sequence asks for them. They lie in the arena of the forward, so the next launch overwrites
     /// them.
     logits: Option<Tensor>,
@@ -100,21 +134,22 @@ struct Asked {
 }
 
 impl PendingStep {
-    pub(super) fn new(readback: Readback, logits: Tensor, batch: &[SequenceInput<'_>]) -> Self {
+    pub(super) fn new(launched: Launched, readbacks: Readbacks, batch: &[SequenceInput<'_>]) -> Self {
         let asked =
             |sequence: &SequenceInput<'_>| Asked { top_logprobs: sequence.top_logprobs, logits: sequence.logits };
         let rows: Vec<Asked> = batch.iter().map(asked).collect();
-        let logits = rows.iter().any(|row| row.logits).then_some(logits);
-        Self { readback, logits, rows }
+        let logits = rows.iter().any(|row| row.logits).then_some(launched.logits);
+        Self { readback: launched.readback, readbacks, logits, rows }
     }
 
     /// Waits for the tokens and reads them, and what else was asked for.
     pub(super) fn read(&self, runner: &mut Runner) -> Result<Vec<SampledToken>> {
-        let ids = self.readback.read::<i32>(0)?;
+        let Some(readback) = &self.readback else { return Ok(Vec::new()) };
+        let ids = readback.read::<i32>(0)?;
         let asking = self.rows.iter().filter(|row| row.top_logprobs.is_some()).count();
         let (top_ids, top_values) = match asking {
             0 => (Vec::new(), Vec::new()),
-            _ => (self.readback.read::<i32>(1)?, self.readback.read::<f32>(2)?),
+            _ => (readback.read::<i32>(1)?, readback.read::<f32>(2)?),
         };
         let width = top_ids.len() / asking.max(1);
         let mut tops = top_ids.chunks(width.max(1)).zip(top_values.chunks(width.max(1)));
@@ -139,8 +174,11 @@ impl PendingStep {
         }
         Ok(tokens)
     }
+}
 
-    pub(super) fn into_readback(self) -> Readback {
-        self.readback
+impl Drop for PendingStep {
+    /// Gives the host memory back, also of a step that nobody collects: the next copy into it comes after its own.
+    fn drop(&mut self) {
+        self.readbacks.lock().extend(self.readback.take());
     }
 }

@@ -3,9 +3,11 @@
 
 use std::time::{Duration, Instant};
 
-use bcg_runtime::{Decision, ReplayMode, Timeline};
+use bcg_runtime::{ReplayMode, Timeline};
 
-use super::ModelRunner;
+use super::rank::Rank;
+use super::staged::Path;
+use super::{ModelRunner, num_rows};
 use crate::batch::{Phase, SequenceInput};
 use crate::error::Result;
 
@@ -28,30 +30,50 @@ impl ModelRunner {
     pub fn forward_only(&mut self, batch: &[SequenceInput<'_>], path: ForwardPath) -> Result<()> {
         self.check(batch)?;
         match path {
-            ForwardPath::Graph => self.run(batch)?,
+            ForwardPath::Graph => {
+                let step = self.stage(batch);
+                self.on_ranks(step, |rank, step| rank.run(step).map(drop))
+            }
             ForwardPath::Chain => {
-                self.runtime.set_replay_mode(ReplayMode::Chain);
-                let ran = self.run(batch);
-                self.runtime.set_replay_mode(ReplayMode::default());
-                ran?
+                self.set_replay_mode(ReplayMode::Chain)?;
+                let step = self.stage(batch);
+                let ran = self.on_ranks(step, |rank, step| rank.run(step).map(drop));
+                self.set_replay_mode(ReplayMode::default())?;
+                ran
             }
             ForwardPath::Eager => {
-                let rows = batch.iter().map(SequenceInput::num_new).sum();
-                self.run_eagerly(batch, Phase::of(batch), rows)?
+                let step = self.stage_as(batch, Phase::of(batch), (num_rows(batch), Path::Eager), true);
+                self.on_ranks(step, |rank, step| rank.run(step).map(drop))
             }
-        };
+        }
+    }
+
+    /// Sets how graphs are replayed from now on.
+    ///
+    /// # Errors
+    /// [`bcg_runtime::Error::RankLost`] if a rank is lost.
+    pub fn set_replay_mode(&mut self, mode: ReplayMode) -> Result<()> {
+        self.on_each(move |rank| {
+            rank.runtime.set_replay_mode(mode);
+            Ok(())
+        })?;
         Ok(())
     }
 
-    /// Times the steps of a batch's replay, without upload, logits and tokens. It replays the batch several times.
+    /// Times the steps of a batch's replay, without upload, logits and tokens; with several ranks, those of rank 0. It replays
+    /// the batch several times.
     ///
     /// # Errors
     /// As [`step`](Self::step); [`bcg_runtime::Error::NotCaptured`] if no graph is captured for this batch.
     pub fn timeline(&mut self, batch: &[SequenceInput<'_>]) -> Result<Timeline> {
-        let (phase, size) = self.upload_only(batch)?;
-        let live = self.inputs.fill(&mut self.runtime, batch, phase, size, true)?;
-        let (graphs, runtime) = self.graphs_and_runtime(phase);
-        Ok(graphs.timeline(size, runtime, &live)?)
+        self.check(batch)?;
+        let step = self.stage(batch);
+        if step.path != Path::Replay {
+            let name = format!("{} of {} rows", step.batch.phase().name(), step.batch.rows().padded);
+            let reason = "this size was not captured, or was dropped";
+            return Err(bcg_runtime::Error::NotCaptured { name, reason }.into());
+        }
+        self.on_ranks(step, Rank::timeline)
     }
 
     /// Decides how a batch would be run, uploads it, and returns its phase and padded rows.
@@ -60,13 +82,10 @@ impl ModelRunner {
     /// As [`step`](Self::step).
     pub fn upload_only(&mut self, batch: &[SequenceInput<'_>]) -> Result<(Phase, usize)> {
         self.check(batch)?;
-        let (phase, rows) = (Phase::of(batch), batch.iter().map(SequenceInput::num_new).sum());
-        let size = match self.graphs_and_runtime(phase).0.decide(rows) {
-            Decision::Replay { size } | Decision::Capture { size } => size,
-            Decision::Eager(_) => rows,
-        };
-        self.inputs.fill(&mut self.runtime, batch, phase, size, true)?;
-        Ok((phase, size))
+        let step = self.stage(batch);
+        let of_step = (step.batch.phase(), step.batch.rows().padded);
+        self.on_ranks(step, |rank, step| rank.upload(step).map(drop))?;
+        Ok(of_step)
     }
 
     /// Runs a greedy step and returns for how long the host worked: until all was enqueued, and, once the device had
@@ -76,9 +95,7 @@ impl ModelRunner {
     /// As [`step`](Self::step).
     pub fn step_host_time(&mut self, batch: &[SequenceInput<'_>]) -> Result<Duration> {
         let begun = Instant::now();
-        self.check(batch)?;
-        let (live, hidden) = self.run(batch)?;
-        let pending = self.choose_tokens(&live, &hidden, batch)?;
+        let pending = self.enqueue(batch)?;
         let enqueued = begun.elapsed();
         self.synchronize()?;
         let begun = Instant::now();
@@ -90,7 +107,7 @@ impl ModelRunner {
     ///
     /// # Errors
     /// The first error of that work.
-    pub fn synchronize(&self) -> Result<()> {
-        Ok(self.runtime.synchronize()?)
+    pub fn synchronize(&mut self) -> Result<()> {
+        self.on_each(|rank| rank.runtime.synchronize()).map(drop)
     }
 }

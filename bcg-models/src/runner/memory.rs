@@ -5,25 +5,52 @@
 //! order: weights → states, and a KV cache of one page → the largest step that there can be, which gives the arena its
 //! size and loads the kernels → a few graphs, captured and dropped, which tell what one takes → the KV cache with what
 //! is left of the fraction.
+//!
+//! Every rank of a world does all of it, and the KV caches have as many pages as fit on every device.
 
 use std::sync::Arc;
 
-use bcg_runtime::{Device, GraphCache};
+use bcg_runtime::{CacheOptions, Device, DeviceKind, GraphCache, MemoryInfo};
 
 use super::options::{GraphMode, ModelRunnerOptions, OptionError};
+use super::staged::{Path, StagedStep};
 use super::{DUMMY_SEQUENCE_TOKENS, ModelRunner, Progress, Stage};
 use crate::batch::Phase;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::state::{Caches, KvCache, PagePool, StateCache};
+use crate::state::{CacheLayout, Caches, KvCache, PagePool, StateCache};
 use crate::weights::Shard;
 
-/// What is taken beside weights and KV cache, in bytes.
-#[derive(Debug, Clone, Copy, Default)]
+/// What a rank takes of its device, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct RankMemory {
+    /// Its share of the weights.
+    pub weight_bytes: usize,
+    /// Its share of the KV cache and of the states.
+    pub cache_bytes: usize,
+    /// The activations.
+    pub arena_bytes: usize,
+    /// The graphs.
+    pub graph_bytes: usize,
+}
+
+impl RankMemory {
+    /// All of it together.
+    pub fn total(&self) -> usize {
+        self.weight_bytes + self.cache_bytes + self.arena_bytes + self.graph_bytes
+    }
+}
+
+/// What a device has, and what is taken of it beside weights and KV cache, in bytes.
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Measured {
+    /// What the device has.
+    pub(super) memory: MemoryInfo,
+    /// The ranks that share the device.
+    pub(super) num_sharing: usize,
     /// What the arena takes, for the activations of the largest step. It is mapped already, so it counts as used.
     pub(super) arena_bytes: usize,
-    /// What all graphs will take. None of them is captured yet.
+    /// What all graphs of a rank will take. None of them is captured yet.
     pub(super) graph_bytes: usize,
 }
 
@@ -32,10 +59,10 @@ pub(super) fn caches(
     device: &Device,
     config: &ModelConfig,
     options: &ModelRunnerOptions,
+    layout: &CacheLayout,
     num_pages: usize,
 ) -> Result<Caches> {
-    let layout = config.cache_layout(Shard::WHOLE)?;
-    let kv = KvCache::new(device, config.dtype, &layout, [num_pages, options.page_size])?;
+    let kv = KvCache::new(device, config.dtype, layout, [num_pages, options.page_size])?;
     let slots = 2 * options.max_running_requests;
     let states = StateCache::new(device, config.dtype, layout.states.as_ref(), slots).map_err(|error| match error {
         bcg_runtime::Error::OutOfMemory { .. } => {
@@ -63,19 +90,48 @@ impl ModelRunner {
     /// [`Error::Option`] names the option that leaves too little; the device's.
     pub(super) fn fit_kv_cache(&mut self, progress: &mut dyn FnMut(Progress)) -> Result<()> {
         progress(Progress { stage: Stage::KvCache, done: 0, total: 1 });
-        let measured =
-            Measured { graph_bytes: self.measure_graphs()?, arena_bytes: self.runtime.arena_stats().mapped_bytes };
-        self.runtime.synchronize()?; // graphs that still ran are gone then
-        let device = self.device().clone();
-        self.options.fit_kv_cache(&self.config, device.memory_info()?, measured)?;
-        let num_pages = self.options.num_pages();
-        let layout = self.config.cache_layout(Shard::WHOLE)?;
-        let kv = KvCache::new(&device, self.config.dtype, &layout, [num_pages, self.options.page_size])?;
-        self.caches = Arc::new(Caches { kv, states: self.caches.states.clone() });
-        self.pages = page_pool(&self.caches, &self.options);
-        tracing::debug!(?measured, num_pages, "the KV cache has what is left");
+        let graph_bytes = self.measure_graphs()?;
+        // All ranks have shares of one size.
+        let shard = Shard { rank: 0, num_ranks: self.num_ranks() };
+        let measured = self.on_each(|rank| {
+            rank.runtime.synchronize()?; // graphs that still ran are gone then
+            Ok((rank.device().memory_info()?, rank.runtime.arena_stats().mapped_bytes))
+        })?;
+        let mut options = self.options.clone();
+        for (rank, (memory, arena_bytes)) in measured.into_iter().enumerate() {
+            let measured = Measured { memory, num_sharing: self.num_sharing(rank), arena_bytes, graph_bytes };
+            options.fit_kv_cache(&self.config, shard, measured)?;
+            tracing::debug!(rank, ?measured, tokens = options.kv_cache_tokens, "the KV cache gets what is left");
+        }
+        let (num_pages, page_size, dtype) = (options.num_pages(), options.page_size, self.config.dtype);
+        let layout = self.config.cache_layout(shard)?;
+        self.on_each(move |rank| {
+            let kv = KvCache::new(rank.device(), dtype, &layout, [num_pages, page_size])?;
+            rank.caches = Arc::new(Caches { kv, states: rank.caches.states.clone() });
+            Ok(())
+        })?;
+        self.pages = page_pool(&self.first().caches, &options);
+        self.options = options;
         progress(Progress { stage: Stage::KvCache, done: 1, total: 1 });
         Ok(())
+    }
+
+    /// The ranks that share the device of this one: GPUs of one name are one GPU, host devices have memory of their own.
+    fn num_sharing(&self, rank: usize) -> usize {
+        let (world, own) = (self.world(), self.world().device(rank));
+        let shares = |other: &usize| *other == rank || world.device(*other).name() == own.name();
+        match own.kind() {
+            DeviceKind::Host => 1,
+            DeviceKind::Cuda => (0..world.size()).filter(shares).count(),
+        }
+    }
+
+    /// What each rank takes of its device, in the order of the ranks.
+    ///
+    /// # Errors
+    /// [`bcg_runtime::Error::RankLost`] if a rank is lost.
+    pub fn rank_memory(&mut self) -> Result<Vec<RankMemory>> {
+        self.on_each(|rank| Ok(rank.memory()))
     }
 
     /// Returns what all graphs will take, in bytes: what the largest ones take, for each size.
@@ -94,20 +150,29 @@ impl ModelRunner {
     }
 
     /// Captures the graph of a size, drops it, and returns what it took, in bytes, with what replays of other kinds of
-    /// batches add.
+    /// batches add; with several ranks, the most that it took on one of them.
     fn measure_graph(&mut self, phase: Phase, size: usize) -> Result<usize> {
+        let options = self.options.graph_cache(phase)?;
         let unbounded = {
-            let mut changed = self.options.graph_cache(phase)?;
+            let mut changed = options.clone();
             changed.graphs_max = usize::MAX;
             changed.bytes_max = usize::MAX;
             changed
         };
-        let cache = GraphCache::new(phase.name(), unbounded);
-        let kept = std::mem::replace(self.graphs_and_runtime(phase).0, cache);
+        self.replace_graphs(phase, unbounded)?;
         let captured = self.capture_size(phase, size).and_then(|()| self.replay_all_kinds(phase, size));
-        let measured = std::mem::replace(self.graphs_and_runtime(phase).0, kept);
         captured.map_err(|error| self.options.without_room(error))?;
-        Ok(measured.graph_bytes())
+        let bytes = self.replace_graphs(phase, options)?;
+        Ok(bytes.into_iter().max().unwrap_or(0))
+    }
+
+    /// Replaces the graphs of a phase by none yet, and returns what they took on each rank.
+    fn replace_graphs(&mut self, phase: Phase, options: CacheOptions) -> Result<Vec<usize>> {
+        self.on_each(move |rank| {
+            let (graphs, _) = rank.graphs_and_runtime(phase);
+            let before = std::mem::replace(graphs, GraphCache::new(phase.name(), options.clone()));
+            Ok(before.graph_bytes())
+        })
     }
 
     /// Replays a graph of prefills with a mixed batch, and both kinds of batches with a padded row if the ladder has such
@@ -117,16 +182,15 @@ impl ModelRunner {
             return Ok(());
         }
         let is_padded =
-            |rows: usize| self.graphs(phase).ladder().and_then(|ladder| ladder.size_for(rows)) == Some(size);
+            |rows: usize| self.first().graphs(phase).ladder().and_then(|ladder| ladder.size_for(rows)) == Some(size);
         let fewer = (size >= 2 && is_padded(size - 1)).then(|| size - 1);
         for (rows, decodes) in [size].into_iter().chain(fewer).flat_map(|rows| [(rows, 0), (rows, 1)]) {
             if (rows, decodes) == (size, 0) || (decodes > 0 && !self.can_mix(rows)?) {
                 continue;
             }
             self.with_dummy((rows, decodes), DUMMY_SEQUENCE_TOKENS, |runner, dummy| {
-                let live = runner.inputs.fill(&mut runner.runtime, dummy, phase, size, false)?;
-                let (graphs, runtime) = runner.graphs_and_runtime(phase);
-                graphs.replay(size, runtime, &live).map(drop)
+                let step = StagedStep { path: Path::Replay, ..runner.stage_dummy(dummy, phase, size) };
+                runner.on_ranks(step, |rank, step| rank.run(step).map(drop))
             })?;
         }
         Ok(())
@@ -143,18 +207,13 @@ impl ModelRunnerOptions {
     ///
     /// # Errors
     /// [`Error::Option`] if not even one sequence of `context_length` fits.
-    pub(super) fn fit_kv_cache(
-        &mut self,
-        config: &ModelConfig,
-        memory: bcg_runtime::MemoryInfo,
-        measured: Measured,
-    ) -> Result<()> {
+    pub(super) fn fit_kv_cache(&mut self, config: &ModelConfig, shard: Shard, measured: Measured) -> Result<()> {
         let Some(fraction) = self.mem_fraction_static else { return Ok(()) };
-        let Measured { arena_bytes, graph_bytes } = measured;
+        let Measured { memory, num_sharing, arena_bytes, graph_bytes } = measured;
         let kept_free = (memory.total_bytes as f64 * (1.0 - fraction)).ceil() as usize;
-        let page_bytes = config.cache_layout(Shard::WHOLE)?.kv_bytes_per_token(config.dtype) * self.page_size;
-        let fits =
-            memory.free_bytes.saturating_sub(kept_free.saturating_add(graph_bytes)) / page_bytes * self.page_size;
+        let page_bytes = config.cache_layout(shard)?.kv_bytes_per_token(config.dtype) * self.page_size * num_sharing;
+        let taken = kept_free.saturating_add(graph_bytes * num_sharing);
+        let fits = memory.free_bytes.saturating_sub(taken) / page_bytes * self.page_size;
         if fits < self.context_length {
             let problem = format!(
                 "{fraction} leaves room for {fits} tokens beside the weights, {} MiB of activations and {} MiB of graphs, \
@@ -196,8 +255,6 @@ impl ModelRunnerOptions {
 
 #[cfg(test)]
 mod tests {
-    use bcg_runtime::MemoryInfo;
-
     use super::*;
 
     #[test]
@@ -206,14 +263,19 @@ mod tests {
         let page_bytes = config.cache_layout(Shard::WHOLE).expect("a layout").kv_bytes_per_token(config.dtype) * 16;
         // 1,000 pages in all, of which weights and arena took 300, the graphs will take 100, and 200 stay free.
         let memory = MemoryInfo { free_bytes: 700 * page_bytes, total_bytes: 1000 * page_bytes };
-        let measured = Measured { arena_bytes: 32 << 20, graph_bytes: 100 * page_bytes };
-        let fitted = |options: ModelRunnerOptions| {
+        let shared =
+            |num_sharing| Measured { memory, num_sharing, arena_bytes: 32 << 20, graph_bytes: 100 * page_bytes };
+        let fitted_beside = |options: ModelRunnerOptions, num_sharing| {
             let mut options = ModelRunnerOptions { mem_fraction_static: Some(0.8), ..options };
-            options.fit_kv_cache(&config, memory, measured).map(|()| options.kv_cache_tokens)
+            options.fit_kv_cache(&config, Shard::WHOLE, shared(num_sharing)).map(|()| options.kv_cache_tokens)
         };
+        let fitted = |options: ModelRunnerOptions| fitted_beside(options, 1);
         let tokens =
             fitted(ModelRunnerOptions { kv_cache_tokens: 1 << 20, ..ModelRunnerOptions::default() }).expect("fits");
         assert!((399 * 16..=400 * 16).contains(&tokens), "{tokens}");
+        let many = ModelRunnerOptions { kv_cache_tokens: 1 << 20, ..ModelRunnerOptions::default() };
+        let tokens = fitted_beside(many, 2).expect("fits");
+        assert!((149 * 16..=150 * 16).contains(&tokens), "two ranks on one GPU have 300 pages together: {tokens}");
         let few = ModelRunnerOptions { kv_cache_tokens: 4096, ..ModelRunnerOptions::default() };
         assert_eq!(fitted(few).expect("fits"), 4096);
         let error =

@@ -34,7 +34,7 @@ fn bits(device: &Device, tensor: &Tensor) -> Vec<u32> {
     }
 }
 
-fn states(runner: &ModelRunner) -> States {
+fn states(runner: &mut ModelRunner) -> States {
     runner.synchronize().expect("the step ends");
     let tensors = runner.states().layers().iter().flat_map(|layer| [&layer.conv, &layer.ssm]);
     let by_slot = |tensor: &Tensor| {
@@ -49,7 +49,7 @@ fn states(runner: &ModelRunner) -> States {
 fn run_steps(device: &Device, checkpoint: Checkpoint, options: ModelRunnerOptions) -> Vec<States> {
     let what = format!("{options:?}");
     let mut runner = load(device, checkpoint, options);
-    let mut before = states(&runner);
+    let mut before = states(&mut runner);
     let is_zero = |states: &States| states.iter().flatten().flatten().all(|bits| *bits == 0);
     assert!(is_zero(&before), "neither warm-up nor captures keep a state: {what}");
     let tokens: Vec<Vec<u32>> = reference(checkpoint).iter().map(tokens_of).map(|tokens| tokens.repeat(3)).collect();
@@ -65,7 +65,7 @@ fn run_steps(device: &Device, checkpoint: Checkpoint, options: ModelRunnerOption
         let slot = |&(b, _): &(usize, usize)| leases[b].state().expect("a state").slots(computed[b]).1 as usize;
         let written: BTreeSet<usize> = step.iter().map(slot).collect();
         runner.step(&batch).expect("a step");
-        let after = states(&runner);
+        let after = states(&mut runner);
         for (index, (before, after)) in before.iter().zip(&after).enumerate() {
             let changed: BTreeSet<usize> = (0..after.len()).filter(|slot| after[*slot] != before[*slot]).collect();
             assert_eq!(changed, written, "tensor {index}, step {step:?}: {what}");

@@ -1,0 +1,203 @@
+//! From a checkpoint to ranks that have run every kernel once.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
+
+use bcg_kernels::DecodePlan;
+use bcg_runtime::{
+    Communicator, CommunicatorOptions, Device, GraphCache, RankThreads, Runner, RunnerOptions, World, WorldOptions,
+};
+
+use super::choose::Readbacks;
+use super::rank::Rank;
+use super::{LoadFormat, ModelRunner, ModelRunnerOptions, Progress, Stage, memory};
+use crate::batch::{InputBuffers, Phase};
+use crate::config::ModelConfig;
+use crate::error::{Error, Result};
+use crate::registry;
+use crate::tokenizer::Tokenizer;
+use crate::weights::{Shard, Weights};
+
+/// The bytes of a rank's plane, at most: larger messages go in parts.
+const PLANE_BYTES_MAX: usize = 256 << 20;
+/// And at least.
+const PLANE_BYTES_MIN: usize = 1 << 20;
+
+/// Reports of the ranks' loading that wait to be passed on, at most.
+const REPORTS_MAX: usize = 64;
+
+impl ModelRunner {
+    /// Loads the checkpoint in `dir` and warms up: kernels are compiled, the arena gets its size, and matrix products
+    /// of the sizes to capture are tuned. Where the options name a fraction of the device's memory, the KV cache gets
+    /// what is left of it then.
+    ///
+    /// # Errors
+    /// Those of the checkpoint's files, of the options, and of the device; [`Error::Option`] names the option to
+    /// change if the device has too little memory.
+    pub fn load(
+        device: &Device,
+        dir: &Path,
+        options: ModelRunnerOptions,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Self> {
+        Self::load_ranks(std::slice::from_ref(device), dir, options, progress)
+    }
+
+    /// As [`load`](Self::load), with the model divided among a rank on each device, in order. Several ranks may share a GPU
+    /// if each has opened it for itself. Every rank has the same pages, as many as the one with the least memory can have.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load); those of [`World::new`] and [`World::communicators`]; [`Error::Config`] if the model cannot
+    /// be divided among so many ranks.
+    pub fn load_ranks(
+        devices: &[Device],
+        dir: &Path,
+        options: ModelRunnerOptions,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Self> {
+        let config = ModelConfig::load(dir)?;
+        options.validate(&config)?;
+        registry::check_shard(&config, devices.len().max(1))?;
+        let tokenizer = if options.skip_tokenizer_init { None } else { Some(Tokenizer::load(dir)?) };
+        if let Some(tokenizer) = &tokenizer {
+            tokenizer.check_vocabulary(dir, config.vocab_size)?;
+        }
+        let world = World::new(devices.to_vec(), WorldOptions::default())?;
+        // Where the device's memory bounds it, the KV cache gets its size when all else has been measured.
+        let is_fitted = options.mem_fraction_static.is_some();
+        let readbacks = Readbacks::new(world.device(0), options.limits()?.sequences, world.size())?;
+        let loading = Loading { world: &world, dir, config: &config, options: &options, readbacks: &readbacks };
+        let ranks = loading.all(progress)?;
+        if !is_fitted {
+            progress(Progress { stage: Stage::KvCache, done: 1, total: 1 });
+        }
+        let pages = memory::page_pool(&ranks[0].caches, &options);
+        let ranks = RankThreads::start(&world, ranks)?;
+        let mut runner = Self { ranks, pages, readbacks, tokenizer, config, options, num_chosen: 0 };
+        progress(Progress { stage: Stage::WarmUp, done: 0, total: 1 });
+        runner.warm_up().map_err(|error| runner.options.without_room(error))?;
+        progress(Progress { stage: Stage::WarmUp, done: 1, total: 1 });
+        runner.tune(progress)?;
+        if is_fitted {
+            runner.fit_kv_cache(progress)?;
+        }
+        Ok(runner)
+    }
+
+    /// Times the algorithms of the products on rank 0, then lets the other ranks take the same ones: what they compute alike
+    /// must have the same bits.
+    fn tune(&mut self, progress: &mut dyn FnMut(Progress)) -> Result<()> {
+        let sizes = self.options.tuned_sizes()?;
+        let mut report = |done, total| progress(Progress { stage: Stage::Tune, done, total });
+        self.device().tune_matmuls(&sizes, &mut report)?;
+        if self.num_ranks() > 1 {
+            self.on_each(move |rank| match rank.runtime.rank() {
+                0 => Ok(()),
+                _ => rank.device().tune_matmuls(&sizes, &mut |_, _| ()).map(drop),
+            })?;
+        }
+        Ok(())
+    }
+}
+
+/// What all ranks are loaded from.
+struct Loading<'a> {
+    world: &'a World,
+    dir: &'a Path,
+    config: &'a ModelConfig,
+    options: &'a ModelRunnerOptions,
+    readbacks: &'a Readbacks,
+}
+
+impl Loading<'_> {
+    /// Loads every rank, several at once.
+    fn all(&self, progress: &mut dyn FnMut(Progress)) -> Result<Vec<Rank>> {
+        let mut report = |done, total| progress(Progress { stage: Stage::LoadWeights, done, total });
+        let size = self.world.size();
+        if size == 1 {
+            return Ok(vec![self.one(Shard::WHOLE, None, &mut report)?]);
+        }
+        let communicators = self.world.communicators(self.communicators()?)?;
+        let (sender, reports) = sync_channel(REPORTS_MAX);
+        std::thread::scope(|scope| {
+            let load = |communicator: Communicator| {
+                let (sender, shard) = (sender.clone(), Shard { rank: communicator.rank(), num_ranks: size });
+                let mut report = move |done, total| {
+                    let _ = sender.send((shard.rank, done, total)); // the receiver outlives the threads
+                };
+                scope.spawn(move || self.one(shard, Some(communicator), &mut report))
+            };
+            let threads: Vec<_> = communicators.into_iter().map(load).collect();
+            drop(sender);
+            // How much there is in all is known once every rank has said what it has.
+            let mut known: Vec<Option<(usize, usize)>> = vec![None; size];
+            for (rank, done, total) in reports {
+                known[rank] = Some((done, total));
+                let sums = known.iter().try_fold((0, 0), |sums, known| known.map(|of| (sums.0 + of.0, sums.1 + of.1)));
+                if let Some((done, total)) = sums {
+                    report(done, total);
+                }
+            }
+            let panicked = |rank| Err(bcg_runtime::Error::other(format!("loading rank {rank} panicked")).into());
+            let joined = threads.into_iter().enumerate();
+            joined.map(|(rank, thread)| thread.join().unwrap_or_else(|_| panicked(rank))).collect()
+        })
+    }
+
+    /// Loads one rank, which has a communicator if there are others.
+    fn one(
+        &self,
+        shard: Shard,
+        communicator: Option<Communicator>,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Rank> {
+        let Self { world, dir, config, options, readbacks } = *self;
+        let device = world.device(shard.rank);
+        let weights = match options.load_format {
+            LoadFormat::Auto => Weights::open(dir, device, config.dtype, shard)?,
+            LoadFormat::Dummy => Weights::random(device, config.dtype, shard)?,
+        };
+        let mut weight_bytes = 0;
+        let mut report = |done, total| {
+            weight_bytes = total;
+            progress(done, total);
+        };
+        let model = registry::load(config, weights.with_progress(&mut report))?;
+        let num_pages = if options.mem_fraction_static.is_some() { 1 } else { options.num_pages() };
+        let layout = config.cache_layout(shard)?;
+        let caches = Arc::new(memory::caches(device, config, options, &layout, num_pages)?);
+        // One plan for all ranks: that of the first device.
+        let decode_plan = DecodePlan::new(world.device(0), layout.q_heads, layout.k[0]);
+        let inputs = InputBuffers::new(device, options.limits()?, options.page_size, decode_plan)?;
+        let mut runtime_options = RunnerOptions::default();
+        runtime_options.name = "model".to_owned();
+        runtime_options.poison = options.poison_graph_memory;
+        let graphs = |phase: Phase| Ok::<_, Error>(GraphCache::new(phase.name(), options.graph_cache(phase)?));
+        Ok(Rank {
+            prefill_graphs: graphs(Phase::Prefill)?,
+            decode_graphs: graphs(Phase::Decode)?,
+            inputs,
+            caches,
+            model,
+            weight_bytes,
+            readbacks: (shard.rank == 0).then(|| readbacks.clone()),
+            runtime: match communicator {
+                None => Runner::new(device, runtime_options)?,
+                Some(communicator) => Runner::in_world(communicator, runtime_options)?,
+            },
+        })
+    }
+
+    /// Planes with room for the largest message of a step, twice, from every rank: the hidden states of its rows, or the
+    /// logits that are gathered from all ranks.
+    fn communicators(&self) -> Result<CommunicatorOptions> {
+        let (config, size) = (self.config, self.world.size());
+        let hidden = self.options.chunked_prefill_size * config.hidden_size * config.dtype.size_bytes();
+        let logits = self.options.limits()?.sequences * config.vocab_size.div_ceil(size) * size_of::<f32>();
+        let bytes = hidden.max(logits).saturating_mul(2 * size);
+        let mut options = CommunicatorOptions::default();
+        options.plane_bytes = bytes.clamp(PLANE_BYTES_MIN, PLANE_BYTES_MAX);
+        Ok(options)
+    }
+}
