@@ -6,7 +6,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use anyhow::Context as _;
 use bcg_models::weights::Shard;
 use bcg_models::{
-    CaptureSummary, ChatTemplate, GraphMode, ModelConfig, ModelRunner, ModelRunnerOptions, Phase, Progress,
+    CaptureSummary, ChatTemplate, GraphMode, ModelConfig, ModelRunner, ModelRunnerOptions, Phase, Progress, registry,
 };
 use bcg_runtime::{Device, DeviceKind, HostOptions};
 use serde_json::{Value, json};
@@ -140,6 +140,8 @@ pub fn load_uncaptured(options: &EngineOptions, progress: &mut dyn FnMut(Progres
         "`model` {}: has no tokenizer.json; add `skip_tokenizer_init` to work with token ids",
         folder.display()
     );
+    let refused = || format!("`tp` {}: the model cannot be divided so", options.tp);
+    registry::check_shard(&config, options.tp).with_context(refused)?;
     let fitted = fit(options, &config, devices[0].kind())?;
     let runner = ModelRunner::load_ranks(&devices, folder, fitted, &mut |done| stages.update(done))?;
     tracing::info!(

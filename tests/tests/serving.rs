@@ -74,6 +74,17 @@ fn all_at_once(engine: &LocalEngine) -> Vec<Vec<u32>> {
 
 #[test]
 fn many_at_once_have_the_tokens_of_one_at_a_time() {
+    many_at_once(&[]);
+}
+
+/// The same, with the model divided among two ranks: one plan a step, and the same tokens on both.
+#[test]
+fn many_at_once_have_the_tokens_of_one_at_a_time_with_two_ranks() {
+    many_at_once(&["--tp", "2"]);
+}
+
+fn many_at_once(ranks: &[&str]) {
+    let engine = |flags: &[&str]| engine(&[flags, ranks].concat());
     let alone = engine(&["--disable-radix-cache"]);
     let expected: Vec<Vec<u32>> = prompts().iter().map(|prompt| tokens(submit(&alone, prompt))).collect();
     assert!(expected.iter().all(|tokens| tokens.len() > 5));

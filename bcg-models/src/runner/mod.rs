@@ -168,7 +168,7 @@ impl ModelRunner {
             ));
         }
         let step = self.stage_chosen(batch);
-        let launched = self.on_ranks(step, Rank::launch)?;
+        let launched = self.on_ranks(step, Rank::launch).map_err(|error| self.ended(error))?;
         self.num_chosen = batch.len();
         Ok(PendingStep::new(launched, self.readbacks.clone(), batch))
     }
@@ -179,8 +179,8 @@ impl ModelRunner {
     /// # Errors
     /// The first error of the step's work on the device; [`bcg_runtime::Error::Stale`] for logits after another launch.
     pub fn collect(&mut self, step: PendingStep) -> Result<StepOutput> {
-        let tokens = step.read(&mut self.ranks.first_mut().runtime).map_err(|error| self.ended(error))?;
-        Ok(StepOutput { tokens })
+        let tokens = step.read(&mut self.ranks.first_mut().runtime);
+        Ok(StepOutput { tokens: tokens.map_err(|error| self.ended(error.into()))? })
     }
 
     /// Runs one sequence and returns the logits of every new token, not only of the last one.
@@ -191,7 +191,7 @@ impl ModelRunner {
         let batch = std::slice::from_ref(sequence);
         self.check(batch)?;
         let step = self.stage_as(batch, Phase::Prefill, (sequence.num_new(), Path::Eager), true);
-        let logits = self.on_ranks(step, Rank::score)?;
+        let logits = self.on_ranks(step, Rank::score).map_err(|error| self.ended(error))?;
         commit_states(batch);
         Ok(logits)
     }
@@ -274,13 +274,14 @@ impl ModelRunner {
                 world.lose(rank.runtime.rank(), error);
             })
         });
-        results.map_err(|error| self.ended(error))
+        Ok(results?)
     }
 
     /// What a failed step says: that a rank is lost, if one is, unless the context of a device is, which no new world in
     /// this process helps.
-    fn ended(&mut self, error: bcg_runtime::Error) -> Error {
-        let Some(lost) = self.world().lost().filter(|_| !error.is_context_lost()) else { return error.into() };
+    fn ended(&mut self, error: Error) -> Error {
+        let is_context_lost = matches!(&error, Error::Runtime(error) if error.is_context_lost());
+        let Some(lost) = self.world().lost().filter(|_| !is_context_lost) else { return error };
         let lost_contexts = self.ranks.run(|rank| {
             let synchronized = rank.device().synchronize();
             Ok(synchronized.err().filter(bcg_runtime::Error::is_context_lost))

@@ -64,7 +64,7 @@ fn argmax(logits: &[f32]) -> u32 {
 }
 
 #[track_caller]
-fn assert_close(got: &[f32], expected: &[f32], what: &str) {
+pub(super) fn assert_close(got: &[f32], expected: &[f32], what: &str) {
     assert_eq!(got.len(), expected.len(), "{what}");
     for (token, (got, expected)) in got.iter().zip(expected).enumerate() {
         let tolerance = ABSOLUTE + expected.abs() * RELATIVE;
@@ -216,7 +216,7 @@ pub fn a_decode_equals_a_prefill_of_the_same_tokens(device: &Device, checkpoint:
     }
 }
 
-fn answer(runner: &mut ModelRunner, prompt: &[u32], sampling: SamplingParams) -> Vec<u32> {
+pub(super) fn answer(runner: &mut ModelRunner, prompt: &[u32], sampling: SamplingParams) -> Vec<u32> {
     let mut options = GenerateOptions::new(24, sampling);
     options.ignore_eos = true;
     runner.generate(prompt, &options, &mut |_| ControlFlow::Continue(())).expect("an answer").tokens

@@ -13,7 +13,7 @@ const NUM_PROBLEMS: usize = 12;
 
 /// How a problem is put.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Style {
+pub(super) enum Style {
     /// One user message; the answer ends with the end-of-sequence token.
     Chat,
     /// Five worked examples, then the problem; the answer ends at the first newline.
@@ -45,7 +45,12 @@ fn number_in(answer: &str) -> Option<f64> {
 }
 
 /// Solves the first `count` problems; returns the fraction that is right, and all answers' tokens.
-fn accuracy(runner: &mut ModelRunner, checkpoint: Checkpoint, style: Style, count: usize) -> (f64, Vec<Vec<u32>>) {
+pub(super) fn accuracy(
+    runner: &mut ModelRunner,
+    checkpoint: Checkpoint,
+    style: Style,
+    count: usize,
+) -> (f64, Vec<Vec<u32>>) {
     let template = ChatTemplate::load(&folder(checkpoint)).expect("a readable template").expect("a template");
     let shots = shots();
     let tokenizer = runner.tokenizer().expect("a tokenizer").clone();

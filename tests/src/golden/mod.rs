@@ -7,6 +7,7 @@
 mod ahead;
 mod checkpoint;
 mod eval;
+mod ranks;
 mod states;
 
 use std::path::{Path, PathBuf};
@@ -17,6 +18,7 @@ use bcg_runtime::Device;
 pub use ahead::*;
 pub use checkpoint::*;
 pub use eval::*;
+pub use ranks::*;
 pub use states::*;
 
 /// A folder in `models`.
@@ -97,8 +99,13 @@ pub fn options(graph: GraphMode) -> ModelRunnerOptions {
 
 /// A tiny checkpoint, loaded and, where graphs are captured ahead, captured.
 pub fn load(device: &Device, checkpoint: Checkpoint, options: ModelRunnerOptions) -> ModelRunner {
+    load_ranks(std::slice::from_ref(device), checkpoint, options)
+}
+
+/// As [`load`], with a rank on each device.
+pub fn load_ranks(devices: &[Device], checkpoint: Checkpoint, options: ModelRunnerOptions) -> ModelRunner {
     let mut runner =
-        ModelRunner::load(device, &folder(checkpoint), options, &mut |_| ()).expect("the tiny checkpoint loads");
+        ModelRunner::load_ranks(devices, &folder(checkpoint), options, &mut |_| ()).expect("the tiny checkpoint loads");
     runner.capture(&mut |_| ()).expect("every size is captured");
     runner
 }

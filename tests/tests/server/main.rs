@@ -4,6 +4,7 @@ mod answers;
 mod client;
 mod clients;
 mod native;
+mod ranks;
 mod scripted;
 mod tools;
 mod whole;

@@ -25,7 +25,7 @@ impl HostBackend {
 
     fn begin(&self, call: &'static str, failed: impl FnOnce(&State) -> Error) -> Result<MutexGuard<'_, State>> {
         let mut state = self.lock();
-        let Fate { slow_by, hangs, fails } = state.faults.count(call);
+        let Fate { slow_by, hangs, fails, panics } = state.faults.count(call);
         if slow_by > Duration::ZERO {
             drop(state);
             std::thread::sleep(slow_by);
@@ -33,6 +33,10 @@ impl HostBackend {
         }
         if let Some(at_most) = hangs {
             state = self.hang(state, at_most);
+        }
+        if panics {
+            drop(state);
+            panic!("the panic that was asked for in {call}");
         }
         match state.faults.lost(call) {
             Some(error) => Err(error),
@@ -101,6 +105,7 @@ impl HostControl {
     /// `CALL` is the name of a driver function, such as `cuGraphLaunch`, or `any`.
     ///
     /// - `fail:CALL:N`: the `N`-th call fails once, as after [`HostControl::fail_calls_named`].
+    /// - `panic:CALL:N`: the `N`-th call panics once, as a bug of whoever makes it does.
     /// - `hang:CALL:N`: the `N`-th call hangs until [`HostControl::clear_faults`] releases it, at most 300 s, and goes on
     ///   then. `hang:CALL:N:MILLISECONDS` bounds it lower. Other threads can use the device meanwhile.
     /// - `slow:CALL:N:MILLISECONDS`: the `N`-th call and every later one take that much longer.

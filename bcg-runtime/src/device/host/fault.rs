@@ -32,6 +32,8 @@ enum Trouble {
     Fail,
     /// It waits until it is released, at most that long.
     Hang(Duration),
+    /// It panics once.
+    Panic,
     /// It fails with this code, and so does every call after it.
     Lose(i32),
     /// It takes that much longer, and so does every call of its name after it.
@@ -63,6 +65,7 @@ pub(super) struct Fate {
     /// It hangs, at most that long.
     pub(super) hangs: Option<Duration>,
     pub(super) fails: bool,
+    pub(super) panics: bool,
 }
 
 /// The calls so far and those that shall fail.
@@ -142,6 +145,7 @@ impl Faults {
             }
             match fault.trouble {
                 Trouble::Fail => fate.fails = true,
+                Trouble::Panic => fate.panics = true,
                 Trouble::Hang(at_most) => fate.hangs = Some(at_most),
                 Trouble::Lose(code) => *lost = Some(code),
                 Trouble::Slow(by) => {
@@ -239,6 +243,7 @@ fn parse(fault: &str, calls: &mut Vec<CallFault>, flips: &mut Vec<Flip>) -> Opti
     let milliseconds = value.map(Duration::from_millis);
     let trouble = match (kind, value) {
         ("fail", None) => Trouble::Fail,
+        ("panic", None) => Trouble::Panic,
         ("hang", _) => Trouble::Hang(milliseconds.unwrap_or(HANG_MAX).min(HANG_MAX)),
         ("slow", Some(_)) => Trouble::Slow(milliseconds?),
         ("lost", _) => {
@@ -259,7 +264,7 @@ fn parse(fault: &str, calls: &mut Vec<CallFault>, flips: &mut Vec<Flip>) -> Opti
 #[cold]
 fn refused(fault: &str) -> Error {
     let message = format!(
-        "cannot read the fault `{fault}`; write `fail:CALL:N`, `hang:CALL:N[:MILLISECONDS]`, \
+        "cannot read the fault `{fault}`; write `fail:CALL:N`, `panic:CALL:N`, `hang:CALL:N[:MILLISECONDS]`, \
          `slow:CALL:N:MILLISECONDS`, `lost:CALL:N[:CODE]` (a code after which a context is lost, such as 719) or \
          `flip:WORK:N[:BIT]`, with N from 1 on and commas between faults"
     );

@@ -1,0 +1,31 @@
+//! The golden rules of several ranks, on host devices.
+
+use bcg_runtime::Device;
+use bcg_tests::golden;
+
+fn hosts(count: usize) -> Vec<Device> {
+    (0..count).map(|_| Device::host()).collect()
+}
+
+/// One test for each rule, checkpoint and number of ranks.
+macro_rules! tests {
+    (worlds { $($module:ident = $world:tt,)* } rules $rules:tt) => {
+        $(mod $module { tests!(@rules $world $rules); })*
+    };
+    (@rules $world:tt { $($rule:ident,)* }) => {
+        $(
+            #[test]
+            fn $rule() {
+                let (checkpoint, num_ranks) = $world;
+                super::golden::$rule(&super::hosts(num_ranks), checkpoint);
+            }
+        )*
+    };
+}
+
+bcg_tests::ranks_rules!(tests);
+
+#[test]
+fn ranks_that_do_not_divide_a_model_are_refused() {
+    golden::CHECKPOINTS.iter().for_each(|checkpoint| golden::ranks_that_do_not_divide_a_model_are_refused(checkpoint));
+}
