@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use crate::compile::Arch;
 use crate::device::KernelTrace;
-use crate::device::host::Collectives;
+use crate::device::host::collectives::Collectives;
 use crate::launch::PlaneId;
 use crate::op::Op;
 use crate::{DType, DeviceKind, DevicePtr, MemoryInfo, Result};

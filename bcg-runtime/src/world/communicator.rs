@@ -12,7 +12,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{RANKS_MAX, Ranks, World};
-use crate::device::host::Collectives;
+use crate::device::host::collectives::Collectives;
 use crate::device::{Allocation, Reservation};
 use crate::launch::{PlaneId, SEGMENT_AT};
 use crate::{Device, DeviceKind, DevicePtr, Error, KernelArgs, PinnedBuffer, Result};

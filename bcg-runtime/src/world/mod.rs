@@ -18,7 +18,7 @@ use std::time::Duration;
 pub use communicator::{Communicator, CommunicatorArgs, CommunicatorOptions};
 pub use threads::RankThreads;
 
-use crate::device::host::Collectives;
+use crate::device::host::collectives::Collectives;
 use crate::device::ranks::{Lost, LostRank};
 use crate::{Device, DeviceKind, Error, PinnedBuffer, Result};
 use meeting::Meeting;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::CudaBackend;
 use super::merge::Merge;
-use crate::device::host::Collectives;
+use crate::device::host::collectives::Collectives;
 use crate::device::traits::{GraphHandle, NodeHandle, Part, RankBackend};
 use crate::launch::PlaneId;
 use crate::{DevicePtr, Result};

@@ -16,7 +16,7 @@
 
 mod backing;
 mod capture;
-mod collectives;
+pub(crate) mod collectives;
 mod control;
 mod event;
 pub(super) mod fault;
@@ -38,7 +38,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::ThreadId;
 
-pub(crate) use collectives::Collectives;
 pub use control::HostControl;
 pub use view::HostMemory;
 
