@@ -17,6 +17,12 @@ const LOOKS: u32 = 4000;
 
 type Parcel = Box<dyn Any + Send>;
 
+/// How often a thread of one of `size` ranks looks before it sleeps: not at all, if another one may need its core.
+pub(super) fn looks(size: usize) -> u32 {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    if cores > size { LOOKS } else { 0 }
+}
+
 /// The place where the ranks of one world meet, one meeting after the other.
 pub(crate) struct Meeting {
     timeout: Duration,
@@ -50,14 +56,13 @@ pub(crate) enum Failed {
 impl Meeting {
     pub(crate) fn new(size: usize, timeout: Duration, lost: &Arc<Lost>) -> Self {
         let none = || (0..size).map(|_| None).collect();
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Self {
             timeout,
             lost: Arc::clone(lost),
             state: Mutex::new(State { purpose: "", given: none(), results: none() }),
             changed: Condvar::new(),
             num_ended: AtomicU64::new(0),
-            looks: if cores > size { LOOKS } else { 0 },
+            looks: looks(size),
         }
     }
 

@@ -1,11 +1,12 @@
 //! A thread for each rank but the first, which runs on the caller's: all do the same at the same time.
 
 use std::fmt;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use super::World;
+use super::meeting::looks;
 use crate::error::catch_panic;
 use crate::{Error, Result};
 
@@ -46,7 +47,7 @@ impl<S: Send + 'static> RankThreads<S> {
         let first = states.next().ok_or_else(|| Error::other("a world has at least one rank"))?;
         let mut ranks = Self { world: world.clone(), first, others: Vec::new() };
         for (at, state) in states.enumerate() {
-            ranks.others.push(RankThread::start(at + 1, state)?);
+            ranks.others.push(RankThread::start(at + 1, state, looks(world.size()))?);
         }
         Ok(ranks)
     }
@@ -77,7 +78,8 @@ impl<S: Send + 'static> RankThreads<S> {
         drop(done);
         let own = run_rank(&self.world, 0, &mut self.first, &*f);
         // Ends when each thread has sent or dropped its end.
-        while all_done.recv().is_ok() {}
+        let looks = looks(self.world.size());
+        while receive(&all_done, looks).is_some() {}
         let mut results = std::mem::take(&mut *results.lock().unwrap_or_else(PoisonError::into_inner));
         results[0] = Some(own);
         let ended = || Err(Error::other("the thread of a rank has ended"));
@@ -112,6 +114,19 @@ impl<S: Send + 'static> RankThreads<S> {
     }
 }
 
+/// Takes the next value; nothing once no sender is left. Looks that often before it sleeps: to wake up costs more than the
+/// host's work of a replay.
+fn receive<T>(queue: &Receiver<T>, looks: u32) -> Option<T> {
+    for _ in 0..looks {
+        match queue.try_recv() {
+            Ok(value) => return Some(value),
+            Err(TryRecvError::Disconnected) => return None,
+            Err(TryRecvError::Empty) => std::hint::spin_loop(),
+        }
+    }
+    queue.recv().ok()
+}
+
 fn run_rank<S, R>(world: &World, rank: usize, state: &mut S, f: &(impl Fn(&mut S) -> Result<R> + ?Sized)) -> Result<R> {
     let result = catch_panic(|| f(state));
     if let Err(error @ Error::Panic { .. }) = &result {
@@ -121,10 +136,10 @@ fn run_rank<S, R>(world: &World, rank: usize, state: &mut S, f: &(impl Fn(&mut S
 }
 
 impl<S: Send + 'static> RankThread<S> {
-    fn start(rank: usize, mut state: S) -> Result<Self> {
+    fn start(rank: usize, mut state: S, looks: u32) -> Result<Self> {
         let (jobs, queue): (SyncSender<Job<S>>, Receiver<Job<S>>) = sync_channel(1);
         let run = move || {
-            while let Ok(job) = queue.recv() {
+            while let Some(job) = receive(&queue, looks) {
                 job(&mut state);
             }
         };
