@@ -4,12 +4,15 @@
 //! - The host's times are those of a replay that nothing watched. The GPU's times are of another replay, which CUPTI
 //!   watched and so slowed; they come with the host's times of that same replay, on one clock.
 //!
+//! - Of several ranks, all replay alike, and rank 0 watches the GPUs of all.
+//!
 //! [`crate::replay`] marks the steps; [`take`] is called by [`crate::BreakableCudaGraph::timeline`] alone.
 
 use std::time::Instant;
 
 use crate::device::KernelTrace;
 use crate::stream::steps::{Part, StepLog};
+use crate::world::Ranks;
 use crate::{Error, Result, Runner, StepKind, StepTime};
 
 /// Replays that nothing watches; the median one is kept.
@@ -65,8 +68,13 @@ pub struct GpuTimeline {
 pub struct KernelTime {
     /// The kernel's entry point, as the compiler named it.
     pub name: String,
+    /// The rank whose GPU ran it; the first of those that share that GPU.
+    pub rank: usize,
     /// The number that the driver gave to the kernel's stream.
     pub stream_id: u32,
+    /// Of a collective, how much longer it ran than on the rank where it ran shortest: this rank waited for that one. Known
+    /// where each rank has a GPU of its own.
+    pub wait_us: Option<f64>,
     /// When the kernel began, in microseconds.
     pub begin_us: f64,
     /// How long the kernel ran, in microseconds.
@@ -85,18 +93,23 @@ impl GpuTimeline {
         (self.kernels.iter().map(KernelTime::end_us).fold(0.0, f64::max) - begin).max(0.0)
     }
 
-    /// Returns the microseconds in which at least one kernel ran.
-    pub fn busy_us(&self) -> f64 {
+    /// Returns the number of ranks that kernels ran on; at least 1.
+    pub fn num_ranks(&self) -> usize {
+        self.kernels.iter().map(|kernel| kernel.rank + 1).max().unwrap_or(1)
+    }
+
+    /// Returns the microseconds in which at least one kernel of a rank ran.
+    pub fn busy_us(&self, rank: usize) -> f64 {
         let (mut busy, mut until) = (0.0, f64::NEG_INFINITY);
-        for kernel in &self.kernels {
+        for kernel in self.kernels.iter().filter(|kernel| kernel.rank == rank) {
             busy += (kernel.end_us() - kernel.begin_us.max(until)).max(0.0);
             until = kernel.end_us().max(until);
         }
         busy
     }
 
-    /// Puts what was traced on the clock of the replay that `log` is of.
-    fn new(trace: KernelTrace, log: &StepLog) -> Self {
+    /// Puts what was traced on the clock of the replay that `log` is of. `gpus` are the numbers of the ranks' GPUs, in order.
+    fn new(trace: KernelTrace, log: &StepLog, gpus: &[i32]) -> Self {
         let steps = log.steps();
         let (at, at_ns) = trace.clock;
         let since = log.begun.saturating_duration_since(at).as_secs_f64() * 1e6;
@@ -105,9 +118,12 @@ impl GpuTimeline {
             let launch_us = us(run.launch_ns?);
             let (begin_us, end_us) = (us(run.start_ns), us(run.end_ns));
             // Kernels of the replay that warmed the tracing up were launched earlier.
+            let is_of = |gpu: &i32| u32::try_from(*gpu) == Ok(run.device_id);
             (launch_us >= 0.0).then(|| KernelTime {
                 name: run.name,
+                rank: gpus.iter().position(is_of).unwrap_or(0),
                 stream_id: run.stream_id,
+                wait_us: None,
                 begin_us,
                 duration_us: end_us - begin_us,
                 step: steps.partition_point(|step| step.begin_us <= launch_us).checked_sub(1),
@@ -117,10 +133,36 @@ impl GpuTimeline {
         Self { kernels: kernels.collect(), steps }
     }
 
-    /// Says which part each kernel belongs to, given the parts of each merged executable, in order.
+    /// Says how long each rank waited in each collective, if every rank ran as many.
+    fn note_waits(&mut self, num_ranks: usize, is_collective: impl Fn(&str) -> bool) {
+        let of_rank = |rank| {
+            let all = self.kernels.iter().enumerate();
+            let own = all.filter(|(_, kernel)| kernel.rank == rank && is_collective(&kernel.name));
+            own.map(|(at, _)| at).collect::<Vec<_>>()
+        };
+        let places: Vec<Vec<usize>> = (0..num_ranks).map(of_rank).collect();
+        if num_ranks < 2 || places.iter().any(|own| own.len() != places[0].len()) {
+            return;
+        }
+        for turn in 0..places[0].len() {
+            let duration = |own: &Vec<usize>| self.kernels[own[turn]].duration_us;
+            let shortest = places.iter().map(duration).fold(f64::INFINITY, f64::min);
+            for own in &places {
+                let kernel = &mut self.kernels[own[turn]];
+                kernel.wait_us = Some(kernel.duration_us - shortest);
+            }
+        }
+    }
+
+    /// Says which part each kernel belongs to, given the parts of each merged executable, in order. All ranks' executables
+    /// have the same parts.
     pub(crate) fn assign(&mut self, merged: &[Vec<Part>]) {
-        for (index, step) in self.steps.iter().enumerate() {
-            let kernels = self.kernels.iter_mut().filter(|kernel| kernel.step == Some(index)).collect::<Vec<_>>();
+        let ranks = 0..self.num_ranks();
+        for ((index, step), rank) in
+            self.steps.iter().enumerate().flat_map(|step| ranks.clone().map(move |rank| (step, rank)))
+        {
+            let is_own = |kernel: &&mut KernelTime| kernel.step == Some(index) && kernel.rank == rank;
+            let kernels = self.kernels.iter_mut().filter(is_own).collect::<Vec<_>>();
             if let StepKind::Healed { first_segment, num_segments } = step.kind {
                 let ends =
                     [first_segment, first_segment + num_segments - 1].map(|index| Some(StepKind::Segment(index)));
@@ -180,11 +222,34 @@ fn timed(runner: &mut Runner, replay: &mut dyn FnMut(&mut Runner) -> Result<()>)
 
 fn watched(runner: &mut Runner, replay: &mut dyn FnMut(&mut Runner) -> Result<()>) -> Result<GpuTimeline> {
     let device = runner.device().clone();
-    let (timed, trace) = device.trace(true, || {
+    let ranks = runner.stream_mut().ranks().cloned();
+    let mut run = || {
         replay(runner)?; // the first one that is watched is slow
-        timed(runner, replay)
-    })?;
-    Ok(GpuTimeline::new(trace, &timed?.log))
+        let timed = timed(runner, replay)?;
+        // Rank 0 watches until the others' GPUs have ended too.
+        ranks.as_ref().map_or(Ok(()), |ranks| ranks.come("a watched replay"))?;
+        Ok::<_, Error>(timed)
+    };
+    let Some(Ranks { world, rank }) = &ranks else {
+        let (timed, trace) = device.trace(true, run)?;
+        return Ok(GpuTimeline::new(trace, &timed?.log, &[]));
+    };
+    if *rank != 0 {
+        run()?;
+        return Err(Error::Trace("rank 0 watches the GPUs of all ranks".to_owned()));
+    }
+    let gpus = world.ordinals();
+    let (timed, trace) = match gpus.is_empty() {
+        // The ranks replay all the same: the others do.
+        true => return run().and(Err(Error::Trace(format!("{} runs no kernel on a GPU", device.name())))),
+        false => device.trace(true, &mut run)?,
+    };
+    let mut gpu = GpuTimeline::new(trace, &timed?.log, &gpus);
+    let has_own = gpus.iter().enumerate().all(|(rank, gpu)| !gpus[..rank].contains(gpu));
+    if let (true, Some(told)) = (has_own, runner.stream_mut().told()) {
+        gpu.note_waits(gpus.len(), |kernel| told.names(kernel));
+    }
+    Ok(gpu)
 }
 
 #[cfg(test)]
@@ -195,15 +260,34 @@ mod tests {
     use crate::KernelRun;
 
     fn kernel(begin_us: f64, duration_us: f64) -> KernelTime {
-        KernelTime { name: "k".to_owned(), stream_id: 7, begin_us, duration_us, step: None, part: None }
+        let (name, wait_us) = ("k".to_owned(), None);
+        KernelTime { name, rank: 0, stream_id: 7, wait_us, begin_us, duration_us, step: None, part: None }
     }
 
     #[test]
     fn overlapping_kernels_count_once_as_busy_and_gaps_do_not() {
         let kernels = vec![kernel(10.0, 10.0), kernel(15.0, 3.0), kernel(18.0, 7.0), kernel(40.0, 1.0)];
         let gpu = GpuTimeline { steps: Vec::new(), kernels };
-        assert_eq!((gpu.busy_us(), gpu.span_us()), (16.0, 31.0));
-        assert_eq!((GpuTimeline::default().busy_us(), GpuTimeline::default().span_us()), (0.0, 0.0));
+        assert_eq!((gpu.busy_us(0), gpu.busy_us(1), gpu.span_us()), (16.0, 0.0, 31.0));
+        assert_eq!((GpuTimeline::default().busy_us(0), GpuTimeline::default().span_us()), (0.0, 0.0));
+    }
+
+    #[test]
+    fn a_rank_waits_in_a_collective_as_long_as_it_runs_longer_than_the_last_to_come() {
+        let on = |rank: usize, name: &str, duration_us: f64| KernelTime {
+            name: name.to_owned(),
+            rank,
+            ..kernel(0.0, duration_us)
+        };
+        let kernels = vec![on(0, "sum", 5.0), on(1, "k", 9.0), on(1, "sum", 2.0), on(0, "sum", 3.0), on(1, "sum", 7.0)];
+        let mut gpu = GpuTimeline { steps: Vec::new(), kernels };
+        gpu.note_waits(2, |name| name == "sum");
+        let waits: Vec<_> = gpu.kernels.iter().map(|kernel| kernel.wait_us).collect();
+        assert_eq!(waits, [Some(3.0), None, Some(0.0), Some(0.0), Some(4.0)]);
+        gpu.kernels.pop();
+        gpu.kernels.iter_mut().for_each(|kernel| kernel.wait_us = None);
+        gpu.note_waits(2, |name| name == "sum");
+        assert!(gpu.kernels.iter().all(|kernel| kernel.wait_us.is_none()), "nobody knows which of them met");
     }
 
     #[test]
@@ -218,11 +302,12 @@ mod tests {
             start_ns: 1_000_000 + start_us * 1000,
             end_ns: 1_000_000 + start_us * 1000 + 500,
             stream_id: 7,
+            device_id: 0,
             launch_ns: Some(1_000_000 + launch_us * 1000),
         };
         // Microsecond 100 of the trace is microsecond 0 of the replay; the first kernel is of an earlier replay.
         let runs = vec![run(50, 60), run(103, 110), run(103, 120), run(108, 130)];
-        let gpu = GpuTimeline::new(KernelTrace { runs, clock: (at, 1_000_000) }, &log);
+        let gpu = GpuTimeline::new(KernelTrace { runs, clock: (at, 1_000_000) }, &log, &[]);
         let seen: Vec<_> = gpu.kernels.iter().map(|kernel| (kernel.begin_us.round(), kernel.step)).collect();
         assert_eq!(seen, [(10.0, Some(0)), (20.0, Some(0)), (30.0, Some(1))]);
     }

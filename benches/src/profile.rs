@@ -112,7 +112,7 @@ mod tests {
     use crate::report::Environment;
 
     fn run(name: &str, start_ns: u64, end_ns: u64) -> KernelRun {
-        KernelRun { name: name.to_owned(), start_ns, end_ns, stream_id: 0, launch_ns: None }
+        KernelRun { name: name.to_owned(), start_ns, end_ns, stream_id: 0, device_id: 0, launch_ns: None }
     }
 
     #[test]

@@ -54,12 +54,17 @@ fn data(inspected: &Inspected) -> Value {
         "host_us": rounded(timeline.host_us),
         "wall_us": rounded(timeline.wall_us),
         "capture_ms": description.capture_time.as_secs_f64() * 1e3,
-        "gpu": gpu.map(|gpu| json!({ "busy_us": rounded(gpu.busy_us()), "span_us": rounded(gpu.span_us()) })),
+        "gpu": gpu.map(|gpu| {
+            let busy_us: Vec<f64> = (0..gpu.num_ranks()).map(|rank| rounded(gpu.busy_us(rank))).collect();
+            json!({ "busy_us": busy_us, "span_us": rounded(gpu.span_us()) })
+        }),
         "no_gpu": timeline.gpu.as_ref().err(),
         "steps": steps(inspected),
         "kernels": gpu.map_or(&[][..], |gpu| &gpu.kernels).iter().map(|kernel| json!({
             "name": kernel.name,
+            "rank": kernel.rank,
             "stream": kernel.stream_id,
+            "wait_us": kernel.wait_us.map(rounded),
             "begin_us": rounded(kernel.begin_us),
             "duration_us": rounded(kernel.duration_us),
             "step": kernel.step,
@@ -129,7 +134,7 @@ mod tests {
         assert_eq!(data["breaks"]["rows"][0][1], "a</script><b>.rs");
         assert_eq!(data["steps"].as_array().map(Vec::len), Some(3));
         assert_eq!(data["kernels"][1]["step"], 1);
-        assert_eq!((&data["gpu"]["busy_us"], &data["gpu"]["span_us"]), (&8.0.into(), &12.0.into()));
+        assert_eq!((&data["gpu"]["busy_us"], &data["gpu"]["span_us"]), (&json!([8.0]), &12.0.into()));
         assert_eq!((&data["memory"]["peak_bytes"], &data["no_gpu"]), (&1536.into(), &Value::Null));
     }
 

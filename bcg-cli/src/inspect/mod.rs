@@ -199,7 +199,9 @@ mod tests {
         ];
         let kernel = |name: &str, begin_us, duration_us, step: usize| KernelTime {
             name: name.to_owned(),
+            rank: 0,
             stream_id: 7,
+            wait_us: None,
             begin_us,
             duration_us,
             step: Some(step),

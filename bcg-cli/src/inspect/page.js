@@ -46,7 +46,7 @@ function drawHead() {
   const tiles = [
     ["Host time", us(data.host_us), "until everything is enqueued"],
     ["Forward", us(data.wall_us), "until the device is done"],
-    ["GPU busy", gpu ? `${((100 * gpu.busy_us) / (gpu.span_us || 1)).toFixed(1)} %` : "–", gpu ? `${us(gpu.busy_us)} of ${us(gpu.span_us)}` : "not watched"],
+    ["GPU busy", gpu ? gpu.busy_us.map((busy) => `${((100 * busy) / (gpu.span_us || 1)).toFixed(1)} %`).join(" · ") : "–", gpu ? `${gpu.busy_us.map(us).join(" · ")} of ${us(gpu.span_us)}` : "not watched"],
     ["Kernels", gpu ? data.kernels.length.toLocaleString("en") : "–", gpu ? `${us(gpuUs(() => true))} in all` : "not watched"],
     ["Breaks", breaks.rows.length.toLocaleString("en"), healed.length ? `${numHealed} healed into ${count(healed.length, "launch", "launches")}` : "run between launches"],
     ["Segments", segments.rows.length.toLocaleString("en"), `captured in ${data.capture_ms.toFixed(2)} ms`],
@@ -68,11 +68,11 @@ function stepFacts(step, index) {
   return list;
 }
 
-/** Where the GPU ran nothing, between its first kernel and its last one. */
-function gaps(y, height, row) {
+/** Where the GPU of these kernels ran nothing, between its first kernel and its last one. */
+function gaps(kernels, y, height, row) {
   const found = [];
-  let until = data.kernels[0]?.begin_us ?? 0;
-  for (const kernel of data.kernels) {
+  let until = kernels[0]?.begin_us ?? 0;
+  for (const kernel of kernels) {
     if (kernel.begin_us - until > 0.2) {
       const title = `gap of ${us(kernel.begin_us - until)}`;
       found.push({ from: until, to: kernel.begin_us, y, height, row, kind: "gap", title, facts: [["begins", us(until)], ["ends with", kernel.name]] });
@@ -83,17 +83,24 @@ function gaps(y, height, row) {
 }
 
 function drawTimeline() {
-  const streams = [...new Set(data.kernels.map((kernel) => kernel.stream))].sort((a, b) => a - b);
+  const ranks = [...new Set(data.kernels.map((kernel) => kernel.rank))].sort((a, b) => a - b);
+  const ofRank = (rank) => data.kernels.filter((kernel) => kernel.rank === rank);
+  const streamsOf = (rank) => [...new Set(ofRank(rank).map((kernel) => kernel.stream))].sort((a, b) => a - b);
+  const gpuLanes = ranks.flatMap((rank) => streamsOf(rank).map((stream) => ({ rank, stream })));
+  const laneOf = (kernel) => gpuLanes.findIndex((lane) => lane.rank === kernel.rank && lane.stream === kernel.stream);
+  const laneName = ({ rank, stream }) => (ranks.length > 1 ? `Rank ${rank}, stream ${stream}` : `GPU stream ${stream}`);
   const top = (row) => SPACE + row * (LANE + SPACE);
-  const lanes = ["Host", ...streams.map((stream) => `GPU stream ${stream}`)].map((text, row) => ({ text, y: top(row), height: LANE }));
+  const lanes = ["Host", ...gpuLanes.map(laneName)].map((text, row) => ({ text, y: top(row), height: LANE }));
   const steps = data.steps.map((step, index) => ({
     from: step.begin_us, to: step.begin_us + step.duration_us, y: top(0), height: LANE, row: 0,
     kind: step.part.kind, shape: "step", groups: [index, step.part.label], text: step.part.label, title: step.part.label, facts: stepFacts(step, index),
   }));
   const kernels = data.kernels.map((kernel) => {
-    const row = 1 + streams.indexOf(kernel.stream);
+    const row = 1 + laneOf(kernel);
     const step = data.steps[kernel.step];
     const list = [["begins", us(kernel.begin_us)], ["runs", us(kernel.duration_us)], ["stream", String(kernel.stream)]];
+    if (ranks.length > 1) list.push(["rank", String(kernel.rank)]);
+    if (kernel.wait_us !== null) list.push(["waited for another rank", us(kernel.wait_us)]);
     if (kernel.part) list.push(["part of", kernel.part.label]);
     if (step) list.push(["launched by", step.part.label], ["after that began", us(kernel.begin_us - step.begin_us)]);
     return {
@@ -101,7 +108,10 @@ function drawTimeline() {
       kind: (kernel.part ?? step?.part)?.kind ?? "segment", shape: "kernel", groups: [kernel.step, kernel.part?.label], text: kernel.name, title: kernel.name, facts: list,
     };
   });
-  const idle = gaps(top(1), streams.length * (LANE + SPACE) - SPACE, 1 + streams.length);
+  const idle = ranks.flatMap((rank) => {
+    const [first, num] = [gpuLanes.findIndex((lane) => lane.rank === rank), streamsOf(rank).length];
+    return gaps(ofRank(rank), top(1 + first), num * (LANE + SPACE) - SPACE, 1 + gpuLanes.length + rank);
+  });
   const items = [...idle, ...steps, ...kernels];
   const end = Math.max(...items.map((item) => item.to), 1);
   const kinds = [["segment", "segment"], ["break", "break"], ...(healed.length ? [["healed", "healed launch"]] : []), ...(data.gpu ? [["gap", "GPU idle"]] : [])];

@@ -1,5 +1,7 @@
 //! The timeline of a forward as a Chrome trace, which Perfetto and `chrome://tracing` show.
 
+use std::collections::BTreeSet;
+
 use bcg_runtime::{StepKind, StepTime};
 use serde_json::{Value, json};
 
@@ -7,27 +9,32 @@ use super::memory::Memory;
 use super::table::{self, BREAK_COLUMNS, Step};
 use super::{Inspected, html, rounded};
 
-/// The process of all lanes; the host's lane in it. Streams have the lanes after it, by their number.
-const PROCESS: u32 = 1;
+/// The process of rank 0's lanes and of the host's one; the ranks after it have the processes after it. Streams have the
+/// lanes after the host's, by their number.
+const PROCESS: usize = 1;
 const HOST: u32 = 1;
 
 /// Makes the trace: names of the lanes, a complete event for each step and each kernel, and a counter of the arena's bytes.
 pub(super) fn trace(inspected: &Inspected) -> Value {
     let title = format!("{}, {} on {}", inspected.model, inspected.description.name, inspected.device);
-    let mut events = vec![name("process_name", HOST, &title), name("thread_name", HOST, "host")];
+    let mut events = vec![name("process_name", 0, HOST, &title), name("thread_name", 0, HOST, "host")];
     events.extend(inspected.drawn_steps().iter().map(|step| step_event(inspected, step)));
     if let Ok(gpu) = &inspected.timeline.gpu {
-        let mut streams: Vec<u32> = gpu.kernels.iter().map(|kernel| kernel.stream_id).collect();
-        streams.sort_unstable();
-        streams.dedup();
-        for stream in streams {
-            events.push(name("thread_name", lane(stream), &format!("GPU stream {stream}")));
+        let streams: BTreeSet<(usize, u32)> =
+            gpu.kernels.iter().map(|kernel| (kernel.rank, kernel.stream_id)).collect();
+        events.extend((1..gpu.num_ranks()).map(|rank| name("process_name", rank, HOST, &format!("rank {rank}"))));
+        for (rank, stream) in streams {
+            events.push(name("thread_name", rank, lane(stream), &format!("GPU stream {stream}")));
         }
         events.extend(gpu.kernels.iter().map(|kernel| {
             let label = |kind: Option<StepKind>| kind.map(|kind| html::step_label(inspected, kind));
             let launched_by = kernel.step.and_then(|step| gpu.steps.get(step)).map(|step| step.kind);
-            let args = json!({ "part": label(kernel.part), "launched_by": label(launched_by) });
-            complete(&kernel.name, "kernel", lane(kernel.stream_id), (kernel.begin_us, kernel.duration_us), &args)
+            let mut args = json!({ "part": label(kernel.part), "launched_by": label(launched_by) });
+            if let Some(wait_us) = kernel.wait_us {
+                args["waited_us"] = rounded(wait_us).into();
+            }
+            let times = (kernel.begin_us, kernel.duration_us);
+            complete(&kernel.name, "kernel", (kernel.rank, lane(kernel.stream_id)), times, &args)
         }));
     }
     events.extend(counter(inspected));
@@ -38,13 +45,19 @@ fn lane(stream_id: u32) -> u32 {
     HOST + 1 + stream_id
 }
 
-fn name(what: &str, lane: u32, name: &str) -> Value {
-    json!({ "ph": "M", "pid": PROCESS, "tid": lane, "name": what, "args": { "name": name } })
+fn name(what: &str, rank: usize, lane: u32, name: &str) -> Value {
+    json!({ "ph": "M", "pid": PROCESS + rank, "tid": lane, "name": what, "args": { "name": name } })
 }
 
-fn complete(name: &str, category: &str, lane: u32, (begin_us, duration_us): (f64, f64), args: &Value) -> Value {
+fn complete(
+    name: &str,
+    category: &str,
+    (rank, lane): (usize, u32),
+    (begin_us, duration_us): (f64, f64),
+    args: &Value,
+) -> Value {
     json!({
-        "ph": "X", "pid": PROCESS, "tid": lane, "name": name, "cat": category,
+        "ph": "X", "pid": PROCESS + rank, "tid": lane, "name": name, "cat": category,
         "ts": rounded(begin_us), "dur": rounded(duration_us), "args": args,
     })
 }
@@ -65,7 +78,7 @@ fn step_event(inspected: &Inspected, step: &StepTime) -> Value {
         StepKind::Healed { .. } => ("healed", json!({})),
     };
     let times = (step.begin_us, step.duration_us);
-    complete(&html::step_label(inspected, step.kind), category, HOST, times, &args)
+    complete(&html::step_label(inspected, step.kind), category, (0, HOST), times, &args)
 }
 
 /// The bytes in use, at the times at which the host does what changes them.

@@ -45,6 +45,8 @@ pub struct KernelRun {
     pub end_ns: u64,
     /// The number that the driver gave to the stream that the kernel ran on.
     pub stream_id: u32,
+    /// The GPU's number, as in `cuda:0`.
+    pub device_id: u32,
     /// The middle of the host's call that launched it, or the graph that it is part of; known where calls are traced
     /// too.
     pub launch_ns: Option<u64>,

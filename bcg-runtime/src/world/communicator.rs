@@ -198,6 +198,11 @@ impl Communicator {
 }
 
 impl Told {
+    /// Tells whether a collective of this name was launched.
+    pub(crate) fn names(&self, kernel: &str) -> bool {
+        self.names.lock().unwrap_or_else(PoisonError::into_inner).contains(&kernel)
+    }
+
     /// Checks that no rank is lost, of which a kernel of this rank may tell first.
     ///
     /// # Errors

@@ -129,6 +129,11 @@ impl World {
         self.0.lost.error()
     }
 
+    /// Returns the numbers of the ranks' GPUs, in order; none of host devices.
+    pub(crate) fn ordinals(&self) -> Vec<i32> {
+        self.0.devices.iter().filter_map(|device| device.backend().ordinal()).collect()
+    }
+
     pub(crate) fn check(&self) -> Result<()> {
         self.0.lost.check()
     }

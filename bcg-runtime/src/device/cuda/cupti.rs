@@ -253,8 +253,15 @@ unsafe extern "C" fn buffer_completed(_: *mut c_void, _: u32, buffer: *mut u8, _
 /// # Safety
 /// `record.name` is null or points at a NUL-terminated string.
 unsafe fn read(record: &KernelRecord) -> std::result::Result<Option<(u32, KernelRun)>, String> {
-    let KernelRecord { kind, start_ns, end_ns, name, correlation_id, device_context_stream: [.., stream_id], .. } =
-        *record;
+    let KernelRecord {
+        kind,
+        start_ns,
+        end_ns,
+        name,
+        correlation_id,
+        device_context_stream: [device_id, _, stream_id],
+        ..
+    } = *record;
     if kind == KERNELS && (start_ns, end_ns) == (0, 0) {
         return Ok(None);
     }
@@ -263,5 +270,5 @@ unsafe fn read(record: &KernelRecord) -> std::result::Result<Option<(u32, Kernel
     }
     // SAFETY: not null, so the caller says that it is a string.
     let name = unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned();
-    Ok(Some((correlation_id, KernelRun { name, start_ns, end_ns, stream_id, launch_ns: None })))
+    Ok(Some((correlation_id, KernelRun { name, start_ns, end_ns, stream_id, device_id, launch_ns: None })))
 }
