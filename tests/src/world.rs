@@ -1,6 +1,6 @@
 //! A small forward of several ranks, replayed many times under load: no replay hangs, and every one is right.
 //!
-//! `gpu world [--devices 0,1] [--replays N] [--layers N] [--mode healed|chain] [--delays] [--graph-only]` runs it on GPUs and
+//! `gpu world [--devices 0,1] [--replays N] [--layers N] [--mode healed|chain] [--delays] [--steady]` runs it on GPUs and
 //! prints what a replay of all ranks costs the host; a test runs it on host devices.
 
 use std::time::{Duration, Instant};
@@ -32,6 +32,8 @@ pub struct Options {
     pub mode: ReplayMode,
     /// Whether ranks wait for random times before they come to a replay.
     pub delays: bool,
+    /// Whether every replay does the same work: there is nothing to patch, as with a model.
+    pub steady: bool,
 }
 
 impl Options {
@@ -41,7 +43,7 @@ impl Options {
     /// For an argument that is none of them.
     pub fn parse(args: &[String]) -> Result<Self> {
         let mut options =
-            Self { devices: vec![0, 1], replays: 100_000, layers: 4, mode: ReplayMode::Healed, delays: false };
+            Self { devices: vec![0, 1], replays: 100_000, layers: 4, mode: ReplayMode::Healed, delays: false, steady: false };
         let mut args = args.iter();
         while let Some(arg) = args.next() {
             let mut value = || args.next().with_context(|| format!("{arg} needs a value"));
@@ -57,6 +59,7 @@ impl Options {
                     }
                 }
                 "--delays" => options.delays = true,
+                "--steady" => options.steady = true,
                 other => bail!("unknown option {other}"),
             }
         }
@@ -152,7 +155,7 @@ pub fn run(devices: Vec<Device>, options: &Options) -> Result<HostTimes> {
     let sum = (1..=num_ranks).map(|rank| rank as f32).sum::<f32>() * (num_ranks as f32).powi(layers as i32);
     let (delays, mut times) = (options.delays, HostTimes::default());
     for turn in 0..options.replays {
-        let keep = 1 + (turn % ROWS as u64) as usize;
+        let keep = 1 + if options.steady { 0 } else { (turn % ROWS as u64) as usize };
         let is_checked = turn % 16 == 0 || turn + 1 == options.replays;
         let begun = Instant::now();
         let took = ranks.run(move |lane: &mut Lane| {
