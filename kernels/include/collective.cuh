@@ -170,9 +170,11 @@ struct Collective {
     // The rank of the packs from slot * N on, among those that `sum` takes.
     template <u32 RANKS> BCG_DEVICE u32 rank_of(u32 slot) const { return RANKS == 2 ? 1 - c.rank : slot; }
 
-    // Called by all threads of the block, when they have taken all that comes.
+    // Called once by all threads of the block, when they have received all that comes. A kernel that takes the rest of the GPU
+    // from now on keeps no rank waiting that shares it: this one needs nobody any more to end.
     BCG_DEVICE void end() const {
-        __syncthreads();  // all have read the epoch
+        __syncthreads();  // all have received, so they have also read the epoch
+        release_dependents();
         u32 next = epoch + 1;
         if (threadIdx.x == 0) c.epochs[blockIdx.x] = next;
         if (blockIdx.x == 0)

@@ -3,7 +3,7 @@
 #include "collective.cuh"
 
 // Every rank sends each other one its piece, and sums what comes. A thread sends the packs after those that it waits for, so
-// that the link is busy meanwhile.
+// that the link is busy meanwhile. Every block has packs.
 template <typename T, bool WIDE, u32 RANKS> BCG_DEVICE void reduce(const ReduceArgs& a) {
     constexpr u32 N = WIDE && RANKS == 2 ? 4 : 1;  // packs of each rank that a thread waits for together
     u32 step = gridDim.x * blockDim.x, mine = blockIdx.x * blockDim.x + threadIdx.x;
@@ -29,7 +29,8 @@ template <typename T, bool WIDE, u32 RANKS> BCG_DEVICE void reduce(const ReduceA
     };
     send(mine);
 #pragma unroll 1
-    for (u32 first = mine; first < a.packs; first += N * step) {
+    for (u32 block_first = blockIdx.x * blockDim.x; block_first < a.packs; block_first += N * step) {
+        u32 first = block_first + threadIdx.x;
         send(first + N * step);
         Pack<T> own[N], packs[SLOTS<RANKS> * N];
 #pragma unroll
@@ -39,11 +40,11 @@ template <typename T, bool WIDE, u32 RANKS> BCG_DEVICE void reduce(const ReduceA
             rank = c.rank_of<RANKS>(k / N), at = first + k % N * step;
             return c.is_other(rank) && at < a.packs;
         });
+        if (block_first + N * step >= a.packs) c.end();
 #pragma unroll
         for (u32 k = 0; k < N; k++)
             if (first + k * step < a.packs) out.store(a.first_pack + first + k * step, c.sum<RANKS, N>(packs, k, own[k]));
     }
-    c.end();
 }
 
 // The same where each rank sums a share of the message and sends the sum to all: two crossings, fewer bytes. Its slot holds

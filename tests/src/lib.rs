@@ -4,6 +4,7 @@
 //! schedules where the rule is about order; the `gpu` binary runs the same rules on a CUDA device.
 
 pub mod allocations;
+pub mod collectives;
 pub mod conformance;
 pub mod device_faults;
 pub mod geometry;

@@ -1,7 +1,7 @@
 //! Runs every rule on the first CUDA device. Without one it fails: this is the gate that needs a GPU.
 //!
 //! `gpu [FILTER] [--random N]`: only rules whose `group::name` contains FILTER; N random programs (200 unless told; 0 for
-//! none). `gpu serve FLAGS` is a `bcg-server` whose device a request can break, and `gpu bcg …` is `bcg`, so that a bundle needs one of the two only. `gpu world FLAGS` replays a forward of several ranks. `gpu --geometry DIR`: only the rules about the folder that `tests/geometry/reference.py` wrote. `BCG_ROOT` tells where the repository's `models` and `tests` lie, if not where it was built.
+//! none). `gpu serve FLAGS` is a `bcg-server` whose device a request can break, and `gpu bcg …` is `bcg`, so that a bundle needs one of the two only. `gpu world FLAGS` replays a forward of several ranks, and `gpu collectives FLAGS` checks and times what they sum. `gpu --geometry DIR`: only the rules about the folder that `tests/geometry/reference.py` wrote. `BCG_ROOT` tells where the repository's `models` and `tests` lie, if not where it was built.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use bcg_runtime::{Device, ReplayMode};
 use bcg_tests::conformance::fixture::with_replay;
 use bcg_tests::geometry::Session;
-use bcg_tests::{conformance, device_faults, geometry, golden, ops, random, soak, world};
+use bcg_tests::{collectives, conformance, device_faults, geometry, golden, ops, random, soak, world};
 use clap::Parser;
 
 struct Options {
@@ -139,6 +139,10 @@ fn main() -> ExitCode {
         Some("world") => {
             let args: Vec<String> = std::env::args().skip(2).collect();
             return bcg_cli::exit("gpu world", world::main(&args));
+        }
+        Some("collectives") => {
+            let args: Vec<String> = std::env::args().skip(2).collect();
+            return bcg_cli::exit("gpu collectives", collectives::main(&args));
         }
         Some("bcg") => {
             let cli = bcg_cli::Cli::parse_from(std::env::args().skip(1));

@@ -69,15 +69,9 @@ template <typename T, bool WIDE, u32 RANKS> BCG_DEVICE void all_reduce_add_rms_n
                 }
             }
         }
-        if (row + gridDim.x >= a.rows) {
-            // The block has all that it waits for, so the blocks that it waited for run: a kernel that takes the rest of the
-            // GPU now keeps none of them out.
-            __syncthreads();
-            release_dependents();
-        }
+        if (row + gridDim.x >= a.rows) c.end();
         store_normed<T, WIDE>((T*)a.normed + (i64)row * a.columns, sum, weight, values, weights, a.columns, squares, a.eps);
     }
-    c.end();
 }
 
 template <typename T> BCG_DEVICE void all_reduce_add_rms_norm(const NormArgs& a) {
