@@ -34,6 +34,9 @@ struct Place {
 struct OpenFile {
     file: File,
     path: PathBuf,
+    /// The bytes of tensors that were read.
+    #[cfg(test)]
+    num_read: std::sync::atomic::AtomicUsize,
 }
 
 /// The elements that a rank keeps of a tensor, converted while they are read.
@@ -80,7 +83,12 @@ impl WeightFiles {
         let map = map(&file).map_err(refuse)?;
         let (header_bytes, metadata) = SafeTensors::read_metadata(&map)
             .map_err(|error| Error::format(path, format!("not a whole safetensors file: {error}")))?;
-        let file = Arc::new(OpenFile { file, path: path.to_path_buf() });
+        let file = Arc::new(OpenFile {
+            file,
+            path: path.to_path_buf(),
+            #[cfg(test)]
+            num_read: Default::default(),
+        });
         for (name, info) in metadata.tensors() {
             // The header is preceded by its own length, in 8 bytes.
             let offset = (8 + header_bytes + info.data_offsets.0) as u64;
@@ -176,7 +184,9 @@ impl FileTensor {
 
 impl Place {
     fn read(&self, offset: usize, into: &mut [u8]) -> bcg_runtime::Result<()> {
-        let OpenFile { file, path } = &*self.file;
+        let OpenFile { file, path, .. } = &*self.file;
+        #[cfg(test)]
+        self.file.num_read.fetch_add(into.len(), std::sync::atomic::Ordering::Relaxed);
         let read = file.read_exact_at(into, self.offset + offset as u64);
         read.map_err(|source| bcg_runtime::Error::other(Error::File { file: path.clone(), source }))
     }
@@ -240,6 +250,7 @@ impl Element {
 
 #[cfg(test)]
 mod tests {
+    use super::super::part::{Section, Split};
     use super::*;
     use crate::testing::TempDir;
     use safetensors::tensor::{Dtype, TensorView};
@@ -290,6 +301,43 @@ mod tests {
             .expect("cut short");
         let error = tensor.read(12, &mut bytes).expect_err("cut short").to_string();
         assert!(error.contains("model.safetensors: cannot be read"), "{error}");
+    }
+
+    /// Whatever pieces it is read in, a rank's part has its elements, and nothing else of the file is read.
+    #[test]
+    fn a_rank_reads_the_bytes_of_its_part_alone() {
+        let dir = TempDir::new("weights-ranks");
+        let values: Vec<u8> = (0..96).flat_map(|i| bf16::from_f32(i as f32).to_le_bytes()).collect();
+        let view = TensorView::new(Dtype::BF16, vec![8, 12], &values).expect("a view");
+        dir.write("model.safetensors", &safetensors::serialize([("a", view)], None).expect("serialised"));
+        let sections = [Section { units: 2, rows: 1 }, Section { units: 2, rows: 3 }];
+        let rows_of = |rank: usize| -> Vec<usize> {
+            (0..8)
+                .filter(|row| [0, 1, 0, 0, 0, 1, 1, 1][*row] == rank)
+                .flat_map(|row| 12 * row..12 * (row + 1))
+                .collect()
+        };
+        let columns_of = |rank: usize| -> Vec<usize> { (0..96).filter(|i| i % 12 / 6 == rank).collect() };
+        for rank in 0..2 {
+            for (split, expected) in [(Split::Rows(&sections), rows_of(rank)), (Split::Columns, columns_of(rank))] {
+                let expected: Vec<f32> = expected.into_iter().map(|i| i as f32).collect();
+                for dtype in [DType::Bf16, DType::F32] {
+                    for piece in [8, 16, 40, 104, 192] {
+                        let mut files = WeightFiles::open(dir.path()).expect("open");
+                        let part = Part { name: "a", shape: &[8, 12], split };
+                        let tensor = files.take(&part, Shard { rank, num_ranks: 2 }, dtype).expect("a part");
+                        let mut bytes = vec![0; 48 * dtype.size_bytes()];
+                        for (i, piece_of) in bytes.chunks_mut(piece).enumerate() {
+                            tensor.read(i * piece, piece_of).expect("a piece");
+                        }
+                        let element = |bytes: &[u8]| Element::of(dtype).expect("a float").read(bytes);
+                        let got: Vec<f32> = bytes.chunks(dtype.size_bytes()).map(element).collect();
+                        assert_eq!(got, expected, "rank {rank}, {split:?}, {dtype}, pieces of {piece} bytes");
+                        assert_eq!(tensor.place.file.num_read.load(std::sync::atomic::Ordering::Relaxed), 96);
+                    }
+                }
+            }
+        }
     }
 
     #[test]
