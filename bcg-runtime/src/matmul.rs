@@ -74,7 +74,9 @@ impl OpStream {
         let workspace = workspace.as_ref().map_or(Ok(DevicePtr::NULL), |workspace| self.addr(workspace))?;
         let product = Matmul { shape, plan, x: x_ptr, weight: weight_ptr, out: out_ptr, workspace };
         self.count_launch("matmul");
-        self.enqueue("a matrix product", |device, stream| device.backend().matmul(stream, &product))
+        self.multiply_with_others(&shape, |cx| {
+            cx.enqueue("a matrix product", |device, stream| device.backend().matmul(stream, &product))
+        })
     }
 
     /// Makes the arena large enough for the workspace of any plan, where it may grow: other numbers of rows, captured

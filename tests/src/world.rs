@@ -42,8 +42,14 @@ impl Options {
     /// # Errors
     /// For an argument that is none of them.
     pub fn parse(args: &[String]) -> Result<Self> {
-        let mut options =
-            Self { devices: vec![0, 1], replays: 100_000, layers: 4, mode: ReplayMode::Healed, delays: false, steady: false };
+        let mut options = Self {
+            devices: vec![0, 1],
+            replays: 100_000,
+            layers: 4,
+            mode: ReplayMode::Healed,
+            delays: false,
+            steady: false,
+        };
         let mut args = args.iter();
         while let Some(arg) = args.next() {
             let mut value = || args.next().with_context(|| format!("{arg} needs a value"));

@@ -6,6 +6,7 @@
 //! [`side`] joins side streams, [`rows`] begins forwards, [`work_list`] holds what breaks enqueue, [`steps`] and
 //! [`probe`] watch a run, [`options`] says how a stream is set up.
 
+mod first_use;
 mod options;
 pub(crate) mod probe;
 mod rows;
@@ -29,6 +30,7 @@ use crate::{
     AnyKernel as _, Communicator, CommunicatorArgs, DType, Device, DevicePtr, Dims, Error, Kernel, KernelArgs, Result,
     Stream,
 };
+use first_use::FirstUses;
 use probe::Probe;
 use side::{Fork, PooledStream};
 use steps::StepLog;
@@ -76,6 +78,8 @@ pub struct OpStream {
     /// What its collectives go through, if it is a rank of a world.
     communicator: Option<Communicator>,
     ranks: Option<Ranks>,
+    /// What is loaded, where ranks share the GPU.
+    first_uses: Option<FirstUses>,
     /// A capture is open in which nothing runs: work outside segments is dropped.
     pub(crate) is_dry: bool,
     pub(crate) segment: Option<SegmentLog>,
@@ -115,6 +119,7 @@ pub(crate) struct SegmentLog {
 impl OpStream {
     pub(crate) fn new(device: &Device, options: RunnerOptions, communicator: Option<Communicator>) -> Result<Self> {
         let main = Arc::new(Stream::new(device, &options.name)?);
+        let ranks = communicator.as_ref().and_then(Communicator::ranks);
         let bytes_max = match options.arena_bytes_max {
             Some(bytes) => bytes,
             None => device.memory_info()?.total_bytes,
@@ -131,7 +136,8 @@ impl OpStream {
             valid_rows: Allocation::new(device, size_of::<u32>())?,
             valid_rows_now: None,
             options,
-            ranks: communicator.as_ref().and_then(Communicator::ranks),
+            first_uses: ranks.as_ref().filter(|ranks| ranks.world.shares_gpus()).map(FirstUses::new),
+            ranks,
             communicator,
             is_dry: false,
             segment: None,
@@ -203,6 +209,7 @@ impl OpStream {
         if dims.is_empty() {
             return Ok(());
         }
+        self.load_with_others(kernel)?;
         self.count_launch(kernel.name());
         if self.lists_work() && work_list::keep_launch(&self.main, kernel, dims, launch::bytes_of(&args)) {
             return Ok(());
@@ -241,9 +248,9 @@ impl OpStream {
             let message = format!("`{}` {what}", kernel.name());
             Err(Error::Option { option: "OpStream::launch_collective", message })
         };
-        let Some(communicator) = &self.communicator else {
+        if self.communicator.is_none() {
             return refuse("needs a world of several ranks: make the runner with Runner::in_world");
-        };
+        }
         if !kernel.is_collective() {
             return refuse("is no collective: use OpStream::launch");
         }
@@ -253,6 +260,8 @@ impl OpStream {
         if dims.is_empty() {
             return Ok(());
         }
+        self.load_with_others(kernel)?;
+        let Some(communicator) = &self.communicator else { return Ok(()) };
         let segment = self.segment.as_ref().map(|segment| segment.index);
         let args = args(communicator.args(kernel.name(), segment));
         let launch = Launch { plane: Some(communicator.plane()), ..Launch::new(kernel, dims, &args) };

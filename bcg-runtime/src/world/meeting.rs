@@ -41,6 +41,8 @@ struct State {
     given: Vec<Option<Parcel>>,
     /// What each rank gets of the meeting that ended last.
     results: Vec<Option<Parcel>>,
+    /// How many threads sleep: to wake one that does not costs a system call for nothing.
+    num_asleep: usize,
 }
 
 /// Why a meeting failed.
@@ -59,7 +61,7 @@ impl Meeting {
         Self {
             timeout,
             lost: Arc::clone(lost),
-            state: Mutex::new(State { purpose: "", given: none(), results: none() }),
+            state: Mutex::new(State { purpose: "", given: none(), results: none(), num_asleep: 0 }),
             changed: Condvar::new(),
             num_ended: AtomicU64::new(0),
             looks: looks(size),
@@ -111,8 +113,11 @@ impl Meeting {
         }
         let own = Self::take_result(&mut state, rank);
         self.num_ended.store(ended + 1, Ordering::Release);
+        let is_any_asleep = state.num_asleep > 0;
         drop(state);
-        self.changed.notify_all();
+        if is_any_asleep {
+            self.changed.notify_all();
+        }
         own
     }
 
@@ -140,7 +145,9 @@ impl Meeting {
                 let cause = format!("it did not come within {:?}", self.timeout);
                 return Err(Failed::Late { rank: missing, cause });
             }
+            state.num_asleep += 1;
             state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            state.num_asleep -= 1;
         }
     }
 

@@ -134,6 +134,12 @@ impl World {
         self.0.devices.iter().filter_map(|device| device.backend().ordinal()).collect()
     }
 
+    /// Tells whether several ranks share a GPU.
+    pub(crate) fn shares_gpus(&self) -> bool {
+        let gpus = self.ordinals();
+        gpus.iter().enumerate().any(|(rank, gpu)| gpus[..rank].contains(gpu))
+    }
+
     pub(crate) fn check(&self) -> Result<()> {
         self.0.lost.check()
     }

@@ -1,16 +1,19 @@
 //! A thread for each rank but the first, which runs on the caller's: all do the same at the same time.
+//!
+//! To wake a thread up costs more than the host's work of a replay, so a thread that waits looks for a while before it sleeps,
+//! where there are cores enough.
 
 use std::fmt;
-use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
+use std::thread::{JoinHandle, Thread};
 
 use super::World;
 use super::meeting::looks;
 use crate::error::catch_panic;
 use crate::{Error, Result};
 
-type Job<S> = Arc<dyn Fn(&mut S) + Send + Sync>;
+type Job<S> = Box<dyn FnOnce(&mut S) + Send>;
 
 /// The state of each rank, and the threads that work on it.
 ///
@@ -26,11 +29,28 @@ pub struct RankThreads<S> {
     world: World,
     first: S,
     others: Vec<RankThread<S>>,
+    looks: u32,
 }
 
 struct RankThread<S> {
-    jobs: Option<SyncSender<Job<S>>>,
+    board: Arc<Board<S>>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// Where a thread finds its next job.
+struct Board<S> {
+    job: Mutex<Option<Job<S>>>,
+    /// How many jobs were posted.
+    num_posted: AtomicU64,
+    is_over: AtomicBool,
+}
+
+/// The results of a run, as far as they are there.
+struct Run<R> {
+    results: Vec<Mutex<Option<Result<R>>>>,
+    num_left: AtomicUsize,
+    /// Who waits for all of them.
+    caller: Thread,
 }
 
 impl<S: Send + 'static> RankThreads<S> {
@@ -45,17 +65,19 @@ impl<S: Send + 'static> RankThreads<S> {
         }
         let mut states = states.into_iter();
         let first = states.next().ok_or_else(|| Error::other("a world has at least one rank"))?;
-        let mut ranks = Self { world: world.clone(), first, others: Vec::new() };
+        let looks = looks(world.size());
+        let mut ranks = Self { world: world.clone(), first, others: Vec::new(), looks };
         for (at, state) in states.enumerate() {
-            ranks.others.push(RankThread::start(at + 1, state, looks(world.size()))?);
+            ranks.others.push(RankThread::start(at + 1, state, looks)?);
         }
         Ok(ranks)
     }
 
-    /// Runs `f` on every rank at once, and returns what it returned, in the order of the ranks.
+    /// Runs `f` on every rank at once, and returns what it returned, in the order of the ranks. A panic of `f` is an error,
+    /// and ends the world.
     ///
     /// # Errors
-    /// The error of the rank that failed first, whose world is lost unless all ranks failed alike.
+    /// The error of the rank that failed by itself; [`Error::RankLost`] if there is none.
     pub fn run<R: Send + 'static>(
         &mut self,
         f: impl Fn(&mut S) -> Result<R> + Send + Sync + 'static,
@@ -64,28 +86,28 @@ impl<S: Send + 'static> RankThreads<S> {
             return Ok(vec![catch_panic(|| f(&mut self.first))?]);
         }
         let f = Arc::new(f);
-        let results: Arc<Mutex<Vec<Option<Result<R>>>>> =
-            Arc::new(Mutex::new((0..self.world.size()).map(|_| None).collect()));
-        let (done, all_done) = sync_channel::<()>(self.others.len());
+        let run = Arc::new(Run {
+            results: (0..self.world.size()).map(|_| Mutex::default()).collect(),
+            num_left: AtomicUsize::new(self.others.len()),
+            caller: std::thread::current(),
+        });
         for (at, other) in self.others.iter().enumerate() {
-            let (f, results, done, world) = (Arc::clone(&f), Arc::clone(&results), done.clone(), self.world.clone());
-            other.submit(Arc::new(move |state: &mut S| {
+            let (f, run, world) = (Arc::clone(&f), Arc::clone(&run), self.world.clone());
+            other.post(Box::new(move |state| {
                 let result = run_rank(&world, at + 1, state, &*f);
-                results.lock().unwrap_or_else(PoisonError::into_inner)[at + 1] = Some(result);
-                let _ = done.send(()); // the caller waits for it, or is gone
+                drop(f); // what it holds is the caller's again
+                run.put(at + 1, result);
             }));
         }
-        drop(done);
         let own = run_rank(&self.world, 0, &mut self.first, &*f);
-        // Ends when each thread has sent or dropped its end.
-        let looks = looks(self.world.size());
-        while receive(&all_done, looks).is_some() {}
-        let mut results = std::mem::take(&mut *results.lock().unwrap_or_else(PoisonError::into_inner));
-        results[0] = Some(own);
-        let ended = || Err(Error::other("the thread of a rank has ended"));
-        let (mut values, mut lost, mut first) = (Vec::with_capacity(results.len()), None, None);
-        for result in results {
-            match result.unwrap_or_else(ended) {
+        wait(self.looks, || run.num_left.load(Ordering::Acquire) == 0);
+        let others = run.results[1..].iter().map(|place| {
+            let result = place.lock().unwrap_or_else(PoisonError::into_inner).take();
+            result.unwrap_or_else(|| Err(Error::other("a rank ended without a result")))
+        });
+        let (mut values, mut lost, mut first) = (Vec::with_capacity(run.results.len()), None, None);
+        for result in std::iter::once(own).chain(others) {
+            match result {
                 Ok(value) => values.push(value),
                 Err(error @ Error::RankLost { .. }) => lost = lost.or(Some(error)),
                 Err(error) => first = first.or(Some(error)),
@@ -114,17 +136,17 @@ impl<S: Send + 'static> RankThreads<S> {
     }
 }
 
-/// Takes the next value; nothing once no sender is left. Looks that often before it sleeps: to wake up costs more than the
-/// host's work of a replay.
-fn receive<T>(queue: &Receiver<T>, looks: u32) -> Option<T> {
+/// Waits until something is done, whose doer then unparks this thread.
+fn wait(looks: u32, is_done: impl Fn() -> bool) {
     for _ in 0..looks {
-        match queue.try_recv() {
-            Ok(value) => return Some(value),
-            Err(TryRecvError::Disconnected) => return None,
-            Err(TryRecvError::Empty) => std::hint::spin_loop(),
+        if is_done() {
+            return;
         }
+        std::hint::spin_loop();
     }
-    queue.recv().ok()
+    while !is_done() {
+        std::thread::park();
+    }
 }
 
 fn run_rank<S, R>(world: &World, rank: usize, state: &mut S, f: &(impl Fn(&mut S) -> Result<R> + ?Sized)) -> Result<R> {
@@ -135,28 +157,55 @@ fn run_rank<S, R>(world: &World, rank: usize, state: &mut S, f: &(impl Fn(&mut S
     result
 }
 
+impl<R> Run<R> {
+    fn put(&self, rank: usize, result: Result<R>) {
+        *self.results[rank].lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
+        if self.num_left.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.caller.unpark();
+        }
+    }
+}
+
 impl<S: Send + 'static> RankThread<S> {
     fn start(rank: usize, mut state: S, looks: u32) -> Result<Self> {
-        let (jobs, queue): (SyncSender<Job<S>>, Receiver<Job<S>>) = sync_channel(1);
+        let board =
+            Arc::new(Board { job: Mutex::default(), num_posted: AtomicU64::new(0), is_over: AtomicBool::new(false) });
+        let own = Arc::clone(&board);
         let run = move || {
-            while let Some(job) = receive(&queue, looks) {
-                job(&mut state);
+            for num_done in 0.. {
+                let is_over = || own.is_over.load(Ordering::Acquire);
+                wait(looks, || own.num_posted.load(Ordering::Acquire) > num_done || is_over());
+                let job = own.job.lock().unwrap_or_else(PoisonError::into_inner).take();
+                match job {
+                    Some(job) => job(&mut state),
+                    None => return,
+                }
             }
         };
-        let thread = std::thread::Builder::new().name(format!("rank {rank}")).spawn(run);
-        Ok(Self { jobs: Some(jobs), thread: Some(thread.map_err(Error::other)?) })
+        let thread = std::thread::Builder::new().name(format!("rank {rank}")).spawn(run).map_err(Error::other)?;
+        Ok(Self { board, thread: Some(thread) })
+    }
+}
+
+impl<S> RankThread<S> {
+    /// Gives the thread its next job; it has none now.
+    fn post(&self, job: Job<S>) {
+        *self.board.job.lock().unwrap_or_else(PoisonError::into_inner) = Some(job);
+        self.board.num_posted.fetch_add(1, Ordering::Release);
+        self.wake();
     }
 
-    fn submit(&self, job: Job<S>) {
-        if let Some(jobs) = &self.jobs {
-            let _ = jobs.send(job); // a thread that has ended drops the job, which the caller notices
+    fn wake(&self) {
+        if let Some(thread) = &self.thread {
+            thread.thread().unpark();
         }
     }
 }
 
 impl<S> Drop for RankThread<S> {
     fn drop(&mut self) {
-        self.jobs = None;
+        self.board.is_over.store(true, Ordering::Release);
+        self.wake();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join(); // its panics were caught
         }
