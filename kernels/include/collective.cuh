@@ -98,7 +98,10 @@ struct Collective {
 
     // After wait_for_inputs(): the collective before advances the epochs.
     BCG_DEVICE explicit Collective(const CommunicatorArgs& c)
-        : c(c), epoch(look_word(c.epochs + blockIdx.x)), slot_packs((u32)(c.plane_bytes / 32) / c.num_ranks), is_lost(false) {}
+        : c(c), epoch(look_word(c.epochs + blockIdx.x)), slot_packs(c.slot_packs), is_lost(false) {
+        // A kernel that starts early takes room on the GPU, which a rank that shares it may need to come here.
+        if (!c.shares_gpus) release_dependents();
+    }
 
     // The rank that is `distance` further, around a ring.
     BCG_DEVICE u32 rank_at(u32 distance) const {

@@ -227,10 +227,10 @@ impl OpStream {
         self.communicator.as_ref().map_or(1, |communicator| communicator.world().size())
     }
 
-    /// Returns the bytes of the plane that collectives write into on each other rank: an op sends larger messages in several
+    /// Returns the bytes that a collective can send to each other rank in one launch: an op sends larger messages in several
     /// parts. There is no bound on the host device, and outside of a world.
-    pub fn plane_bytes(&self) -> usize {
-        self.communicator.as_ref().map_or(usize::MAX, Communicator::plane_bytes)
+    pub fn slot_bytes(&self) -> usize {
+        self.communicator.as_ref().map_or(usize::MAX, Communicator::slot_bytes)
     }
 
     /// Enqueues a collective, which runs when every rank has come to its own; `args` gets what it begins with. All ranks

@@ -24,6 +24,12 @@ pub const COLLECTIVE_BLOCKS_MAX: usize = 128;
 /// The smallest plane: some packs of 16 bytes for each rank, in each half.
 const PLANE_BYTES_MIN: usize = 64 << 10;
 
+/// Halves of a plane: a collective uses the one that the parity of its epoch says.
+const HALVES: usize = 2;
+
+/// What one store sends.
+const PACK_BYTES: usize = 16;
+
 /// Words of page-locked memory between host and device: leave; the lost rank and 1; the collective; its segment and 1.
 const WORDS: usize = 4;
 
@@ -57,8 +63,10 @@ pub struct CommunicatorArgs {
     /// Page-locked words: leave; the lost rank and 1; the collective; its segment and 1.
     #[points_to(u32)]
     pub words: DevicePtr,
-    /// The bytes of a plane.
-    pub plane_bytes: u64,
+    /// The packs of 16 bytes that one rank can send to another in one launch: half a plane's share of each rank.
+    pub slot_packs: u32,
+    /// 1 if several ranks share a GPU.
+    pub shares_gpus: u32,
     /// How long to wait for another rank, in nanoseconds.
     pub timeout_ns: u64,
     /// This rank.
@@ -118,7 +126,8 @@ impl Communicator {
             planes: [DevicePtr::NULL; RANKS_MAX],
             epochs: DevicePtr::NULL,
             words: DevicePtr::NULL,
-            plane_bytes: planes.first().map_or(0, |plane| plane.mapped_bytes() as u64),
+            slot_packs: planes.first().map_or(0, |plane| (plane.mapped_bytes() / HALVES / size / PACK_BYTES) as u32),
+            shares_gpus: world.shares_gpus().into(),
             timeout_ns: timeout.as_nanos().try_into().unwrap_or(u64::MAX),
             rank: 0,
             num_ranks: size as u32,
@@ -165,9 +174,9 @@ impl Communicator {
         self.world.device(self.rank)
     }
 
-    /// Returns the bytes of a plane; without a bound on the host device.
-    pub fn plane_bytes(&self) -> usize {
-        if self.world.kind() == DeviceKind::Host { usize::MAX } else { self.args.plane_bytes as usize }
+    /// Returns the bytes that one rank can send to another in one launch; without a bound on the host device.
+    pub fn slot_bytes(&self) -> usize {
+        if self.world.kind() == DeviceKind::Host { usize::MAX } else { self.args.slot_packs as usize * PACK_BYTES }
     }
 
     pub(crate) fn plane(&self) -> PlaneId {

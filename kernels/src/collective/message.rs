@@ -10,9 +10,6 @@ use crate::float::{Float, pack_len};
 /// The bytes of a pack, which one store sends.
 const PACK_BYTES: usize = 16;
 
-/// Halves of a plane: a collective uses the one that the parity of its epoch says.
-const HALVES: usize = 2;
-
 /// Rows that one rank sends to another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Message {
@@ -54,7 +51,7 @@ impl Message {
 
 /// The packs that one rank can send to another in one launch.
 pub(super) fn slot_packs(cx: &OpStream) -> u32 {
-    let packs = cx.plane_bytes() / HALVES / cx.world_size() / PACK_BYTES;
+    let packs = cx.slot_bytes() / PACK_BYTES;
     u32::try_from(packs).unwrap_or(u32::MAX)
 }
 
