@@ -17,7 +17,7 @@ fn from_environment(name: &str, default: u64) -> u64 {
 fn check(seed: u64) {
     let mut options = HostOptions::default();
     options.seed = seed;
-    random::check(&Device::host_with(options), seed);
+    random::check(&[Device::host_with(options)], seed);
 }
 
 #[test]

@@ -110,7 +110,7 @@ fn run_all(device: &Device, options: &Options) -> ExitCode {
     }
     if options.filter.is_empty() || "random".contains(&options.filter) {
         for seed in random::REGRESSIONS.iter().copied().chain(0..options.num_random) {
-            report.run(format!("random::{seed}"), || random::check(device, seed));
+            report.run(format!("random::{seed}"), || random::check(std::slice::from_ref(device), seed));
         }
     }
     report.finish()

@@ -29,6 +29,10 @@ impl Matrix {
         self.data.borrow_mut()[self.start + t * self.stride + c] = value;
     }
 
+    fn size(&self) -> (usize, usize) {
+        (self.rows, self.cols)
+    }
+
     fn elements(&self) -> Vec<i32> {
         (0..self.rows * self.cols).map(|i| self.get(i / self.cols, i % self.cols)).collect()
     }
@@ -57,44 +61,77 @@ struct Frame<'a> {
     earlier: Vec<i32>,
 }
 
-/// Runs a program on `rows` rows.
-pub(super) fn interpret(program: &Program, live: &Batch, rows: usize, persistent: &[Vec<i32>]) -> Outcome {
-    let persistent: Vec<Matrix> = persistent
-        .iter()
-        .zip(PERSISTENT_COLS)
-        .map(|(data, cols)| Matrix::new(data.len() / cols, cols, data.clone()))
-        .collect();
-    let mut frame =
-        Frame { live, persistent: &persistent, rows, vars: Vec::new(), locals: Vec::new(), earlier: Vec::new() };
-    frame.run(&program.ops);
-    Outcome {
+/// Runs a program on `rows` rows, on all ranks, each with its persistent tensors. Returns what each rank leaves.
+pub(super) fn interpret(program: &Program, live: &Batch, rows: usize, inputs: &[Vec<Vec<i32>>]) -> Vec<Outcome> {
+    let matrix = |(data, cols): (&Vec<i32>, usize)| Matrix::new(data.len() / cols, cols, data.clone());
+    let persistent: Vec<Vec<Matrix>> =
+        inputs.iter().map(|tensors| tensors.iter().zip(PERSISTENT_COLS).map(matrix).collect()).collect();
+    let frame =
+        |persistent| Frame { live, persistent, rows, vars: Vec::new(), locals: Vec::new(), earlier: Vec::new() };
+    let mut frames: Vec<Frame<'_>> = persistent.iter().map(|persistent| frame(persistent)).collect();
+    run(&mut frames, &program.ops);
+    let outcome = |frame: Frame<'_>| Outcome {
         tensors: frame.vars.iter().flatten().map(Matrix::elements).collect(),
         hosts: frame.earlier,
-        persistent: persistent.iter().map(Matrix::elements).collect(),
+        persistent: frame.persistent.iter().map(Matrix::elements).collect(),
+    };
+    frames.into_iter().map(outcome).collect()
+}
+
+/// Runs operations on all ranks, one after the other.
+fn run(ranks: &mut [Frame<'_>], ops: &[Op]) {
+    for op in ops {
+        match op {
+            Op::Break(step) => annotated(ranks, step),
+            Op::SumRanks { out, x } => {
+                let (first, others) = ranks.split_first().expect("at least one rank");
+                let mut sum = first.var(*x).elements();
+                for other in others {
+                    sum.iter_mut().zip(other.var(*x).elements()).for_each(|(sum, x)| *sum = sum.wrapping_add(x));
+                }
+                for rank in ranks.iter_mut() {
+                    let (rows, cols) = rank.var(*x).size();
+                    rank.set(*out, Matrix::new(rows, cols, sum.clone()));
+                }
+            }
+            Op::OfRank { out, x, offset } => {
+                let all: Vec<Vec<i32>> = ranks.iter().map(|rank| rank.var(*x).elements()).collect();
+                for (at, rank) in ranks.iter_mut().enumerate() {
+                    let (rows, cols) = rank.var(*x).size();
+                    rank.set(*out, Matrix::new(rows, cols, all[(at + offset) % all.len()].clone()));
+                }
+            }
+            op => ranks.iter_mut().for_each(|rank| rank.run(op)),
+        }
     }
 }
 
+/// Calls an annotated function on all ranks.
+fn annotated(ranks: &mut [Frame<'_>], step: &Break) {
+    let mut frames: Vec<_> = ranks.iter().map(|outer| outer.inner(step)).collect();
+    run(&mut frames, &step.body);
+    ranks.iter_mut().zip(&frames).for_each(|(outer, inner)| outer.take_outputs(step, inner));
+}
+
 impl Frame<'_> {
-    fn run(&mut self, ops: &[Op]) {
-        for op in ops {
-            match op {
-                Op::Plain(plain) => self.plain(plain),
-                Op::EndSegment | Op::LiveScratch { .. } => {}
-                Op::Break(step) => self.annotated(step),
-                Op::LiveMix { out, coef, x, y } => {
-                    let a = self.coef(*coef);
-                    self.mix(*out, [a, 1, 0], *x, *y);
-                }
-                Op::LiveUpload { out, coef, cols } => {
-                    self.set(*out, Matrix::new(1, *cols, upload_data(self.live.coefs[*coef], *cols)));
-                }
-                Op::LiveIf { out, coef, x, y } => {
-                    let coefs = if self.live.coefs[*coef] > 0 { [3, 1, 0] } else { [2, 1, 5] };
-                    self.mix(*out, coefs, *x, *y);
-                }
-                Op::LivePick { out, x } => self.set(*out, self.var(*x).clone()),
-                Op::ReadBack { x } => self.locals.push(self.var(*x).elements().into_iter().fold(0, i32::wrapping_add)),
+    fn run(&mut self, op: &Op) {
+        match op {
+            Op::Plain(plain) => self.plain(plain),
+            Op::EndSegment | Op::LiveScratch { .. } => {}
+            Op::Break(_) | Op::SumRanks { .. } | Op::OfRank { .. } => unreachable!("done on all ranks together"),
+            Op::LiveMix { out, coef, x, y } => {
+                let a = self.coef(*coef);
+                self.mix(*out, [a, 1, 0], *x, *y);
             }
+            Op::LiveUpload { out, coef, cols } => {
+                self.set(*out, Matrix::new(1, *cols, upload_data(self.live.coefs[*coef], *cols)));
+            }
+            Op::LiveIf { out, coef, x, y } => {
+                let coefs = if self.live.coefs[*coef] > 0 { [3, 1, 0] } else { [2, 1, 5] };
+                self.mix(*out, coefs, *x, *y);
+            }
+            Op::LivePick { out, x } => self.set(*out, self.var(*x).clone()),
+            Op::ReadBack { x } => self.locals.push(self.var(*x).elements().into_iter().fold(0, i32::wrapping_add)),
         }
     }
 
@@ -128,16 +165,20 @@ impl Frame<'_> {
         self.live.rows.map_or(usize::MAX, |rows| rows.valid).min(x.rows)
     }
 
-    fn annotated(&mut self, step: &Break) {
-        let mut inner = Frame {
+    /// What the body of an annotated function sees when it begins.
+    fn inner(&self, step: &Break) -> Self {
+        Self {
             live: self.live,
             persistent: self.persistent,
             rows: self.rows,
             vars: step.args.iter().map(|&arg| Some(self.var(arg).clone())).collect(),
             locals: Vec::new(),
             earlier: self.earlier.clone(),
-        };
-        inner.run(&step.body);
+        }
+    }
+
+    /// Takes over what an annotated function returned.
+    fn take_outputs(&mut self, step: &Break, inner: &Self) {
         for (inside, outside) in &step.outputs {
             let output = inner.var(*inside).clone();
             if let Some(rows) = self.live.rows.filter(|rows| rows.padded == output.rows) {

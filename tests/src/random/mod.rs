@@ -2,8 +2,10 @@
 //!
 //! Each program runs in three ways: by a naive interpreter on plain vectors, eagerly, and captured and replayed with other
 //! live values, other inputs and other numbers of valid rows. All results must be equal, bit for bit: every variable that
-//! is alive at the end, every host value, and the persistent tensors.
+//! is alive at the end, every host value, and the persistent tensors. With several ranks the program has collectives, and the
+//! interpreter runs all ranks side by side.
 
+mod collectives;
 mod interpret;
 mod kernels;
 mod program;
@@ -12,7 +14,10 @@ mod run;
 
 use std::sync::Arc;
 
-use bcg_runtime::{BreakableCudaGraph, Context, Device, Live, ReplayMode, Result, Runner, RunnerOptions, Tensor};
+use bcg_runtime::{
+    BreakableCudaGraph, CommunicatorOptions, Context, Device, Live, RankThreads, ReplayMode, Result, Runner,
+    RunnerOptions, Tensor, WorldOptions,
+};
 
 use interpret::interpret;
 use program::{PERSISTENT_COLS, Program, ROWS_MAX};
@@ -28,16 +33,16 @@ pub const REGRESSIONS: &[u64] = &[
 
 type Graph = BreakableCudaGraph<Batch, (Vec<Tensor>, Vec<Live<i32>>)>;
 
-/// Runs the program of a seed in all ways.
+/// Runs the program of a seed in all ways, on one device or on as many ranks as there are devices.
 ///
 /// # Panics
 /// If two results differ or a run fails. The message holds the seed and the shortest failing start of the program.
-pub fn check(device: &Device, seed: u64) {
-    let program = Program::random(seed);
-    let Err(failure) = run_all(device, &program, seed) else { return };
+pub fn check(devices: &[Device], seed: u64) {
+    let program = Program::random(seed, devices.len());
+    let Err(failure) = run_all(devices, &program, seed) else { return };
     for len in 1..=program.ops.len() {
         let shorter = Program { ops: program.ops[..len].to_vec(), ..program.clone() };
-        if let Err(failure) = run_all(device, &shorter, seed) {
+        if let Err(failure) = run_all(devices, &shorter, seed) {
             panic!("seed {seed}: {failure}\nin {}", listing(&shorter));
         }
     }
@@ -45,39 +50,55 @@ pub fn check(device: &Device, seed: u64) {
 }
 
 fn listing(program: &Program) -> String {
-    let Program { ops, sizes, is_padded, poison, .. } = program;
+    let Program { ops, sizes, is_padded, poison, num_ranks } = program;
     let ops: Vec<String> = ops.iter().map(|op| format!("    {op:?}\n")).collect();
-    format!("sizes {sizes:?}, padded: {is_padded}, poison: {poison}\n{}", ops.concat())
+    format!("{num_ranks} ranks, sizes {sizes:?}, padded: {is_padded}, poison: {poison}\n{}", ops.concat())
 }
 
-/// One device, one program, all ways to run it.
-struct Checker<'a> {
+/// One rank, one program, all ways to run it. All ranks draw the same random numbers, so all do the same.
+struct Checker {
     program: Arc<Program>,
     world: Arc<World>,
     runner: Runner,
     rng: Rng,
-    device: &'a Device,
-    inputs: Vec<Vec<i32>>,
+    /// The inputs of the coming run, of all ranks.
+    inputs: Vec<Vec<Vec<i32>>>,
 }
 
-fn run_all(device: &Device, program: &Program, seed: u64) -> Result<(), String> {
+fn run_all(devices: &[Device], program: &Program, seed: u64) -> Result<(), String> {
+    let program = Arc::new(program.clone());
+    let checker = |device: &Device, runner: Result<Runner>| {
+        Ok(Checker {
+            world: Arc::new(World::new(device)),
+            program: Arc::clone(&program),
+            runner: runner.map_err(|error| error.to_string())?,
+            rng: Rng::new(!seed),
+            inputs: Vec::new(),
+        })
+    };
     let mut options = RunnerOptions::default();
     options.arena_bytes = 1 << 16;
     options.poison = program.poison;
-    let runner = Runner::new(device, options).map_err(|error| error.to_string())?;
-    let program = Arc::new(program.clone());
-    let mut checker = Checker {
-        world: Arc::new(World::new(device)),
-        program,
-        runner,
-        rng: Rng::new(!seed),
-        device,
-        inputs: Vec::new(),
+    let ran = match devices {
+        [device] => checker(device, Runner::new(device, options))?.run(),
+        devices => {
+            let in_words = |error: bcg_runtime::Error| error.to_string();
+            let world = bcg_runtime::World::new(devices.to_vec(), WorldOptions::default()).map_err(in_words)?;
+            let communicators = world.communicators(CommunicatorOptions::default()).map_err(in_words)?;
+            let ranks: Result<Vec<Checker>, String> = devices
+                .iter()
+                .zip(communicators)
+                .map(|(device, communicator)| checker(device, Runner::in_world(communicator, options.clone())))
+                .collect();
+            let mut ranks = RankThreads::start(&world, ranks?).map_err(in_words)?;
+            ranks.run(|rank| rank.run().map_err(bcg_runtime::Error::other)).map(drop).map_err(in_words)
+        }
     };
-    checker.run()
+    ran?;
+    devices.iter().try_for_each(|device| device.synchronize().map_err(|error| format!("afterwards: {error}")))
 }
 
-impl Checker<'_> {
+impl Checker {
     fn run(&mut self) -> Result<(), String> {
         let mut graphs = Vec::new();
         for size in self.program.sizes.clone() {
@@ -94,16 +115,15 @@ impl Checker<'_> {
                 self.eager(*size)?;
             }
         }
-        drop(graphs);
-        self.device.synchronize().map_err(|error| format!("afterwards: {error}"))
+        Ok(())
     }
 
     /// Makes inputs for the coming run and returns its batch.
     fn prepare(&mut self, size: usize) -> Result<Batch, String> {
         let rng = &mut self.rng;
-        self.inputs =
-            PERSISTENT_COLS.iter().map(|cols| (0..cols * ROWS_MAX).map(|_| rng.below(100) as i32).collect()).collect();
-        for (tensor, data) in self.world.persistent.iter().zip(&self.inputs) {
+        let mut tensor = |cols| (0..cols * ROWS_MAX).map(|_| rng.below(100) as i32).collect();
+        self.inputs = (0..self.program.num_ranks).map(|_| PERSISTENT_COLS.map(&mut tensor).into()).collect();
+        for (tensor, data) in self.world.persistent.iter().zip(&self.inputs[self.runner.rank()]) {
             self.runner.upload(tensor, data).map_err(|error| format!("an upload: {error}"))?;
         }
         Ok(Batch::random(&mut self.rng, &self.program, size))
@@ -164,10 +184,11 @@ impl Checker<'_> {
             persistent: read(&self.world.persistent).map_err(failed)?,
             hosts: hosts.iter().map(|host| host.get_after(&self.runner)).collect(),
         };
-        let expected = interpret(&self.program, live, size, &self.inputs);
+        let rank = self.runner.rank();
+        let expected = interpret(&self.program, live, size, &self.inputs).swap_remove(rank);
         if got == expected {
             return Ok(());
         }
-        Err(format!("{what} of {size} rows with {live:?}:\ngot      {got:?}\nexpected {expected:?}"))
+        Err(format!("{what} on rank {rank} of {size} rows with {live:?}:\ngot      {got:?}\nexpected {expected:?}"))
     }
 }

@@ -147,6 +147,17 @@ pub(super) enum Op {
     ReadBack {
         x: usize,
     },
+    /// The sum of all ranks' matrices.
+    SumRanks {
+        out: usize,
+        x: usize,
+    },
+    /// The matrix of the rank that is so many further.
+    OfRank {
+        out: usize,
+        x: usize,
+        offset: usize,
+    },
 }
 
 /// An annotated call.
@@ -182,17 +193,19 @@ pub(super) struct Program {
     pub(super) sizes: Vec<usize>,
     pub(super) is_padded: bool,
     pub(super) poison: bool,
+    pub(super) num_ranks: usize,
 }
 
 impl Program {
-    pub(super) fn random(seed: u64) -> Self {
+    /// Makes the program of a seed. With several ranks it has collectives, and breaks that a capture need not run.
+    pub(super) fn random(seed: u64, num_ranks: usize) -> Self {
         let mut rng = Rng::new(seed);
         let is_padded = rng.chance(2);
         let poison = rng.chance(2);
         let mut sizes: Vec<usize> = (0..=rng.below(3)).map(|_| 1 + rng.below(ROWS_MAX)).collect();
         sizes.dedup();
-        let mut generator =
-            Generator { rng, num_bufs: PERSISTENT_COLS.len(), readonly: Vec::new(), is_padded, num_hosts: 0 };
+        let num_bufs = PERSISTENT_COLS.len();
+        let mut generator = Generator { rng, num_bufs, readonly: Vec::new(), is_padded, num_hosts: 0, num_ranks };
         let mut frame = Frame::default();
         for number in 0..PERSISTENT_COLS.len() {
             if number == 0 || generator.rng.chance(2) {
@@ -201,7 +214,7 @@ impl Program {
         }
         let len = 3 + generator.rng.below(14);
         generator.captured(&mut frame, len);
-        Self { ops: frame.ops, sizes, is_padded, poison }
+        Self { ops: frame.ops, sizes, is_padded, poison, num_ranks }
     }
 }
 
@@ -256,6 +269,7 @@ struct Generator {
     is_padded: bool,
     /// Host values that breaks of captured code returned so far.
     num_hosts: usize,
+    num_ranks: usize,
 }
 
 impl Generator {
@@ -373,9 +387,23 @@ impl Generator {
         if is_scope { Plain::Scope { sides: parts, own } } else { Plain::Events { side: parts.swap_remove(0), own } }
     }
 
+    /// A collective now and then, if there are several ranks.
+    fn collective(&mut self, frame: &mut Frame) -> Option<Op> {
+        if self.num_ranks == 1 || !self.rng.chance(4) {
+            return None;
+        }
+        let x = self.pick(&frame.vars, |_| true)?;
+        let var = frame.vars[x];
+        let out = self.fresh(&mut frame.vars, Var { is_split: false, ..var });
+        let offset = self.rng.below(self.num_ranks);
+        Some(if offset == 0 { Op::SumRanks { out, x } } else { Op::OfRank { out, x, offset } })
+    }
+
     /// Fills `frame` with `len` operations of captured code.
     fn captured(&mut self, frame: &mut Frame, len: usize) {
         for _ in 0..len {
+            let collective = self.collective(frame);
+            frame.ops.extend(collective);
             match self.rng.below(10) {
                 0..3 => {
                     let step = self.annotated(frame, 2);
@@ -401,6 +429,8 @@ impl Generator {
             inner.ops.push(Op::Plain(self.persistent(&mut inner.vars, 0)));
         }
         for _ in 0..1 + self.rng.below(6) {
+            let collective = self.collective(&mut inner);
+            inner.ops.extend(collective);
             self.body_op(&mut inner, depth);
         }
         let kind = [Kind::Tensor, Kind::Tuple, Kind::Struct][self.rng.below(3)];
@@ -441,7 +471,7 @@ impl Generator {
                 let coef = self.coef(frame);
                 Op::LiveMix { out: self.fresh(&mut frame.vars, var), coef, x, y }
             }
-            2 => {
+            2 if self.num_ranks == 1 => {
                 let cols = 1 + self.rng.below(6);
                 let shape = Var { cols, rows: RowKind::One, is_split: false, ..var };
                 Op::LiveUpload { out: self.fresh(&mut frame.vars, shape), coef: live, cols }
@@ -456,7 +486,7 @@ impl Generator {
                 self.readonly.extend([var.buf, frame.vars[out].buf]);
                 Op::LivePick { out, x }
             }
-            6 => {
+            6 if self.num_ranks == 1 => {
                 frame.num_locals += 1;
                 Op::ReadBack { x }
             }

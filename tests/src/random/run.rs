@@ -7,6 +7,7 @@ use bcg_runtime::{
     eager_on_graph,
 };
 
+use super::collectives::{of_rank, sum_ranks};
 use super::kernels::{add_row, gather, mix, scan_rows, sum_rows};
 use super::program::{Break, Coef, Kind, NUM_COEFS, Op, PERSISTENT_COLS, Plain, Program, ROWS_MAX};
 use super::rng::Rng;
@@ -91,6 +92,7 @@ pub(super) fn forward(
             Op::Plain(plain) => frame.plain(cx, plain)?,
             Op::EndSegment => cx.break_graph()?,
             Op::Break(step) => call(cx, &mut frame, step, world, &mut hosts)?,
+            Op::SumRanks { .. } | Op::OfRank { .. } => frame.collective(cx, op)?,
             live => panic!("{live:?} stands in captured code"),
         }
     }
@@ -206,6 +208,7 @@ fn body(
             Op::Plain(plain) => frame.plain(cx, plain)?,
             Op::EndSegment => cx.break_graph()?,
             Op::Break(nested) => call_nested(cx, &mut frame, nested, world, &mut hosts)?,
+            Op::SumRanks { .. } | Op::OfRank { .. } => frame.collective(cx, op)?,
             Op::LiveScratch { coef, keep } => {
                 let bytes = 64 * (1 + cx.live().coefs[*coef].unsigned_abs() as usize * 5);
                 let scratch = cx.empty(&[bytes], DType::U8)?;
@@ -271,6 +274,7 @@ fn live_op(cx: &mut Eager<'_, Batch>, frame: &mut Frame<'_>, hosts: &mut Hosts<'
             Ok(())
         }
         Op::Plain(_) | Op::EndSegment | Op::Break(_) | Op::LiveScratch { .. } => Ok(()),
+        Op::SumRanks { .. } | Op::OfRank { .. } => Ok(()),
     }
 }
 
@@ -289,6 +293,16 @@ impl Frame<'_> {
     fn mix(&mut self, cx: &mut OpStream, out: usize, coefs: [i32; 3], x: usize, y: usize) -> Result<()> {
         let tensor = cx.empty(self.var(x).shape(), DType::I32)?;
         mix(cx, coefs, self.var(x), self.var(y), &tensor)?;
+        self.set(out, tensor);
+        Ok(())
+    }
+
+    fn collective(&mut self, cx: &mut OpStream, op: &Op) -> Result<()> {
+        let (out, tensor) = match *op {
+            Op::SumRanks { out, x } => (out, sum_ranks(cx, self.var(x))?),
+            Op::OfRank { out, x, offset } => (out, of_rank(cx, self.var(x), offset)?),
+            _ => return Ok(()),
+        };
         self.set(out, tensor);
         Ok(())
     }
