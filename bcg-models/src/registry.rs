@@ -97,7 +97,8 @@ pub fn cache_layout(config: &ModelConfig, shard: Shard) -> Result<CacheLayout> {
     Ok(layout)
 }
 
-/// Checks that `num_ranks` ranks can divide the model that `config` names.
+/// Checks that `num_ranks` ranks can divide the model that `config` names. Any equal shares will do: where they are no
+/// multiples of 8, products run on the slower of their kernels.
 ///
 /// # Errors
 /// [`Error::Architecture`]; [`Error::Config`] names the first field whose count the ranks cannot divide, and the numbers

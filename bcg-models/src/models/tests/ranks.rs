@@ -1,11 +1,15 @@
 //! Several ranks compute what one computes, and each keeps its share.
 
+use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bcg_kernels::DecodePlan;
 use bcg_runtime::{
     CommunicatorOptions, DType, Device, RankThreads, Result, Runner, RunnerOptions, Tensor, World, WorldOptions,
 };
+use safetensors::SafeTensors;
+use safetensors::tensor::{TensorInfo, TensorView};
 use serde_json::{Value, json};
 
 use super::{PAGE_SIZE, PAGES, ROWS, SEQUENCES, TINY, folder};
@@ -36,12 +40,12 @@ struct Step {
 }
 
 impl Rank {
-    fn load(name: &str, dtype: DType, runner: Runner, shard: Shard) -> Self {
+    fn load(dir: &Path, dtype: DType, runner: Runner, shard: Shard) -> Self {
         let (device, mut weight_bytes) = (runner.device().clone(), 0);
-        let config = ModelConfig { dtype, ..ModelConfig::load(&folder(name)).expect(name) };
+        let config = ModelConfig { dtype, ..ModelConfig::load(dir).expect("a configuration") };
         let mut count = |_, total| weight_bytes = total;
-        let weights = Weights::open(&folder(name), &device, config.dtype, shard).expect(name);
-        let model = registry::load(&config, weights.with_progress(&mut count)).expect(name);
+        let weights = Weights::open(dir, &device, config.dtype, shard).expect("weights");
+        let model = registry::load(&config, weights.with_progress(&mut count)).expect("a model");
         let layout = config.cache_layout(shard).expect("a layout");
         let kv = KvCache::new(&device, config.dtype, &layout, [2 * PAGES, PAGE_SIZE]).expect("a cache");
         let states = StateCache::new(&device, config.dtype, layout.states.as_ref(), 4).expect("states");
@@ -105,13 +109,15 @@ impl Rank {
 }
 
 /// The ranks of a world of host devices that each have their share of a tiny checkpoint.
-fn ranks(name: &str, dtype: DType, num_ranks: usize) -> RankThreads<Rank> {
+fn ranks(dir: &Path, dtype: DType, num_ranks: usize) -> RankThreads<Rank> {
     let devices = (0..num_ranks).map(|_| Device::host()).collect();
-    let world = World::new(devices, WorldOptions::default()).expect("a world");
+    let mut options = WorldOptions::default();
+    options.timeout = Duration::from_secs(60); // the ranks may have to share one busy core
+    let world = World::new(devices, options).expect("a world");
     let communicators = world.communicators(CommunicatorOptions::default()).expect("communicators");
     let load = |(rank, communicator)| {
         let runner = Runner::in_world(communicator, RunnerOptions::default()).expect("a runner");
-        Rank::load(name, dtype, runner, Shard { rank, num_ranks })
+        Rank::load(dir, dtype, runner, Shard { rank, num_ranks })
     };
     RankThreads::start(&world, communicators.into_iter().enumerate().map(load).collect()).expect("threads")
 }
@@ -121,33 +127,98 @@ const RANKS: [(&str, &[usize]); 4] =
     [("tiny-qwen3", &[2, 4]), ("tiny-qwen3-moe", &[2, 4]), ("tiny-nemotron-h", &[2]), ("tiny-deepseek-v3", &[2, 4])];
 
 /// The steps of one rank that has all of a tiny checkpoint.
-fn steps_of_one(name: &str, dtype: DType) -> Vec<Step> {
+fn steps_of_one(dir: &Path, dtype: DType) -> Vec<Step> {
     let runner = Runner::new(&Device::host(), RunnerOptions::default()).expect("a runner");
-    Rank::load(name, dtype, runner, Shard::WHOLE).steps().expect("one rank")
+    Rank::load(dir, dtype, runner, Shard::WHOLE).steps().expect("one rank")
 }
 
 /// The steps of several ranks, whose hidden states and logits have the same bits.
-fn steps_of_ranks(name: &str, dtype: DType, num_ranks: usize) -> Vec<Step> {
-    let mut steps = ranks(name, dtype, num_ranks).run(Rank::steps).expect("ranks");
+fn steps_of_ranks(dir: &Path, dtype: DType, num_ranks: usize) -> Vec<Step> {
+    let mut steps = ranks(dir, dtype, num_ranks).run(Rank::steps).expect("ranks");
     assert_eq!(steps.len(), num_ranks);
-    assert!(steps.iter().all(|of_rank| *of_rank == steps[0]), "{name}: {num_ranks} ranks differ");
+    assert!(steps.iter().all(|of_rank| *of_rank == steps[0]), "{}: {num_ranks} ranks differ", dir.display());
     steps.remove(0)
 }
 
-/// In f32, several ranks differ from one in the order of sums alone.
+/// Asserts that several ranks compute in f32 what one does: they differ in the order of sums alone.
+fn assert_ranks_agree(dir: &Path, worlds: &[usize]) {
+    let whole = steps_of_one(dir, DType::F32);
+    for &num_ranks in worlds {
+        for (at, (got, expected)) in std::iter::zip(steps_of_ranks(dir, DType::F32, num_ranks), &whole).enumerate() {
+            assert_eq!(got.logits.len(), expected.logits.len());
+            let far = std::iter::zip(&got.logits, &expected.logits)
+                .find(|(got, expected)| (**got - **expected).abs() > 1e-4 * (1.0 + expected.abs()));
+            assert_eq!(far, None, "{}, {num_ranks} ranks, step {at}: far from one rank", dir.display());
+        }
+    }
+}
+
 #[test]
 fn several_ranks_compute_what_one_does_and_the_same_bits_on_all() {
     for (name, worlds) in RANKS {
-        let whole = steps_of_one(name, DType::F32);
-        for &num_ranks in worlds {
-            for (at, (got, expected)) in std::iter::zip(steps_of_ranks(name, DType::F32, num_ranks), &whole).enumerate()
-            {
-                assert_eq!(got.logits.len(), expected.logits.len());
-                let far = std::iter::zip(&got.logits, &expected.logits)
-                    .find(|(got, expected)| (**got - **expected).abs() > 1e-4 * (1.0 + expected.abs()));
-                assert_eq!(far, None, "{name}, {num_ranks} ranks, step {at}: a logit is far from that of one rank");
-            }
+        assert_ranks_agree(&folder(name), worlds);
+    }
+}
+
+/// Fields of tiny checkpoints that 8 ranks divide, where need be because tensors are [`widened`].
+fn for_8_ranks(name: &str) -> Value {
+    let heads = json!({"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32});
+    let mixers = json!({"mamba_num_heads": 8, "mamba_head_dim": 32, "n_groups": 8, "ssm_state_size": 16});
+    match name {
+        "tiny-deepseek-v3" => json!({"num_attention_heads": 8, "num_key_value_heads": 8}),
+        "tiny-nemotron-h" => {
+            let mut fields = heads;
+            fields["attention_head_dim"] = json!(32);
+            fields.as_object_mut().expect("an object").extend(mixers.as_object().expect("an object").clone());
+            fields
         }
+        _ => heads,
+    }
+}
+
+/// What the tensor `name` of a checkpoint is with the heads of [`for_8_ranks`]: norms of heads are cut, and what there is one
+/// of for each head is there twice.
+fn widened(checkpoint: &str, name: &str, info: &TensorInfo, bytes: &[u8]) -> (Vec<usize>, Vec<u8>) {
+    let (mut shape, mut bytes) = (info.shape.clone(), bytes.to_vec());
+    let row_bytes = bytes.len() / shape[0];
+    let is = |parts: &[&str]| parts.iter().any(|part| name.contains(part));
+    if is(&[".q_norm.", ".k_norm."]) {
+        shape[0] /= 2;
+        bytes.truncate(shape[0] * row_bytes);
+    } else if is(&[".q_b_proj.", ".kv_b_proj.", ".A_log", ".mixer.D", ".dt_bias"]) {
+        shape[0] *= 2;
+        bytes.extend_from_within(..);
+    } else if is(&[".mixer.in_proj."]) {
+        shape[0] += 4;
+        bytes.extend_from_within(bytes.len() - 4 * row_bytes..); // the time steps stand last
+    } else if checkpoint == "tiny-deepseek-v3" && is(&[".o_proj."]) {
+        shape[1] *= 2;
+        bytes = bytes.chunks(row_bytes).flat_map(|row| row.repeat(2)).collect();
+    }
+    (shape, bytes)
+}
+
+/// Of the four key-value heads of grouped-query attention, two ranks each keep one.
+#[test]
+fn eight_ranks_compute_what_one_does() {
+    for (name, _) in TINY {
+        let file = std::fs::read(folder(name).join("model.safetensors")).expect(name);
+        let (header, metadata) = SafeTensors::read_metadata(&file).expect("a header");
+        let tensors: Vec<_> = metadata
+            .tensors()
+            .into_iter()
+            .map(|(tensor, info)| {
+                let (begin, end) = info.data_offsets;
+                let (shape, bytes) = widened(name, &tensor, info, &file[8 + header..][begin..end]);
+                (tensor, info.dtype, shape, bytes)
+            })
+            .collect();
+        let views = tensors.iter().map(|(tensor, dtype, shape, bytes)| {
+            (tensor, TensorView::new(*dtype, shape.clone(), bytes).expect("a view"))
+        });
+        let dir = with(name, &for_8_ranks(name));
+        dir.write("model.safetensors", &safetensors::serialize(views, None).expect("serialised"));
+        assert_ranks_agree(dir.path(), &[8]);
     }
 }
 
@@ -156,10 +227,10 @@ fn several_ranks_compute_what_one_does_and_the_same_bits_on_all() {
 #[test]
 fn several_ranks_round_no_worse_than_one() {
     for (name, worlds) in RANKS {
-        let exact = steps_of_one(name, DType::F32);
+        let exact = steps_of_one(&folder(name), DType::F32);
         for &num_ranks in worlds {
             for (at, (got, expected)) in
-                std::iter::zip(steps_of_ranks(name, DType::Bf16, num_ranks), &exact).enumerate()
+                std::iter::zip(steps_of_ranks(&folder(name), DType::Bf16, num_ranks), &exact).enumerate()
             {
                 let squares =
                     std::iter::zip(&got.logits, &expected.logits).map(|(got, expected)| (got - expected).powi(2));
@@ -173,7 +244,7 @@ fn several_ranks_round_no_worse_than_one() {
 #[test]
 fn a_model_refuses_to_run_as_another_rank_than_its_weights_are_of() {
     let runner = Runner::new(&Device::host(), RunnerOptions::default()).expect("a runner");
-    let mut alone = Rank::load("tiny-qwen3", DType::Bf16, runner, Shard { rank: 1, num_ranks: 2 });
+    let mut alone = Rank::load(&folder("tiny-qwen3"), DType::Bf16, runner, Shard { rank: 1, num_ranks: 2 });
     let error = alone.steps().expect_err("outside of a world").to_string();
     let says = "the model has the weights of rank 1 of 2, and it runs as rank 0 of 1; load its own";
     assert!(error.contains(says), "{error}");
@@ -196,17 +267,17 @@ fn a_rank_keeps_the_documented_bytes() {
     for (name, worlds) in RANKS {
         let config = ModelConfig::load(&folder(name)).expect(name);
         let header = std::fs::read(folder(name).join("model.safetensors")).expect(name);
-        let (_, metadata) = safetensors::SafeTensors::read_metadata(&header).expect("a header");
+        let (_, metadata) = SafeTensors::read_metadata(&header).expect("a header");
         let kv_heads = config.fields.count("num_key_value_heads").expect("a count");
         for &num_ranks in worlds.iter().chain(&[1]) {
-            let bytes = |(name, info): (&String, &&safetensors::tensor::TensorInfo)| {
+            let bytes = |(name, info): (&String, &&TensorInfo)| {
                 let size = if name.ends_with("e_score_correction_bias") { 4 } else { config.dtype.size_bytes() };
                 info.shape.iter().product::<usize>() * size / num_shares(name, num_ranks, kv_heads)
             };
             let expected: usize = metadata.tensors().iter().map(bytes).sum();
             for rank in 0..num_ranks {
                 let runner = Runner::new(&Device::host(), RunnerOptions::default()).expect("a runner");
-                let got = Rank::load(name, config.dtype, runner, Shard { rank, num_ranks }).weight_bytes;
+                let got = Rank::load(&folder(name), config.dtype, runner, Shard { rank, num_ranks }).weight_bytes;
                 assert_eq!(got, expected, "{name}, rank {rank} of {num_ranks}");
             }
         }
@@ -253,17 +324,25 @@ fn made_up_weights_agree_where_they_are_not_divided() {
     }
 }
 
-/// The configuration in `name` with one other field.
-fn with(name: &str, field: &str, value: usize) -> ModelConfig {
+/// A folder with the configuration in `name` and other values for some of its fields.
+fn with(name: &str, fields: &Value) -> TempDir {
     let read = std::fs::read(folder(name).join("config.json")).expect("a configuration");
     let mut root: Value = serde_json::from_slice(&read).expect("JSON");
-    root[field] = json!(value);
-    if name == "tiny-deepseek-v3" && field == "num_attention_heads" {
-        root["num_key_value_heads"] = json!(value);
-    }
-    let dir = TempDir::new(&format!("{name}-{field}-{value}"));
+    let fields = fields.as_object().expect("an object");
+    root.as_object_mut().expect("an object").extend(fields.clone());
+    let names: Vec<_> = fields.iter().map(|(field, value)| format!("{field}-{value}")).collect();
+    let dir = TempDir::new(&format!("ranks-{}-{}", name.replace('/', "-"), names.join("-")));
     dir.write("config.json", root.to_string().as_bytes());
-    ModelConfig::load(dir.path()).expect(name)
+    dir
+}
+
+/// The configuration in `name` with one other field.
+fn config_with(name: &str, field: &str, value: usize) -> ModelConfig {
+    let mut fields = json!({field: value});
+    if name == "tiny-deepseek-v3" && field == "num_attention_heads" {
+        fields["num_key_value_heads"] = json!(value);
+    }
+    ModelConfig::load(with(name, &fields).path()).expect(name)
 }
 
 #[test]
@@ -283,7 +362,7 @@ fn counts_that_the_ranks_cannot_divide_are_refused_by_name() {
         ("tiny-deepseek-v3", "intermediate_size", 390, 4, "1, 2"),
         ("tiny-deepseek-v3", "moe_intermediate_size", 98, 4, "1, 2"),
     ] {
-        let config = with(name, field, value);
+        let config = config_with(name, field, value);
         let says = format!(
             "field `{field}`: expected a multiple of {num_ranks} ranks, got {value}; numbers of ranks that work: {works}"
         );
@@ -298,10 +377,10 @@ fn counts_that_the_ranks_cannot_divide_are_refused_by_name() {
         let error = registry::load(&config, weights).expect_err(field).to_string();
         assert!(error.ends_with(&says), "{name}: {error}");
     }
-    let mut config = with("tiny-qwen3", "num_attention_heads", 12);
+    let mut config = config_with("tiny-qwen3", "num_attention_heads", 12);
     config = ModelConfig { vocab_size: 12 * 512, ..config };
     registry::check_shard(&config, 4).expect("two ranks keep each of the two heads");
-    let three = with("geometries/qwen3-8b", "num_attention_heads", 24);
+    let three = config_with("geometries/qwen3-8b", "num_attention_heads", 24);
     let error =
         registry::check_shard(&ModelConfig { vocab_size: 151_920, ..three }, 3).expect_err("8 heads").to_string();
     let says = "field `num_key_value_heads`: expected a multiple or a divisor of 3 ranks, got 8; \
