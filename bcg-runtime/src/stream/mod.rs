@@ -37,7 +37,7 @@ use steps::StepLog;
 use work_list::{Destination, Origin};
 
 use crate::world::Ranks;
-use crate::world::communicator::Told;
+use crate::world::communicator::{COLLECTIVE_BLOCKS_MAX, Told};
 
 pub use options::{ReplayMode, RunnerOptions};
 pub use rows::Rows;
@@ -231,6 +231,12 @@ impl OpStream {
     /// parts. There is no bound on the host device, and outside of a world.
     pub fn slot_bytes(&self) -> usize {
         self.communicator.as_ref().map_or(usize::MAX, Communicator::slot_bytes)
+    }
+
+    /// Returns the blocks that a collective's grid may have, each of up to 512 threads of which a multiprocessor holds two;
+    /// the same on all ranks.
+    pub fn collective_blocks_max(&self) -> usize {
+        self.communicator.as_ref().map_or(COLLECTIVE_BLOCKS_MAX, Communicator::blocks_max)
     }
 
     /// Enqueues a collective, which runs when every rank has come to its own; `args` gets what it begins with. All ranks

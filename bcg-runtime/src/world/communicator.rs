@@ -17,9 +17,14 @@ use crate::device::{Allocation, Reservation};
 use crate::launch::{PlaneId, SEGMENT_AT};
 use crate::{Device, DeviceKind, DevicePtr, Error, KernelArgs, PinnedBuffer, Result};
 
-/// The blocks of a collective's grid, at most: each has an epoch of its own. Two ranks that share a GPU must both find room
-/// for theirs beside the other's: blocks of up to 512 threads, two of which fit into a multiprocessor.
-pub const COLLECTIVE_BLOCKS_MAX: usize = 128;
+/// The blocks of a collective's grid, at most: each has an epoch of its own. See [`OpStream::collective_blocks_max`] for how
+/// many fit into the GPUs at hand.
+///
+/// [`OpStream::collective_blocks_max`]: crate::OpStream::collective_blocks_max
+pub const COLLECTIVE_BLOCKS_MAX: usize = 256;
+
+/// Blocks of a collective that fit into a multiprocessor: they have up to 512 threads.
+const BLOCKS_OF_MULTIPROCESSOR: usize = 2;
 
 /// The smallest plane: some packs of 16 bytes for each rank, in each half.
 const PLANE_BYTES_MIN: usize = 64 << 10;
@@ -177,6 +182,15 @@ impl Communicator {
     /// Returns the bytes that one rank can send to another in one launch; without a bound on the host device.
     pub fn slot_bytes(&self) -> usize {
         if self.world.kind() == DeviceKind::Host { usize::MAX } else { self.args.slot_packs as usize * PACK_BYTES }
+    }
+
+    /// Returns how many blocks a collective may have, for all to find room at once on every GPU of the world; half as many
+    /// where ranks share one. The same on all ranks.
+    pub fn blocks_max(&self) -> usize {
+        let multiprocessors = self.world.0.devices.iter().map(|device| device.num_multiprocessors() as usize).min();
+        let ranks_of_gpu = if self.args.shares_gpus == 0 { 1 } else { 2 };
+        let blocks = multiprocessors.unwrap_or(1) * BLOCKS_OF_MULTIPROCESSOR / ranks_of_gpu;
+        blocks.min(COLLECTIVE_BLOCKS_MAX)
     }
 
     pub(crate) fn plane(&self) -> PlaneId {

@@ -56,7 +56,7 @@ impl Gathering<'_> {
         let (x, out) = (cx.addr(self.x)?, cx.addr(self.out)?);
         let others = cx.world_size() as u32 - 1;
         for part in message.parts(slot_packs(cx)) {
-            let dims = grid(part.packs.saturating_mul(others));
+            let dims = grid(part.packs.saturating_mul(others), cx.collective_blocks_max());
             cx.launch_collective(kernel, dims, |communicator| GatherArgs {
                 communicator,
                 x,

@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 
-use bcg_runtime::{COLLECTIVE_BLOCKS_MAX, DType, Dims, OpStream, Result};
+use bcg_runtime::{DType, Dims, OpStream, Result};
 
 use crate::check::Check;
 use crate::float::{Float, pack_len};
@@ -55,14 +55,15 @@ pub(super) fn slot_packs(cx: &OpStream) -> u32 {
     u32::try_from(packs).unwrap_or(u32::MAX)
 }
 
-/// The grid of a launch whose threads each begin with one of so many packs; of the number of packs alone, so the same on all
-/// ranks. Never more than 65,536 threads, half of what the smallest GPU of a world of two has: both ranks may share it, and
-/// one that finds no room beside the other waits for ever.
-pub(super) fn grid(packs: u32) -> Dims {
+/// The grid of a launch whose threads each begin with one of so many packs, of at most `blocks_max` blocks
+/// ([`OpStream::collective_blocks_max`]); of these two alone, so the same on all ranks.
+pub(super) fn grid(packs: u32, blocks_max: usize) -> Dims {
     const FEW: u32 = 128;
     const MANY: u32 = 512;
-    let threads = if packs as usize <= FEW as usize * COLLECTIVE_BLOCKS_MAX { FEW } else { MANY };
-    Dims::linear(packs.div_ceil(threads).min(COLLECTIVE_BLOCKS_MAX as u32), threads)
+    /// More packs than these, 256 KiB, are sent by blocks of many threads.
+    const FEW_PACKS_MAX: u32 = 1 << 14;
+    let threads = if packs <= FEW_PACKS_MAX { FEW } else { MANY };
+    Dims::linear(packs.div_ceil(threads).min(blocks_max as u32), threads)
 }
 
 /// Appends the bytes of a row on the host device, as they are given to the other ranks.
@@ -104,12 +105,13 @@ mod tests {
     }
 
     #[test]
-    fn a_grid_has_threads_for_all_packs_and_room_beside_another() {
+    fn a_grid_has_threads_for_all_packs_and_no_more_blocks_than_fit() {
         for packs in [1, 127, 128, 129, 16_384, 16_385, 40_000, 1 << 20, u32::MAX] {
-            let dims = grid(packs);
-            assert!((1..=COLLECTIVE_BLOCKS_MAX as u32).contains(&dims.grid[0]));
-            assert!(dims.grid[0] * dims.block[0] <= 65_536);
-            assert!(dims.grid[0] as usize == COLLECTIVE_BLOCKS_MAX || dims.grid[0] * dims.block[0] >= packs);
+            for blocks_max in [8, 132, 256] {
+                let dims = grid(packs, blocks_max);
+                assert!((1..=blocks_max as u32).contains(&dims.grid[0]) && dims.block[0] <= 512);
+                assert!(dims.grid[0] as usize == blocks_max || dims.grid[0] * dims.block[0] >= packs);
+            }
         }
     }
 }

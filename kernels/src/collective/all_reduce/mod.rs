@@ -69,14 +69,15 @@ pub fn all_reduce(cx: &mut OpStream, x: &Tensor) -> Result<Tensor> {
     }
     let out = cx.empty(x.shape(), x.dtype())?;
     let sums = Reduction { check: CHECK, x, out: &out, x_step: 0 };
+    let blocks_max = cx.collective_blocks_max();
     if is_two_shot {
         // A slot holds a share of the message and a share of the sum.
         let shares = num_ranks as u32;
         let packs_max = (slot_packs(cx) / 2).saturating_mul(shares);
-        sums.launch(cx, kernel, packs_max, |part| grid(part.packs.div_ceil(shares)))?;
+        sums.launch(cx, kernel, packs_max, |part| grid(part.packs.div_ceil(shares), blocks_max))?;
     } else {
         let packs_max = slot_packs(cx);
-        sums.launch(cx, kernel, packs_max, |part| grid(part.packs))?;
+        sums.launch(cx, kernel, packs_max, |part| grid(part.packs, blocks_max))?;
     }
     Ok(out)
 }

@@ -106,7 +106,7 @@ pub fn all_reduce_add_rms_norm(
         let (x_rows, residual_rows) = (addr(cx, x)?, addr(cx, residual)?);
         let (normed_rows, sum_rows) = (addr(cx, &normed)?, addr(cx, &sum)?);
         let weight = cx.addr(weight)?;
-        let dims = Dims::linear(num_rows.min(COLLECTIVE_BLOCKS_MAX as u32), block);
+        let dims = Dims::linear(num_rows.min(cx.collective_blocks_max() as u32), block);
         cx.launch_collective(kernel, dims, |communicator| NormArgs {
             communicator,
             x: x_rows,

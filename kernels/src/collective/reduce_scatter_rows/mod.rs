@@ -59,6 +59,7 @@ pub fn reduce_scatter_rows(cx: &mut OpStream, x: &Tensor) -> Result<Tensor> {
     let out = cx.empty(&[rows, x.dim(1)], x.dtype())?;
     let sums = Reduction { check: CHECK, x, out: &out, x_step: rows * x.row_stride() };
     let packs_max = slot_packs(cx);
-    sums.launch(cx, kernel, packs_max, |part| grid(part.packs))?;
+    let blocks_max = cx.collective_blocks_max();
+    sums.launch(cx, kernel, packs_max, |part| grid(part.packs, blocks_max))?;
     Ok(out)
 }

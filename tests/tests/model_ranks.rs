@@ -1,4 +1,4 @@
-//! The golden rules of several ranks, on host devices.
+//! The rules of models that are divided among several ranks, on host devices.
 
 use bcg_runtime::Device;
 use bcg_tests::golden;
