@@ -108,13 +108,13 @@ impl Meeting {
         let values = given.into_iter().filter_map(|parcel| parcel.downcast::<T>().ok()).map(|value| *value).collect();
         let results = catch_panic(|| join(values)).map_err(Failed::Join)?;
         let mut state = self.lock();
-        for (place, result) in state.results.iter_mut().zip(results) {
-            *place = Some(Box::new(result));
-        }
+        let replace = |(place, result): (&mut Option<Parcel>, R)| place.replace(Box::new(result));
+        let old: Vec<_> = state.results.iter_mut().zip(results).map(replace).collect();
         let own = Self::take_result(&mut state, rank);
         self.num_ended.store(ended + 1, Ordering::Release);
         let is_any_asleep = state.num_asleep > 0;
         drop(state);
+        drop(old); // not under the lock: it may own what locks a device, under which `wake` may be called
         if is_any_asleep {
             self.changed.notify_all();
         }

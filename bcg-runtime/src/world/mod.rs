@@ -58,7 +58,7 @@ struct Shared {
     devices: Vec<Device>,
     options: WorldOptions,
     lost: Arc<Lost>,
-    meeting: Meeting,
+    meeting: Arc<Meeting>,
     /// Where collectives of host devices meet.
     collectives: Mutex<Vec<Arc<Collectives>>>,
     /// The words that kernels of each rank poll while they wait: see `communicator.rs`.
@@ -87,7 +87,13 @@ impl World {
             }
         }
         let lost = Arc::new(Lost::default());
-        let meeting = Meeting::new(devices.len(), options.timeout, &lost);
+        let meeting = Arc::new(Meeting::new(devices.len(), options.timeout, &lost));
+        let to_wake = Arc::downgrade(&meeting);
+        lost.wake_with(move || {
+            if let Some(meeting) = to_wake.upgrade() {
+                meeting.wake();
+            }
+        });
         let shared =
             Shared { devices, options, lost, meeting, collectives: Mutex::default(), abort_words: Mutex::default() };
         Ok(Self(Arc::new(shared)))
@@ -146,7 +152,6 @@ impl World {
 
     pub(crate) fn lose_at(&self, rank: usize, collective: String, segment: Option<usize>, cause: String) -> Error {
         let error = self.0.lost.set(LostRank { rank, collective, segment, cause });
-        self.0.meeting.wake();
         for collectives in self.0.collectives.lock().unwrap_or_else(PoisonError::into_inner).iter() {
             collectives.wake();
         }
@@ -172,10 +177,7 @@ impl World {
         join: impl FnOnce(Vec<T>) -> Result<Vec<R>>,
     ) -> Result<R> {
         self.0.meeting.meet(rank, purpose, value, join).map_err(|failed| match failed {
-            meeting::Failed::Lost(error) => {
-                self.0.meeting.wake();
-                error
-            }
+            meeting::Failed::Lost(error) => error,
             meeting::Failed::Late { rank, cause } => self.lose_at(rank, purpose.to_owned(), None, cause),
             meeting::Failed::Join(error) => {
                 self.lose_at(rank, purpose.to_owned(), None, error.to_string());

@@ -3,7 +3,7 @@
 
 use std::thread::sleep;
 
-use bcg_kernels::all_reduce;
+use bcg_kernels::{all_reduce, send_receive};
 use bcg_runtime::{
     CommunicatorOptions, Context, Eager, Error, LiveBatch, RankThreads, ReplayMode, Result, Runner, Tensor,
     eager_on_graph,
@@ -268,6 +268,30 @@ fn different_plans_are_an_error() {
         })?;
         lane.runner.read::<f32>(&sum).map(drop)
     });
+}
+
+#[test]
+fn a_rank_that_waits_on_the_host_is_told_at_once_that_others_lost_the_world() {
+    let mut ranks = lanes(&devices(3, 0), LONG);
+    let results = bounded(|| {
+        each(&mut ranks, |lane| {
+            let (rank, x) = (lane.runner.rank(), input(lane, 3)?);
+            let sum = lane.runner.eager(&(), |cx| match rank {
+                0 => all_reduce(cx, &x),
+                1 => send_receive(cx, &x, 1),
+                _ => Ok(x.clone()),
+            })?;
+            if rank == 2 {
+                // Nobody comes to this forward.
+                return lane.runner.eager(&(), |_| Ok(()));
+            }
+            lane.runner.read::<f32>(&sum).map(drop)
+        })
+    });
+    for error in results.into_iter().map(|result| result.expect_err("a lost world")) {
+        assert!(matches!(error.root(), Error::RankLost { .. }), "{error}");
+        assert!(error.to_string().contains("all_reduce") && error.to_string().contains("send_receive"), "{error}");
+    }
 }
 
 #[test]
