@@ -7,6 +7,10 @@
 #   run.sh bench               every bench at full size, the figures as JSON too, their tables once more last
 #   run.sh bench GEOMETRY…     the same for some geometries only
 #   run.sh serve [GEOMETRY…]   the server under load, over HTTP: throughput, time to first token, rates up to saturation
+#   run.sh ranks [GEOMETRY…]   two ranks, on the GPUs that RANK_DEVICES names (0,1; 0,0 puts both on one): correctness first,
+#                              then figures beside those of one GPU
+#   run.sh ranks [GEOMETRY…]   two ranks, on the GPUs that RANK_DEVICES names (0,1; 0,0 puts both on one): correctness first,
+#                              then figures beside those of one GPU
 #   run.sh standing            the standing figures, in at most STANDING_SECONDS (240): standing.json, which
 #                              `cargo xtask figures` reads. BCG_DEVICE=host runs the same steps with tiny checkpoints and
 #                              without a GPU, to try the script: its figures say nothing
@@ -22,8 +26,8 @@ log=$out/run.log
 
 export BCG_ROOT=$here BCG_CACHE_DIR=${BCG_CACHE_DIR:-$work/cache} RUST_BACKTRACE=1 RUST_LOG=info,bcg_runtime=warn
 mode=${1:-test}
-case $mode in test | bench | serve | standing) ;; *)
-    echo "run.sh: no mode $mode; there are test (without argument), bench, serve and standing" >&2
+case $mode in test | bench | serve | ranks | standing) ;; *)
+    echo "run.sh: no mode $mode; there are test (without argument), bench, serve, ranks and standing" >&2
     exit 1
     ;;
 esac
@@ -186,6 +190,46 @@ benches() {
     fi
 }
 
+# Two ranks: what they compute together, models that are divided among them, and what that gains.
+ranks() {
+    local devices=${RANK_DEVICES:-0,1} checkpoint geometry tp server port=30019 tokens
+    local two=(--tp 2 --devices "$devices") seed=0
+    step "collectives" 200 bin/gpu collectives --devices "$devices"
+    step "replays of all ranks" 200 bin/gpu world --devices "$devices" --replays "${RANK_REPLAYS:-1000000}" --delays
+    step "replays of all ranks, host time" 60 bin/gpu world --devices "$devices" --replays 20000 --layers 36 --steady
+    for checkpoint in $(cd models && echo tiny-*); do
+        evaluate "$checkpoint" chat two-eager "${two[@]}"
+        evaluate "$checkpoint" chat two-healed "${two[@]}" "${graphs[@]}"
+        evaluate "$checkpoint" chat two-verified "${two[@]}" "${graphs[@]}" --capture lazy --verify-graph 1 --poison-graph-memory
+        same_tokens "$checkpoint" chat two-eager two-healed
+        same_tokens "$checkpoint" chat two-eager two-verified
+    done
+    for geometry in $(pick qwen3-8b qwen3-30b-a3b nemotron-h-8b); do
+        local flags=(--model "models/geometries/$geometry" --load-format dummy --skip-tokenizer-init --device cuda)
+        for tp in 1 2; do
+            if [ "$tp" = 2 ]; then flags+=("${two[@]}"); fi
+            step "prefill $geometry tp $tp" 100 bin/bcg bench prefill "${flags[@]}" --rounds 12 --seconds 1 \
+                --sizes 16,256,1024,4096 --json "$out/prefill-$geometry-tp$tp.json"
+            step "decode $geometry tp $tp" 100 bin/bcg bench decode "${flags[@]}" --rounds 12 --seconds 1 \
+                --batches 1,64,256 --context 1024 --json "$out/decode-$geometry-tp$tp.json"
+        done
+        bin/bcg serve "${flags[@]}" --port "$port" "${graphs[@]}" --context-length 8192 --max-running-requests 512 \
+            --max-queued-requests 1024 >>"$log" 2>&1 &
+        server=$!
+        # shellcheck disable=SC2016 # the inner shell expands these
+        step "start $geometry tp 2" 120 bash -c 'until curl -sf "http://127.0.0.1:$0/health" >/dev/null; do kill -0 "$1" || exit 1; sleep 0.05; done' \
+            "$port" "$server"
+        for tokens in 16 256 1024 4096; do
+            load "$geometry" "tp2-first-token-$tokens" --num-prompts 20 --max-concurrency 1 --input-len "$tokens" --output-len 4
+        done
+        load "$geometry" tp2-burst --num-prompts 512 --warmup-requests 128 --input-len 1024 --output-len 128
+        kill "$server"
+        step "stop $geometry tp 2" 20 tail --pid="$server" -f /dev/null
+    done
+    step "replay qwen3-8b tp 2" 60 bin/bcg bench replay --model models/geometries/qwen3-8b --load-format dummy \
+        --skip-tokenizer-init --device cuda "${two[@]}" --rounds 60 --seconds 2 --sizes 16,256
+}
+
 # Random weights and random token ids, so that no two runs share a prompt.
 load() { # geometry, name, flags…
     local geometry=$1 name=$2
@@ -329,7 +373,7 @@ standing() {
     exit "$failed"
 }
 
-case $mode in bench) benches ;; serve) serving ;; standing) standing ;; test) correctness ;; esac
+case $mode in bench) benches ;; serve) serving ;; ranks) ranks ;; standing) standing ;; test) correctness ;; esac
 
 echo
 awk '/^(ceilings|kernels|prefill|replay|lazy|decode|profile|capture|serve)$/ { shown = 1 } /^$/ { shown = 0 } shown' "$log"
