@@ -72,6 +72,14 @@ pub enum Error {
         /// The bytes that the driver reports free.
         free_bytes: usize,
     },
+    /// Memory was asked for outside the arena after the world of the device's rank was sealed (law L14).
+    #[error(
+        "{device}: no memory is allocated once its world is sealed, because that waits for GPUs on which ranks wait for each other; allocate before World::seal, or take memory of the arena (OpStream::empty)"
+    )]
+    Sealed {
+        /// The device's name.
+        device: String,
+    },
     /// No device of the wanted kind can be used.
     #[error("no usable device: {0}")]
     NoDevice(String),

@@ -82,6 +82,9 @@ impl ModelRunner {
         if is_fitted {
             runner.fit_kv_cache(progress)?;
         }
+        if runner.num_ranks() > 1 {
+            world.seal();
+        }
         Ok(runner)
     }
 

@@ -85,6 +85,7 @@ pub(crate) struct Allocation {
 
 impl Allocation {
     pub(crate) fn new(device: &Device, bytes: usize) -> Result<Self> {
+        device.check_unsealed()?;
         let ptr = device.backend().alloc(bytes.max(1))?;
         device.counters().add_memory(bytes);
         Ok(Self { device: device.clone(), ptr, bytes })
@@ -137,8 +138,9 @@ impl PinnedBuffer {
     /// Allocates `bytes` of page-locked memory.
     ///
     /// # Errors
-    /// The driver's, if it has no more such memory.
+    /// The driver's, if it has no more such memory; [`Error::Sealed`].
     pub fn new(device: &Device, bytes: usize) -> Result<Self> {
+        device.check_unsealed()?;
         let ptr = device.backend().alloc_pinned(bytes.max(1))?;
         device.counters().add_memory(bytes);
         Ok(Self { device: device.clone(), ptr, bytes })

@@ -13,6 +13,7 @@ pub(crate) mod watch;
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 pub(crate) use guard::{Allocation, Graph, GraphExec, Reservation, StreamRef};
 pub use guard::{Event, LiveObjects, PinnedBuffer, Stream};
@@ -51,6 +52,8 @@ pub struct Device {
 struct Shared {
     counters: guard::Counters,
     holds: watch::Holds,
+    /// No memory is allocated any more, because ranks may wait for each other on the device.
+    is_sealed: AtomicBool,
 }
 
 impl Device {
@@ -212,6 +215,20 @@ impl Device {
 
     pub(crate) fn counters(&self) -> &guard::Counters {
         &self.shared.counters
+    }
+
+    /// Refuses all later allocations but those of arenas.
+    pub(crate) fn seal(&self) {
+        self.shared.is_sealed.store(true, Ordering::Relaxed);
+    }
+
+    /// # Errors
+    /// [`Error::Sealed`] once the device is sealed.
+    fn check_unsealed(&self) -> Result<()> {
+        match self.shared.is_sealed.load(Ordering::Relaxed) {
+            true => Err(Error::Sealed { device: self.name().to_owned() }),
+            false => Ok(()),
+        }
     }
 
     fn holds(&self) -> &watch::Holds {

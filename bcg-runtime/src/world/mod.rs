@@ -121,6 +121,12 @@ impl World {
         Communicator::for_all(self, &options)
     }
 
+    /// Ends the allocating: from now on the ranks' devices give no memory but that of arenas. A driver's allocation may wait
+    /// for every GPU that the world shares memory with, and a kernel there may wait for a rank whose thread allocates.
+    pub fn seal(&self) {
+        self.0.devices.iter().for_each(Device::seal);
+    }
+
     /// Ends the world because a rank failed: kernels that wait for another rank leave, threads that wait for another rank
     /// get the error that this returns, and so does every later call. What came first counts.
     pub fn lose(&self, rank: usize, cause: &Error) -> Error {
@@ -267,5 +273,25 @@ impl Ranks {
 impl fmt::Debug for World {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("World").field(&self.0.devices).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{DType, Runner, RunnerOptions};
+
+    #[test]
+    fn a_sealed_world_gives_arena_memory_only() -> Result<()> {
+        let world = World::new(vec![Device::host(), Device::host()], WorldOptions::default())?;
+        let communicators = world.communicators(CommunicatorOptions::default())?;
+        let runners = communicators.into_iter().map(|one| Runner::in_world(one, RunnerOptions::default()));
+        let mut ranks = RankThreads::start(&world, runners.collect::<Result<Vec<_>>>()?)?;
+        world.seal();
+        let refused = world.device(1).empty(&[4], DType::U8).unwrap_err();
+        assert!(matches!(&refused, Error::Sealed { device } if device == "host:0"), "{refused}");
+        assert!(matches!(PinnedBuffer::new(world.device(0), 4), Err(Error::Sealed { .. })));
+        ranks.run(|runner| runner.eager(&(), |cx| cx.empty(&[64 << 20], DType::U8).map(|_| ())))?;
+        Ok(())
     }
 }
