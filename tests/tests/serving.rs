@@ -67,24 +67,13 @@ fn tokens(mut stream: EventStream) -> Vec<u32> {
     }
 }
 
-fn all_at_once(engine: &LocalEngine) -> Vec<Vec<u32>> {
-    let streams: Vec<_> = prompts().iter().map(|prompt| submit(engine, prompt)).collect();
+fn all_at_once(engine: &LocalEngine, prompts: &[String]) -> Vec<Vec<u32>> {
+    let streams: Vec<_> = prompts.iter().map(|prompt| submit(engine, prompt)).collect();
     streams.into_iter().map(tokens).collect()
 }
 
 #[test]
 fn many_at_once_have_the_tokens_of_one_at_a_time() {
-    many_at_once(&[]);
-}
-
-/// The same, with the model divided among two ranks: one plan a step, and the same tokens on both.
-#[test]
-fn many_at_once_have_the_tokens_of_one_at_a_time_with_two_ranks() {
-    many_at_once(&["--tp", "2"]);
-}
-
-fn many_at_once(ranks: &[&str]) {
-    let engine = |flags: &[&str]| engine(&[flags, ranks].concat());
     let alone = engine(&["--disable-radix-cache"]);
     let expected: Vec<Vec<u32>> = prompts().iter().map(|prompt| tokens(submit(&alone, prompt))).collect();
     assert!(expected.iter().all(|tokens| tokens.len() > 5));
@@ -97,7 +86,7 @@ fn many_at_once(ranks: &[&str]) {
         &["--kv-cache-tokens", "704", "--page-size", "4"],
     ] {
         let engine = engine(flags);
-        assert_eq!(all_at_once(&engine), expected, "{flags:?}");
+        assert_eq!(all_at_once(&engine, &prompts()), expected, "{flags:?}");
         let metrics = engine.metrics();
         let cached = metrics.cached_prompt_tokens.get();
         assert_eq!(cached > 0, !flags.contains(&"--disable-radix-cache"), "{flags:?}: {cached} tokens were cached");
@@ -105,6 +94,19 @@ fn many_at_once(ranks: &[&str]) {
         let mixed = metrics.step_time.get(&PhaseLabel { phase: "mixed" }).is_some();
         assert!(mixed, "{flags:?}: prompts ran beside answers");
     }
+}
+
+/// With the model divided among two ranks: one plan a step, and the same tokens on both.
+#[test]
+fn many_at_once_have_the_tokens_of_one_at_a_time_with_two_ranks() {
+    let (graphs, prompts) = ("--enable-breakable-cuda-graph", &prompts()[..5]);
+    let alone = engine(&["--tp", "2", "--disable-radix-cache"]);
+    let expected: Vec<Vec<u32>> = prompts.iter().map(|prompt| tokens(submit(&alone, prompt))).collect();
+    drop(alone);
+    let engine = engine(&["--tp", "2", "--chunked-prefill-size", "128", graphs, "--capture", "lazy"]);
+    assert_eq!(all_at_once(&engine, prompts), expected);
+    assert_eq!((engine.metrics().ranks.get(), engine.metrics().failed_steps.get()), (2, 0));
+    assert_eq!(engine.server_info()["settings"]["tp"], 2);
 }
 
 /// Fails each step with this token in it.

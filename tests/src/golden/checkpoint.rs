@@ -64,7 +64,7 @@ fn argmax(logits: &[f32]) -> u32 {
 }
 
 #[track_caller]
-pub(super) fn assert_close(got: &[f32], expected: &[f32], what: &str) {
+fn assert_close(got: &[f32], expected: &[f32], what: &str) {
     assert_eq!(got.len(), expected.len(), "{what}");
     for (token, (got, expected)) in got.iter().zip(expected).enumerate() {
         let tolerance = ABSOLUTE + expected.abs() * RELATIVE;
@@ -86,7 +86,10 @@ fn assert_same(device: &Device, got: &[f32], expected: &[f32], what: &str) {
 
 /// The last logits lie within bf16 rounding of the reference, and every position has its most likely token.
 pub fn logits_match_the_reference(device: &Device, checkpoint: Checkpoint) {
-    let mut runner = load(device, checkpoint, options(GraphMode::Off));
+    match_the_reference(&mut load(device, checkpoint, options(GraphMode::Off)), checkpoint);
+}
+
+pub(super) fn match_the_reference(runner: &mut ModelRunner, checkpoint: Checkpoint) {
     let greedy = SamplingParams::greedy();
     for (index, case) in reference(checkpoint).iter().enumerate() {
         let tokens = tokens_of(case);

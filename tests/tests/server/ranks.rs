@@ -13,7 +13,7 @@ use crate::client::{Response, Server, options};
 use crate::eventually;
 
 /// Requests at once, of which a step holds `RUNNING`.
-const REQUESTS: usize = 10;
+const REQUESTS: usize = 6;
 const RUNNING: usize = 4;
 
 /// The error that ended an answer, as a whole body or as the last frame of a stream; `None` for a complete answer.
@@ -54,7 +54,7 @@ fn a_rank_that_panics_under_load_fails_what_runs_and_the_engine_comes_back_once(
     let server = Server::start(engine.clone(), options());
     let request = |at: usize| {
         let prompt: Vec<usize> = (0..10 + at).map(|token| 8 + 7 * token).collect();
-        json!({"prompt": prompt, "temperature": 0, "max_tokens": 200, "ignore_eos": true, "stream": at % 2 == 0})
+        json!({"prompt": prompt, "temperature": 0, "max_tokens": 40, "ignore_eos": true, "stream": at % 2 == 0})
     };
     let ask = |at| server.post("/v1/completions", &request(at));
     let before = ask(1).json()["choices"][0]["text"].clone();
@@ -63,7 +63,7 @@ fn a_rank_that_panics_under_load_fails_what_runs_and_the_engine_comes_back_once(
         let (steps, ask) = (engine.num_steps(), &ask);
         let threads: Vec<_> = (0..REQUESTS).map(|at| scope.spawn(move || ask(at))).collect();
         eventually("all that can run do", || engine.metrics().running.get() == RUNNING as i64);
-        eventually("steps under load", || engine.num_steps() > steps + 8);
+        eventually("steps under load", || engine.num_steps() > steps + 4);
         let control = control.lock().expect("no panic").take().expect("a host device");
         control.inject("panic:cuLaunchKernel:3").expect("a fault");
         threads.into_iter().map(|thread| thread.join().expect("an answer")).collect()
