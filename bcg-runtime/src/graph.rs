@@ -11,6 +11,7 @@ use crate::capture::step::Step;
 use crate::capture::writer::{CaptureGuard, TapeWriter};
 use crate::device::watch::Hold;
 use crate::error::catch_panic;
+use crate::op::Op;
 use crate::replay::tape::{self, Tape};
 use crate::replay::{self, ReplayPath, verify};
 use crate::stream::work_list;
@@ -354,13 +355,13 @@ fn record<L: LiveBatch, O: Freeze>(
 }
 
 impl<L, O: Freeze> Recorded<L, O> {
-    /// Returns a number that differs, as good as surely, between captures of different work: of other kernels, of other
-    /// breaks, or at other places of the arena (law L14).
+    /// Returns a number that differs, as good as surely, between captures of different work: of other kernels or
+    /// geometries, of other breaks, or at other places of the arena (law L14).
     fn number(&self) -> u64 {
         let mut hasher = DefaultHasher::new();
         for step in &self.writer.steps {
             match step {
-                Step::Segment(segment) => (&segment.kernels, segment.nodes.total()).hash(&mut hasher),
+                Step::Segment(segment) => (&segment.kernels, segment.geometry, segment.nodes.total()).hash(&mut hasher),
                 Step::Break(step) => (step.site.name, step.launches, step.not_healable).hash(&mut hasher),
             }
         }
@@ -369,6 +370,11 @@ impl<L, O: Freeze> Recorded<L, O> {
         }
         for span in &self.writer.spans {
             (span.num_launches(), span.first_and_last()).hash(&mut hasher);
+            for listed in span.ops() {
+                if let Op::Launch(launch) = &listed.op {
+                    (launch.kernel.name(), launch.dims).hash(&mut hasher);
+                }
+            }
         }
         hasher.finish()
     }

@@ -77,13 +77,16 @@ impl Dims {
 /// A kernel's host reference: does on the host device what the CUDA source does on a GPU.
 pub type HostFn<A> = fn(&A, &Dims, &HostMemory<'_>) -> Result<()>;
 
+/// What each rank gave to a collective, in the order of the ranks.
+pub type Given = [Arc<[u8]>];
+
 /// The host reference of a kernel through which the ranks of a world meet, in its two halves. As on GPUs, a rank's memory
 /// is touched by that rank alone, and what others need of it is sent.
 pub struct RanksFn<A> {
     /// Returns what this rank sends to all.
     pub give: fn(&A, &Dims, &HostMemory<'_>) -> Result<Vec<u8>>,
     /// Runs when every rank has sent; the slice holds what each sent, in the order of the ranks.
-    pub take: fn(&A, &Dims, &[Arc<[u8]>], &HostMemory<'_>) -> Result<()>,
+    pub take: fn(&A, &Dims, &Given, &HostMemory<'_>) -> Result<()>,
 }
 
 impl<A> Clone for RanksFn<A> {
@@ -247,7 +250,7 @@ pub trait AnyKernel: Send + Sync + fmt::Debug {
     /// # Errors
     /// Those of the host reference.
     #[doc(hidden)]
-    unsafe fn run_host(&self, args: &ArgBytes, dims: &Dims, gave: &[Arc<[u8]>], memory: &HostMemory<'_>) -> Result<()>;
+    unsafe fn run_host(&self, args: &ArgBytes, dims: &Dims, gave: &Given, memory: &HostMemory<'_>) -> Result<()>;
     /// Returns what a rank gives to all others; nothing for a kernel that is no collective.
     ///
     /// # Safety
@@ -284,7 +287,7 @@ impl<A: KernelArgs> AnyKernel for Kernel<A> {
         matches!(self.host, HostReference::Ranks(_))
     }
 
-    unsafe fn run_host(&self, args: &ArgBytes, dims: &Dims, gave: &[Arc<[u8]>], memory: &HostMemory<'_>) -> Result<()> {
+    unsafe fn run_host(&self, args: &ArgBytes, dims: &Dims, gave: &Given, memory: &HostMemory<'_>) -> Result<()> {
         // SAFETY: the caller's promise.
         let args = unsafe { args.read::<A>() };
         match &self.host {

@@ -103,7 +103,7 @@ pub use error::{Error, Result};
 pub use generation::Generation;
 pub use graph::{BreakableCudaGraph, GraphOptions};
 pub use ladder::{Decision, EagerReason, Ladder};
-pub use launch::{ARG_BYTES_MAX, AnyKernel, Dims, HostFn, Kernel, RanksFn};
+pub use launch::{ARG_BYTES_MAX, AnyKernel, Dims, Given, HostFn, Kernel, RanksFn};
 pub use replay::description::{BreakDescription, Description, SegmentDescription};
 pub use replay::{ChainReason, ReplayPath};
 pub use runner::{Runner, RunnerStats};

@@ -21,6 +21,8 @@ pub(crate) struct Segment {
     pub(crate) graph: Option<Graph>,
     pub(crate) nodes: NodeCounts,
     pub(crate) kernels: Vec<&'static str>,
+    /// Stands for the geometries of these kernels: the same on all ranks.
+    pub(crate) geometry: u64,
     /// The first piece of work is a kernel that may start before the one ahead of it has ended.
     pub(crate) is_programmatic: bool,
     /// Where the segments of one graph find each other's executables.
@@ -126,7 +128,7 @@ mod tests {
             })?;
             let graph = Some(Graph::end_capture(&stream)?);
             let (nodes, kernels, pool) = (NodeCounts::default(), Vec::new(), Arc::default());
-            Ok::<_, Error>(Segment { index, graph, nodes, kernels, is_programmatic: false, pool, exec })
+            Ok::<_, Error>(Segment { index, graph, nodes, kernels, geometry: 0, is_programmatic: false, pool, exec })
         };
         let one = captured(0, OnceLock::new())?;
         one.launch(&stream)?;

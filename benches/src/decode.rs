@@ -41,7 +41,7 @@ pub fn measure(engine: &EngineOptions, args: &DecodeArgs) -> anyhow::Result<Repo
     options.context_length = Some(options.context_length.unwrap_or(0).max(args.context));
     options.kv_cache_tokens = Some(largest * args.context.next_multiple_of(options.page_size));
     let mut runner = load::load_runner(&options, &mut LoadBar::show())?;
-    super::random::fill_kv(&runner)?;
+    runner.fill_caches()?;
 
     let mut report = Report::new(Environment::read(runner.device().name()));
     report.note(format!(

@@ -2,8 +2,7 @@
 
 use anyhow::Result;
 use bcg_kernels as ops;
-use bcg_models::ModelRunner;
-use bcg_runtime::{Runner, RunnerOptions, Tensor};
+use bcg_runtime::{Runner, Tensor};
 
 /// Fills a tensor with nearly normal numbers.
 ///
@@ -11,21 +10,4 @@ use bcg_runtime::{Runner, RunnerOptions, Tensor};
 /// For a dtype that is no float; the device's.
 pub(super) fn fill(runner: &mut Runner, tensor: &Tensor) -> Result<()> {
     Ok(runner.eager(&(), |cx| ops::fill_random(cx, tensor, 1, 0.0, 1.0))?)
-}
-
-/// Fills the keys, values and states of a model.
-///
-/// # Errors
-/// As [`fill`].
-pub(super) fn fill_kv(model: &ModelRunner) -> Result<()> {
-    let mut runner = Runner::new(model.device(), RunnerOptions::default())?;
-    for layer in model.kv_cache().layers() {
-        fill(&mut runner, &layer.k)?;
-        fill(&mut runner, &layer.v)?;
-    }
-    for layer in model.states().layers() {
-        fill(&mut runner, &layer.conv)?;
-        fill(&mut runner, &layer.ssm)?;
-    }
-    Ok(runner.synchronize()?)
 }

@@ -1,8 +1,10 @@
 //! Parts of a step, for those who time them. They leave a sequence's state where it was, so that a batch can be run
 //! again.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bcg_kernels::fill_random;
 use bcg_runtime::{ReplayMode, Timeline};
 
 use super::rank::Rank;
@@ -23,6 +25,23 @@ pub enum ForwardPath {
 }
 
 impl ModelRunner {
+    /// Fills all keys, values and states with nearly normal numbers: values decide how much power a chip draws.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn fill_caches(&mut self) -> Result<()> {
+        self.on_each(|rank| {
+            let caches = Arc::clone(&rank.caches);
+            rank.runtime.eager(&(), move |cx| {
+                let kv = caches.kv.layers().iter().flat_map(|layer| [&layer.k, &layer.v]);
+                let states = caches.states.layers().iter().flat_map(|layer| [&layer.conv, &layer.ssm]);
+                kv.chain(states).try_for_each(|tensor| fill_random(cx, tensor, 1, 0.0, 1.0))
+            })?;
+            rank.runtime.synchronize()
+        })?;
+        Ok(())
+    }
+
     /// Uploads a batch and enqueues its forward, up to the hidden states: no logits, no tokens. Does not wait for it.
     ///
     /// # Errors

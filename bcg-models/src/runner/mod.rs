@@ -180,6 +180,7 @@ impl ModelRunner {
     /// The first error of the step's work on the device; [`bcg_runtime::Error::Stale`] for logits after another launch.
     pub fn collect(&mut self, step: PendingStep) -> Result<StepOutput> {
         let tokens = step.read(&mut self.ranks.first_mut().runtime);
+        drop(step); // its host memory serves the next one
         Ok(StepOutput { tokens: tokens.map_err(|error| self.ended(error.into()))? })
     }
 

@@ -8,6 +8,7 @@
 //!   usable (law L5).
 
 use std::cell::Cell;
+use std::hash::Hasher as _;
 use std::sync::{Arc, OnceLock};
 
 use super::state::CaptureState;
@@ -145,6 +146,7 @@ impl<L> TapeWriter<L> {
             graph: (nodes.kernels + nodes.copies + nodes.fills > 0).then_some(graph),
             nodes,
             kernels: log.kernels,
+            geometry: log.number.finish(),
             is_programmatic: log.is_programmatic.unwrap_or(false),
             pool: Arc::clone(&self.pool),
             exec: OnceLock::new(),

@@ -213,7 +213,7 @@ impl Healer {
             exec.get_ready(ranks.rank)?;
             (request.exec, request.changes) = (Some(Arc::clone(exec)), self.merged[at].changes(span));
         }
-        let outcome = ranks.meet("a launch", request, world::launch_all)?;
+        let outcome = ranks.meet("a launch", request, |requests| world::launch_all(&requests))?;
         self.left_on_any.extend(outcome.left);
         match (outcome.launched, at) {
             (Launched::AsOne, Some(at)) => {

@@ -108,7 +108,7 @@ impl WorldExec {
 }
 
 /// The last rank to come launches what all have, if one executable does it.
-pub(super) fn launch_all(requests: Vec<Request>) -> Result<Vec<Outcome>> {
+pub(super) fn launch_all(requests: &[Request]) -> Result<Vec<Outcome>> {
     let mut left: Vec<_> = requests.iter().flat_map(|request| &request.left).copied().collect();
     left.sort_unstable();
     left.dedup();
@@ -118,7 +118,7 @@ pub(super) fn launch_all(requests: Vec<Request>) -> Result<Vec<Outcome>> {
     };
     let launched = match exec.filter(is_one) {
         None => Launched::Apart,
-        Some(exec) => match exec.launch(&requests)? {
+        Some(exec) => match exec.launch(requests)? {
             true => Launched::AsOne,
             false => Launched::Refused,
         },

@@ -14,6 +14,7 @@ mod side;
 pub(crate) mod steps;
 pub(crate) mod work_list;
 
+use std::hash::{DefaultHasher, Hash};
 use std::sync::Arc;
 
 use crate::arena::Arena;
@@ -114,6 +115,8 @@ pub(crate) struct SegmentLog {
     pub(crate) is_broken: bool,
     /// Its index among the segments of the capture.
     pub(crate) index: usize,
+    /// The kernels and their geometries, in order.
+    pub(crate) number: DefaultHasher,
 }
 
 impl OpStream {
@@ -211,6 +214,7 @@ impl OpStream {
         }
         self.load_with_others(kernel)?;
         self.count_launch(kernel.name());
+        self.note_geometry(&dims);
         if self.lists_work() && work_list::keep_launch(&self.main, kernel, dims, launch::bytes_of(&args)) {
             return Ok(());
         }
@@ -272,6 +276,7 @@ impl OpStream {
         let args = args(communicator.args(kernel.name(), segment));
         let launch = Launch { plane: Some(communicator.plane()), ..Launch::new(kernel, dims, &args) };
         self.count_launch(kernel.name());
+        self.note_geometry(&dims);
         self.submit(&Op::Launch(launch))
     }
 
@@ -413,6 +418,13 @@ impl OpStream {
         self.counts.launches += 1;
         if let Some(segment) = &mut self.segment {
             segment.kernels.push(name);
+        }
+    }
+
+    /// Notes the geometry of a kernel that is captured.
+    fn note_geometry(&mut self, dims: &Dims) {
+        if let Some(segment) = &mut self.segment {
+            dims.hash(&mut segment.number);
         }
     }
 

@@ -39,7 +39,7 @@ const PACK_BYTES: usize = 16;
 const WORDS: usize = 4;
 
 /// How large the communicators of a world are.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct CommunicatorOptions {
     /// The bytes of each rank's plane, at least 64 KiB; larger messages are sent in several parts. The host device has none.

@@ -1,9 +1,7 @@
 //! Rows handed on as they are: what [`all_gather_columns`](super::all_gather_columns), [`all_gather_rows`](super::all_gather_rows),
 //! [`broadcast`](super::broadcast()) and [`send_receive`](super::send_receive()) share.
 
-use std::sync::Arc;
-
-use bcg_runtime::{CommunicatorArgs, DevicePtr, Dims, HostMemory, Kernel, KernelArgs, OpStream, Result, Tensor};
+use bcg_runtime::{CommunicatorArgs, DevicePtr, Dims, Given, HostMemory, Kernel, KernelArgs, OpStream, Result, Tensor};
 
 use super::message::{Message, give_row, given, grid, slot_packs};
 use crate::check::Check;
@@ -88,7 +86,7 @@ pub(super) fn give<T: Float>(a: &GatherArgs, _: &Dims, memory: &HostMemory<'_>) 
 }
 
 /// Takes the rows of the ranks that are named.
-pub(super) fn take<T: Float>(a: &GatherArgs, _: &Dims, gave: &[Arc<[u8]>], memory: &HostMemory<'_>) -> Result<()> {
+pub(super) fn take<T: Float>(a: &GatherArgs, _: &Dims, gave: &Given, memory: &HostMemory<'_>) -> Result<()> {
     let (rows, columns) = (a.rows as usize, a.columns as usize);
     for (rank, bytes) in gave.iter().enumerate().filter(|(rank, _)| a.from_ranks >> rank & 1 == 1) {
         for t in 0..rows {

@@ -1,8 +1,6 @@
 //! Sums over the ranks: what [`all_reduce`](super::all_reduce()) and [`reduce_scatter_rows`](super::reduce_scatter_rows()) share.
 
-use std::sync::Arc;
-
-use bcg_runtime::{CommunicatorArgs, DevicePtr, Dims, HostMemory, Kernel, KernelArgs, OpStream, Result, Tensor};
+use bcg_runtime::{CommunicatorArgs, DevicePtr, Dims, Given, HostMemory, Kernel, KernelArgs, OpStream, Result, Tensor};
 
 use super::message::{Message, Part, give_row, given};
 use crate::check::Check;
@@ -78,7 +76,7 @@ pub(super) fn give<T: Float>(a: &ReduceArgs, _: &Dims, memory: &HostMemory<'_>) 
 }
 
 /// Sums this rank's piece.
-pub(super) fn take<T: Float>(a: &ReduceArgs, _: &Dims, gave: &[Arc<[u8]>], memory: &HostMemory<'_>) -> Result<()> {
+pub(super) fn take<T: Float>(a: &ReduceArgs, _: &Dims, gave: &Given, memory: &HostMemory<'_>) -> Result<()> {
     let (rows, columns) = (a.rows as usize, a.columns as usize);
     let piece = if a.x_step == 0 { 0 } else { a.communicator.rank as usize };
     for t in 0..rows {
@@ -91,7 +89,7 @@ pub(super) fn take<T: Float>(a: &ReduceArgs, _: &Dims, gave: &[Arc<[u8]>], memor
 }
 
 /// The sum over the ranks of an element, in their order.
-pub(super) fn sum<T: Float>(gave: &[Arc<[u8]>], index: usize) -> f32 {
+pub(super) fn sum<T: Float>(gave: &Given, index: usize) -> f32 {
     let mut values = gave.iter().map(|bytes| given::<T>(bytes, index).to_f32());
     let first = values.next().unwrap_or_default();
     values.fold(first, |sum, value| sum + value)

@@ -60,7 +60,7 @@ pub fn collectives_match_plain_sums(world: &World, size: Size) -> Result<usize> 
             for (dtype, gaps) in FLOATS.into_iter().flat_map(|dtype| GAPS.map(|gaps| (dtype, gaps))) {
                 let call = Call { op, dtype, input: at % INPUTS, rows, columns, gaps };
                 if call.elements() <= size.elements {
-                    num_checked += run(&mut ranks, vec![call], false)?;
+                    num_checked += run(&mut ranks, &[call], false)?;
                 }
             }
         }
@@ -122,14 +122,14 @@ fn random_calls(ranks: &mut RankThreads<Lane>, size: Size) -> Result<usize> {
             }
             Ok(())
         })?;
-        num_checked += run(ranks, forward, num_checked % 64 == 0)?;
+        num_checked += run(ranks, &forward, num_checked % 64 == 0)?;
     }
     Ok(num_checked)
 }
 
 /// Runs calls eagerly on all ranks, and checks what they return.
-fn run(ranks: &mut RankThreads<Lane>, calls: Vec<Call>, dawdles: bool) -> Result<usize> {
-    let made = calls.clone();
+fn run(ranks: &mut RankThreads<Lane>, calls: &[Call], dawdles: bool) -> Result<usize> {
+    let made = calls.to_vec();
     let values = ranks
         .run(move |lane: &mut Lane| {
             if dawdles {
@@ -141,7 +141,7 @@ fn run(ranks: &mut RankThreads<Lane>, calls: Vec<Call>, dawdles: bool) -> Result
             lane.check(&made, &outputs)
         })
         .with_context(|| format!("{calls:?}"))?;
-    check_replicas(&calls, &values)?;
+    check_replicas(calls, &values)?;
     Ok(calls.len())
 }
 
@@ -160,7 +160,7 @@ fn captured_calls(ranks: &mut RankThreads<Lane>, size: Size) -> Result<usize> {
     let mut num_checked = 0;
     for _ in 0..num_graphs {
         let captured = calls.forward();
-        num_checked += run(ranks, captured.clone(), false)?; // loads the kernels
+        num_checked += run(ranks, &captured, false)?; // loads the kernels
         let made = captured.clone();
         ranks.run(move |lane: &mut Lane| {
             let (inputs, made) = (lane.inputs(), made.clone());
@@ -177,7 +177,7 @@ fn captured_calls(ranks: &mut RankThreads<Lane>, size: Size) -> Result<usize> {
             check_replicas(&captured, &values)?;
             num_checked += captured.len();
             if replay % 8 == 0 {
-                num_checked += run(ranks, calls.forward(), false)?;
+                num_checked += run(ranks, &calls.forward(), false)?;
             }
         }
     }
@@ -207,7 +207,7 @@ pub fn a_rank_that_does_not_come_is_lost(world: &World) -> Result<Duration> {
     let missing = world.size() - 1;
     let mut ranks = RankThreads::start(world, Lane::all(world, CommunicatorOptions::default(), 1 << 12)?)?;
     let call = Call { op: Op::AllReduce, dtype: DType::Bf16, input: 0, rows: 4, columns: 256, gaps: (0, 0) };
-    run(&mut ranks, vec![call], false)?;
+    run(&mut ranks, &[call], false)?;
     let begun = Instant::now();
     let errors = ranks.run(move |lane: &mut Lane| {
         let inputs = lane.inputs();

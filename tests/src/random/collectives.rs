@@ -1,9 +1,7 @@
 //! The collectives of random programs, in i32 so that each rank's bits are exact. They run on host devices only.
 
-use std::sync::Arc;
-
 use bcg_runtime::{
-    CommunicatorArgs, DevicePtr, Dims, HostMemory, Kernel, KernelArgs, OpStream, RanksFn, Result, Source, Tensor,
+    CommunicatorArgs, DevicePtr, Dims, Given, HostMemory, Kernel, KernelArgs, OpStream, RanksFn, Result, Source, Tensor,
 };
 
 static SOURCE: Source = Source::new("random_ranks.cu", "").takes::<Args>();
@@ -42,7 +40,7 @@ fn values(bytes: &[u8]) -> impl Iterator<Item = i32> {
     bytes.as_chunks::<4>().0.iter().map(|bytes| i32::from_ne_bytes(*bytes))
 }
 
-fn take_sum(args: &Args, _: &Dims, gave: &[Arc<[u8]>], memory: &HostMemory<'_>) -> Result<()> {
+fn take_sum(args: &Args, _: &Dims, gave: &Given, memory: &HostMemory<'_>) -> Result<()> {
     let mut sum = vec![0i32; (args.rows * args.cols) as usize];
     for bytes in gave {
         sum.iter_mut().zip(values(bytes)).for_each(|(sum, value)| *sum = sum.wrapping_add(value));
@@ -50,7 +48,7 @@ fn take_sum(args: &Args, _: &Dims, gave: &[Arc<[u8]>], memory: &HostMemory<'_>) 
     memory.store(args.out, &sum)
 }
 
-fn take_one(args: &Args, _: &Dims, gave: &[Arc<[u8]>], memory: &HostMemory<'_>) -> Result<()> {
+fn take_one(args: &Args, _: &Dims, gave: &Given, memory: &HostMemory<'_>) -> Result<()> {
     let from = (args.communicator.rank as usize + args.offset as usize) % gave.len();
     memory.store(args.out, &values(&gave[from]).collect::<Vec<_>>())
 }

@@ -13,7 +13,7 @@ fn words(rank: usize, len: usize) -> Vec<u32> {
     const SPECIAL: [f32; 9] =
         [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -0.0, 0.0, f32::MAX, f32::MIN_POSITIVE, 1e-42, -1.0];
     let value = |at: usize| match (at * 7 + rank * 3) % 16 {
-        special @ 0..9 if (at + rank) % 3 > 0 => SPECIAL[special],
+        special @ 0..9 if !(at + rank).is_multiple_of(3) => SPECIAL[special],
         other => (other as f32 - 4.5) * (1 + rank) as f32 * 1.1,
     };
     (0..len).map(|at| value(at).to_bits()).collect()

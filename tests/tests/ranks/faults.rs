@@ -82,9 +82,8 @@ fn a_rank_whose_device_is_lost_ends_all_ranks() {
 
 /// Tells whether an error is the injected one, or says that the rank is lost that met it.
 fn is_injected(error: &Error) -> bool {
-    match error.root() {
-        Error::Driver { code: 999, .. } | Error::OutOfMemory { .. } => true,
-        Error::RankLost { .. } | Error::Ranks { .. } => true,
-        _ => false,
-    }
+    matches!(
+        error.root(),
+        Error::Driver { code: 999, .. } | Error::OutOfMemory { .. } | Error::RankLost { .. } | Error::Ranks { .. }
+    )
 }

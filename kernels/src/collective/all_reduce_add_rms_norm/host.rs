@@ -1,8 +1,6 @@
 //! The host reference, which says what the kernel computes.
 
-use std::sync::Arc;
-
-use bcg_runtime::{Dims, HostMemory, Result};
+use bcg_runtime::{Dims, Given, HostMemory, Result};
 
 use super::NormArgs;
 use crate::collective::message::give_row;
@@ -18,7 +16,7 @@ pub(super) fn give<T: Float>(a: &NormArgs, _: &Dims, memory: &HostMemory<'_>) ->
     Ok(bytes)
 }
 
-pub(super) fn take<T: Float>(a: &NormArgs, _: &Dims, gave: &[Arc<[u8]>], memory: &HostMemory<'_>) -> Result<()> {
+pub(super) fn take<T: Float>(a: &NormArgs, _: &Dims, gave: &Given, memory: &HostMemory<'_>) -> Result<()> {
     let columns = a.columns as usize;
     let weight = memory.view::<T>(a.weight, columns)?;
     for t in 0..a.rows as usize {
