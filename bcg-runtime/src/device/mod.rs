@@ -13,7 +13,7 @@ pub(crate) mod watch;
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub(crate) use guard::{Allocation, Graph, GraphExec, Reservation, StreamRef};
 pub use guard::{Event, LiveObjects, PinnedBuffer, Stream};
@@ -52,8 +52,8 @@ pub struct Device {
 struct Shared {
     counters: guard::Counters,
     holds: watch::Holds,
-    /// No memory is allocated any more, because ranks may wait for each other on the device.
-    is_sealed: AtomicBool,
+    /// Worlds because of which no memory is allocated now: their ranks may wait for each other on the device.
+    num_seals: AtomicUsize,
 }
 
 impl Device {
@@ -217,17 +217,21 @@ impl Device {
         &self.shared.counters
     }
 
-    /// Refuses all later allocations but those of arenas.
+    /// Refuses all allocations but those of arenas until [`Device::unseal`].
     pub(crate) fn seal(&self) {
-        self.shared.is_sealed.store(true, Ordering::Relaxed);
+        self.shared.num_seals.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn unseal(&self) {
+        self.shared.num_seals.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// # Errors
-    /// [`Error::Sealed`] once the device is sealed.
+    /// [`Error::Sealed`] while the device is sealed.
     fn check_unsealed(&self) -> Result<()> {
-        match self.shared.is_sealed.load(Ordering::Relaxed) {
-            true => Err(Error::Sealed { device: self.name().to_owned() }),
-            false => Ok(()),
+        match self.shared.num_seals.load(Ordering::Relaxed) {
+            0 => Ok(()),
+            _ => Err(Error::Sealed { device: self.name().to_owned() }),
         }
     }
 

@@ -12,6 +12,7 @@ pub(crate) mod meeting;
 mod threads;
 
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -63,6 +64,15 @@ struct Shared {
     collectives: Mutex<Vec<Arc<Collectives>>>,
     /// The words that kernels of each rank poll while they wait: see `communicator.rs`.
     abort_words: Mutex<Vec<Arc<PinnedBuffer>>>,
+    is_sealed: AtomicBool,
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        if *self.is_sealed.get_mut() {
+            self.devices.iter().for_each(Device::unseal);
+        }
+    }
 }
 
 impl World {
@@ -94,8 +104,15 @@ impl World {
                 meeting.wake();
             }
         });
-        let shared =
-            Shared { devices, options, lost, meeting, collectives: Mutex::default(), abort_words: Mutex::default() };
+        let shared = Shared {
+            devices,
+            options,
+            lost,
+            meeting,
+            collectives: Mutex::default(),
+            abort_words: Mutex::default(),
+            is_sealed: AtomicBool::new(false),
+        };
         Ok(Self(Arc::new(shared)))
     }
 
@@ -123,8 +140,12 @@ impl World {
 
     /// Ends the allocating: from now on the ranks' devices give no memory but that of arenas. A driver's allocation may wait
     /// for every GPU that the world shares memory with, and a kernel there may wait for a rank whose thread allocates.
+    ///
+    /// The devices give memory again when the world's last handle is gone.
     pub fn seal(&self) {
-        self.0.devices.iter().for_each(Device::seal);
+        if !self.0.is_sealed.swap(true, Ordering::Relaxed) {
+            self.0.devices.iter().for_each(Device::seal);
+        }
     }
 
     /// Ends the world because a rank failed: kernels that wait for another rank leave, threads that wait for another rank
@@ -292,6 +313,8 @@ mod tests {
         assert!(matches!(&refused, Error::Sealed { device } if device == "host:0"), "{refused}");
         assert!(matches!(PinnedBuffer::new(world.device(0), 4), Err(Error::Sealed { .. })));
         ranks.run(|runner| runner.eager(&(), |cx| cx.empty(&[64 << 20], DType::U8).map(|_| ())))?;
-        Ok(())
+        let device = world.device(1).clone();
+        drop((ranks, world));
+        device.empty(&[4], DType::U8).map(|_| ())
     }
 }

@@ -54,7 +54,7 @@ fn a_rank_that_panics_under_load_fails_what_runs_and_the_engine_comes_back_once(
     let server = Server::start(engine.clone(), options());
     let request = |at: usize| {
         let prompt: Vec<usize> = (0..10 + at).map(|token| 8 + 7 * token).collect();
-        json!({"prompt": prompt, "temperature": 0, "max_tokens": 40, "ignore_eos": true, "stream": at % 2 == 0})
+        json!({"prompt": prompt, "temperature": 0, "max_tokens": 40, "ignore_eos": true, "stream": at.is_multiple_of(2)})
     };
     let ask = |at| server.post("/v1/completions", &request(at));
     let before = ask(1).json()["choices"][0]["text"].clone();
