@@ -74,6 +74,7 @@ impl OpStream {
         let workspace = workspace.as_ref().map_or(Ok(DevicePtr::NULL), |workspace| self.addr(workspace))?;
         let product = Matmul { shape, plan, x: x_ptr, weight: weight_ptr, out: out_ptr, workspace };
         self.count_launch("matmul");
+        self.note_algorithm(&plan);
         self.multiply_with_others(&shape, |cx| {
             cx.enqueue("a matrix product", |device, stream| device.backend().matmul(stream, &product))
         })
@@ -110,6 +111,24 @@ impl Device {
     /// ```
     pub fn tune_matmuls(&self, rows: &[usize], progress: &mut dyn FnMut(usize, usize)) -> Result<MatmulTuning> {
         self.backend().tune_matmuls(rows, progress)
+    }
+
+    /// Computes the products that `other` has seen as that device does from now on, which is of the same model: ranks that
+    /// compute the same must have the same bits, and each would tune by times of its own.
+    ///
+    /// # Errors
+    /// The driver's.
+    ///
+    /// # Example
+    /// ```
+    /// use bcg_runtime::Device;
+    /// let (first, second) = (Device::host(), Device::host());
+    /// first.tune_matmuls(&[1, 8], &mut |_, _| ())?;
+    /// second.take_matmuls_of(&first)?;
+    /// # Ok::<(), bcg_runtime::Error>(())
+    /// ```
+    pub fn take_matmuls_of(&self, other: &Device) -> Result<()> {
+        self.backend().set_matmul_plans(&other.backend().matmul_plans())
     }
 }
 

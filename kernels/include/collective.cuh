@@ -19,6 +19,9 @@
 
 constexpr u32 RANKS_MAX = 8;
 constexpr u32 NOT_WRITTEN = 0xffffffffu;
+// After so many looks a thread waits a little before the next one: looks of many threads are in the way of what comes.
+constexpr u32 QUICK_LOOKS = 6;
+constexpr u32 LOOK_NS = 100;
 // So many looks at the plane between two at the host's word and the clock: about half a millisecond.
 constexpr u32 LOOKS = 1024;
 
@@ -139,6 +142,7 @@ struct Collective {
             for (u32 k = 0; k < N; k++)
                 if (places[k] && !has_come(packs[k])) missing = k;
             if (missing == N) break;
+            if (looks > QUICK_LOOKS) __nanosleep(LOOK_NS);
             if (is_lost || looks % LOOKS == 0) {
 #pragma unroll
                 for (u32 k = 0; k < N; k++)

@@ -88,16 +88,17 @@ impl ModelRunner {
         Ok(runner)
     }
 
-    /// Times the algorithms of the products on rank 0, then lets the other ranks take the same ones: what they compute alike
-    /// must have the same bits.
+    /// Times the algorithms of the products on rank 0, whose choice the other ranks take: what they compute alike must have
+    /// the same bits.
     fn tune(&mut self, progress: &mut dyn FnMut(Progress)) -> Result<()> {
         let sizes = self.options.tuned_sizes()?;
         let mut report = |done, total| progress(Progress { stage: Stage::Tune, done, total });
         self.device().tune_matmuls(&sizes, &mut report)?;
         if self.num_ranks() > 1 {
+            let first = self.device().clone();
             self.on_each(move |rank| match rank.runtime.rank() {
                 0 => Ok(()),
-                _ => rank.device().tune_matmuls(&sizes, &mut |_, _| ()).map(drop),
+                _ => rank.device().take_matmuls_of(&first),
             })?;
         }
         Ok(())

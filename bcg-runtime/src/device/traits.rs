@@ -127,6 +127,10 @@ pub(crate) trait MatmulBackend {
     /// Times the plans of every product that was planned so far, for each of `rows` up to the most rows that it was
     /// planned with, and keeps the fastest. `progress` gets the number done and the total.
     fn tune_matmuls(&self, rows: &[usize], progress: &mut dyn FnMut(usize, usize)) -> Result<MatmulTuning>;
+    /// Returns how the products that were planned so far are computed.
+    fn matmul_plans(&self) -> Vec<(MatmulShape, MatmulPlan)>;
+    /// Computes products as a device of the same model does.
+    fn set_matmul_plans(&self, plans: &[(MatmulShape, MatmulPlan)]) -> Result<()>;
 }
 
 /// What [`Device::tune_matmuls`](crate::Device::tune_matmuls) did.

@@ -18,7 +18,7 @@ use std::hash::{DefaultHasher, Hash};
 use std::sync::Arc;
 
 use crate::arena::Arena;
-use crate::device::traits::StreamHandle;
+use crate::device::traits::{MatmulPlan, StreamHandle};
 use crate::device::watch::Needs;
 use crate::device::{Allocation, PinnedBuffer};
 use crate::frozen::FrozenTensor;
@@ -115,7 +115,7 @@ pub(crate) struct SegmentLog {
     pub(crate) is_broken: bool,
     /// Its index among the segments of the capture.
     pub(crate) index: usize,
-    /// The kernels and their geometries, in order.
+    /// The geometries of the kernels and the algorithms of the products, in order.
     pub(crate) number: DefaultHasher,
 }
 
@@ -425,6 +425,13 @@ impl OpStream {
     fn note_geometry(&mut self, dims: &Dims) {
         if let Some(segment) = &mut self.segment {
             dims.hash(&mut segment.number);
+        }
+    }
+
+    /// Notes how a product that is captured is computed.
+    pub(crate) fn note_algorithm(&mut self, plan: &MatmulPlan) {
+        if let Some(segment) = &mut self.segment {
+            plan.algorithm.hash(&mut segment.number);
         }
     }
 

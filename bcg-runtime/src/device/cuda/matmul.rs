@@ -117,4 +117,16 @@ impl MatmulBackend for CudaBackend {
     fn tune_matmuls(&self, rows: &[usize], progress: &mut dyn FnMut(usize, usize)) -> Result<MatmulTuning> {
         self.tune(rows, progress)
     }
+
+    fn matmul_plans(&self) -> Vec<(MatmulShape, MatmulPlan)> {
+        let plans = self.matmuls.get().map(State::snapshot).unwrap_or_default();
+        plans.into_iter().map(|(shape, known)| (shape, known.plan)).collect()
+    }
+
+    fn set_matmul_plans(&self, plans: &[(MatmulShape, MatmulPlan)]) -> Result<()> {
+        let _relaxed = self.enter()?;
+        let state = self.matmuls()?;
+        plans.iter().for_each(|(shape, plan)| state.set(*shape, Known { plan: *plan, is_tuned: true }));
+        Ok(())
+    }
 }

@@ -47,6 +47,15 @@ impl MatmulBackend for HostBackend {
     fn tune_matmuls(&self, _rows: &[usize], _progress: &mut dyn FnMut(usize, usize)) -> Result<MatmulTuning> {
         Ok(MatmulTuning::default())
     }
+
+    /// One way to multiply: there is nothing to tell.
+    fn matmul_plans(&self) -> Vec<(MatmulShape, MatmulPlan)> {
+        Vec::new()
+    }
+
+    fn set_matmul_plans(&self, _: &[(MatmulShape, MatmulPlan)]) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// Runs a product.
