@@ -184,13 +184,17 @@ impl Communicator {
         if self.world.kind() == DeviceKind::Host { usize::MAX } else { self.args.slot_packs as usize * PACK_BYTES }
     }
 
-    /// Returns how many blocks a collective may have, for all to find room at once on every GPU of the world; half as many
-    /// where ranks share one. The same on all ranks.
+    /// Returns how many blocks a collective may have, for all to find room at once on every GPU of the world. Where ranks
+    /// share one, their collectives together leave half of its multiprocessors alone: a block of another kernel may need a
+    /// whole one, and what a collective waits for must run beside it. The same on all ranks.
     pub fn blocks_max(&self) -> usize {
         let multiprocessors = self.world.0.devices.iter().map(|device| device.num_multiprocessors() as usize).min();
-        let ranks_of_gpu = if self.args.shares_gpus == 0 { 1 } else { 2 };
-        let blocks = multiprocessors.unwrap_or(1) * BLOCKS_OF_MULTIPROCESSOR / ranks_of_gpu;
-        blocks.min(COLLECTIVE_BLOCKS_MAX)
+        let (multiprocessors, ranks_of_gpu) = (multiprocessors.unwrap_or(1), self.world.ranks_of_gpu());
+        let blocks = match ranks_of_gpu {
+            0 | 1 => multiprocessors * BLOCKS_OF_MULTIPROCESSOR,
+            _ => multiprocessors / (2 * ranks_of_gpu),
+        };
+        blocks.clamp(1, COLLECTIVE_BLOCKS_MAX)
     }
 
     pub(crate) fn plane(&self) -> PlaneId {

@@ -167,10 +167,15 @@ impl World {
         self.0.devices.iter().filter_map(|device| device.backend().ordinal()).collect()
     }
 
+    /// Returns how many ranks the GPU with the most of them has; none on host devices.
+    pub(crate) fn ranks_of_gpu(&self) -> usize {
+        let gpus = self.ordinals();
+        gpus.iter().map(|gpu| gpus.iter().filter(|other| *other == gpu).count()).max().unwrap_or(0)
+    }
+
     /// Tells whether several ranks share a GPU.
     pub(crate) fn shares_gpus(&self) -> bool {
-        let gpus = self.ordinals();
-        gpus.iter().enumerate().any(|(rank, gpu)| gpus[..rank].contains(gpu))
+        self.ranks_of_gpu() > 1
     }
 
     pub(crate) fn check(&self) -> Result<()> {
