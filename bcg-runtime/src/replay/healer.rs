@@ -225,13 +225,13 @@ impl Healer {
             }
             (Launched::Refused, Some(at)) => {
                 self.merged.remove(at);
-                span.enqueue(main).map(|()| Some(ChainReason::PatchRefused))
+                enqueue_apart(ranks, span, main).map(|()| Some(ChainReason::PatchRefused))
             }
             (_, Some(at)) if !outcome.merges && matches!(self.merged[at].exec, Exec::Own { .. }) => {
                 self.launch_own(at, span, main)
             }
             _ => {
-                span.enqueue(main)?;
+                enqueue_apart(ranks, span, main)?;
                 if outcome.merges {
                     self.merged.retain(|merged| !merged.does(span));
                     self.merge(span, main)?;
@@ -240,6 +240,15 @@ impl Healer {
             }
         }
     }
+}
+
+/// Enqueues a span of one of several ranks, which all do so. Those that share a GPU make their executables before any is
+/// launched: to make one may wait for the GPU, where a collective waits for the rank that makes it.
+fn enqueue_apart(ranks: &Ranks, span: &Span, main: &Stream) -> Result<()> {
+    if ranks.world.shares_gpus() {
+        ranks.agree("the executables of a chain", span.prepare(), |()| 0)?;
+    }
+    span.enqueue(main)
 }
 
 impl Merged {

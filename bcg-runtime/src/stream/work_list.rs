@@ -218,6 +218,13 @@ impl Span {
         enqueue(&self.ops()[next..])
     }
 
+    /// Makes the executables that [`Span::enqueue`] launches.
+    pub(crate) fn prepare(&self) -> Result<()> {
+        self.segments
+            .iter()
+            .try_for_each(|(_, segment)| segment.prepare().map_err(|error| error.in_segment(segment.index)))
+    }
+
     pub(crate) fn clear(&mut self) {
         self.num_ops = 0;
         self.segments.clear();

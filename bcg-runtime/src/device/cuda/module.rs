@@ -156,23 +156,29 @@ impl CudaBackend {
             let message = format!("its argument struct has {given} bytes in Rust and {} in CUDA", function.arg_bytes);
             return Err(kernel_error(name, message));
         }
-        let _relaxed = self.enter()?;
-        let fixed = self.driver.function_attribute(function.raw, Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?;
-        let most = self.shared_bytes_max.saturating_sub(usize::try_from(fixed).unwrap_or(0));
-        let wanted = launch.dims.shared_bytes as usize;
+        let most = self.allow_shared(function)?;
+        let wanted = launch.dims.shared_bytes;
         if wanted > most {
             let message =
                 format!("it asks for {wanted} bytes of dynamic shared memory; {} has {most} for it", self.name);
             return Err(kernel_error(name, message));
         }
+        Ok(())
+    }
+
+    /// Raises a function's bound of dynamic shared memory as far as the device can, and returns it.
+    fn allow_shared(&self, function: &Function) -> Result<u32> {
+        let _relaxed = self.enter()?;
+        let fixed = self.driver.function_attribute(function.raw, Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?;
+        let most = self.shared_bytes_max.saturating_sub(usize::try_from(fixed).unwrap_or(0));
         let most = u32::try_from(most).unwrap_or(u32::MAX >> 1);
         let shared = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         self.driver.set_function_attribute(function.raw, shared, most.cast_signed())?;
         function.shared_bytes.store(most, Ordering::Release);
-        Ok(())
+        Ok(most)
     }
 
-    /// Compiles the sources that are not loaded, in parallel, then loads all kernels.
+    /// Compiles the sources that are not loaded, in parallel, then loads all kernels and settles what a first launch would.
     pub(super) fn prepare_kernels(&self, kernels: &[&'static dyn AnyKernel]) -> Result<()> {
         let mut missing: Vec<&'static dyn AnyKernel> = Vec::new();
         {
@@ -191,7 +197,7 @@ impl CudaBackend {
                 vacant.insert(self.load_source(kernel.name(), &cubin)?);
             }
         }
-        kernels.iter().try_for_each(|kernel| self.function(*kernel).map(|_| ()))
+        kernels.iter().try_for_each(|kernel| self.allow_shared(self.function(*kernel)?).map(|_| ()))
     }
 }
 
