@@ -9,8 +9,6 @@
 #   run.sh serve [GEOMETRY…]   the server under load, over HTTP: throughput, time to first token, rates up to saturation
 #   run.sh ranks [GEOMETRY…]   two ranks, on the GPUs that RANK_DEVICES names (0,1; 0,0 puts both on one): correctness first,
 #                              then figures beside those of one GPU
-#   run.sh ranks [GEOMETRY…]   two ranks, on the GPUs that RANK_DEVICES names (0,1; 0,0 puts both on one): correctness first,
-#                              then figures beside those of one GPU
 #   run.sh standing            the standing figures, in at most STANDING_SECONDS (240): standing.json, which
 #                              `cargo xtask figures` reads. BCG_DEVICE=host runs the same steps with tiny checkpoints and
 #                              without a GPU, to try the script: its figures say nothing

@@ -252,8 +252,8 @@ pub enum Error {
         /// Which tensor differs, and by how many bytes.
         detail: String,
     },
-    /// A rank of a world failed, came too late, or did something else than the others: the world is lost, and every rank
-    /// gets this error, the same one, once (law L18).
+    /// A rank of a world failed, came too late, or did something else than the others: the world is lost (law L18). All other
+    /// ranks get this error, the same one; the rank that failed gets its own.
     #[error("rank {rank} is lost{}: {cause}; no rank of this world goes on: make the world anew", Place(.collective, *.segment))]
     RankLost {
         /// The rank at fault.

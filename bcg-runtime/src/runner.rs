@@ -163,8 +163,9 @@ impl Runner {
         self.stream.check_ranks()
     }
 
-    /// Gives the arena's physical memory back (sleep), after the ranks have met if there are several. Addresses and graphs stay; tensors of the forward that ran last
-    /// become stale, and until [`restore_memory`](Self::restore_memory) no forward begins.
+    /// Gives the arena's physical memory back (sleep), after the ranks have met if there are several. Addresses and graphs
+    /// stay; tensors of the forward that ran last become stale, and until [`restore_memory`](Self::restore_memory) no
+    /// forward begins.
     ///
     /// # Errors
     /// The first error of the work waited for.

@@ -5,7 +5,7 @@
 //! - [`threads`]: a thread for each rank, which do the same at the same time.
 //!
 //! Invariants: every rank does the same forwards in the same order (law L13); a rank that fails, or does not come, ends the
-//! world for all of them with one error, [`Error::RankLost`] (law L18).
+//! world for all of them: it has its own error, and the others get one that names it, [`Error::RankLost`] (law L18).
 
 pub(crate) mod communicator;
 pub(crate) mod meeting;
@@ -157,7 +157,7 @@ impl World {
         self.lose_at(rank, String::new(), None, cause.to_string())
     }
 
-    /// Returns the error that every rank gets, once a rank is lost.
+    /// Returns the error that ranks get, once one is lost.
     pub fn lost(&self) -> Option<Error> {
         self.0.lost.error()
     }

@@ -1,7 +1,12 @@
 //! Runs every rule on the first CUDA device. Without one it fails: this is the gate that needs a GPU.
 //!
 //! `gpu [FILTER] [--random N]`: only rules whose `group::name` contains FILTER; N random programs (200 unless told; 0 for
-//! none). `gpu serve FLAGS` is a `bcg-server` whose device a request can break, and `gpu bcg …` is `bcg`, so that a bundle needs one of the two only. `gpu world FLAGS` replays a forward of several ranks, and `gpu collectives FLAGS` checks and times what they sum. `gpu --geometry DIR`: only the rules about the folder that `tests/geometry/reference.py` wrote. `BCG_ROOT` tells where the repository's `models` and `tests` lie, if not where it was built.
+//! none). `gpu --geometry DIR`: only the rules about the folder that `tests/geometry/reference.py` wrote. `BCG_ROOT` tells
+//! where the repository's `models` and `tests` lie, if not where it was built.
+//!
+//! `gpu collectives FLAGS` checks and times what several ranks sum, `gpu world FLAGS` replays a forward of theirs. `gpu serve
+//! FLAGS` is a `bcg-server` whose device a request can break, and `gpu bcg …` is `bcg`, so that a bundle needs one of the two
+//! only.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};

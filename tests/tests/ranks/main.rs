@@ -8,3 +8,4 @@ mod fixture;
 mod graphs;
 mod loss;
 mod programs;
+mod replays;
