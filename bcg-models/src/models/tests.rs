@@ -18,6 +18,7 @@ use crate::state::{CacheLayout, Caches, KvCache, StateCache, StateLayout};
 use crate::testing::TempDir;
 use crate::weights::{Shard, Weights};
 
+mod dry_run;
 mod ranks;
 
 /// A folder in `models`.

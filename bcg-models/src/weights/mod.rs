@@ -76,6 +76,12 @@ impl<'a> Weights<'a> {
         Ok(Self { origin, device, dtype, shard, progress: None })
     }
 
+    /// Leaves every tensor that is taken undefined, for a dry run: on a host device such memory takes none.
+    #[cfg(test)]
+    pub(crate) fn unfilled(device: &'a Device, dtype: DType, shard: Shard) -> Self {
+        Self { origin: Origin::Random(Box::new(RandomWeights::unfilled())), device, dtype, shard, progress: None }
+    }
+
     /// Calls `progress(bytes done, bytes in all)` while [`finish`](Self::finish) writes the tensors.
     #[must_use]
     pub fn with_progress(mut self, progress: &'a mut dyn FnMut(usize, usize)) -> Self {
