@@ -556,7 +556,10 @@ fn a_fault_that_cannot_be_read_is_refused_with_the_remedy() {
     ] {
         let error = failure(control(&device).inject(faults)).to_string();
         let start = "BCG_HOST_FAULT: cannot read the fault `";
-        assert!(error.starts_with(start) && error.contains("write `fail:CALL:N`, `hang:CALL:N[:MILLI"), "{error}");
+        assert!(
+            error.starts_with(start) && error.contains("write `fail:CALL:N`, `panic:CALL:N`, `hang:CALL:N[:MILLI"),
+            "{error}"
+        );
         drop(device.empty(&[1], DType::F32).expect("a refused text asks for no fault"));
     }
     control(&device).inject("").expect("no fault");

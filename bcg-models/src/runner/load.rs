@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
+use std::time::Duration;
 
 use bcg_kernels::DecodePlan;
 use bcg_runtime::{
@@ -23,6 +24,9 @@ use crate::weights::{Shard, Weights};
 const PLANE_BYTES_MAX: usize = 256 << 20;
 /// And at least.
 const PLANE_BYTES_MIN: usize = 1 << 20;
+
+/// How long ranks wait for one another: longer than one may be behind that compiles kernels which the others have.
+const RANK_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Reports of the ranks' loading that wait to be passed on, at most.
 const REPORTS_MAX: usize = 64;
@@ -63,7 +67,9 @@ impl ModelRunner {
         if let Some(tokenizer) = &tokenizer {
             tokenizer.check_vocabulary(dir, config.vocab_size)?;
         }
-        let world = World::new(devices.to_vec(), WorldOptions::default())?;
+        let mut world_options = WorldOptions::default();
+        world_options.timeout = RANK_TIMEOUT;
+        let world = World::new(devices.to_vec(), world_options)?;
         // Where the device's memory bounds it, the KV cache gets its size when all else has been measured.
         let is_fitted = options.mem_fraction_static.is_some();
         let readbacks = Readbacks::new(world.device(0), options.limits()?.sequences, world.size())?;

@@ -36,9 +36,6 @@ pub(crate) fn replay<L: LiveBatch, O: Freeze>(
     stream.arena().end_serving();
     tape.healer.keep_list(active.end());
     drop(hold);
-    for (step, why) in tape.healer.take_left_on_any() {
-        tape.leave_break(step, why);
-    }
     let path = match stream.ranks() {
         Some(ranks) => ranks.ended(result)?,
         None => result?,
@@ -74,7 +71,6 @@ fn run_steps<L: LiveBatch, O: Freeze>(tape: &mut Tape<L, O>, stream: &mut OpStre
                     tracing::debug!(name = captured.site.name, why, "a break cannot be healed any more");
                     captured.not_healable = Some(why);
                     healer.forget_break_after(segment);
-                    healer.note_left(step, why);
                     path.note(Some(ChainReason::BreakLeft));
                 }
             }

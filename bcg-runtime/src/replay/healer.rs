@@ -34,10 +34,6 @@ pub(crate) struct Healer {
     patched: Vec<u64>,
     /// This rank, if it is one of several.
     ranks: Option<Ranks>,
-    /// Breaks, by their steps, that turned out not to be healable on this rank since the last launch.
-    left: Vec<(usize, &'static str)>,
-    /// Those that turned out not to be healable on any rank, in this replay.
-    left_on_any: Vec<(usize, &'static str)>,
 }
 
 /// One executable for the segments and the work of a span.
@@ -68,15 +64,7 @@ impl Healer {
     pub(crate) fn new(main: &Arc<Stream>, num_steps: usize, spans: &[Span], ranks: Option<&Ranks>) -> Result<Self> {
         let list = Some(WorkList::new(main, ListMode::Replay));
         let patched = vec![0; num_steps];
-        let mut healer = Self {
-            merged: Vec::new(),
-            tries_left: MERGED_MAX,
-            list,
-            patched,
-            ranks: ranks.cloned(),
-            left: Vec::new(),
-            left_on_any: Vec::new(),
-        };
+        let mut healer = Self { merged: Vec::new(), tries_left: MERGED_MAX, list, patched, ranks: ranks.cloned() };
         for span in spans {
             healer.merge(span, main)?;
         }
@@ -142,18 +130,6 @@ impl Healer {
         self.list = list;
     }
 
-    /// Notes that a break, by its step, turned out not to be healable: the other ranks must know.
-    pub(super) fn note_left(&mut self, step: usize, why: &'static str) {
-        if self.ranks.is_some() {
-            self.left.push((step, why));
-        }
-    }
-
-    /// Returns the breaks, by their steps, that turned out not to be healable on any rank since this was last called.
-    pub(super) fn take_left_on_any(&mut self) -> Vec<(usize, &'static str)> {
-        std::mem::take(&mut self.left_on_any)
-    }
-
     /// Drops the executables that hold work of the break after this segment.
     pub(super) fn forget_break_after(&mut self, segment: usize) {
         self.merged.retain(|merged| !(merged.segments.0..merged.segments.1).contains(&segment));
@@ -196,16 +172,12 @@ impl Healer {
 impl Healer {
     /// As [`Healer::launch`], for the spans of all ranks, which come here too.
     fn launch_in_world(&mut self, ranks: &Ranks, span: &Span, main: &Arc<Stream>) -> Result<Option<ChainReason>> {
-        if span.num_launches() == 0 && self.left.is_empty() {
-            return Ok(None);
-        }
         let at = self.merged.iter().position(|merged| merged.does(span));
         let mut request = Request {
             exec: None,
             changes: Vec::new(),
-            has_none: at.is_none() && span.num_launches() > 0,
-            is_spent: self.tries_left == 0,
-            left: std::mem::take(&mut self.left),
+            has_none: at.is_none(),
+            is_spent: self.tries_left == 0 || span.num_launches() == 0,
         };
         if let Some(at) = at
             && let Exec::World(exec) = &self.merged[at].exec
@@ -214,7 +186,13 @@ impl Healer {
             (request.exec, request.changes) = (Some(Arc::clone(exec)), self.merged[at].changes(span));
         }
         let outcome = ranks.meet("a launch", request, |requests| world::launch_all(&requests))?;
-        self.left_on_any.extend(outcome.left);
+        if outcome.launched != Launched::AsOne && ranks.world.shares_gpus() {
+            // To make an executable may wait for the GPU, where a collective may wait for the rank that makes it.
+            ranks.agree("the executables of a chain", span.prepare(), |()| 0)?;
+        }
+        if span.num_launches() == 0 {
+            return Ok(None);
+        }
         match (outcome.launched, at) {
             (Launched::AsOne, Some(at)) => {
                 self.merged[at].hold(span, &mut self.patched);
@@ -225,13 +203,13 @@ impl Healer {
             }
             (Launched::Refused, Some(at)) => {
                 self.merged.remove(at);
-                enqueue_apart(ranks, span, main).map(|()| Some(ChainReason::PatchRefused))
+                span.enqueue(main).map(|()| Some(ChainReason::PatchRefused))
             }
             (_, Some(at)) if !outcome.merges && matches!(self.merged[at].exec, Exec::Own { .. }) => {
                 self.launch_own(at, span, main)
             }
             _ => {
-                enqueue_apart(ranks, span, main)?;
+                span.enqueue(main)?;
                 if outcome.merges {
                     self.merged.retain(|merged| !merged.does(span));
                     self.merge(span, main)?;
@@ -240,15 +218,6 @@ impl Healer {
             }
         }
     }
-}
-
-/// Enqueues a span of one of several ranks, which all do so. Those that share a GPU make their executables before any is
-/// launched: to make one may wait for the GPU, where a collective waits for the rank that makes it.
-fn enqueue_apart(ranks: &Ranks, span: &Span, main: &Stream) -> Result<()> {
-    if ranks.world.shares_gpus() {
-        ranks.agree("the executables of a chain", span.prepare(), |()| 0)?;
-    }
-    span.enqueue(main)
 }
 
 impl Merged {

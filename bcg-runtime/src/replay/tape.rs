@@ -39,18 +39,6 @@ impl<L: LiveBatch, O: Freeze> Tape<L, O> {
         breaks.clone().count() == 0 || breaks.any(|is_healable| is_healable)
     }
 
-    /// Notes that a break, by its step, cannot be healed any more.
-    pub(crate) fn leave_break(&mut self, step: usize, why: &'static str) {
-        let segment = self.steps[..step].iter().rev().find_map(|step| match step {
-            Step::Segment(segment) => Some(segment.index),
-            Step::Break(_) => None,
-        });
-        if let (Some(Step::Break(left)), Some(segment)) = (self.steps.get_mut(step), segment) {
-            left.not_healable.get_or_insert(why);
-            self.healer.forget_break_after(segment);
-        }
-    }
-
     pub(crate) fn forget_covered(&mut self) {
         forget_covered(&mut self.steps, &self.healer);
     }

@@ -34,20 +34,16 @@ pub(super) struct Request {
     pub(super) changes: Vec<(NodeHandle, Listed)>,
     /// Neither that nor an executable of its own does its span.
     pub(super) has_none: bool,
-    /// It has no try left to make another one.
+    /// It has no try left to make another one, or nothing to make one for.
     pub(super) is_spent: bool,
-    /// Breaks, by their steps, that turned out not to be healable.
-    pub(super) left: Vec<(usize, &'static str)>,
 }
 
 /// What all ranks do with their spans.
-#[derive(Clone)]
+#[derive(Clone, Copy)]
 pub(super) struct Outcome {
     pub(super) launched: Launched,
     /// Every rank makes an executable for its span.
     pub(super) merges: bool,
-    /// Breaks that turned out not to be healable on some rank.
-    pub(super) left: Vec<(usize, &'static str)>,
 }
 
 /// How the spans of all ranks were launched, or will be.
@@ -109,9 +105,6 @@ impl WorldExec {
 
 /// The last rank to come launches what all have, if one executable does it.
 pub(super) fn launch_all(requests: &[Request]) -> Result<Vec<Outcome>> {
-    let mut left: Vec<_> = requests.iter().flat_map(|request| &request.left).copied().collect();
-    left.sort_unstable();
-    left.dedup();
     let exec = requests[0].exec.clone();
     let is_one = |exec: &Arc<WorldExec>| {
         requests.iter().all(|request| request.exec.as_ref().is_some_and(|other| Arc::ptr_eq(exec, other)))
@@ -124,7 +117,7 @@ pub(super) fn launch_all(requests: &[Request]) -> Result<Vec<Outcome>> {
         },
     };
     let merges = requests.iter().any(|request| request.has_none) && !requests.iter().any(|request| request.is_spent);
-    Ok(vec![Outcome { launched, merges, left }; requests.len()])
+    Ok(vec![Outcome { launched, merges }; requests.len()])
 }
 
 /// Makes an executable for this rank's span and those of the other ranks, which come here too. Returns it with the nodes of

@@ -35,11 +35,13 @@ impl FirstUses {
     /// Calls `load` with all ranks, if this is not known to be loaded.
     fn meet<R>(&mut self, what: Loaded, load: impl FnOnce() -> Result<R>) -> Result<Option<R>> {
         const WHAT: &str = "the loading of a kernel";
-        if !self.known.insert(what) {
+        if self.known.contains(&what) {
             return Ok(None);
         }
         self.ranks.come(WHAT)?;
-        self.ranks.agree(WHAT, load(), |_| 0).map(Some)
+        let loaded = self.ranks.agree(WHAT, load(), |_| 0)?;
+        self.known.insert(what);
+        Ok(Some(loaded))
     }
 }
 

@@ -41,6 +41,10 @@ struct State {
     given: Vec<Option<Parcel>>,
     /// What each rank gets of the meeting that ended last.
     results: Vec<Option<Parcel>>,
+    /// The rank that came last and does now what all have come for.
+    joiner: Option<usize>,
+    /// A rank gave up because of this one: nobody meets here any more.
+    late: Option<(usize, String)>,
     /// How many threads sleep: to wake one that does not costs a system call for nothing.
     num_asleep: usize,
 }
@@ -61,7 +65,14 @@ impl Meeting {
         Self {
             timeout,
             lost: Arc::clone(lost),
-            state: Mutex::new(State { purpose: "", given: none(), results: none(), num_asleep: 0 }),
+            state: Mutex::new(State {
+                purpose: "",
+                given: none(),
+                results: none(),
+                joiner: None,
+                late: None,
+                num_asleep: 0,
+            }),
             changed: Condvar::new(),
             num_ended: AtomicU64::new(0),
             looks: looks(size),
@@ -90,6 +101,9 @@ impl Meeting {
         if let Some(error) = self.lost.error() {
             return Err(Failed::Lost(error));
         }
+        if let Some((rank, cause)) = state.late.clone() {
+            return Err(Failed::Late { rank, cause });
+        }
         let is_first = state.given.iter().all(Option::is_none);
         if is_first {
             state.purpose = purpose;
@@ -104,6 +118,7 @@ impl Meeting {
             return self.wait(rank, ended);
         }
         let given: Vec<Parcel> = state.given.iter_mut().filter_map(Option::take).collect();
+        state.joiner = Some(rank);
         drop(state); // all others wait, so nobody begins another meeting
         let values = given.into_iter().filter_map(|parcel| parcel.downcast::<T>().ok()).map(|value| *value).collect();
         let results = catch_panic(|| join(values)).map_err(Failed::Join)?;
@@ -111,6 +126,7 @@ impl Meeting {
         let replace = |(place, result): (&mut Option<Parcel>, R)| place.replace(Box::new(result));
         let old: Vec<_> = state.results.iter_mut().zip(results).map(replace).collect();
         let own = Self::take_result(&mut state, rank);
+        state.joiner = None;
         self.num_ended.store(ended + 1, Ordering::Release);
         let is_any_asleep = state.num_asleep > 0;
         drop(state);
@@ -140,9 +156,12 @@ impl Meeting {
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                // If all are there, the last of them takes too long.
-                let missing = state.given.iter().position(Option::is_none).unwrap_or(rank);
-                let cause = format!("it did not come within {:?}", self.timeout);
+                let (missing, did) = match state.joiner {
+                    Some(joiner) => (joiner, "what it does for all ranks was not done"),
+                    None => (state.given.iter().position(Option::is_none).unwrap_or(rank), "it did not come"),
+                };
+                let cause = format!("{did} within {:?}", self.timeout);
+                state.late = Some((missing, cause.clone()));
                 return Err(Failed::Late { rank: missing, cause });
             }
             state.num_asleep += 1;

@@ -178,6 +178,10 @@ impl World {
         self.ranks_of_gpu() > 1
     }
 
+    pub(crate) fn timeout(&self) -> Duration {
+        self.0.options.timeout
+    }
+
     pub(crate) fn check(&self) -> Result<()> {
         self.0.lost.check()
     }

@@ -7,6 +7,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, Thread};
+use std::time::{Duration, Instant};
 
 use super::World;
 use super::meeting::looks;
@@ -100,12 +101,12 @@ impl<S: Send + 'static> RankThreads<S> {
             }));
         }
         let own = run_rank(&self.world, 0, &mut self.first, &*f);
-        wait(self.looks, || run.num_left.load(Ordering::Acquire) == 0);
+        let mut lost = self.wait_for_others(&run).err();
         let others = run.results[1..].iter().map(|place| {
             let result = place.lock().unwrap_or_else(PoisonError::into_inner).take();
             result.unwrap_or_else(|| Err(Error::other("a rank ended without a result")))
         });
-        let (mut values, mut lost, mut first) = (Vec::with_capacity(run.results.len()), None, None);
+        let (mut values, mut first) = (Vec::with_capacity(run.results.len()), None);
         for result in std::iter::once(own).chain(others) {
             match result {
                 Ok(value) => values.push(value),
@@ -118,6 +119,24 @@ impl<S: Send + 'static> RankThreads<S> {
             Some(error) => Err(error),
             None => Ok(values),
         }
+    }
+
+    /// Waits until all other ranks have ended their part. One that takes longer than this one by the world's timeout is lost:
+    /// the others then leave. It is waited for all the same, since nothing can make it come back.
+    fn wait_for_others<R>(&self, run: &Run<R>) -> Result<()> {
+        let is_done = || run.num_left.load(Ordering::Acquire) == 0;
+        let (timeout, begun) = (self.world.timeout(), Instant::now());
+        wait(self.looks, || is_done() || begun.elapsed() > timeout, Some(timeout));
+        if is_done() {
+            return Ok(());
+        }
+        let is_missing =
+            |place: &Mutex<Option<Result<R>>>| place.lock().unwrap_or_else(PoisonError::into_inner).is_none();
+        let slow = run.results[1..].iter().position(is_missing).map_or(1, |at| at + 1);
+        let cause = format!("it did not end its part of a step within {timeout:?} after rank 0");
+        let lost = self.world.lose(slow, &Error::other(cause));
+        wait(0, is_done, None);
+        Err(lost)
     }
 
     /// Returns the state of rank 0, between runs.
@@ -136,8 +155,8 @@ impl<S: Send + 'static> RankThreads<S> {
     }
 }
 
-/// Waits until something is done, whose doer then unparks this thread.
-fn wait(looks: u32, is_done: impl Fn() -> bool) {
+/// Waits until something is done, whose doer then unparks this thread; with a time, it also looks when that is over.
+fn wait(looks: u32, is_done: impl Fn() -> bool, at_most: Option<Duration>) {
     for _ in 0..looks {
         if is_done() {
             return;
@@ -145,7 +164,10 @@ fn wait(looks: u32, is_done: impl Fn() -> bool) {
         std::hint::spin_loop();
     }
     while !is_done() {
-        std::thread::park();
+        match at_most {
+            Some(time) => std::thread::park_timeout(time),
+            None => std::thread::park(),
+        }
     }
 }
 
@@ -174,7 +196,7 @@ impl<S: Send + 'static> RankThread<S> {
         let run = move || {
             for num_done in 0.. {
                 let is_over = || own.is_over.load(Ordering::Acquire);
-                wait(looks, || own.num_posted.load(Ordering::Acquire) > num_done || is_over());
+                wait(looks, || own.num_posted.load(Ordering::Acquire) > num_done || is_over(), None);
                 let job = own.job.lock().unwrap_or_else(PoisonError::into_inner).take();
                 match job {
                     Some(job) => job(&mut state),

@@ -1,5 +1,7 @@
 //! What the rules share: worlds of host devices with a lane for each rank, and a forward with every kind of collective.
 
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bcg_kernels::{all_gather_columns, all_gather_rows, all_reduce, broadcast, reduce_scatter_rows, send_receive};
@@ -63,7 +65,16 @@ pub(crate) fn each<R: Send + 'static>(
     ranks: &mut RankThreads<Lane>,
     f: impl Fn(&mut Lane) -> Result<R> + Send + Sync + 'static,
 ) -> Vec<Result<R>> {
-    ranks.run(move |lane| Ok(f(lane))).expect("no panic outside of forwards")
+    let results = Arc::new(Mutex::new(BTreeMap::new()));
+    let kept = Arc::clone(&results);
+    let run = ranks.run(move |lane| {
+        let result = f(lane);
+        kept.lock().expect("no panic outside of forwards").insert(lane.runner.rank(), result);
+        Ok(())
+    });
+    assert!(!matches!(run, Err(Error::Panic { .. })), "no panic outside of forwards: {run:?}");
+    let results = std::mem::take(&mut *results.lock().expect("no panic outside of forwards"));
+    results.into_values().collect()
 }
 
 /// Runs `f` on every rank, and checks that all results are equal. Returns them once.

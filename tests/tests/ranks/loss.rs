@@ -2,11 +2,12 @@
 //! it, and leaves nothing behind.
 
 use std::thread::sleep;
+use std::time::Duration;
 
 use bcg_kernels::{all_reduce, send_receive};
 use bcg_runtime::{
-    CommunicatorOptions, Context, Eager, Error, LiveBatch, RankThreads, ReplayMode, Result, Runner, Tensor,
-    eager_on_graph,
+    CommunicatorOptions, Context, Device, Eager, Error, LiveBatch, RankThreads, ReplayMode, Result, Runner, Tensor,
+    World, WorldOptions, eager_on_graph,
 };
 use bcg_tests::conformance::fixture::options;
 use bcg_tests::conformance::kernels::read_beyond;
@@ -319,4 +320,19 @@ fn a_program_that_loses_its_world_says_why() {
     assert!(error.to_string().contains("the engine stops"), "{error}");
     let again = ranks.world().lose(0, &Error::other("too late")).to_string();
     assert_eq!(again, error.to_string(), "what came first counts");
+}
+
+#[test]
+fn a_rank_that_does_not_end_its_part_of_a_step_is_lost() {
+    let mut options = WorldOptions::default();
+    options.timeout = Duration::from_millis(200);
+    let world = World::new(vec![Device::host(), Device::host()], options).expect("a world");
+    let mut ranks = RankThreads::start(&world, vec![0, 1]).expect("threads");
+    let part = |rank: &mut u64| {
+        sleep(Duration::from_millis(800 * *rank));
+        Ok(())
+    };
+    let error = ranks.run(part).expect_err("rank 1 takes too long").to_string();
+    assert!(error.starts_with("rank 1 is lost: it did not end its part of a step within 200ms"), "{error}");
+    assert!(world.lost().is_some());
 }
