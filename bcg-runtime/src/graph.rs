@@ -106,8 +106,9 @@ impl<L: LiveBatch, O: Freeze> BreakableCudaGraph<L, O> {
     /// An earlier capture of this graph is dropped first.
     ///
     /// # Errors
-    /// With several ranks, [`Error::Ranks`] on all of them if one fails, or captures other work than rank 0; then no rank has
-    /// captured, and all go on.
+    /// With several ranks, [`Error::Ranks`] on all of them if one fails, or captures other work than rank 0, and
+    /// [`Error::CaptureForbidden`] for a break without a stub that waits or reads back; then no rank has captured, and all
+    /// go on.
     ///
     /// The first error, located by segment or break; what was captured is discarded and the runner stays usable.
     /// [`Error::ArenaFull`] if a segment needs more memory than the arena has: run the forward eagerly once before.
@@ -265,6 +266,18 @@ impl<L: LiveBatch, O: Freeze> fmt::Debug for BreakableCudaGraph<L, O> {
     }
 }
 
+/// Says what to do about a break that needs a run, which a capture of several ranks does not have.
+fn needs_stub(error: Error) -> Error {
+    match error {
+        Error::NeedsRun { what } => {
+            let remedy =
+                "nothing runs while several ranks capture; give the break a stub: `#[eager_on_graph(stub = …)]`";
+            Error::CaptureForbidden { what: format!("{what} in a break: {remedy}") }
+        }
+        error => error,
+    }
+}
+
 /// What a capture has on its tape, before any executable of it is made.
 struct Recorded<L, O: Freeze> {
     writer: TapeWriter<L>,
@@ -292,7 +305,7 @@ fn capture<L: LiveBatch, O: Freeze>(
     let hold = Hold::begin(main.device());
     let mut recorded = record(stream, live, options, forward, is_dry, &hold);
     if let Some(ranks) = &ranks {
-        recorded = ranks.agree(WHAT, recorded, Recorded::number);
+        recorded = ranks.agree(WHAT, recorded.map_err(needs_stub), Recorded::number);
     }
     let Recorded { writer, blocks, output, frozen_output } = recorded?;
     let TapeWriter { mut steps, spans, retained, pinned, stamps, .. } = writer;

@@ -1,7 +1,11 @@
 //! Captures and replays of all ranks together: equal to eager runs, in any order, under any schedule.
 
-use bcg_runtime::{Error, RankThreads, ReplayMode};
+use std::time::Duration;
+
+use bcg_kernels::all_reduce;
+use bcg_runtime::{Context, Eager, Error, RankThreads, ReplayMode, Result, Tensor, eager_on_graph};
 use bcg_tests::conformance::fixture::{Batch, Graph};
+use bcg_tests::conformance::kernels::axpy;
 
 use crate::fixture::{
     LONG, Lane, SIZES, all_equal, assert_as_before, capture, devices, each, forward, input, lanes, live_objects, read,
@@ -173,4 +177,74 @@ fn every_schedule_gives_the_same_bits() {
         });
         assert_eq!(got, *expected.get_or_insert_with(|| got.clone()), "seed {seed}");
     }
+}
+
+/// A body that needs the results of the work before it, which all ranks come to together.
+#[eager_on_graph(rank_coupled, stub = doubled)]
+fn scaled_by_first(cx: &mut Eager<'_, Batch>, x: &Tensor) -> Result<Tensor> {
+    let first = cx.read::<f32>(x)?[0];
+    axpy(cx, first, x, x)
+}
+
+fn doubled(cx: &mut Eager<'_, Batch>, x: &Tensor) -> Result<Tensor> {
+    axpy(cx, 1.0, x, x)
+}
+
+/// The same without a stub.
+#[eager_on_graph]
+fn scaled_by_first_without_stub(cx: &mut Eager<'_, Batch>, x: &Tensor) -> Result<Tensor> {
+    let first = cx.read::<f32>(x)?[0];
+    axpy(cx, first, x, x)
+}
+
+#[test]
+fn all_ranks_come_to_a_rank_coupled_break_and_replay_its_body() {
+    let mut ranks = lanes(&devices(2, 9), Duration::from_secs(3));
+    let forward = |x: Tensor| {
+        move |cx: &mut Context<'_, Batch>| {
+            let sum = all_reduce(cx, &x)?;
+            let scaled = scaled_by_first(cx, &sum)?;
+            all_reduce(cx, &scaled)
+        }
+    };
+    let batch = || Batch { scale: 1.0, rows: None };
+    let eager = all_equal(&mut ranks, move |lane| {
+        let x = input(lane, 4)?;
+        let output = lane.runner.eager(&batch(), forward(x))?;
+        read(lane, &output)
+    });
+    for mode in MODES {
+        let replayed = all_equal(&mut ranks, move |lane| {
+            lane.runner.set_replay_mode(mode);
+            let x = input(lane, 4)?;
+            lane.graph.capture_ahead(&mut lane.runner, &batch(), forward(x))?;
+            let output = lane.graph.replay(&mut lane.runner, &batch())?;
+            read(lane, &output)
+        });
+        assert_eq!(replayed, eager, "{mode:?}");
+    }
+    // Outside of a forward of all ranks the one that comes alone is not let in.
+    let alone = each(&mut ranks, move |lane| match lane.runner.rank() {
+        0 => Ok(()),
+        _ => {
+            let x = input(lane, 4)?;
+            lane.runner.tail(&batch(), |cx| scaled_by_first(cx, &x).map(|_| ()))
+        }
+    });
+    assert!(alone.iter().any(Result::is_err), "{alone:?}");
+}
+
+#[test]
+fn a_break_that_reads_back_needs_a_stub_and_the_world_goes_on() {
+    let mut ranks = lanes(&devices(2, 9), LONG);
+    let refused = each(&mut ranks, |lane| {
+        let x = input(lane, 4)?;
+        let forward = move |cx: &mut Context<'_, Batch>| scaled_by_first_without_stub(cx, &x);
+        lane.graph.capture(&mut lane.runner, &Batch { scale: 1.0, rows: None }, forward).map(|_| ())
+    });
+    for error in refused.into_iter().map(|refused| refused.expect_err("nothing runs in a capture of ranks")) {
+        assert!(error.to_string().contains("give the break a stub"), "{error}");
+    }
+    let expected = all_equal(&mut ranks, |lane| run_eagerly(lane, 2.0, 4));
+    assert_eq!(all_equal(&mut ranks, |lane| capture(lane, 2.0, 4)), expected);
 }
