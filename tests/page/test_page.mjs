@@ -28,16 +28,24 @@ async function launch() {
 const DATA = /(<script type="application\/json" id="data">)(.*?)(<\/script>)/s;
 const dataOf = (text) => JSON.parse(text.match(DATA)[2]);
 
-/** Writes a page as a GPU would have made it: kernels of each step on two streams, and names that are no HTML. */
-function writeGpuPage() {
+/**
+ * Writes a page as GPUs would have made it: kernels of each step on two streams, and names that are no HTML. A second rank has
+ * one kernel more, a collective in which it waited.
+ */
+function writeGpuPage(numRanks = 1) {
   const text = readFileSync(pageFile, "utf8");
   const data = dataOf(text);
   const kernels = data.steps.map(({ part, begin_us }, step) => (
-    { name: "<b>kernel</b>", stream: 7, begin_us: begin_us + 20, duration_us: 0.5, step, part }
+    { name: "<b>kernel</b>", rank: 0, stream: 7, wait_us: null, begin_us: begin_us + 20, duration_us: 0.5, step, part }
   ));
   const last = kernels.at(-1);
   kernels.push({ ...last, name: "aside", stream: 9 }, { ...last, name: "late", begin_us: last.begin_us + 30, part: null });
-  const gpu = { kernels, gpu: { busy_us: 5, span_us: 50 }, no_gpu: null, model: "<img src=x onerror=alert(1)>" };
+  const busyUs = [5];
+  if (numRanks > 1) {
+    kernels.push({ ...last, name: "all_reduce", rank: 1, wait_us: 3 });
+    busyUs.push(4);
+  }
+  const gpu = { kernels, gpu: { busy_us: busyUs, span_us: 50 }, no_gpu: null, model: "<img src=x onerror=alert(1)>" };
   const file = pageFile.replace(/\.html$/, "-gpu.html");
   const json = JSON.stringify({ ...data, ...gpu }).replaceAll("<", "\\u003c");
   writeFileSync(file, text.replace(DATA, (_, open, __, close) => open + json + close));
@@ -173,6 +181,16 @@ const tests = {
     assert.equal(await page.locator("#timeline .lit .step").count(), 1);
     assert.match(await page.locator("#title").textContent(), /^<img src=x/);
     assert.equal(await page.locator("img, #tip b").count(), 0, "names are text");
+    assert.deepEqual(noise, []);
+  },
+
+  async "each rank has lanes of its own, and a collective says how long it waited"({ browser }) {
+    const { page, noise } = await open(browser, writeGpuPage(2));
+    const lanes = await page.locator("#timeline .lane").allTextContents();
+    assert.deepEqual(lanes, ["Host", "Rank 0, stream 7", "Rank 0, stream 9", "Rank 1, stream 7"]);
+    await page.locator("#timeline .kernel").last().hover();
+    assert.match(await tip(page).textContent(), /^all_reduce.*rank.*1.*waited for another rank.*3/s);
+    assert.match(await page.locator("#tiles").textContent(), /GPU busy10\.0 % · 8\.0 %/);
     assert.deepEqual(noise, []);
   },
 
