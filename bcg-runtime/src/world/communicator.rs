@@ -101,6 +101,7 @@ pub struct Communicator {
     rank: usize,
     plane: PlaneId,
     args: CommunicatorArgs,
+    blocks_max: usize,
     told: Arc<Told>,
     _epochs: Allocation,
     /// All ranks' planes: others write into this one's as long as they live.
@@ -142,6 +143,7 @@ impl Communicator {
         for (place, plane) in args.planes.iter_mut().zip(planes.iter()) {
             *place = plane.base();
         }
+        let blocks_max = blocks_max(world);
         let mut all = Vec::with_capacity(size);
         for (rank, device) in world.0.devices.iter().enumerate() {
             let epochs = Allocation::new(device, COLLECTIVE_BLOCKS_MAX * size_of::<u32>())?;
@@ -155,6 +157,7 @@ impl Communicator {
                 rank,
                 plane: device.backend().join(&collectives, rank),
                 args: CommunicatorArgs { epochs: epochs.ptr(), words: words.ptr(), rank: rank as u32, ..args },
+                blocks_max,
                 told: Arc::new(Told { world: world.clone(), rank, words, names: Mutex::default() }),
                 _epochs: epochs,
                 _planes: Arc::clone(&planes),
@@ -188,13 +191,7 @@ impl Communicator {
     /// share one, their collectives together leave half of its multiprocessors alone: a block of another kernel may need a
     /// whole one, and what a collective waits for must run beside it. The same on all ranks.
     pub fn blocks_max(&self) -> usize {
-        let multiprocessors = self.world.0.devices.iter().map(|device| device.num_multiprocessors() as usize).min();
-        let (multiprocessors, ranks_of_gpu) = (multiprocessors.unwrap_or(1), self.world.ranks_of_gpu());
-        let blocks = match ranks_of_gpu {
-            0 | 1 => multiprocessors * BLOCKS_OF_MULTIPROCESSOR,
-            _ => multiprocessors / (2 * ranks_of_gpu),
-        };
-        blocks.clamp(1, COLLECTIVE_BLOCKS_MAX)
+        self.blocks_max
     }
 
     pub(crate) fn plane(&self) -> PlaneId {
@@ -247,6 +244,17 @@ impl Told {
         let cause = format!("rank {} waited {:?} for it", self.rank, self.world.0.options.timeout);
         Err(self.world.lose_at(lost as usize - 1, name.to_owned(), segment, cause))
     }
+}
+
+/// See [`Communicator::blocks_max`].
+fn blocks_max(world: &World) -> usize {
+    let multiprocessors = world.0.devices.iter().map(|device| device.num_multiprocessors() as usize).min();
+    let (multiprocessors, ranks_of_gpu) = (multiprocessors.unwrap_or(1), world.ranks_of_gpu());
+    let blocks = match ranks_of_gpu {
+        0 | 1 => multiprocessors * BLOCKS_OF_MULTIPROCESSOR,
+        _ => multiprocessors / (2 * ranks_of_gpu),
+    };
+    blocks.clamp(1, COLLECTIVE_BLOCKS_MAX)
 }
 
 /// Maps a plane on each GPU, which all others can write, and fills it with the word that stands for "not yet written".
