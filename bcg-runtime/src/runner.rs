@@ -125,10 +125,7 @@ impl Runner {
     /// Cleans up after work that failed. The other ranks may wait for what this one did not do, so their world ends.
     fn ended<R>(&mut self, result: Result<R>) -> Result<R> {
         let result = result.inspect_err(|_| self.stream.reset_forks());
-        match self.stream.ranks() {
-            Some(ranks) => ranks.ended(result),
-            None => result,
-        }
+        self.stream.ended(result)
     }
 
     /// Enqueues a copy of `data`, in row-major order, into a persistent tensor: an input of the coming forward.

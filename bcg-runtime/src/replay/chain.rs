@@ -18,10 +18,7 @@ pub(crate) fn replay<L: LiveBatch, O: Freeze>(tape: &Tape<L, O>, stream: &mut Op
     begin(tape, stream, live)?;
     let result = run_steps(tape, stream, live);
     stream.arena().end_serving();
-    if let Some(ranks) = stream.ranks() {
-        return ranks.ended(result).map(|()| thaw_output(tape));
-    }
-    result.map(|()| thaw_output(tape))
+    stream.ended(result).map(|()| thaw_output(tape))
 }
 
 fn run_steps<L: LiveBatch, O: Freeze>(tape: &Tape<L, O>, stream: &mut OpStream, live: &L) -> Result<()> {

@@ -36,10 +36,7 @@ pub(crate) fn replay<L: LiveBatch, O: Freeze>(
     stream.arena().end_serving();
     tape.healer.keep_list(active.end());
     drop(hold);
-    let path = match stream.ranks() {
-        Some(ranks) => ranks.ended(result)?,
-        None => result?,
-    };
+    let path = stream.ended(result)?;
     if path == ReplayPath::Chain(ChainReason::WorkChanged) {
         tape.forget_covered();
     }

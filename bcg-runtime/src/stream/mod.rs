@@ -401,6 +401,14 @@ impl OpStream {
         self.told().map_or(Ok(()), |told| told.check())
     }
 
+    /// Ends the world if the work of this rank failed: the others may wait for what it did not do.
+    pub(crate) fn ended<R>(&self, result: Result<R>) -> Result<R> {
+        match self.ranks() {
+            Some(ranks) => ranks.ended(result),
+            None => result,
+        }
+    }
+
     pub(crate) fn replay_mode(&self) -> ReplayMode {
         self.options.replay
     }
