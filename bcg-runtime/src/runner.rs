@@ -4,7 +4,8 @@ use crate::arena::ArenaStats;
 use crate::error::catch_panic;
 use crate::tensor::{read_rows, write_rows};
 use crate::{
-    Communicator, Context, Device, Eager, Element, Live, LiveBatch, OpStream, ReplayMode, Result, RunnerOptions, Tensor,
+    Communicator, Context, Device, Eager, Element, Event, Live, LiveBatch, OpStream, ReplayMode, Result, RunnerOptions,
+    Tensor,
 };
 
 /// How much a runner did since it was made.
@@ -158,6 +159,23 @@ impl Runner {
     pub fn synchronize(&self) -> Result<()> {
         self.stream.main().synchronize()?;
         self.stream.check_ranks()
+    }
+
+    /// Puts an event after the work enqueued so far.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn record(&self, event: &Event) -> Result<()> {
+        event.record(self.stream.main())
+    }
+
+    /// Makes the work that is enqueued from now on wait for an event's latest record, on this device or another one. Not
+    /// within a forward. A host device cannot wait for another one: there the calling thread waits, at once.
+    ///
+    /// # Errors
+    /// The driver's; for an event of another host device the first error of the work waited for.
+    pub fn wait_for(&self, event: &Event) -> Result<()> {
+        event.hold_back(self.stream.main())
     }
 
     /// Gives the arena's physical memory back (sleep), after the ranks have met if there are several. Addresses and graphs

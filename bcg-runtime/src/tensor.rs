@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use crate::arena::{Arena, ArenaBlock};
-use crate::device::{Allocation, StreamRef};
+use crate::device::{Allocation, SharedMemory, StreamRef};
 use crate::generation::{Generation, Stamp};
 use crate::op::Op;
 use crate::shape::Shape;
@@ -51,13 +51,30 @@ pub(crate) enum Storage {
 /// An allocation of its own, with the generation it belongs to.
 #[derive(Debug)]
 pub(crate) struct PersistentBuffer {
-    allocation: Allocation,
+    memory: PersistentMemory,
     stamp: OnceLock<Stamp>,
+}
+
+#[derive(Debug)]
+enum PersistentMemory {
+    Own(Allocation),
+    Shared(SharedMemory),
 }
 
 impl PersistentBuffer {
     pub(crate) fn device(&self) -> &Device {
-        self.allocation.device()
+        match &self.memory {
+            PersistentMemory::Own(memory) => memory.device(),
+            PersistentMemory::Shared(memory) => memory.device(),
+        }
+    }
+
+    /// Tells whether work of a device may use the memory.
+    pub(crate) fn is_reachable_from(&self, device: &Device) -> bool {
+        match &self.memory {
+            PersistentMemory::Own(memory) => memory.device().is(device),
+            PersistentMemory::Shared(memory) => memory.is_reachable_from(device),
+        }
     }
 
     pub(crate) fn stamp(&self) -> Option<&Stamp> {
@@ -69,10 +86,12 @@ impl Tensor {
     pub(crate) fn persistent(device: &Device, shape: &[usize], dtype: DType) -> Result<Self> {
         let shape = Shape::new("Device::empty", shape)?;
         let allocation = Allocation::new(device, shape.num_elements() * dtype.size_bytes())?;
-        let ptr = allocation.ptr();
-        let buffer = Arc::new(PersistentBuffer { allocation, stamp: OnceLock::new() });
-        let row_stride = shape.row_elements();
-        Ok(Self { ptr, shape, row_stride, dtype, storage: Storage::Persistent(buffer) })
+        Ok(Self::in_buffer(allocation.ptr(), PersistentMemory::Own(allocation), shape, dtype))
+    }
+
+    fn in_buffer(ptr: DevicePtr, memory: PersistentMemory, shape: Shape, dtype: DType) -> Self {
+        let buffer = Arc::new(PersistentBuffer { memory, stamp: OnceLock::new() });
+        Self { ptr, shape, row_stride: shape.row_elements(), dtype, storage: Storage::Persistent(buffer) }
     }
 
     /// Takes memory of an arena for a tensor with undefined contents.
@@ -205,7 +224,7 @@ impl Tensor {
     /// Returns the address of a persistent tensor on `device`.
     pub(crate) fn persistent_addr(&self, device: &Device) -> Result<DevicePtr> {
         match &self.storage {
-            Storage::Persistent(buffer) if buffer.device().is(device) => Ok(self.ptr),
+            Storage::Persistent(buffer) if buffer.is_reachable_from(device) => Ok(self.ptr),
             Storage::Persistent(buffer) => Err(Error::foreign(buffer.device().name(), device.name())),
             Storage::Arena(_) => Err(Error::foreign(
                 "a runner's arena",
@@ -235,19 +254,60 @@ impl Device {
         Tensor::persistent(self, shape, dtype)
     }
 
+    /// Allocates a persistent tensor in memory of this device that work of the devices `with` may read and write too, at the
+    /// same address. What one device writes another one reads after an [`Event`](crate::Event), or once the host has waited
+    /// for the writing.
+    ///
+    /// # Errors
+    /// As [`Device::empty`]; [`Error::NoDevice`] for a GPU that cannot reach the memory; [`Error::Option`] for devices of
+    /// several kinds.
+    ///
+    /// # Example
+    /// ```
+    /// use bcg_runtime::{DType, Device, Runner, RunnerOptions};
+    /// let (near, far) = (Device::host(), Device::host());
+    /// let shared = far.empty_shared(&[near.clone()], &[2], DType::I32)?;
+    /// let numbers = near.tensor(&[2], &[1i32, 2])?;
+    /// let mut runner = Runner::new(&near, RunnerOptions::default())?;
+    /// runner.eager(&(), |cx| cx.copy(&shared, &numbers))?;
+    /// runner.synchronize()?;
+    /// assert_eq!(far.read::<i32>(&shared)?, [1, 2]);
+    /// # Ok::<(), bcg_runtime::Error>(())
+    /// ```
+    pub fn empty_shared(&self, with: &[Device], shape: &[usize], dtype: DType) -> Result<Tensor> {
+        let shape = Shape::new("Device::empty_shared", shape)?;
+        let memory = SharedMemory::new(self, with, shape.num_elements() * dtype.size_bytes())?;
+        Ok(Tensor::in_buffer(memory.ptr(), PersistentMemory::Shared(memory), shape, dtype))
+    }
+
     /// Allocates a persistent tensor of zeros.
     ///
     /// # Errors
     /// As [`Device::empty`].
     pub fn zeros(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
         let tensor = self.empty(shape, dtype)?;
+        self.fill_zero(&tensor)?;
+        Ok(tensor)
+    }
+
+    /// As [`Device::empty_shared`], filled with zeros.
+    ///
+    /// # Errors
+    /// As [`Device::empty_shared`].
+    pub fn zeros_shared(&self, with: &[Device], shape: &[usize], dtype: DType) -> Result<Tensor> {
+        let tensor = self.empty_shared(with, shape, dtype)?;
+        self.fill_zero(&tensor)?;
+        Ok(tensor)
+    }
+
+    fn fill_zero(&self, tensor: &Tensor) -> Result<()> {
         if tensor.size_bytes() > 0 {
             let stream = self.own_stream()?;
             let dst = tensor.persistent_addr(self)?;
             stream.backend.enqueue(stream.handle, &Op::Fill { dst, byte: 0, bytes: tensor.size_bytes() })?;
             stream.backend.synchronize_stream(stream.handle)?;
         }
-        Ok(tensor)
+        Ok(())
     }
 
     /// Allocates a persistent tensor that holds `data`, in row-major order.

@@ -10,7 +10,7 @@ use super::Device;
 use super::traits::{Backend, EventHandle, ExecHandle, GraphHandle, NodeCounts, NodeHandle, Part, StreamHandle};
 use super::watch::{self, Dropped};
 use crate::op::Op;
-use crate::{DevicePtr, Element, Error, Result};
+use crate::{DeviceKind, DevicePtr, Element, Error, Result};
 
 /// How many objects of a device are alive.
 ///
@@ -64,7 +64,7 @@ impl Counters {
         }
     }
 
-    fn add_memory(&self, bytes: usize) {
+    pub(super) fn add_memory(&self, bytes: usize) {
         self.allocations.fetch_add(1, Ordering::Relaxed);
         self.allocated_bytes.fetch_add(bytes, Ordering::Relaxed);
     }
@@ -403,7 +403,11 @@ impl Event {
     }
 
     /// Makes later work of a stream, maybe of another GPU, wait for the latest record.
+    /// A host device cannot wait for another one, so there the calling thread does, at once.
     pub(crate) fn hold_back(&self, stream: &Stream) -> Result<()> {
+        if stream.device.kind() == DeviceKind::Host && !stream.device.is(&self.device) {
+            return self.device.backend().synchronize_event(self.handle);
+        }
         stream.device.backend().wait_event(stream.handle, self.handle)
     }
 

@@ -7,6 +7,7 @@ pub(crate) mod cuda;
 mod guard;
 pub(crate) mod host;
 mod info;
+mod peer;
 pub(crate) mod ranks;
 pub(crate) mod traits;
 pub(crate) mod watch;
@@ -19,6 +20,7 @@ pub(crate) use guard::{Allocation, Graph, GraphExec, Reservation, StreamRef};
 pub use guard::{Event, LiveObjects, PinnedBuffer, Stream};
 pub(crate) use info::KernelTrace;
 pub use info::{DeviceKind, KernelRun, MemoryInfo};
+pub(crate) use peer::SharedMemory;
 
 use crate::launch::AnyKernel;
 use crate::{Arch, Error, Result};
@@ -228,7 +230,7 @@ impl Device {
 
     /// # Errors
     /// [`Error::Sealed`] while the device is sealed.
-    fn check_unsealed(&self) -> Result<()> {
+    pub(super) fn check_unsealed(&self) -> Result<()> {
         match self.shared.num_seals.load(Ordering::Relaxed) {
             0 => Ok(()),
             _ => Err(Error::Sealed { device: self.name().to_owned() }),

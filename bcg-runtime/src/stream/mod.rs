@@ -186,7 +186,7 @@ impl OpStream {
         match &tensor.storage {
             Storage::Arena(block) => self.arena.check(block)?,
             Storage::Persistent(buffer) => {
-                if !buffer.device().is(&self.device) {
+                if !buffer.is_reachable_from(&self.device) {
                     return Err(Error::foreign(buffer.device().name(), self.device.name()));
                 }
                 if let Some(stamp) = buffer.stamp() {

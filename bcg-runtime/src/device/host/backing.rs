@@ -5,12 +5,13 @@
 //!
 //! Invariants: `start` points to `bytes` initialised bytes, aligned to [`ALIGN`], until the drop; a chunk marked as
 //! filled holds 0xFF or what was written since, another one is filled before anybody gets a pointer into it.
-//! Called by `memory.rs` only, under the device's lock.
+//! Called by `memory.rs` only, under the device's lock, and for memory that devices share under one lock of all of them.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::cell::Cell;
 use std::fmt;
 use std::ptr::NonNull;
+use std::sync::Mutex;
 
 /// Alignment of every backing. Larger would make the system's zeroed allocation touch each page.
 pub(super) const ALIGN: usize = 16;
@@ -31,6 +32,31 @@ pub(super) struct Backing {
 // SAFETY: `start` is the only pointer to the memory that outlives a borrow of `self`: `touch` gives out others that its
 // callers in `memory.rs` bind to such a borrow. So moving the owner to another thread moves the memory with it.
 unsafe impl Send for Backing {}
+
+/// The memory of an allocation that several host devices reach, each under its own lock.
+///
+/// Whoever calls [`Backing::touch`] on it, and uses what that returns, holds [`SHARED_TURN`] meanwhile.
+#[derive(Debug)]
+pub(super) struct SharedBacking(Backing);
+
+// SAFETY: the cells of the backing and the bytes behind it are used by one thread at a time: `Memory::resolve`, the only
+// caller of `get`, runs under `SHARED_TURN` for a device that has shared memory, until what it returned is not used any
+// more (`Memory::turn` says who takes it).
+unsafe impl Sync for SharedBacking {}
+
+/// The turn of a thread to use memory that host devices share. The last lock that is taken: none is under it.
+pub(super) static SHARED_TURN: Mutex<()> = Mutex::new(());
+
+impl SharedBacking {
+    pub(super) fn new(bytes: usize) -> Option<Self> {
+        Backing::new(bytes).map(Self)
+    }
+
+    pub(super) fn get(&self) -> &Backing {
+        debug_assert!(SHARED_TURN.try_lock().is_err(), "memory that devices share is used by one thread at a time");
+        &self.0
+    }
+}
 
 impl Backing {
     /// Makes `bytes` (> 0) of fresh memory, or nothing if the host has too little.

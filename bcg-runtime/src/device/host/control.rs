@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use super::fault::{Fate, ask};
 use super::{HostBackend, Shared, State};
-use crate::{Error, Result};
+use crate::device::traits::MemoryBackend;
+use crate::{DevicePtr, Error, Result};
 
 impl HostBackend {
     /// Begins a driver call: counts it and lets it meet the faults that were asked for, else locks the device.
@@ -164,6 +165,24 @@ impl HostControl {
         faults.log.iter().skip(faults.log.len() - wanted).copied().collect()
     }
 
+    /// Allocates memory that other host devices reach too.
+    pub(crate) fn alloc_shared(&self, bytes: usize, with: &[&Self]) -> Result<DevicePtr> {
+        let backend = HostBackend { shared: Arc::clone(&self.shared) };
+        let mut state = backend.enter_alloc("cuMemCreate", bytes)?;
+        state.refuse_while_capturing("cuMemCreate")?;
+        let (ptr, backing) = state.memory.alloc_shared(bytes)?;
+        drop(state);
+        for other in with {
+            other.shared.lock().memory.adopt(ptr, bytes, &backing);
+        }
+        Ok(ptr)
+    }
+
+    /// Takes shared memory away from this device, after the work that is enqueued here.
+    pub(crate) fn free_shared(&self, ptr: DevicePtr) {
+        HostBackend { shared: Arc::clone(&self.shared) }.free(ptr);
+    }
+
     /// Makes the work of all streams with this name run only when no other work can (`true`), or as it comes. That
     /// includes graph nodes that were captured on such a stream.
     pub fn set_delay(&self, stream: &str, late: bool) {
@@ -188,7 +207,7 @@ impl fmt::Debug for HostControl {
 mod tests {
     use super::super::testing::Rig;
     use super::*;
-    use crate::device::traits::{MemoryBackend, StreamBackend};
+    use crate::device::traits::StreamBackend;
 
     #[test]
     fn the_nth_call_from_now_fails_once() {

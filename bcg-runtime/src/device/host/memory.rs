@@ -47,7 +47,7 @@ impl State {
         }
     }
 
-    fn refuse_while_capturing(&mut self, call: &'static str) -> Result<()> {
+    pub(super) fn refuse_while_capturing(&mut self, call: &'static str) -> Result<()> {
         match self.capture_of_this_thread() {
             Some(capture) => {
                 let what = format!("{call}; allocate before the capture, or take memory of the arena");

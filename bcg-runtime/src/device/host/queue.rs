@@ -414,6 +414,7 @@ impl Queue {
 
     /// Runs work, and spoils what it wrote if a test wants that.
     fn run(&mut self, work: &Work, gave: &[Arc<[u8]>], memory: &Memory) -> Result<()> {
+        let _turn = memory.turn();
         work.run(gave, memory)?;
         if self.flips.is_empty() { Ok(()) } else { self.flips.ran(work.name(), work.output(), memory) }
     }

@@ -9,8 +9,9 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ptr::NonNull;
+use std::sync::{Arc, MutexGuard, PoisonError};
 
-use super::backing::{Backing, CHUNK_BYTES};
+use super::backing::{Backing, CHUNK_BYTES, SHARED_TURN, SharedBacking};
 use crate::{DevicePtr, Error, MemoryInfo, Result};
 
 /// How much address space one device has: 32 TiB.
@@ -26,6 +27,11 @@ const FREED_MAX: usize = 1024;
 enum Kind {
     Device,
     Pinned,
+    /// Memory of this device or of another one, which both reach; the owner's counts.
+    Shared {
+        backing: Arc<SharedBacking>,
+        is_own: bool,
+    },
     /// Mapped ranges, offset → bytes; all below `prefix` is mapped.
     Reserved {
         mapped: BTreeMap<usize, usize>,
@@ -37,7 +43,7 @@ enum Kind {
 struct Region {
     bytes: usize,
     kind: Kind,
-    /// `None` while no part of a reservation is mapped.
+    /// `None` while no part of a reservation is mapped, and for shared memory.
     backing: Option<Backing>,
 }
 
@@ -52,6 +58,7 @@ impl Region {
         let what = match self.kind {
             Kind::Device => "an allocation",
             Kind::Pinned => "a pinned allocation",
+            Kind::Shared { .. } => "a shared allocation",
             Kind::Reserved { .. } => "a reservation",
         };
         format!("{what} of {} bytes at {base:#x}", self.bytes)
@@ -80,6 +87,7 @@ pub(super) struct Memory {
     freed: VecDeque<(u64, usize)>,
     total_bytes: usize,
     used_bytes: usize,
+    num_shared: usize,
 }
 
 impl Memory {
@@ -93,6 +101,7 @@ impl Memory {
             freed: VecDeque::new(),
             total_bytes,
             used_bytes: 0,
+            num_shared: 0,
         }
     }
 
@@ -121,6 +130,32 @@ impl Memory {
         self.place(Region { bytes, kind: Kind::Pinned, backing })
     }
 
+    /// Allocates memory that other devices reach too, once they have adopted it.
+    pub(super) fn alloc_shared(&mut self, bytes: usize) -> Result<(DevicePtr, Arc<SharedBacking>)> {
+        self.claim(bytes)?;
+        let Some(backing) = SharedBacking::new(bytes).map(Arc::new) else {
+            self.used_bytes -= bytes;
+            return Err(self.out_of_memory(bytes));
+        };
+        let kind = Kind::Shared { backing: Arc::clone(&backing), is_own: true };
+        let ptr = self.place(Region { bytes, kind, backing: None })?;
+        self.num_shared += 1;
+        Ok((ptr, backing))
+    }
+
+    /// Makes memory of another device reachable here, at its address.
+    pub(super) fn adopt(&mut self, ptr: DevicePtr, bytes: usize, backing: &Arc<SharedBacking>) {
+        let kind = Kind::Shared { backing: Arc::clone(backing), is_own: false };
+        self.regions.insert(ptr.0, Region { bytes, kind, backing: None });
+        self.num_shared += 1;
+    }
+
+    /// Takes this thread's turn to use memory that devices share, if this one has any. Whoever runs work, reads or writes
+    /// holds it until it is done.
+    pub(super) fn turn(&self) -> Option<MutexGuard<'static, ()>> {
+        (self.num_shared > 0).then(|| SHARED_TURN.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     pub(super) fn reserve(&mut self, bytes: usize) -> Result<DevicePtr> {
         let kind = Kind::Reserved { mapped: BTreeMap::new(), prefix: 0 };
         self.place(Region { bytes, kind, backing: None })
@@ -135,6 +170,10 @@ impl Memory {
         match &region.kind {
             Kind::Device => self.used_bytes -= region.bytes,
             Kind::Pinned => {}
+            Kind::Shared { is_own, .. } => {
+                self.num_shared -= 1;
+                self.used_bytes -= if *is_own { region.bytes } else { 0 };
+            }
             Kind::Reserved { mapped, .. } => self.used_bytes -= mapped.values().sum::<usize>(),
         }
         if self.freed.len() == FREED_MAX {
@@ -217,7 +256,7 @@ impl Memory {
         let end = at.checked_add(region.bytes as u64).and_then(|end| end.checked_add(GAP_BYTES));
         let next = end.and_then(|end| end.checked_next_multiple_of(GAP_BYTES));
         let Some(next) = next.filter(|next| *next <= self.base + DEVICE_SPAN) else {
-            if let Kind::Device = region.kind {
+            if let Kind::Device | Kind::Shared { .. } = region.kind {
                 self.used_bytes -= region.bytes;
             }
             return Err(self.out_of_memory(region.bytes));
@@ -233,7 +272,10 @@ impl Memory {
             let offset = (ptr.0 - base) as usize;
             let inside = offset.checked_add(bytes).is_some_and(|end| end <= region.bytes);
             if inside && region.covers(offset, bytes) {
-                let backing = region.backing.as_ref().expect("mapped memory has a backing");
+                let backing = match &region.kind {
+                    Kind::Shared { backing, .. } => backing.get(),
+                    _ => region.backing.as_ref().expect("mapped memory has a backing"),
+                };
                 return Ok(backing.touch(offset, bytes));
             }
         }
@@ -250,7 +292,8 @@ impl Memory {
         if ptr.is_null() {
             return "the null address".to_owned();
         }
-        if ptr.0 < self.base || ptr.0 >= self.base + DEVICE_SPAN {
+        let is_own = ptr.0 >= self.base && ptr.0 < self.base + DEVICE_SPAN;
+        if !is_own && !self.is_adopted(ptr) {
             return "not an address of this device, but of another or of none".to_owned();
         }
         let inside = |base: u64, len: usize| ptr.0 >= base && ptr.0 - base < len as u64;
@@ -275,6 +318,14 @@ impl Memory {
             }
             None => "in no allocation, and none lies below".to_owned(),
         }
+    }
+
+    /// Tells whether an address lies in memory of another device that this one reaches.
+    fn is_adopted(&self, ptr: DevicePtr) -> bool {
+        let region = self.regions.range(..=ptr.0).next_back();
+        region.is_some_and(|(base, region)| {
+            matches!(region.kind, Kind::Shared { is_own: false, .. }) && ptr.0 - base < region.bytes as u64
+        })
     }
 
     /// Copies `bytes` within the device, as if through a buffer.

@@ -163,7 +163,9 @@ impl StreamBackend for HostBackend {
     fn copy_to_host(&self, stream: StreamHandle, dst: &mut [u8], src: DevicePtr) -> Result<()> {
         let mut state = self.enter("cuMemcpyDtoHAsync")?;
         state.refuse_on_capturing(stream, "a copy to the host; read in a break")?;
-        self.synchronize_latest(state, stream)?.memory.read("copy to host", dst, src)
+        let state = self.synchronize_latest(state, stream)?;
+        let _turn = state.memory.turn();
+        state.memory.read("copy to host", dst, src)
     }
 
     fn copy_to_pinned(&self, stream: StreamHandle, dst: DevicePtr, src: DevicePtr, bytes: usize) -> Result<()> {

@@ -55,7 +55,8 @@ impl<'a> HostMemory<'a> {
         // SAFETY: `resolve` returned `bytes` initialised bytes that live while `memory` is borrowed ('a); they are
         // aligned, since regions and backings both begin at multiples of `ALIGN` and `ptr` was checked above; any bits
         // are a valid `T` (`Element: Pod`). Only cells and raw copies on this thread reach them: `memory` is not
-        // `Sync`, and whoever holds `&mut Memory` holds no view.
+        // `Sync`, whoever holds `&mut Memory` holds no view, and while work runs this thread has the turn to use memory
+        // that devices share (`Memory::turn`, taken in `Queue::run`).
         Ok(unsafe { std::slice::from_raw_parts(start.as_ptr(), len) })
     }
 
