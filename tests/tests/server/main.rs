@@ -254,9 +254,13 @@ fn models_health_and_metrics_answer() {
     server.get("/v1/models/other").assert_error(404, &json!("model"), "other");
     assert_eq!(server.get("/health").status, 200);
     let metrics = server.get("/metrics");
-    assert!(metrics.headers["content-type"].starts_with("application/openmetrics-text"));
+    assert!(metrics.headers["content-type"].starts_with("text/plain; version=0.0.4"));
     assert!(metrics.body.contains("bcg_http_requests_total{route=\"/health\",code=\"200\"} 1"), "{}", metrics.body);
     assert!(metrics.body.contains("bcg_queue_depth 0"), "{}", metrics.body);
+    let accept = "Accept: application/openmetrics-text;version=1.0.0,text/plain;q=0.5\r\n";
+    let metrics = server.send_with("GET", "/metrics", accept, "").finish();
+    assert!(metrics.headers["content-type"].starts_with("application/openmetrics-text"));
+    assert!(metrics.body.ends_with("# EOF\n"), "{}", metrics.body);
 }
 
 #[test]
