@@ -265,6 +265,10 @@ pub enum Error {
         /// What the rank did, or did not do.
         cause: String,
     },
+    /// The nodes of a world of several processes did not come together: one did not come, or was started otherwise than the
+    /// others.
+    #[error("the nodes of this world do not come together: {0}")]
+    Nodes(String),
     /// A step of all ranks failed on one of them, or was not the same on all of them. No rank did it, and the world goes on.
     #[error("{what}: {message}")]
     Ranks {

@@ -112,7 +112,9 @@ pub use tensor::Tensor;
 pub use timeline::{GpuTimeline, KernelTime, Timeline};
 pub use transfer::{Readback, Staging, UploadOptions, UploadSource, Uploader};
 pub use world::communicator::COLLECTIVE_BLOCKS_MAX;
-pub use world::{Communicator, CommunicatorArgs, CommunicatorOptions, RANKS_MAX, RankThreads, World, WorldOptions};
+pub use world::{
+    Communicator, CommunicatorArgs, CommunicatorOptions, RANKS_MAX, RankThreads, SpanOptions, World, WorldOptions,
+};
 
 /// The CUDA sources of the runtime's own kernels, for a build that compiles every kernel.
 pub static SOURCES: &[&Source] = &[&scrub::SOURCE];

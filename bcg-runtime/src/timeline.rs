@@ -12,7 +12,6 @@ use std::time::Instant;
 
 use crate::device::KernelTrace;
 use crate::stream::steps::{Part, StepLog};
-use crate::world::Ranks;
 use crate::{Error, Result, Runner, StepKind, StepTime};
 
 /// Replays that nothing watches; the median one is kept.
@@ -230,15 +229,15 @@ fn watched(runner: &mut Runner, replay: &mut dyn FnMut(&mut Runner) -> Result<()
         ranks.as_ref().map_or(Ok(()), |ranks| ranks.come("a watched replay"))?;
         Ok::<_, Error>(timed)
     };
-    let Some(Ranks { world, rank }) = &ranks else {
+    let Some(ranks) = ranks.as_ref().filter(|ranks| ranks.world.num_local() > 1) else {
         let (timed, trace) = device.trace(true, run)?;
         return Ok(GpuTimeline::new(trace, &timed?.log, &[]));
     };
-    if *rank != 0 {
+    if ranks.local() != 0 {
         run()?;
         return Err(Error::Trace("rank 0 watches the GPUs of all ranks".to_owned()));
     }
-    let gpus = world.ordinals();
+    let gpus = ranks.world.ordinals();
     let (timed, trace) = match gpus.is_empty() {
         // The ranks replay all the same: the others do.
         true => return run().and(Err(Error::Trace(format!("{} runs no kernel on a GPU", device.name())))),

@@ -148,7 +148,7 @@ fn run_captured<L: LiveBatch, F: Send + Sync + 'static, R: Bridge>(
 /// Waits for all ranks before the body of a rank-coupled break.
 fn come(stream: &OpStream, site: &BreakSite) -> Result<()> {
     match stream.ranks() {
-        Some(ranks) if site.is_rank_coupled => ranks.come(RANK_COUPLED),
+        Some(ranks) if site.is_rank_coupled => ranks.come_all(RANK_COUPLED),
         _ => Ok(()),
     }
 }

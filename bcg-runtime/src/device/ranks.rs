@@ -38,6 +38,11 @@ impl Lost {
         error
     }
 
+    /// Returns the rank that is lost, if one is.
+    pub(crate) fn rank(&self) -> Option<&LostRank> {
+        self.rank.get()
+    }
+
     /// Returns the error that every rank gets, once a rank is lost.
     pub(crate) fn error(&self) -> Option<Error> {
         self.rank.get().map(LostRank::error)

@@ -182,13 +182,13 @@ impl Healer {
         if let Some(at) = at
             && let Exec::World(exec) = &self.merged[at].exec
         {
-            exec.get_ready(ranks.rank)?;
+            exec.get_ready(ranks.local())?;
             (request.exec, request.changes) = (Some(Arc::clone(exec)), self.merged[at].changes(span));
         }
         let outcome = ranks.meet("a launch", request, |requests| world::launch_all(&requests))?;
         if outcome.launched != Launched::AsOne && ranks.world.shares_gpus() {
             // To make an executable may wait for the GPU, where a collective may wait for the rank that makes it.
-            ranks.agree("the executables of a chain", span.prepare(), |()| 0)?;
+            ranks.agree_here("the executables of a chain", span.prepare())?;
         }
         if span.num_launches() == 0 {
             return Ok(None);
@@ -197,7 +197,7 @@ impl Healer {
             (Launched::AsOne, Some(at)) => {
                 self.merged[at].hold(span, &mut self.patched);
                 match &self.merged[at].exec {
-                    Exec::World(exec) => exec.follow(ranks.rank).map(|()| None),
+                    Exec::World(exec) => exec.follow(ranks.local()).map(|()| None),
                     Exec::Own { .. } => Ok(None),
                 }
             }

@@ -39,7 +39,7 @@ impl FirstUses {
             return Ok(None);
         }
         self.ranks.come(WHAT)?;
-        let loaded = self.ranks.agree(WHAT, load(), |_| 0)?;
+        let loaded = self.ranks.agree_here(WHAT, load())?;
         self.known.insert(what);
         Ok(Some(loaded))
     }

@@ -126,7 +126,16 @@ impl Communicator {
         }
         let (size, timeout) = (world.size(), world.0.options.timeout);
         let planes = planes(world, options.plane_bytes)?;
-        let collectives = Arc::new(Collectives::new(size, timeout, &world.0.lost));
+        let first_rank = world.first_rank();
+        let mut collectives = Collectives::new(size, timeout, &world.0.lost);
+        if let Some(span) = &world.0.span {
+            let local = first_rank..first_rank + world.num_local();
+            collectives = collectives.spanning(local, Arc::clone(span) as _, span.num_communicators());
+        }
+        let collectives = Arc::new(collectives);
+        if let Some(span) = &world.0.span {
+            span.add(&collectives);
+        }
         world.0.collectives.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&collectives));
         let mut args = CommunicatorArgs {
             planes: [DevicePtr::NULL; RANKS_MAX],
@@ -144,8 +153,8 @@ impl Communicator {
             *place = plane.base();
         }
         let blocks_max = blocks_max(world);
-        let mut all = Vec::with_capacity(size);
-        for (rank, device) in world.0.devices.iter().enumerate() {
+        let mut all = Vec::with_capacity(world.num_local());
+        for (device, rank) in world.0.devices.iter().zip(first_rank..) {
             let epochs = Allocation::new(device, COLLECTIVE_BLOCKS_MAX * size_of::<u32>())?;
             let stream = device.own_stream()?;
             stream.backend.fill_u32(stream.handle, epochs.ptr(), options.first_epoch, COLLECTIVE_BLOCKS_MAX)?;
@@ -164,6 +173,8 @@ impl Communicator {
             });
             device.synchronize()?;
         }
+        // What a rank gives finds a place on every node from here on.
+        world.exchange("the making of communicators", Vec::new(), timeout)?;
         Ok(all)
     }
 
@@ -179,7 +190,7 @@ impl Communicator {
 
     /// Returns the device of this rank.
     pub fn device(&self) -> &Device {
-        self.world.device(self.rank)
+        self.world.device(self.rank - self.world.first_rank())
     }
 
     /// Returns the bytes that one rank can send to another in one launch; without a bound on the host device.

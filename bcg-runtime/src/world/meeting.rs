@@ -15,6 +15,9 @@ use crate::{Error, Result};
 /// How often a waiting thread looks before it sleeps, where there are cores enough: some 20 µs.
 const LOOKS: u32 = 4000;
 
+/// How many times the timeout a rank waits for the last one, where that one waits for other nodes itself.
+const JOIN_TURNS: u32 = 3;
+
 type Parcel = Box<dyn Any + Send>;
 
 /// How often a thread of one of `size` ranks looks before it sleeps: not at all, if another one may need its core.
@@ -26,6 +29,8 @@ pub(super) fn looks(size: usize) -> u32 {
 /// The place where the ranks of one world meet, one meeting after the other.
 pub(crate) struct Meeting {
     timeout: Duration,
+    /// What the last rank does for all may wait for other nodes, as long again.
+    spans: bool,
     lost: Arc<Lost>,
     state: Mutex<State>,
     changed: Condvar,
@@ -60,10 +65,11 @@ pub(crate) enum Failed {
 }
 
 impl Meeting {
-    pub(crate) fn new(size: usize, timeout: Duration, lost: &Arc<Lost>) -> Self {
+    pub(crate) fn new(size: usize, timeout: Duration, lost: &Arc<Lost>, spans: bool) -> Self {
         let none = || (0..size).map(|_| None).collect();
         Self {
             timeout,
+            spans,
             lost: Arc::clone(lost),
             state: Mutex::new(State {
                 purpose: "",
@@ -145,7 +151,7 @@ impl Meeting {
             }
             std::hint::spin_loop();
         }
-        let deadline = Instant::now() + self.timeout;
+        let begun = Instant::now();
         let mut state = self.lock();
         loop {
             if has_ended() {
@@ -154,7 +160,8 @@ impl Meeting {
             if let Some(error) = self.lost.error() {
                 return Err(Failed::Lost(error));
             }
-            let left = deadline.saturating_duration_since(Instant::now());
+            let turns = if self.spans && state.joiner.is_some() { JOIN_TURNS } else { 1 };
+            let left = (self.timeout * turns).saturating_sub(begun.elapsed());
             if left.is_zero() {
                 let (missing, did) = match state.joiner {
                     Some(joiner) => (joiner, "what it does for all ranks was not done"),

@@ -1,7 +1,8 @@
-//! Several GPUs in one process: a [`World`] of ranks, each with a device and a thread of its own.
+//! Several GPUs as one: a [`World`] of ranks, each with a device and a thread of its own, in one process or in several.
 //!
 //! - [`communicator`]: the memory through which collectives pass data, and what a collective's kernel is told of it.
 //! - [`meeting`]: where the ranks' threads wait for each other, with a bound.
+//! - [`span`]: the connections between the processes of a world that has several.
 //! - [`threads`]: a thread for each rank, which do the same at the same time.
 //!
 //! Invariants: every rank does the same forwards in the same order (law L13); a rank that fails, or does not come, ends the
@@ -9,20 +10,23 @@
 
 pub(crate) mod communicator;
 pub(crate) mod meeting;
+mod span;
 mod threads;
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 pub use communicator::{Communicator, CommunicatorArgs, CommunicatorOptions};
+pub use span::SpanOptions;
 pub use threads::RankThreads;
 
 use crate::device::host::collectives::Collectives;
 use crate::device::ranks::{Lost, LostRank};
 use crate::{Device, DeviceKind, Error, PinnedBuffer, Result};
 use meeting::Meeting;
+use span::Span;
 
 /// The most ranks of a world.
 pub const RANKS_MAX: usize = 8;
@@ -65,10 +69,29 @@ struct Shared {
     /// The words that kernels of each rank poll while they wait: see `communicator.rs`.
     abort_words: Mutex<Vec<Arc<PinnedBuffer>>>,
     is_sealed: AtomicBool,
+    /// The other processes that have ranks of this world.
+    span: Option<Arc<Span>>,
+}
+
+impl Shared {
+    /// Makes all of this process leave what they wait in, once a rank is lost.
+    fn spread_loss(&self) {
+        for collectives in self.collectives.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            collectives.wake();
+        }
+        for word in self.abort_words.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            if let Err(error) = word.write_bytes_at(0, &1u32.to_ne_bytes()) {
+                tracing::warn!(%error, "telling a device that its world is lost");
+            }
+        }
+    }
 }
 
 impl Drop for Shared {
     fn drop(&mut self) {
+        if let Some(span) = &self.span {
+            span.leave();
+        }
         if *self.is_sealed.get_mut() {
             self.devices.iter().for_each(Device::unseal);
         }
@@ -82,26 +105,42 @@ impl World {
     /// # Errors
     /// [`Error::Option`] for no device, more than [`RANKS_MAX`], devices of several kinds, or one that is there twice.
     pub fn new(devices: Vec<Device>, options: WorldOptions) -> Result<Self> {
-        let refuse = |message: String| Err(Error::Option { option: "World::new", message });
-        if !(1..=RANKS_MAX).contains(&devices.len()) {
-            return refuse(format!("{} ranks; give 1 to {RANKS_MAX} devices", devices.len()));
+        check_devices(&devices, 1)?;
+        Self::with(devices, options, Arc::default(), None)
+    }
+
+    /// Makes a world with ranks in several processes, its nodes, with a rank on each of this node's devices. Every node has
+    /// as many. Waits for the other nodes.
+    ///
+    /// # Errors
+    /// As [`World::new`]; [`Error::Nodes`] if a node does not come or was started otherwise; [`Error::Option`] for a node that
+    /// is none of the number of nodes.
+    pub fn spanning(devices: Vec<Device>, options: WorldOptions, span: &SpanOptions) -> Result<Self> {
+        check_devices(&devices, span.num_nodes)?;
+        if span.node >= span.num_nodes || span.num_nodes < 2 {
+            let message = format!("node {} of {}; give a node below a number of at least 2", span.node, span.num_nodes);
+            return Err(Error::Option { option: "World::spanning", message });
         }
-        if let Some(other) = devices.iter().find(|device| device.kind() != devices[0].kind()) {
-            let message =
-                format!("{} and {} are of different kinds; give devices of one kind", devices[0].name(), other.name());
-            return refuse(message);
-        }
-        for (rank, device) in devices.iter().enumerate() {
-            if devices[..rank].iter().any(|other| other.is(device)) {
-                return refuse(format!("{} is there twice; open it once for each rank", device.name()));
-            }
-        }
-        let lost = Arc::new(Lost::default());
-        let meeting = Arc::new(Meeting::new(devices.len(), options.timeout, &lost));
-        let to_wake = Arc::downgrade(&meeting);
+        let lost = Arc::default();
+        let rows = [
+            ("number of ranks on each node", devices.len().to_string()),
+            ("kind of devices", format!("{:?}", devices[0].kind())),
+        ];
+        let joined = Span::join(span, devices.len(), options.timeout, &lost, &rows)?;
+        let world = Self::with(devices, options, lost, Some(Arc::clone(&joined)))?;
+        joined.start(Arc::downgrade(&world.0))?;
+        Ok(world)
+    }
+
+    fn with(devices: Vec<Device>, options: WorldOptions, lost: Arc<Lost>, span: Option<Arc<Span>>) -> Result<Self> {
+        let meeting = Arc::new(Meeting::new(devices.len(), options.timeout, &lost, span.is_some()));
+        let (to_wake, beat) = (Arc::downgrade(&meeting), span.as_ref().map(Arc::downgrade));
         lost.wake_with(move || {
             if let Some(meeting) = to_wake.upgrade() {
                 meeting.wake();
+            }
+            if let Some(span) = beat.as_ref().and_then(Weak::upgrade) {
+                span.wake();
             }
         });
         let shared = Shared {
@@ -112,24 +151,45 @@ impl World {
             collectives: Mutex::default(),
             abort_words: Mutex::default(),
             is_sealed: AtomicBool::new(false),
+            span,
         };
         Ok(Self(Arc::new(shared)))
     }
 
-    /// Returns the number of ranks.
+    /// Returns the number of ranks, of all nodes together.
     pub fn size(&self) -> usize {
+        self.num_nodes() * self.num_local()
+    }
+
+    /// Returns the number of processes that have ranks of this world.
+    pub fn num_nodes(&self) -> usize {
+        self.0.span.as_ref().map_or(1, |span| span.node().1)
+    }
+
+    /// Returns this process among them.
+    pub fn node(&self) -> usize {
+        self.0.span.as_ref().map_or(0, |span| span.node().0)
+    }
+
+    /// Returns the number of ranks of this process.
+    pub fn num_local(&self) -> usize {
         self.0.devices.len()
     }
 
-    /// Returns the device of a rank.
+    /// Returns the first rank of this process.
+    pub fn first_rank(&self) -> usize {
+        self.0.span.as_ref().map_or(0, |span| span.first_rank())
+    }
+
+    /// Returns the device of a rank of this process, counted from its first one.
     ///
     /// # Panics
     /// If there is no such rank.
-    pub fn device(&self, rank: usize) -> &Device {
-        &self.0.devices[rank]
+    pub fn device(&self, local: usize) -> &Device {
+        &self.0.devices[local]
     }
 
-    /// Makes a communicator for each rank, in order: the one through which all collectives of that rank's main stream go.
+    /// Makes a communicator for each rank of this process, in order: the one through which all collectives of that rank's main stream go.
     ///
     /// # Errors
     /// [`Error::Option`] for too small a plane; [`Error::OutOfMemory`]; [`Error::NoDevice`] if a GPU cannot reach another one's
@@ -178,7 +238,8 @@ impl World {
         self.ranks_of_gpu() > 1
     }
 
-    pub(crate) fn timeout(&self) -> Duration {
+    /// Returns how long ranks wait for one that does not come.
+    pub fn timeout(&self) -> Duration {
         self.0.options.timeout
     }
 
@@ -188,18 +249,39 @@ impl World {
 
     pub(crate) fn lose_at(&self, rank: usize, collective: String, segment: Option<usize>, cause: String) -> Error {
         let error = self.0.lost.set(LostRank { rank, collective, segment, cause });
-        for collectives in self.0.collectives.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-            collectives.wake();
-        }
-        for word in self.0.abort_words.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-            if let Err(error) = word.write_bytes_at(0, &1u32.to_ne_bytes()) {
-                tracing::warn!(%error, "telling a device that its world is lost");
-            }
-        }
+        self.0.spread_loss();
         error
     }
 
-    /// Waits for all ranks. The last one calls `join` with what each gave, in the order of the ranks, and each gets its own
+    /// Says a few bytes to all nodes and returns what all said, in the order of the nodes, who all come for the same
+    /// `purpose`, at most `timeout` apart. In a world of one process they are the only ones.
+    ///
+    /// # Errors
+    /// [`Error::RankLost`].
+    pub fn exchange(&self, purpose: &'static str, bytes: Vec<u8>, timeout: Duration) -> Result<Vec<Vec<u8>>> {
+        match &self.0.span {
+            None => Ok(vec![bytes]),
+            Some(span) => span.exchange(purpose, bytes, timeout),
+        }
+    }
+
+    /// Tells all other nodes what to do. Only node 0 does.
+    ///
+    /// # Errors
+    /// [`Error::RankLost`].
+    pub fn command(&self, command: &[u8]) -> Result<()> {
+        self.0.span.as_ref().map_or(Ok(()), |span| span.command(command))
+    }
+
+    /// Waits for what node 0 wants this node to do; nothing once node 0 has left in order, and in a world of one process.
+    ///
+    /// # Errors
+    /// [`Error::RankLost`].
+    pub fn next_command(&self) -> Result<Option<Vec<u8>>> {
+        self.0.span.as_ref().map_or(Ok(None), |span| span.next_command())
+    }
+
+    /// Waits for all ranks of this process. The last one calls `join` with what each gave, in the order of the ranks, and each gets its own
     /// part of what that returns. All come for the same `purpose`.
     ///
     /// # Errors
@@ -212,9 +294,10 @@ impl World {
         value: T,
         join: impl FnOnce(Vec<T>) -> Result<Vec<R>>,
     ) -> Result<R> {
-        self.0.meeting.meet(rank, purpose, value, join).map_err(|failed| match failed {
+        let first = self.first_rank();
+        self.0.meeting.meet(rank - first, purpose, value, join).map_err(|failed| match failed {
             meeting::Failed::Lost(error) => error,
-            meeting::Failed::Late { rank, cause } => self.lose_at(rank, purpose.to_owned(), None, cause),
+            meeting::Failed::Late { rank, cause } => self.lose_at(first + rank, purpose.to_owned(), None, cause),
             meeting::Failed::Join(error) => {
                 self.lose_at(rank, purpose.to_owned(), None, error.to_string());
                 error
@@ -227,6 +310,24 @@ impl World {
     }
 }
 
+fn check_devices(devices: &[Device], num_nodes: usize) -> Result<()> {
+    let refuse = |message: String| Err(Error::Option { option: "World::new", message });
+    if !(1..=RANKS_MAX).contains(&(devices.len() * num_nodes)) {
+        return refuse(format!("{} ranks; give 1 to {RANKS_MAX} devices", devices.len() * num_nodes));
+    }
+    if let Some(other) = devices.iter().find(|device| device.kind() != devices[0].kind()) {
+        let message =
+            format!("{} and {} are of different kinds; give devices of one kind", devices[0].name(), other.name());
+        return refuse(message);
+    }
+    for (rank, device) in devices.iter().enumerate() {
+        if devices[..rank].iter().any(|other| other.is(device)) {
+            return refuse(format!("{} is there twice; open it once for each rank", device.name()));
+        }
+    }
+    Ok(())
+}
+
 /// A rank, as the forwards of its runner know it: one of several.
 #[derive(Clone, Debug)]
 pub(crate) struct Ranks {
@@ -235,6 +336,11 @@ pub(crate) struct Ranks {
 }
 
 impl Ranks {
+    /// This rank among those of this process.
+    pub(crate) fn local(&self) -> usize {
+        self.rank - self.world.first_rank()
+    }
+
     /// See [`World::meet`].
     pub(crate) fn meet<T: Send + 'static, R: Send + 'static>(
         &self,
@@ -245,7 +351,7 @@ impl Ranks {
         self.world.meet(self.rank, purpose, value, join)
     }
 
-    /// Waits for all ranks.
+    /// Waits for all ranks of this process.
     ///
     /// # Errors
     /// Those of [`World::meet`].
@@ -253,8 +359,16 @@ impl Ranks {
         self.meet(purpose, (), Ok)
     }
 
-    /// Waits for all ranks, and returns an error on all of them if there is one on any, or if the numbers that stand for
-    /// what they did differ. The world goes on.
+    /// Waits for all ranks, of all nodes.
+    ///
+    /// # Errors
+    /// Those of [`World::meet`].
+    pub(crate) fn come_all(&self, purpose: &'static str) -> Result<()> {
+        self.max(purpose, 0).map(drop)
+    }
+
+    /// Waits for all ranks, of all nodes, and returns an error on all of them if there is one on any, or if the numbers that
+    /// stand for what they did differ. The world goes on.
     ///
     /// # Errors
     /// This rank's own; [`Error::Ranks`] that names another rank; those of [`World::meet`].
@@ -264,13 +378,39 @@ impl Ranks {
         result: Result<R>,
         number: impl FnOnce(&R) -> u64,
     ) -> Result<R> {
-        let said = result.as_ref().map(number).map_err(Error::to_string);
+        self.agree_through(purpose, result, number, |said| {
+            let own = said.iter().fold(Vec::new(), |bytes, said| Said::write(bytes, said));
+            let all = self.world.exchange(purpose, own, self.world.timeout())?;
+            all.iter()
+                .map(|node| Said::read_all(node))
+                .collect::<Option<Vec<_>>>()
+                .map(|all| all.concat())
+                .ok_or_else(|| Error::other(format!("what another node said at `{purpose}` cannot be read")))
+        })
+    }
+
+    /// As [`Ranks::agree`], of the ranks of this process alone.
+    pub(crate) fn agree_here<R>(&self, purpose: &'static str, result: Result<R>) -> Result<R> {
+        self.agree_through(purpose, result, |_| 0, Ok)
+    }
+
+    /// As [`Ranks::agree`], of the ranks that `gather` makes of those of this process.
+    fn agree_through<R>(
+        &self,
+        purpose: &'static str,
+        result: Result<R>,
+        number: impl FnOnce(&R) -> u64,
+        gather: impl FnOnce(Vec<Said>) -> Result<Vec<Said>>,
+    ) -> Result<R> {
+        let said = Said(result.as_ref().map(number).map_err(Error::to_string));
         let first = self.meet(purpose, said, |said| {
-            let failed = said.iter().enumerate().find_map(|(rank, said)| Some((rank, said.clone().err()?)));
+            let num_local = said.len();
+            let said = gather(said)?;
+            let failed = said.iter().enumerate().find_map(|(rank, said)| Some((rank, said.0.clone().err()?)));
             let other = || said.iter().position(|number| *number != said[0]);
             let differs =
                 || other().map(|rank| (rank, "it differs there from rank 0: all ranks do the same".to_owned()));
-            Ok(vec![failed.or_else(differs); said.len()])
+            Ok(vec![failed.or_else(differs); num_local])
         })?;
         match (result, first) {
             (Ok(value), None) => Ok(value),
@@ -281,13 +421,16 @@ impl Ranks {
         }
     }
 
-    /// Waits for all ranks and returns the largest of their numbers.
+    /// Waits for all ranks, of all nodes, and returns the largest of their numbers.
     ///
     /// # Errors
     /// Those of [`World::meet`].
     pub(crate) fn max(&self, purpose: &'static str, number: usize) -> Result<usize> {
         self.meet(purpose, number, |numbers| {
-            let max = numbers.iter().copied().max().unwrap_or(0);
+            let own = numbers.iter().copied().max().unwrap_or(0) as u64;
+            let all = self.world.exchange(purpose, own.to_le_bytes().to_vec(), self.world.timeout())?;
+            let of_nodes = all.iter().map(|bytes| bytes.as_slice().try_into().map_or(0, u64::from_le_bytes));
+            let max = of_nodes.max().unwrap_or(own) as usize;
             Ok(vec![max; numbers.len()])
         })
     }
@@ -297,6 +440,39 @@ impl Ranks {
         result.inspect_err(|error| {
             self.world.lose(self.rank, error);
         })
+    }
+}
+
+/// What a rank says when all are to agree: a number that stands for what it did, or why it failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Said(Result<u64, String>);
+
+impl Said {
+    /// Bytes of an error's text that other nodes get, at most.
+    const TEXT_BYTES_MAX: usize = 4 << 10;
+
+    /// Appends it to what this node says: whether it failed, the number or the length of the text, and the text.
+    fn write(mut bytes: Vec<u8>, said: &Self) -> Vec<u8> {
+        let text = said.0.as_ref().err().map_or("", |text| &text[..text.floor_char_boundary(Self::TEXT_BYTES_MAX)]);
+        bytes.push(u8::from(said.0.is_err()));
+        bytes.extend_from_slice(&said.0.as_ref().map_or(text.len() as u64, |number| *number).to_le_bytes());
+        bytes.extend_from_slice(text.as_bytes());
+        bytes
+    }
+
+    /// Reads what the ranks of a node said.
+    fn read_all(mut bytes: &[u8]) -> Option<Vec<Self>> {
+        let mut all = Vec::new();
+        while let Some((has_failed, rest)) = bytes.split_first() {
+            let (number, rest) = rest.split_first_chunk()?;
+            let number = u64::from_le_bytes(*number);
+            let (text, rest) =
+                rest.split_at_checked(if *has_failed == 0 { 0 } else { usize::try_from(number).ok()? })?;
+            let text = String::from_utf8_lossy(text).into_owned();
+            all.push(Self(if *has_failed == 0 { Ok(number) } else { Err(text) }));
+            bytes = rest;
+        }
+        Some(all)
     }
 }
 

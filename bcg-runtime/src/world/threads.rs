@@ -16,7 +16,7 @@ use crate::{Error, Result};
 
 type Job<S> = Box<dyn FnOnce(&mut S) + Send>;
 
-/// The state of each rank, and the threads that work on it.
+/// The state of each rank of this process, and the threads that work on it.
 ///
 /// # Example
 /// ```
@@ -58,23 +58,23 @@ impl<S: Send + 'static> RankThreads<S> {
     /// Starts a thread for each rank but the first, each with its state.
     ///
     /// # Errors
-    /// [`Error::Option`] if there is not one state for each rank; [`Error::Other`] if the system starts no more threads.
+    /// [`Error::Option`] if there is not one state for each rank of this process; [`Error::Other`] if the system starts no more threads.
     pub fn start(world: &World, states: Vec<S>) -> Result<Self> {
-        if states.len() != world.size() {
-            let message = format!("{} states for {} ranks; give one for each rank", states.len(), world.size());
+        if states.len() != world.num_local() {
+            let message = format!("{} states for {} ranks; give one for each rank", states.len(), world.num_local());
             return Err(Error::Option { option: "RankThreads::start", message });
         }
         let mut states = states.into_iter();
         let first = states.next().ok_or_else(|| Error::other("a world has at least one rank"))?;
-        let looks = looks(world.size());
+        let looks = looks(world.num_local());
         let mut ranks = Self { world: world.clone(), first, others: Vec::new(), looks };
         for (at, state) in states.enumerate() {
-            ranks.others.push(RankThread::start(at + 1, state, looks)?);
+            ranks.others.push(RankThread::start(world.first_rank() + at + 1, state, looks)?);
         }
         Ok(ranks)
     }
 
-    /// Runs `f` on every rank at once, and returns what it returned, in the order of the ranks. A panic of `f` is an error,
+    /// Runs `f` on every rank of this process at once, and returns what it returned, in the order of the ranks. A panic of `f` is an error,
     /// and ends the world.
     ///
     /// # Errors
@@ -88,7 +88,7 @@ impl<S: Send + 'static> RankThreads<S> {
         }
         let f = Arc::new(f);
         let run = Arc::new(Run {
-            results: (0..self.world.size()).map(|_| Mutex::default()).collect(),
+            results: (0..self.world.num_local()).map(|_| Mutex::default()).collect(),
             num_left: AtomicUsize::new(self.others.len()),
             caller: std::thread::current(),
         });
@@ -133,13 +133,14 @@ impl<S: Send + 'static> RankThreads<S> {
         let is_missing =
             |place: &Mutex<Option<Result<R>>>| place.lock().unwrap_or_else(PoisonError::into_inner).is_none();
         let slow = run.results[1..].iter().position(is_missing).map_or(1, |at| at + 1);
-        let cause = format!("it did not end its part of a step within {timeout:?} after rank 0");
-        let lost = self.world.lose(slow, &Error::other(cause));
+        let first = self.world.first_rank();
+        let cause = format!("it did not end its part of a step within {timeout:?} after rank {first}");
+        let lost = self.world.lose(first + slow, &Error::other(cause));
         wait(0, is_done, None);
         Err(lost)
     }
 
-    /// Returns the state of rank 0, between runs.
+    /// Returns the state of this process's first rank, between runs.
     pub fn first(&self) -> &S {
         &self.first
     }
@@ -171,10 +172,15 @@ fn wait(looks: u32, is_done: impl Fn() -> bool, at_most: Option<Duration>) {
     }
 }
 
-fn run_rank<S, R>(world: &World, rank: usize, state: &mut S, f: &(impl Fn(&mut S) -> Result<R> + ?Sized)) -> Result<R> {
+fn run_rank<S, R>(
+    world: &World,
+    local: usize,
+    state: &mut S,
+    f: &(impl Fn(&mut S) -> Result<R> + ?Sized),
+) -> Result<R> {
     let result = catch_panic(|| f(state));
     if let Err(error @ Error::Panic { .. }) = &result {
-        world.lose(rank, error);
+        world.lose(world.first_rank() + local, error);
     }
     result
 }

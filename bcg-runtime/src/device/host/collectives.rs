@@ -7,9 +7,13 @@
 //! - the lock of a `Collectives` is taken under that of one device or of none, and no device is locked under it.
 //!
 //! `queue.rs` gives and takes; `ranks.rs` waits, helps the devices of other ranks and ends the world of one that is late.
+//! Where a world spans nodes, what a rank gives is sent to the others, and the thread that reads from a node gives for its
+//! ranks.
 
+use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::fmt;
+use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -21,13 +25,32 @@ use crate::{Dims, Error, Result};
 pub(crate) struct Collectives {
     timeout: Duration,
     lost: Arc<Lost>,
+    /// The ranks of this process.
+    local: Range<usize>,
+    /// The other nodes, and the number of the communicator there.
+    elsewhere: Option<(Arc<dyn Elsewhere>, usize)>,
     rounds: Mutex<Rounds>,
+}
+
+/// The collective that a rank came to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Called {
+    pub(crate) kernel: Cow<'static, str>,
+    pub(crate) dims: Dims,
+    /// The segment that it is captured in.
+    pub(crate) segment: Option<usize>,
 }
 
 /// The device of another rank, as one that waits for it sees it.
 pub(super) trait Peer: Send + Sync {
     /// Runs some of the work that is queued there; `false` if none can run. The caller holds the lock of no device.
     fn help(&self) -> bool;
+}
+
+/// The nodes of a world that are other processes.
+pub(crate) trait Elsewhere: Send + Sync {
+    /// Sends them what a rank of this process gives to a collective of a communicator. If that fails, the world is lost.
+    fn give(&self, communicator: usize, rank: usize, called: &Called, gave: &[u8]);
 }
 
 /// The open rounds; one round is one collective of all ranks.
@@ -48,9 +71,7 @@ struct Rank {
 }
 
 struct Round {
-    kernel: &'static str,
-    dims: Dims,
-    segment: Option<usize>,
+    called: Called,
     /// The rank that came first.
     first: usize,
     gave: Vec<Option<Arc<[u8]>>>,
@@ -60,7 +81,12 @@ struct Round {
 impl Collectives {
     pub(crate) fn new(num_ranks: usize, timeout: Duration, lost: &Arc<Lost>) -> Self {
         let rounds = Rounds { ranks: vec![Rank::default(); num_ranks], open: VecDeque::new(), first: 0 };
-        Self { timeout, lost: Arc::clone(lost), rounds: Mutex::new(rounds) }
+        Self { timeout, lost: Arc::clone(lost), local: 0..num_ranks, elsewhere: None, rounds: Mutex::new(rounds) }
+    }
+
+    /// As [`Collectives::new`], with ranks on other nodes beside these: communicator `number` of all nodes.
+    pub(crate) fn spanning(self, local: Range<usize>, elsewhere: Arc<dyn Elsewhere>, number: usize) -> Self {
+        Self { local, elsewhere: Some((elsewhere, number)), ..self }
     }
 
     /// Wakes all who wait, after the world was lost.
@@ -85,34 +111,51 @@ impl Collectives {
         others.filter_map(|(_, other)| other.device.as_ref()?.0.upgrade()).collect()
     }
 
-    /// Gives what `rank` sends in its next collective, and returns the number of that round.
+    /// Gives what `rank`, one of this process, sends in its next collective, and returns the number of that round.
     ///
     /// # Errors
     /// [`Error::RankLost`] once the world is lost, and if the rank came to another collective than those before it, or came
     /// while it waits in one already.
     pub(super) fn give(&self, rank: usize, launch: &Launch, gave: Vec<u8>) -> Result<u64> {
-        let rounds = &mut *self.lock();
+        let (called, gave) = (Called::of(launch), Arc::from(gave));
+        let number = self.put(&mut self.lock(), rank, &called, Arc::clone(&gave))?;
+        if let Some((elsewhere, communicator)) = &self.elsewhere {
+            // Not under the lock, since the other side may not take it before it has sent what it gives itself.
+            elsewhere.give(*communicator, rank, &called, &gave);
+        }
+        Ok(number)
+    }
+
+    /// Gives what a rank of another node sent.
+    ///
+    /// # Errors
+    /// As those of a rank of this process.
+    pub(crate) fn give_from_afar(&self, rank: usize, called: Called, gave: &[u8]) -> Result<()> {
+        self.put(&mut self.lock(), rank, &called, gave.into()).map(drop)
+    }
+
+    fn put(&self, rounds: &mut Rounds, rank: usize, called: &Called, gave: Arc<[u8]>) -> Result<u64> {
         self.lost.check()?;
         let number = rounds.ranks[rank].num_given;
         let at = (number - rounds.first) as usize;
-        if number != rounds.ranks[rank].num_taken {
-            let waits = rounds.open[at - 1].kernel;
+        // A rank of another node gives only when it has taken, but is not seen to take.
+        let waits = if self.local.contains(&rank) { number != rounds.ranks[rank].num_taken } else { at > 1 };
+        if waits {
+            let waits = rounds.open.get(at - 1).map_or("", |round| &*round.called.kernel);
             let cause =
-                format!("it came to `{}` while it waits in `{waits}`: a communicator has one order", launch.name());
-            return Err(self.lose(rounds, rank, launch.name(), launch.segment(), cause));
+                format!("it came to `{}` while it waits in `{waits}`: a communicator has one order", called.kernel);
+            return Err(self.lose(rounds, rank, called, cause));
         }
         if at == rounds.open.len() {
             let gave = vec![None; rounds.ranks.len()];
-            let (kernel, segment) = (launch.name(), launch.segment());
-            rounds.open.push_back(Round { kernel, dims: launch.dims, segment, first: rank, gave, num_taken: 0 });
+            rounds.open.push_back(Round { called: called.clone(), first: rank, gave, num_taken: 0 });
         }
         let round = &mut rounds.open[at];
-        if (round.kernel, round.dims) != (launch.name(), launch.dims) {
-            let (own, others) = (describe(launch.name(), &launch.dims), describe(round.kernel, &round.dims));
-            let cause = format!("it came to {own} while rank {} came to {others}", round.first);
-            return Err(self.lose(rounds, rank, launch.name(), launch.segment(), cause));
+        if (&round.called.kernel, round.called.dims) != (&called.kernel, called.dims) {
+            let cause = format!("it came to {called} while rank {} came to {}", round.first, round.called);
+            return Err(self.lose(rounds, rank, called, cause));
         }
-        round.gave[rank] = Some(gave.into());
+        round.gave[rank] = Some(gave);
         rounds.ranks[rank].num_given += 1;
         self.ring(rounds);
         Ok(number)
@@ -130,7 +173,7 @@ impl Collectives {
         };
         round.num_taken += 1;
         rounds.ranks[rank].num_taken += 1;
-        while rounds.open.front().is_some_and(|round| round.num_taken == rounds.ranks.len()) {
+        while rounds.open.front().is_some_and(|round| round.num_taken == self.local.len()) {
             rounds.open.pop_front();
             rounds.first += 1;
         }
@@ -139,7 +182,7 @@ impl Collectives {
 
     /// Ends the world because `rank` cannot give what it owes in a collective.
     pub(super) fn fail(&self, rank: usize, launch: &Launch, cause: String) -> Error {
-        self.lose(&self.lock(), rank, launch.name(), launch.segment(), cause)
+        self.lose(&self.lock(), rank, &Called::of(launch), cause)
     }
 
     /// Ends the world because a rank did not come to a round in time, unless all have come meanwhile.
@@ -149,7 +192,7 @@ impl Collectives {
         let Some(round) = at.and_then(|at| rounds.open.get(at)) else { return };
         if let Some(missing) = round.gave.iter().position(Option::is_none) {
             let cause = format!("it did not come within {:?}", self.timeout);
-            self.lose(&rounds, missing, round.kernel, round.segment, cause);
+            self.lose(&rounds, missing, &round.called, cause);
         }
     }
 
@@ -158,8 +201,9 @@ impl Collectives {
         self.ring(&self.lock());
     }
 
-    fn lose(&self, rounds: &Rounds, rank: usize, collective: &str, segment: Option<usize>, cause: String) -> Error {
-        let error = self.lost.set(LostRank { rank, collective: collective.to_owned(), segment, cause });
+    fn lose(&self, rounds: &Rounds, rank: usize, called: &Called, cause: String) -> Error {
+        let (collective, segment) = (called.kernel.clone().into_owned(), called.segment);
+        let error = self.lost.set(LostRank { rank, collective, segment, cause });
         self.ring(rounds);
         error
     }
@@ -173,9 +217,17 @@ impl Collectives {
     }
 }
 
-fn describe(kernel: &str, dims: &Dims) -> String {
-    let Dims { grid, block, shared_bytes } = dims;
-    format!("`{kernel}` (grid {grid:?}, block {block:?}, {shared_bytes} bytes of shared memory)")
+impl Called {
+    fn of(launch: &Launch) -> Self {
+        Self { kernel: Cow::Borrowed(launch.name()), dims: launch.dims, segment: launch.segment() }
+    }
+}
+
+impl fmt::Display for Called {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Dims { grid, block, shared_bytes } = self.dims;
+        write!(f, "`{}` (grid {grid:?}, block {block:?}, {shared_bytes} bytes of shared memory)", self.kernel)
+    }
 }
 
 impl fmt::Debug for Collectives {
