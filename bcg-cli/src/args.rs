@@ -91,6 +91,18 @@ pub struct EngineArgs {
     #[arg(long, value_name = "GPU,GPU,…", value_delimiter = ',')]
     pub devices: Option<Vec<usize>>,
 
+    /// Processes, or nodes, that the ranks of --tp live in, as many in each; --devices names the GPUs of this one
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub nnodes: usize,
+
+    /// This process among the nodes: node 0 serves, the others follow it
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    pub node_rank: usize,
+
+    /// Where node 0 listens until all nodes are there, on a network that is trusted
+    #[arg(long, value_name = "HOST:PORT")]
+    pub dist_init_addr: Option<String>,
+
     /// Replay prefills as breakable CUDA graphs, and decodes as full ones
     #[arg(long)]
     pub enable_breakable_cuda_graph: bool,
@@ -318,6 +330,8 @@ impl EngineArgs {
         options.device = self.device.device;
         options.tp = self.tp;
         options.devices = self.devices.clone();
+        (options.nnodes, options.node_rank) = (self.nnodes, self.node_rank);
+        options.dist_init_addr = self.dist_init_addr.clone();
         options.enable_breakable_cuda_graph = self.enable_breakable_cuda_graph;
         options.cuda_graph_max_tokens = self.cuda_graph_max_tokens;
         options.cuda_graph_sizes = self.cuda_graph_sizes.clone();

@@ -22,7 +22,7 @@ const STUCK_EXIT_AFTER: Duration = Duration::from_secs(1);
 /// Sees how far the load of a model is.
 pub type OnProgress = Box<dyn FnMut(Progress) + Send>;
 
-/// Serves until it is told to stop; `began` is when the process did.
+/// Serves until it is told to stop, or follows the node that does; `began` is when the process did.
 ///
 /// # Errors
 /// What is wrong with the flags, the files, the model or the address; that the engine gave up.
@@ -42,6 +42,12 @@ pub fn run_with(
     let (mut options, http) = (args.engine.options(), args.http.options());
     options.served_model_name = args.served_model_name.clone();
     options.check()?;
+    if options.node_rank > 0 {
+        anyhow::ensure!(!args.supervise, "--supervise: another node than 0 has no requests; let what started it restart it");
+        load::follow(&options, LoadBar::show())?;
+        tracing::info!("node 0 has stopped");
+        return Ok(());
+    }
     // Taken before the model is loaded, so that a port in use is known at once.
     let (parent, listener) = match Parent::find()? {
         Some((parent, listener)) => (Some(parent), listener),

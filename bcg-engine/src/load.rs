@@ -8,7 +8,7 @@ use bcg_models::weights::Shard;
 use bcg_models::{
     CaptureSummary, ChatTemplate, GraphMode, ModelConfig, ModelRunner, ModelRunnerOptions, Phase, Progress, registry,
 };
-use bcg_runtime::{Device, DeviceKind, HostOptions};
+use bcg_runtime::{Device, DeviceKind, HostOptions, SpanOptions};
 use serde_json::{Value, json};
 
 use super::ModelInfo;
@@ -91,7 +91,8 @@ fn settings(options: &EngineOptions, runner: &ModelRunner, has_prefix_cache: boo
         "version": env!("CARGO_PKG_VERSION"),
         "device": runner.device().name(),
         "tp": runner.num_ranks(),
-        "devices": (0..runner.num_ranks()).map(|rank| runner.world().device(rank).name()).collect::<Vec<_>>(),
+        "nnodes": runner.world().num_nodes(),
+        "devices": (0..runner.world().num_local()).map(|rank| runner.world().device(rank).name()).collect::<Vec<_>>(),
         "architecture": runner.config().architecture,
         "model_path": options.model.display().to_string(),
         "page_size": of_runner.page_size,
@@ -108,9 +109,29 @@ fn settings(options: &EngineOptions, runner: &ModelRunner, has_prefix_cache: boo
 /// Loads the model and captures its graphs, with a log line for each stage and a summary.
 ///
 /// # Errors
-/// As [`start`].
+/// As [`start`]; that of `node_rank` for a node that only follows.
 pub fn load_runner(options: &EngineOptions, progress: &mut dyn FnMut(Progress)) -> anyhow::Result<ModelRunner> {
-    let mut runner = load_uncaptured(options, progress)?;
+    anyhow::ensure!(
+        options.node_rank == 0,
+        "`node_rank` {}: only the server runs as another node than 0; start it there with these options",
+        options.node_rank
+    );
+    load_captured(options, progress)
+}
+
+/// Loads this node's part of a model and does what node 0 does, until that one leaves in order.
+///
+/// # Errors
+/// As [`start`]; that a rank of any node is lost: what runs here cannot go on, and node 0 waits for a new process.
+pub fn follow(options: &EngineOptions, mut progress: impl FnMut(Progress)) -> anyhow::Result<()> {
+    options.check()?;
+    let mut runner = load_captured(options, &mut progress)?;
+    tracing::info!(node = options.node_rank, nodes = options.nnodes, "following node 0");
+    runner.follow().with_context(|| format!("node {} ends", options.node_rank))
+}
+
+fn load_captured(options: &EngineOptions, progress: &mut dyn FnMut(Progress)) -> anyhow::Result<ModelRunner> {
+    let mut runner = load(options, progress)?;
     // With debug_cuda_graph the sizes of the ladder run eagerly, and nothing is captured.
     if options.graph_mode() == GraphMode::Ahead && !options.debug_cuda_graph {
         let mut stages = Stages::new(progress);
@@ -127,6 +148,12 @@ pub fn load_runner(options: &EngineOptions, progress: &mut dyn FnMut(Progress)) 
 /// # Errors
 /// As [`start`].
 pub fn load_uncaptured(options: &EngineOptions, progress: &mut dyn FnMut(Progress)) -> anyhow::Result<ModelRunner> {
+    let refused = "`nnodes`: what captures graphs of its own runs in one process; drop it";
+    anyhow::ensure!(options.nnodes == 1, refused);
+    load(options, progress)
+}
+
+fn load(options: &EngineOptions, progress: &mut dyn FnMut(Progress)) -> anyhow::Result<ModelRunner> {
     options.check()?;
     let began = Instant::now();
     let mut stages = Stages::new(progress);
@@ -143,10 +170,12 @@ pub fn load_uncaptured(options: &EngineOptions, progress: &mut dyn FnMut(Progres
     let refused = || format!("`tp` {}: the model cannot be divided so", options.tp);
     registry::check_shard(&config, options.tp).with_context(refused)?;
     let fitted = fit(options, &config, devices[0].kind())?;
-    let runner = ModelRunner::load_ranks(&devices, folder, fitted, &mut |done| stages.update(done))?;
+    let span = options.dist_init_addr.as_ref().map(|at| SpanOptions::new(options.nnodes, options.node_rank, at));
+    let runner = ModelRunner::load_nodes(&devices, span, folder, fitted, &mut |done| stages.update(done))?;
     tracing::info!(
         device = runner.device().name(),
         ranks = runner.num_ranks(),
+        nodes = runner.world().num_nodes(),
         context_length = runner.options().context_length,
         kv_cache_tokens = runner.options().kv_cache_tokens,
         seconds = format_args!("{:.2}", began.elapsed().as_secs_f64()),
@@ -221,7 +250,7 @@ pub fn open_device(device: DeviceChoice) -> anyhow::Result<Device> {
     }
 }
 
-/// Opens the device of each rank, as the options `device`, `tp` and `devices` say. Of host devices, the first one has the
+/// Opens the device of each rank of this process, as the options `device`, `tp` and `devices` say. Of host devices, the first one has the
 /// faults that `BCG_HOST_FAULT` asks for.
 ///
 /// # Errors
@@ -240,7 +269,7 @@ pub fn open_devices(options: &EngineOptions) -> anyhow::Result<Vec<Device>> {
         Some([first, ..]) => gpu(*first)?,
         _ => open_device(options.device)?,
     }];
-    for rank in 1..options.tp {
+    for rank in 1..options.num_local_ranks() {
         let number = options.devices.as_ref().and_then(|devices| devices.get(rank)).copied().unwrap_or(rank);
         devices.push(match devices[0].kind() {
             DeviceKind::Cuda => gpu(number)?,

@@ -72,6 +72,13 @@ pub struct EngineOptions {
     /// The numbers of the GPUs of the ranks, in order; a GPU that is named several times has several ranks. `None` takes the
     /// first `tp` ones.
     pub devices: Option<Vec<usize>>,
+    /// The number of processes, or nodes, that the ranks live in: each has `tp / nnodes` of them, and `devices` names those of
+    /// this one.
+    pub nnodes: usize,
+    /// This process among them. Node 0 serves, and the others follow it.
+    pub node_rank: usize,
+    /// Where node 0 listens until all nodes are there, `HOST:PORT`, on a network that is trusted.
+    pub dist_init_addr: Option<String>,
     /// Replays prefills as breakable CUDA graphs and decodes as full ones.
     pub enable_breakable_cuda_graph: bool,
     /// The largest token count of a prefill that gets a graph; `None` takes `chunked_prefill_size`.
@@ -132,6 +139,9 @@ impl Default for EngineOptions {
             device: DeviceChoice::Auto,
             tp: 1,
             devices: None,
+            nnodes: 1,
+            node_rank: 0,
+            dist_init_addr: None,
             enable_breakable_cuda_graph: false,
             cuda_graph_max_tokens: None,
             cuda_graph_sizes: None,
@@ -259,17 +269,47 @@ impl EngineOptions {
             let problem = format!("a model is not divided among {} ranks", self.tp);
             return Err(OptionError::new("tp", problem, "give at most 8"));
         }
+        self.check_nodes()?;
         let Some(devices) = &self.devices else { return Ok(()) };
         if self.device == DeviceChoice::Host {
             let remedy = "drop it: on the host device each rank has one of its own";
             return Err(OptionError::new("devices", "names GPUs, and `device` is host", remedy));
         }
-        if devices.len() != self.tp {
-            let problem = format!("has {} numbers for the {} ranks of `tp`", devices.len(), self.tp);
+        if devices.len() != self.num_local_ranks() {
+            let of_node = if self.nnodes == 1 { "" } else { " on each of `nnodes`" };
+            let problem = format!("has {} numbers for the {} ranks of `tp`{of_node}", devices.len(), self.num_local_ranks());
             let remedy = "give the number of a GPU for each rank; one may stand there several times";
             return Err(OptionError::new("devices", problem, remedy));
         }
         Ok(())
+    }
+
+    /// The ranks that live in this process.
+    pub(crate) fn num_local_ranks(&self) -> usize {
+        self.tp / self.nnodes
+    }
+
+    fn check_nodes(&self) -> Result<(), OptionError> {
+        OptionError::positive("nnodes", self.nnodes)?;
+        if self.node_rank >= self.nnodes {
+            let problem = format!("{} is none of the {} of `nnodes`", self.node_rank, self.nnodes);
+            return Err(OptionError::new("node_rank", problem, "give a number from 0 to one less than `nnodes`"));
+        }
+        match (&self.dist_init_addr, self.nnodes) {
+            (None, 1) => Ok(()),
+            (Some(_), 1) => {
+                Err(OptionError::new("dist_init_addr", "there is no other node", "add `nnodes` or drop it"))
+            }
+            (None, _) => {
+                let problem = "is needed where `nnodes` is more than 1";
+                Err(OptionError::new("dist_init_addr", problem, "give HOST:PORT at which node 0 can listen"))
+            }
+            (Some(_), nodes) if !self.tp.is_multiple_of(nodes) => {
+                let problem = format!("the {} ranks of `tp` cannot be divided among {nodes} nodes", self.tp);
+                Err(OptionError::new("nnodes", problem, "give a divisor of `tp`"))
+            }
+            (Some(_), _) => Ok(()),
+        }
     }
 
     fn check_graphs(&self) -> Result<(), OptionError> {
@@ -412,6 +452,29 @@ mod tests {
             (options.device, options.tp, options.devices) = (DeviceChoice::Host, 2, Some(vec![0, 1]));
         };
         refused(on_host, "devices", "drop it");
+    }
+
+    #[test]
+    fn each_node_has_as_many_ranks_and_knows_where_to_meet() {
+        let nodes = |tp, nnodes, node_rank, at: Option<&str>| {
+            let dist_init_addr = at.map(str::to_owned);
+            move |options: &mut EngineOptions| {
+                (options.tp, options.nnodes, options.node_rank) = (tp, nnodes, node_rank);
+                options.dist_init_addr.clone_from(&dist_init_addr);
+            }
+        };
+        let mut options = EngineOptions::new("m");
+        nodes(8, 2, 1, Some("host:1"))(&mut options);
+        options.devices = Some(vec![0, 1, 2, 3]);
+        options.check().expect("these work");
+        assert_eq!(options.num_local_ranks(), 4);
+        options.devices = Some(vec![0, 1]);
+        assert!(options.check().expect_err("too few").to_string().contains("the 4 ranks of `tp` on each of `nnodes`"));
+        refused(nodes(2, 0, 0, None), "nnodes", "at least 1");
+        refused(nodes(2, 2, 2, Some("host:1")), "node_rank", "one less than `nnodes`");
+        refused(nodes(2, 2, 0, None), "dist_init_addr", "HOST:PORT");
+        refused(nodes(2, 1, 0, Some("host:1")), "dist_init_addr", "drop it");
+        refused(nodes(3, 2, 0, Some("host:1")), "nnodes", "a divisor of `tp`");
     }
 
     #[test]

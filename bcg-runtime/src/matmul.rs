@@ -5,7 +5,7 @@
 //! - How it is computed depends on its shape alone, and changes only in [`Device::tune_matmuls`]: the same shape, the
 //!   same bits, eagerly and at replay.
 
-use crate::device::traits::{Matmul, MatmulShape};
+use crate::device::traits::{Matmul, MatmulPlan, MatmulShape};
 use crate::{DType, Device, DevicePtr, Error, MatmulTuning, OpStream, Result, Tensor};
 
 const OP: &str = "OpStream::matmul";
@@ -113,23 +113,73 @@ impl Device {
         self.backend().tune_matmuls(rows, progress)
     }
 
-    /// Computes the products that `other` has seen as that device does from now on, which is of the same model: ranks that
-    /// compute the same must have the same bits, and each would tune by times of its own.
-    ///
-    /// # Errors
-    /// The driver's.
+    /// Returns how this device computes the products that it has seen, for devices of the same model with the same libraries,
+    /// in this process or in others: ranks that compute the same must have the same bits, and each would tune by times of its
+    /// own.
     ///
     /// # Example
     /// ```
     /// use bcg_runtime::Device;
     /// let (first, second) = (Device::host(), Device::host());
     /// first.tune_matmuls(&[1, 8], &mut |_, _| ())?;
-    /// second.take_matmuls_of(&first)?;
+    /// second.take_matmul_choices(&first.matmul_choices())?;
     /// # Ok::<(), bcg_runtime::Error>(())
     /// ```
-    pub fn take_matmuls_of(&self, other: &Device) -> Result<()> {
-        self.backend().set_matmul_plans(&other.backend().matmul_plans())
+    pub fn matmul_choices(&self) -> Vec<u8> {
+        let records = self.backend().matmul_plans().into_iter().flat_map(|(shape, plan)| record(&shape, &plan));
+        records.flat_map(u64::to_le_bytes).collect()
     }
+
+    /// Computes products as another device does from now on, by what its [`Device::matmul_choices`] returned.
+    ///
+    /// # Errors
+    /// [`Error::Other`] for bytes that are none of that; the driver's.
+    pub fn take_matmul_choices(&self, choices: &[u8]) -> Result<()> {
+        let (records, rest) = choices.as_chunks::<{ RECORD_LEN * size_of::<u64>() }>();
+        let plans = records.iter().map(|record| {
+            let (words, _) = record.as_chunks();
+            let words: Vec<u64> = words.iter().map(|word| u64::from_le_bytes(*word)).collect();
+            read_record(words.as_slice().try_into().ok()?)
+        });
+        let plans = plans.collect::<Option<Vec<_>>>().filter(|_| rest.is_empty());
+        let plans = plans.ok_or_else(|| Error::other("what another device chose for its products cannot be read"))?;
+        self.backend().set_matmul_plans(&plans)
+    }
+}
+
+/// The words of a choice: the shape's, the workspace, the algorithm.
+const RECORD_LEN: usize = 18;
+
+/// The dtypes that factors and products have, in the order of their numbers in a record.
+const FLOATS: [DType; 3] = [DType::Bf16, DType::F16, DType::F32];
+
+fn record(shape: &MatmulShape, plan: &MatmulPlan) -> [u64; RECORD_LEN] {
+    let MatmulShape { rows, outputs, depth, x_stride, weight_stride, out_stride, dtype, out_dtype, alignment } = shape;
+    let float = |dtype: &DType| FLOATS.iter().position(|known| known == dtype).unwrap_or(FLOATS.len());
+    let numbers = [rows, outputs, depth, x_stride, weight_stride, out_stride].map(|number| *number as u64);
+    let others = [float(dtype), float(out_dtype), *alignment, plan.workspace_bytes].map(|number| number as u64);
+    let mut record = [0; RECORD_LEN];
+    let all = numbers.into_iter().chain(others).chain(plan.algorithm);
+    record.iter_mut().zip(all).for_each(|(place, word)| *place = word);
+    record
+}
+
+fn read_record(record: &[u64; RECORD_LEN]) -> Option<(MatmulShape, MatmulPlan)> {
+    let number = |at: usize| usize::try_from(record[at]).ok();
+    let float = |at: usize| number(at).and_then(|at| FLOATS.get(at).copied());
+    let shape = MatmulShape {
+        rows: number(0)?,
+        outputs: number(1)?,
+        depth: number(2)?,
+        x_stride: number(3)?,
+        weight_stride: number(4)?,
+        out_stride: number(5)?,
+        dtype: float(6)?,
+        out_dtype: float(7)?,
+        alignment: number(8)?,
+    };
+    let (_, algorithm) = record.split_last_chunk()?;
+    Some((shape, MatmulPlan { workspace_bytes: number(9)?, algorithm: *algorithm }))
 }
 
 fn check(out: &Tensor, x: &Tensor, weight: &Tensor) -> Result<()> {
@@ -181,6 +231,29 @@ mod tests {
             [of(512, 1024), of(512, 128), of(256, 48), of(256, 8), of(4, 256), of(2, 4)],
             [256, 16, 16, 8, 4, 2]
         );
+    }
+
+    #[test]
+    fn choices_are_read_as_they_were_written() -> Result<()> {
+        let shape = MatmulShape {
+            rows: 7,
+            outputs: 6144,
+            depth: 4096,
+            x_stride: 4100,
+            weight_stride: 4096,
+            out_stride: 6144,
+            dtype: DType::Bf16,
+            out_dtype: DType::F32,
+            alignment: 16,
+        };
+        let plan = MatmulPlan { workspace_bytes: 1 << 25, algorithm: [1, 2, 3, 4, 5, 6, 7, u64::MAX] };
+        assert_eq!(read_record(&record(&shape, &plan)), Some((shape, plan)));
+        assert_eq!(read_record(&[u64::from(u32::MAX); RECORD_LEN]), None, "no such dtype");
+        let device = Device::host();
+        device.take_matmul_choices(&device.matmul_choices())?;
+        let error = device.take_matmul_choices(b"half a word").unwrap_err().to_string();
+        assert!(error.contains("cannot be read"), "{error}");
+        Ok(())
     }
 
     #[test]

@@ -16,6 +16,7 @@ mod stage;
 
 use bcg_kernels::{StateSlots, gather_rows};
 use bcg_runtime::{LiveBatch, OpStream, Result, Rows, Tensor};
+use serde::{Deserialize, Serialize};
 
 use crate::sampling::SamplingParams;
 use crate::state::StateLease;
@@ -82,7 +83,7 @@ impl<'a> SequenceInput<'a> {
 }
 
 /// What a forward is, by the shape of its batch. Each phase has graphs of its own.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Phase {
     /// Some sequence has several new tokens; others may have one (a mixed batch). Attention is a break.
     Prefill,

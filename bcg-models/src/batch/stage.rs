@@ -4,15 +4,17 @@ use std::ops::Range;
 
 use bcg_kernels::{attention_prefill_plan, attention_prefill_plan_len};
 use bcg_runtime::Rows;
+use serde::{Deserialize, Serialize};
 
 use super::buffers::{InputBuffers, SECTION_ALIGNMENT};
 use super::{Phase, SequenceInput};
 use crate::sampling::SamplingParams;
 
 /// A batch as it is uploaded: the same values to the same places on every rank.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct StagedBatch {
     pub(super) phase: Phase,
+    #[serde(with = "RowsOnTheWire")]
     pub(super) rows: Rows,
     pub(super) num_sequences: usize,
     /// Prompts that sequences with one new token lead.
@@ -40,8 +42,16 @@ impl StagedBatch {
     }
 }
 
+/// [`Rows`], as other nodes get them.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Rows")]
+struct RowsOnTheWire {
+    valid: usize,
+    padded: usize,
+}
+
 /// The sampling parameters of a batch, one value for each sequence, as they are uploaded.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct StagedSampling {
     pub(super) temperature: Vec<f32>,
     /// 0 keeps all.

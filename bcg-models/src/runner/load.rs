@@ -7,12 +7,13 @@ use std::time::Duration;
 
 use bcg_kernels::DecodePlan;
 use bcg_runtime::{
-    Communicator, CommunicatorOptions, Device, GraphCache, RankThreads, Runner, RunnerOptions, World, WorldOptions,
+    Communicator, CommunicatorOptions, Device, GraphCache, RankThreads, Runner, RunnerOptions, SpanOptions, World,
+    WorldOptions,
 };
 
 use super::choose::Readbacks;
 use super::rank::Rank;
-use super::{LoadFormat, ModelRunner, ModelRunnerOptions, Progress, Stage, memory};
+use super::{LoadFormat, ModelRunner, ModelRunnerOptions, Progress, Stage, memory, nodes};
 use crate::batch::{InputBuffers, Phase};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
@@ -60,26 +61,64 @@ impl ModelRunner {
         options: ModelRunnerOptions,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Self> {
+        Self::load_nodes(devices, None, dir, options, progress)
+    }
+
+    /// As [`load_ranks`](Self::load_ranks), with ranks in other processes too, which call this alike; `devices` are those of
+    /// this one. Node 0 runs the steps, and the others [`follow`](Self::follow) it.
+    ///
+    /// # Errors
+    /// As [`load_ranks`](Self::load_ranks); those of [`World::spanning`]. What fails on one node fails on all.
+    pub fn load_nodes(
+        devices: &[Device],
+        span: Option<SpanOptions>,
+        dir: &Path,
+        options: ModelRunnerOptions,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Self> {
         let config = ModelConfig::load(dir)?;
         options.validate(&config)?;
-        registry::check_shard(&config, devices.len().max(1))?;
+        let num_nodes = span.as_ref().map_or(1, |span| span.num_nodes);
+        registry::check_shard(&config, (num_nodes * devices.len()).max(1))?;
         let tokenizer = if options.skip_tokenizer_init { None } else { Some(Tokenizer::load(dir)?) };
         if let Some(tokenizer) = &tokenizer {
             tokenizer.check_vocabulary(dir, config.vocab_size)?;
         }
         let mut world_options = WorldOptions::default();
         world_options.timeout = RANK_TIMEOUT;
-        let world = World::new(devices.to_vec(), world_options)?;
+        let world = match span {
+            None => World::new(devices.to_vec(), world_options)?,
+            Some(mut span) => {
+                nodes::must_be_same(&mut span, dir, &options)?;
+                World::spanning(devices.to_vec(), world_options, &span)?
+            }
+        };
+        let loaded = Self::load_in(&world, dir, (config, tokenizer), options, progress);
+        loaded.inspect_err(|error| {
+            if world.num_nodes() > 1 {
+                world.lose(world.first_rank(), &bcg_runtime::Error::other(format!("loading failed: {error}")));
+            }
+        })
+    }
+
+    fn load_in(
+        world: &World,
+        dir: &Path,
+        (config, tokenizer): (ModelConfig, Option<Tokenizer>),
+        options: ModelRunnerOptions,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Self> {
         // Where the device's memory bounds it, the KV cache gets its size when all else has been measured.
         let is_fitted = options.mem_fraction_static.is_some();
         let readbacks = Readbacks::new(world.device(0), options.limits()?.sequences, world.size())?;
-        let loading = Loading { world: &world, dir, config: &config, options: &options, readbacks: &readbacks };
+        let loading = Loading { world, dir, config: &config, options: &options, readbacks: &readbacks };
         let ranks = loading.all(progress)?;
+        nodes::loaded(world)?;
         if !is_fitted {
             progress(Progress { stage: Stage::KvCache, done: 1, total: 1 });
         }
         let pages = memory::page_pool(&ranks[0].caches, &options);
-        let ranks = RankThreads::start(&world, ranks)?;
+        let ranks = RankThreads::start(world, ranks)?;
         let mut runner = Self { ranks, pages, readbacks, tokenizer, config, options, num_chosen: 0 };
         progress(Progress { stage: Stage::WarmUp, done: 0, total: 1 });
         runner.warm_up().map_err(|error| runner.options.without_room(error))?;
@@ -94,20 +133,15 @@ impl ModelRunner {
         Ok(runner)
     }
 
-    /// Times the algorithms of the products on rank 0, whose choice the other ranks take: what they compute alike must have
+    /// Times the algorithms of the products on rank 0, whose choice all other ranks take: what they compute alike must have
     /// the same bits.
     fn tune(&mut self, progress: &mut dyn FnMut(Progress)) -> Result<()> {
         let sizes = self.options.tuned_sizes()?;
         let mut report = |done, total| progress(Progress { stage: Stage::Tune, done, total });
-        self.device().tune_matmuls(&sizes, &mut report)?;
-        if self.num_ranks() > 1 {
-            let first = self.device().clone();
-            self.on_each(move |rank| match rank.runtime.rank() {
-                0 => Ok(()),
-                _ => rank.device().take_matmuls_of(&first),
-            })?;
+        if self.world().node() == 0 {
+            self.device().tune_matmuls(&sizes, &mut report)?;
         }
-        Ok(())
+        self.take_matmuls_of_first()
     }
 }
 
@@ -124,7 +158,7 @@ impl Loading<'_> {
     /// Loads every rank, several at once.
     fn all(&self, progress: &mut dyn FnMut(Progress)) -> Result<Vec<Rank>> {
         let mut report = |done, total| progress(Progress { stage: Stage::LoadWeights, done, total });
-        let size = self.world.size();
+        let (size, first) = (self.world.size(), self.world.first_rank());
         if size == 1 {
             return Ok(vec![self.one(Shard::WHOLE, None, &mut report)?]);
         }
@@ -141,16 +175,16 @@ impl Loading<'_> {
             let threads: Vec<_> = communicators.into_iter().map(load).collect();
             drop(sender);
             // How much there is in all is known once every rank has said what it has.
-            let mut known: Vec<Option<(usize, usize)>> = vec![None; size];
+            let mut known: Vec<Option<(usize, usize)>> = vec![None; self.world.num_local()];
             for (rank, done, total) in reports {
-                known[rank] = Some((done, total));
+                known[rank - first] = Some((done, total));
                 let sums = known.iter().try_fold((0, 0), |sums, known| known.map(|of| (sums.0 + of.0, sums.1 + of.1)));
                 if let Some((done, total)) = sums {
                     report(done, total);
                 }
             }
             let panicked = |rank| Err(bcg_runtime::Error::other(format!("loading rank {rank} panicked")).into());
-            let joined = threads.into_iter().enumerate();
+            let joined = (first..).zip(threads);
             joined.map(|(rank, thread)| thread.join().unwrap_or_else(|_| panicked(rank))).collect()
         })
     }
@@ -163,7 +197,7 @@ impl Loading<'_> {
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Rank> {
         let Self { world, dir, config, options, readbacks } = *self;
-        let device = world.device(shard.rank);
+        let device = world.device(shard.rank - world.first_rank());
         let weights = match options.load_format {
             LoadFormat::Auto => Weights::open(dir, device, config.dtype, shard)?,
             LoadFormat::Dummy => Weights::random(device, config.dtype, shard)?,

@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 use bcg_kernels::fill_random;
 use bcg_runtime::{ReplayMode, Timeline};
 
+use super::nodes::Work;
 use super::rank::Rank;
-use super::staged::Path;
+use super::staged::{Path, StagedStep};
 use super::{ModelRunner, num_rows};
 use crate::batch::{Phase, SequenceInput};
 use crate::error::Result;
@@ -25,7 +26,7 @@ pub enum ForwardPath {
 }
 
 impl ModelRunner {
-    /// Fills all keys, values and states with nearly normal numbers: values decide how much power a chip draws.
+    /// Fills all keys, values and states of this process's ranks with nearly normal numbers: values decide how much power a chip draws.
     ///
     /// # Errors
     /// The device's.
@@ -51,23 +52,28 @@ impl ModelRunner {
         match path {
             ForwardPath::Graph => {
                 let step = self.stage(batch);
-                self.on_ranks(step, |rank, step| rank.run(step).map(drop))
+                self.run_only(step)
             }
             ForwardPath::Chain => {
                 self.set_replay_mode(ReplayMode::Chain)?;
                 let step = self.stage(batch);
-                let ran = self.on_ranks(step, |rank, step| rank.run(step).map(drop));
+                let ran = self.run_only(step);
                 self.set_replay_mode(ReplayMode::default())?;
                 ran
             }
             ForwardPath::Eager => {
                 let step = self.stage_as(batch, Phase::of(batch), (num_rows(batch), Path::Eager), true);
-                self.on_ranks(step, |rank, step| rank.run(step).map(drop))
+                self.run_only(step)
             }
         }
     }
 
-    /// Sets how graphs are replayed from now on.
+    fn run_only(&mut self, step: StagedStep) -> Result<()> {
+        self.command(Work::Run, &step)?;
+        self.on_ranks(step, |rank, step| rank.run(step).map(drop))
+    }
+
+    /// Sets how graphs are replayed from now on, by the ranks of this process.
     ///
     /// # Errors
     /// [`bcg_runtime::Error::RankLost`] if a rank is lost.
@@ -92,6 +98,7 @@ impl ModelRunner {
             let reason = "this size was not captured, or was dropped";
             return Err(bcg_runtime::Error::NotCaptured { name, reason }.into());
         }
+        self.command(Work::Timeline, &step)?;
         self.on_ranks(step, Rank::timeline)
     }
 
@@ -103,6 +110,7 @@ impl ModelRunner {
         self.check(batch)?;
         let step = self.stage(batch);
         let of_step = (step.batch.phase(), step.batch.rows().padded);
+        self.command(Work::Upload, &step)?;
         self.on_ranks(step, |rank, step| rank.upload(step).map(drop))?;
         Ok(of_step)
     }

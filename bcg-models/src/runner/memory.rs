@@ -14,7 +14,7 @@ use bcg_runtime::{CacheOptions, Device, DeviceKind, GraphCache, MemoryInfo};
 
 use super::options::{GraphMode, ModelRunnerOptions, OptionError};
 use super::staged::{Path, StagedStep};
-use super::{DUMMY_SEQUENCE_TOKENS, ModelRunner, Progress, Stage};
+use super::{DUMMY_SEQUENCE_TOKENS, ModelRunner, Progress, Stage, nodes};
 use crate::batch::Phase;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
@@ -103,6 +103,7 @@ impl ModelRunner {
             options.fit_kv_cache(&self.config, shard, measured)?;
             tracing::debug!(rank, ?measured, tokens = options.kv_cache_tokens, "the KV cache gets what is left");
         }
+        options.kv_cache_tokens = nodes::least(self.world(), "the size of the KV cache", options.kv_cache_tokens)?;
         let (num_pages, page_size, dtype) = (options.num_pages(), options.page_size, self.config.dtype);
         let layout = self.config.cache_layout(shard)?;
         self.on_each(move |rank| {
@@ -116,13 +117,13 @@ impl ModelRunner {
         Ok(())
     }
 
-    /// The ranks that share the device of this one: GPUs of one name are one GPU, host devices have memory of their own.
+    /// The ranks that share the device of this one, the first of this process being 0: GPUs of one name are one GPU, host devices have memory of their own.
     fn num_sharing(&self, rank: usize) -> usize {
         let (world, own) = (self.world(), self.world().device(rank));
         let shares = |other: &usize| *other == rank || world.device(*other).name() == own.name();
         match own.kind() {
             DeviceKind::Host => 1,
-            DeviceKind::Cuda => (0..world.size()).filter(shares).count(),
+            DeviceKind::Cuda => (0..world.num_local()).filter(shares).count(),
         }
     }
 

@@ -22,6 +22,7 @@ mod generate;
 mod load;
 mod measure;
 mod memory;
+mod nodes;
 mod options;
 mod rank;
 mod staged;
@@ -38,6 +39,7 @@ use crate::sampling::SamplingParams;
 use crate::state::{KvCache, PagePool, StateCache};
 use crate::tokenizer::Tokenizer;
 use choose::{PENDING_MAX, Readbacks};
+use nodes::Work;
 use rank::Rank;
 use staged::{Path, StagedChoice, StagedStep};
 
@@ -168,7 +170,8 @@ impl ModelRunner {
             ));
         }
         let step = self.stage_chosen(batch);
-        let launched = self.on_ranks(step, Rank::launch).map_err(|error| self.ended(error))?;
+        let launched = self.command(Work::Launch, &step).and_then(|()| self.on_ranks(step, Rank::launch));
+        let launched = launched.map_err(|error| self.ended(error))?;
         self.num_chosen = batch.len();
         Ok(PendingStep::new(launched, self.readbacks.clone(), batch))
     }
@@ -192,7 +195,8 @@ impl ModelRunner {
         let batch = std::slice::from_ref(sequence);
         self.check(batch)?;
         let step = self.stage_as(batch, Phase::Prefill, (sequence.num_new(), Path::Eager), true);
-        let logits = self.on_ranks(step, Rank::score).map_err(|error| self.ended(error))?;
+        let logits = self.command(Work::Score, &step).and_then(|()| self.on_ranks(step, Rank::score));
+        let logits = logits.map_err(|error| self.ended(error))?;
         commit_states(batch);
         Ok(logits)
     }
@@ -235,7 +239,7 @@ impl ModelRunner {
         StagedStep { path, batch, sampling: None, asked: StagedChoice::default() }
     }
 
-    /// Runs a step on every rank at once, and returns what rank 0 returned.
+    /// Runs a step on every rank of this process at once, and returns what the first of them returned.
     fn on_ranks<R: Send + 'static>(
         &mut self,
         step: StagedStep,
@@ -257,7 +261,7 @@ impl ModelRunner {
         first.ok_or_else(|| bcg_runtime::Error::other("a world has at least one rank").into())
     }
 
-    /// Calls `f` on every rank at once, and returns what it returned, in the order of the ranks. If it fails on one of
+    /// Calls `f` on every rank of this process at once, and returns what it returned, in the order of the ranks. If it fails on one of
     /// several, the others may wait for that one: so the world is lost, and they stop to wait.
     fn on_each<R: Send + 'static>(
         &mut self,
@@ -373,7 +377,7 @@ impl ModelRunner {
         self.ranks.world()
     }
 
-    /// The number of ranks.
+    /// The number of ranks, of all processes together.
     pub fn num_ranks(&self) -> usize {
         self.world().size()
     }

@@ -1,9 +1,11 @@
 //! A step as every rank gets it: decided and put together once, on the caller's thread (law L13).
 
+use serde::{Deserialize, Serialize};
+
 use crate::batch::{SequenceInput, StagedBatch, StagedSampling};
 
 /// How a forward runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Path {
     /// As the replay of the graph of its padded rows.
     Replay,
@@ -14,7 +16,7 @@ pub(super) enum Path {
 }
 
 /// One step: what it runs, what it reads, and what is asked of its tokens.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct StagedStep {
     pub(super) path: Path,
     pub(super) batch: StagedBatch,
@@ -24,7 +26,7 @@ pub(super) struct StagedStep {
 }
 
 /// What sequences ask of their logits, and about them.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub(super) struct StagedChoice {
     /// The row, the token and the value of each bias.
     pub(super) bias_rows: Vec<i32>,

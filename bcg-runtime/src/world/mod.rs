@@ -124,7 +124,7 @@ impl World {
         let lost = Arc::default();
         let rows = [
             ("number of ranks on each node", devices.len().to_string()),
-            ("kind of devices", format!("{:?}", devices[0].kind())),
+            ("kind of devices", describe(&devices[0])),
         ];
         let joined = Span::join(span, devices.len(), options.timeout, &lost, &rows)?;
         let world = Self::with(devices, options, lost, Some(Arc::clone(&joined)))?;
@@ -326,6 +326,12 @@ fn check_devices(devices: &[Device], num_nodes: usize) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// What must be the same of all devices: kernels choose their grids by it.
+fn describe(device: &Device) -> String {
+    let arch = device.compute_capability().map_or_else(String::new, |arch| format!(" {arch}"));
+    format!("{:?}{arch} with {} multiprocessors", device.kind(), device.num_multiprocessors())
 }
 
 /// A rank, as the forwards of its runner know it: one of several.

@@ -83,7 +83,7 @@ impl<S: Send + 'static> RankThreads<S> {
         &mut self,
         f: impl Fn(&mut S) -> Result<R> + Send + Sync + 'static,
     ) -> Result<Vec<R>> {
-        if self.others.is_empty() {
+        if self.world.size() == 1 {
             return Ok(vec![catch_panic(|| f(&mut self.first))?]);
         }
         let f = Arc::new(f);

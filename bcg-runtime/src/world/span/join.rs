@@ -4,6 +4,7 @@
 //! Nothing is encrypted and nobody is authenticated: the network must be trusted. Node 0 listens only at the address that it
 //! is told, only until all nodes are there; what does not speak as a node is dropped, within [`HELLO_TIMEOUT`].
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{ErrorKind, Read};
 use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::Arc;
@@ -202,6 +203,17 @@ fn difference(node: usize, rows: &Rows, theirs: &Rows) -> Option<String> {
     names.map(|name| (name, value(rows, name), value(theirs, name))).find(|(_, own, their)| own != their).map(
         |(name, own, their)| format!("all nodes must have the same {name}: node 0 has {own}, node {node} has {their}"),
     )
+}
+
+/// A value that is short enough to be sent, and differs if the whole one does.
+pub(super) fn in_short(value: &str) -> String {
+    if value.len() <= ROW_BYTES_MAX {
+        return value.to_owned();
+    }
+    let mut hasher = DefaultHasher::new();
+    value.hash(&mut hasher);
+    let begin = &value[..value.floor_char_boundary(ROW_BYTES_MAX / 2)];
+    format!("{begin}… ({} bytes, {:016x})", value.len(), hasher.finish())
 }
 
 fn write_hello(node: usize, rows: &[(String, String)]) -> Vec<u8> {

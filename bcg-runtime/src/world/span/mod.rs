@@ -107,7 +107,8 @@ impl Span {
         let own =
             [("version of the protocol", PROTOCOL.to_owned()), ("number of nodes", options.num_nodes.to_string())];
         let own = own.iter().chain(rows).map(|(name, value)| ((*name).to_owned(), value.clone()));
-        let connections = join::join(options, &own.chain(options.same.iter().cloned()).collect())?;
+        let same = options.same.iter().map(|(name, value)| (name.clone(), join::in_short(value)));
+        let connections = join::join(options, &own.chain(same).collect())?;
         for stream in connections.iter().flatten() {
             let prepared = stream.set_nodelay(true).and_then(|()| stream.set_read_timeout(Some(timeout)));
             prepared.and_then(|()| stream.set_write_timeout(Some(timeout))).map_err(Error::other)?;
