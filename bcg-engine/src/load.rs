@@ -94,6 +94,7 @@ fn settings(options: &EngineOptions, runner: &ModelRunner, has_prefix_cache: boo
         "nnodes": runner.world().num_nodes(),
         "devices": (0..runner.world().num_local()).map(|rank| runner.world().device(rank).name()).collect::<Vec<_>>(),
         "architecture": runner.config().architecture,
+        "model_type": runner.config().fields.get("model_type"),
         "model_path": options.model.display().to_string(),
         "page_size": of_runner.page_size,
         "kv_cache_pages": runner.pages().num_pages(),

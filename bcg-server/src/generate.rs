@@ -9,7 +9,6 @@ use axum::response::{IntoResponse, Response};
 use bcg_engine::{EngineEvent, FinishReason, GenerationRequest, Grammar, ModelInfo, Prompt, TokenLogprob};
 use serde_json::{Value, json};
 
-use crate::App;
 use crate::answers::{Answer, collect};
 use crate::error::ApiError;
 use crate::fields::BodyFields;
@@ -17,6 +16,7 @@ use crate::incoming::{Asked, Incoming};
 use crate::prompts::{self, Prompts};
 use crate::request::{check_choices, generation, next_id, num_answers, priority, token_count};
 use crate::sse::{self, Chunks};
+use crate::{App, bootstrap};
 
 /// Tokens of an answer when the request does not say, as in SGLang.
 const MAX_NEW_TOKENS_DEFAULT: usize = 128;
@@ -81,6 +81,7 @@ fn read(
     prompts: Vec<Prompt>,
     logprobs: bool,
 ) -> Result<Vec<GenerationRequest>, ApiError> {
+    bootstrap::refuse(fields)?;
     for name in UNSUPPORTED {
         fields.refuse(name, &[json!([])], "leave it out")?;
     }

@@ -26,6 +26,7 @@ use self::metrics::HttpMetrics;
 use self::options::Setup;
 
 mod answers;
+mod bootstrap;
 mod chat;
 mod client;
 mod completions;
@@ -44,6 +45,7 @@ mod incoming;
 mod info;
 mod json;
 mod listen;
+mod load;
 mod messages;
 mod metrics;
 mod models;
@@ -110,6 +112,7 @@ fn router(app: &App, setup: &Arc<Setup>) -> Router {
         .route("/get_server_info", get(info::server))
         .route("/model_info", get(info::model))
         .route("/get_model_info", get(info::model))
+        .route("/get_load", get(load::load))
         .route("/flush_cache", post(flush_cache::flush).get(flush_cache::flush))
         .route("/metrics", get(metrics::metrics))
         .fallback(unknown_route)

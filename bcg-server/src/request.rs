@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 
 use crate::error::ApiError;
 use crate::fields::{BodyFields, quoted};
-use crate::format;
+use crate::{bootstrap, format};
 
 /// The most answers to one prompt, as in the OpenAI API.
 const N_MAX: usize = 128;
@@ -49,6 +49,7 @@ impl AnswerShape {
     /// Reads the shape and checks the model's name and the fields that no route supports.
     pub(crate) fn read(fields: &BodyFields, info: &ModelInfo, prefix: &str) -> Result<Self, ApiError> {
         check_model(fields, info)?;
+        bootstrap::refuse(fields)?;
         let n = num_answers(fields)?;
         let stream = fields.get::<bool>("stream")?.unwrap_or(false);
         let options = fields.object("stream_options")?;

@@ -141,6 +141,55 @@ fn model_info_names_the_path_of_the_model() {
 }
 
 #[test]
+fn a_gateway_learns_the_models_name_and_the_load() {
+    let (server, engine) = Server::scripted(Vec::new());
+    assert_eq!(server.get("/server_info").json()["served_model_name"], "scripted");
+    assert_eq!(server.get("/model_info").json()["served_model_name"], "scripted");
+    engine.metrics.running.set(2);
+    let load = json!([{"dp_rank": 0, "num_reqs": 2, "num_waiting_reqs": 0, "num_tokens": 0}]);
+    assert_eq!(server.get("/get_load").json(), load);
+}
+
+#[test]
+fn what_a_gateway_asks_about_the_server_needs_the_key() {
+    let mut options = options();
+    options.api_key = vec!["secret".parse().expect("a key")];
+    let server = Server::start(Scripted::new(Vec::new()), options);
+    for path in ["/server_info", "/model_info", "/get_load", "/health_generate", "/v1/models"] {
+        let refused = server.get(path);
+        assert_eq!(refused.status, 401, "{path}");
+        assert!(!refused.body.contains("somewhere"), "{path}: {}", refused.body);
+    }
+    assert_eq!(server.get("/health").status, 200);
+}
+
+#[test]
+fn a_request_for_a_worker_with_a_role_is_refused_on_all_routes() {
+    let (server, engine) = Server::scripted(Vec::new());
+    let messages = json!([{"role": "user", "content": "hi"}]);
+    for (path, mut body) in [
+        ("/generate", json!({"text": "hi"})),
+        ("/v1/completions", json!({"prompt": "hi"})),
+        ("/v1/chat/completions", json!({"messages": messages})),
+    ] {
+        crate::merge(&mut body, &json!({"bootstrap_host": "10.0.0.1", "bootstrap_port": 8998, "bootstrap_room": 5}));
+        server.post(path, &body).assert_error(400, &json!("bootstrap_room"), "--worker-urls");
+    }
+    assert!(engine.requests().is_empty());
+}
+
+#[test]
+fn generate_takes_what_a_gateway_adds() {
+    let (server, engine) = Server::scripted(Vec::new());
+    let body = json!({"text": "a", "model": null, "sampling_params": {"temperature": 0.0, "max_new_tokens": 4},
+                      "return_logprob": true, "return_text_in_logprobs": false, "stream": false, "log_metrics": true,
+                      "return_hidden_states": false, "background": false, "no_logs": false, "return_bytes": false,
+                      "return_entropy": false});
+    assert_eq!(server.post("/generate", &body).json()["text"], "ok");
+    assert_eq!(engine.last_request().max_tokens, Some(4));
+}
+
+#[test]
 fn flush_cache_reaches_the_engine_by_both_methods() {
     let (server, engine) = Server::scripted(Vec::new());
     for method in ["GET", "POST"] {
