@@ -86,8 +86,12 @@ pub struct EngineArgs {
     #[arg(long, aliases = ["tensor-parallel-size", "tp-size"], value_name = "N", default_value_t = 1)]
     pub tp: usize,
 
-    /// Numbers of the GPUs of the ranks, separated by commas; one that stands there several times has several ranks
-    /// [default: 0 to N - 1 for --tp N]
+    /// Data parallelism: replicas of the model, each on devices of its own, that share the requests
+    #[arg(long, aliases = ["data-parallel-size", "dp-size"], value_name = "N", default_value_t = 1)]
+    pub dp: usize,
+
+    /// Numbers of the GPUs of the ranks, replica after replica, separated by commas; one that stands there several times
+    /// has several ranks [default: 0, 1, 2, …: as many as --dp times --tp]
     #[arg(long, value_name = "GPU,GPU,…", value_delimiter = ',')]
     pub devices: Option<Vec<usize>>,
 
@@ -329,6 +333,7 @@ impl EngineArgs {
         options.allow_special_tokens_in_content = self.allow_special_tokens_in_content;
         options.device = self.device.device;
         options.tp = self.tp;
+        options.dp = self.dp;
         options.devices = self.devices.clone();
         (options.nnodes, options.node_rank) = (self.nnodes, self.node_rank);
         options.dist_init_addr = self.dist_init_addr.clone();
@@ -496,6 +501,16 @@ mod tests {
         for wrong in ["0,one", "-1", "0;1", ""] {
             try_parse(&["--devices", wrong]).expect_err("no numbers");
         }
+    }
+
+    #[test]
+    fn each_replica_has_devices_of_its_own() {
+        let options = works(&["--dp-size", "2", "--tp", "2", "--devices", "0,1,2,3"]);
+        assert_eq!((options.dp, options.tp), (2, 2));
+        refused(&["--dp", "0"], "--dp", "at least 1");
+        refused(&["--dp", "2", "--devices", "0"], "--devices", "for each rank");
+        refused(&["--dp", "2", "--devices", "0,0"], "--devices", "give --kv-cache-tokens");
+        works(&["--dp", "2", "--devices", "0,0", "--kv-cache-tokens", "4096"]);
     }
 
     #[test]

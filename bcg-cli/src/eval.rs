@@ -12,8 +12,7 @@ use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
 use bcg_benches::progress::{LoadBar, bar};
-use bcg_engine::local::LocalEngine;
-use bcg_engine::{ChatMessage, Engine, EngineEvent, GenerationRequest, Prompt, load};
+use bcg_engine::{ChatMessage, Engine, EngineEvent, GenerationRequest, Metrics, Prompt, replicas};
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
@@ -84,7 +83,7 @@ pub fn run(args: &EvalArgs) -> anyhow::Result<()> {
     let shots = args.few_shot.as_ref().map(read_shots).transpose()?;
     let mut options = args.engine.text_options("bcg eval")?;
     options.let_wait(args.concurrency);
-    let engine = load::start(&options, LoadBar::show())?;
+    let engine = replicas::start(&options, LoadBar::show())?;
 
     let began = Instant::now();
     let answers = answer_all(&engine, &problems, shots.as_deref(), args)?;
@@ -100,16 +99,17 @@ pub fn run(args: &EvalArgs) -> anyhow::Result<()> {
     let correct = answers.iter().filter(|answer| answer.correct).count();
     let tokens: usize = answers.iter().map(|answer| answer.tokens.len()).sum();
     let accuracy = correct as f64 / answers.len() as f64;
-    let metrics = engine.metrics();
+    let metrics = engine.replica_metrics();
+    let sum = |count: fn(&Metrics) -> u64| metrics.iter().map(|metrics| count(metrics)).sum::<u64>();
     println!(
         "accuracy {accuracy:.4} ({correct}/{}) {}, {tokens} tokens in {seconds:.1} s ({:.1} tok/s), {} replays, {} captures, {} eager forwards, {} preemptions",
         answers.len(),
         if shots.is_some() { "few-shot" } else { "chat" },
         tokens as f64 / seconds.max(1e-9),
-        metrics.graph_replays.get(),
-        metrics.graph_captures.get(),
-        metrics.num_eager(),
-        metrics.preemptions.get(),
+        sum(|metrics| metrics.graph_replays.get()),
+        sum(|metrics| metrics.graph_captures.get()),
+        sum(Metrics::num_eager),
+        sum(|metrics| metrics.preemptions.get()),
     );
     if let Some(least) = args.min_accuracy
         && accuracy < least
@@ -134,7 +134,7 @@ fn read_shots(path: &PathBuf) -> anyhow::Result<String> {
 }
 
 fn answer_all(
-    engine: &LocalEngine,
+    engine: &impl Engine,
     problems: &[Problem],
     shots: Option<&str>,
     args: &EvalArgs,
@@ -171,7 +171,7 @@ fn answer_all(
 }
 
 fn answer_one(
-    engine: &LocalEngine,
+    engine: &impl Engine,
     index: usize,
     problem: &Problem,
     shots: Option<&str>,

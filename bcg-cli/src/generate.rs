@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::bail;
 use bcg_benches::progress::LoadBar;
-use bcg_engine::{ChatMessage, Engine, EngineEvent, GenerationRequest, Prompt, SamplingParams, load};
+use bcg_engine::{ChatMessage, Engine, EngineEvent, GenerationRequest, Metrics, Prompt, SamplingParams, replicas};
 use clap::Args;
 
 use crate::args::EngineArgs;
@@ -68,7 +68,7 @@ pub fn run(args: GenerateArgs) -> anyhow::Result<()> {
     let sampling = SamplingParams { temperature, top_k, top_p, min_p, seed: 0 };
     sampling.validate()?;
     let prompt = if chat { Prompt::chat(vec![ChatMessage::new("user", prompt)]) } else { Prompt::Text(prompt) };
-    let engine = load::start(&engine.text_options("bcg generate")?, LoadBar::show())?;
+    let engine = replicas::start(&engine.text_options("bcg generate")?, LoadBar::show())?;
     let max_tokens = Some(max_tokens);
     let request =
         GenerationRequest { sampling, seed, max_tokens, stop, ignore_eos, ..GenerationRequest::greedy(prompt) };
@@ -85,7 +85,8 @@ pub fn run(args: GenerateArgs) -> anyhow::Result<()> {
             }
             EngineEvent::Finished { reason, usage } => {
                 writeln!(out)?;
-                let metrics = engine.metrics();
+                let metrics = engine.replica_metrics();
+                let sum = |count: fn(&Metrics) -> u64| metrics.iter().map(|metrics| count(metrics)).sum::<u64>();
                 eprintln!(
                     "{} prompt tokens, {} tokens ({}), {:.1} tok/s, TTFT {:.1} ms, {} replays, {} captures, {} eager forwards",
                     usage.prompt_tokens,
@@ -93,9 +94,9 @@ pub fn run(args: GenerateArgs) -> anyhow::Result<()> {
                     reason.as_str(),
                     decode_rate(usage.completion_tokens, began.elapsed(), first),
                     first.unwrap_or_default().as_secs_f64() * 1e3,
-                    metrics.graph_replays.get(),
-                    metrics.graph_captures.get(),
-                    metrics.num_eager(),
+                    sum(|metrics| metrics.graph_replays.get()),
+                    sum(|metrics| metrics.graph_captures.get()),
+                    sum(Metrics::num_eager),
                 );
             }
             EngineEvent::Failed(message) => bail!("generation failed: {message}"),

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use bcg_benches::progress::LoadBar;
 use bcg_engine::local::LocalEngine;
-use bcg_engine::{Engine, EngineEnd, EngineOptions, Health, Progress, load};
+use bcg_engine::{Engine, EngineEnd, EngineOptions, Health, Progress, Replicas, load, replicas};
 use bcg_server::Listeners;
 
 use crate::args::ServerArgs;
@@ -27,23 +27,26 @@ pub type OnProgress = Box<dyn FnMut(Progress) + Send>;
 /// # Errors
 /// What is wrong with the flags, the files, the model or the address; that the engine gave up.
 pub fn run(args: &ServerArgs, began: Instant) -> anyhow::Result<()> {
-    run_with(args, began, load::start)
+    run_with(args, began, replicas::start)
 }
 
-/// As [`run`], with an engine that `start` makes.
+/// As [`run`], with the replicas that `start` makes.
 ///
 /// # Errors
 /// As [`run`]; what `start` returns.
 pub fn run_with(
     args: &ServerArgs,
     began: Instant,
-    start: impl FnOnce(&EngineOptions, OnProgress) -> anyhow::Result<LocalEngine>,
+    start: impl FnOnce(&EngineOptions, OnProgress) -> anyhow::Result<Replicas<LocalEngine>>,
 ) -> anyhow::Result<()> {
     let (mut options, http) = (args.engine.options(), args.http.options());
     options.served_model_name = args.served_model_name.clone();
     options.check()?;
     if options.node_rank > 0 {
-        anyhow::ensure!(!args.supervise, "--supervise: another node than 0 has no requests; let what started it restart it");
+        anyhow::ensure!(
+            !args.supervise,
+            "--supervise: another node than 0 has no requests; let what started it restart it"
+        );
         load::follow(&options, LoadBar::show())?;
         tracing::info!("node 0 has stopped");
         return Ok(());
@@ -97,7 +100,7 @@ pub fn run_with(
     served?;
     match engine.health() {
         Health::Failed(error) => anyhow::bail!("the engine gave up: {error}"),
-        Health::Ready | Health::Draining => {
+        Health::Ready | Health::Draining | Health::Degraded(_) => {
             tracing::info!("stopped");
             Ok(())
         }
@@ -110,9 +113,9 @@ fn listen(host: &str, port: u16) -> anyhow::Result<TcpListener> {
     Ok(listener)
 }
 
-/// Resolves when the engine will never serve again; with the time that is left to the process if a call of it hangs. An
-/// engine that hangs is only waited for if `leaves`.
-async fn gave_up(engine: &LocalEngine, leaves: bool) -> Option<Duration> {
+/// Resolves when no replica will ever serve again; with the time that is left to the process if a call of one hangs. One
+/// that hangs is only waited for if `leaves`.
+async fn gave_up(engine: &Replicas<LocalEngine>, leaves: bool) -> Option<Duration> {
     match engine.given_up().await {
         EngineEnd::GaveUp(_) => None,
         EngineEnd::Stuck(_) if leaves => Some(STUCK_EXIT_AFTER),

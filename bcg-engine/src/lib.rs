@@ -4,6 +4,8 @@
 //! knows of pages, batches or graphs, and nothing in it knows of HTTP or flags. [`local`] is the engine that runs a model in
 //! this process, [`load::start`] makes one from [`EngineOptions`]; tests put a scripted engine in its place.
 //!
+//! [`replicas`] puts several engines behind one front door.
+//!
 //! Reading order: [`scheduler`] decides what runs next, [`sequence`] is what it moves around, [`prefix_cache`] holds its
 //! pages, [`output`] turns tokens into text, [`worker`] is the thread that ties them to a [`model::StepModel`]. Beside it,
 //! [`compilers`] and [`masks`] are the threads of grammars.
@@ -23,6 +25,8 @@ pub use bcg_models::{ChatMessage, FinishReason, OptionError, Progress, SamplingP
 pub use self::fair_places::{FairPlaces, Place};
 pub use self::metrics::Metrics;
 pub use self::options::{CaptureMode, DeviceChoice, EngineOptions, QueueOptions};
+pub use self::replicas::Replicas;
+use self::replicas::Ticket;
 pub use self::watchdog::WatchdogOptions;
 pub use self::worker::EngineEnd;
 
@@ -40,6 +44,7 @@ pub mod model;
 mod options;
 pub mod output;
 pub mod prefix_cache;
+pub mod replicas;
 pub mod scheduler;
 pub mod sequence;
 pub mod stop;
@@ -282,12 +287,20 @@ pub enum RequestError {
 pub struct EventStream {
     receiver: mpsc::Receiver<EngineEvent>,
     done: bool,
+    /// What a router of replicas counts for this answer, until it ends.
+    ticket: Option<Ticket>,
 }
 
 impl EventStream {
     /// Wraps the receiving end of an engine's channel.
     pub fn new(receiver: mpsc::Receiver<EngineEvent>) -> Self {
-        Self { receiver, done: false }
+        Self { receiver, done: false, ticket: None }
+    }
+
+    /// Holds a ticket until the answer ends or nobody waits for it any more.
+    pub(crate) fn holding(mut self, ticket: Option<Ticket>) -> Self {
+        self.ticket = ticket;
+        self
     }
 
     /// Waits for the next event; `None` after the last one.
@@ -314,6 +327,11 @@ impl EventStream {
         let stopped = || RequestError::Engine("the engine stopped before the answer was complete".into());
         let event = event.unwrap_or_else(|| EngineEvent::Failed(stopped()));
         self.done = !matches!(event, EngineEvent::Delta(_));
+        match &mut self.ticket {
+            _ if self.done => self.ticket = None,
+            Some(ticket) => ticket.begin(),
+            None => {}
+        }
         event
     }
 }
@@ -374,6 +392,8 @@ pub enum Health {
     Ready,
     /// It finishes what it has and takes nothing new.
     Draining,
+    /// It serves, but some of its replicas cannot: which, and why.
+    Degraded(String),
     /// It cannot serve, and why.
     Failed(String),
 }
@@ -397,6 +417,26 @@ pub trait Engine: Send + Sync + 'static {
     fn submit(&self, request: GenerationRequest) -> Result<EventStream, SubmitError> {
         let mut streams = self.submit_all(Submission::one(request))?;
         streams.pop().ok_or_else(|| SubmitError::Stopped("the engine returned no events".into()))
+    }
+
+    /// Whether a submission of this client with this many answers would find a place in the queue now. It takes none, so the
+    /// answer can be out of date at once: it only spares the work on what would be refused.
+    ///
+    /// # Errors
+    /// As [`submit_all`](Self::submit_all), for a place that is not there.
+    fn has_room(&self, _client: &ClientId, _num_answers: usize) -> Result<(), SubmitError> {
+        Ok(())
+    }
+
+    /// Returns how many tokens its prefix cache can hold; 0 for an engine that has none.
+    fn prefix_cache_tokens(&self) -> usize {
+        0
+    }
+
+    /// Returns the engines that it hands requests to, in order, each of which can be asked alone; none for an engine that
+    /// does the work itself.
+    fn replicas(&self) -> Vec<&dyn Engine> {
+        Vec::new()
     }
 
     /// Asks for one token, to learn whether the engine works. It takes no place in the queue.
@@ -435,8 +475,9 @@ pub trait Engine: Send + Sync + 'static {
     /// Says whether the engine can serve.
     fn health(&self) -> Health;
 
-    /// Returns the engine's metrics; the HTTP layer adds its own to them.
-    fn metrics(&self) -> &Metrics;
+    /// Returns the metrics of each replica, in order, for [`Metrics::encode_all`]; an engine that does the work itself has
+    /// one. The HTTP layer adds its own to them.
+    fn replica_metrics(&self) -> Vec<&Metrics>;
 
     /// Takes nothing new from now on; what runs goes on.
     fn drain(&self);

@@ -44,11 +44,36 @@ pub fn start_with<M: StepModel>(
     mut model: impl FnMut(ModelRunner) -> anyhow::Result<M> + Send + 'static,
 ) -> anyhow::Result<LocalEngine> {
     options.check()?;
-    let options = options.clone();
-    let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    let name = options.served_model_name.clone().unwrap_or_else(|| folder_name(&options.model));
-    LocalEngine::start(move || {
-        let runner = load_runner(&options, &mut progress)?;
+    options.check_only_replica()?;
+    let loader = Loader::new(options, 0);
+    LocalEngine::start(move || loader.load(&mut progress, &mut model))
+}
+
+/// Loads the model of one replica, once and again.
+#[derive(Debug)]
+pub(crate) struct Loader {
+    options: EngineOptions,
+    replica: usize,
+    /// Name of the model, and when it was first loaded.
+    name: String,
+    created: u64,
+}
+
+impl Loader {
+    pub(crate) fn new(options: &EngineOptions, replica: usize) -> Self {
+        let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let name = options.served_model_name.clone().unwrap_or_else(|| folder_name(&options.model));
+        Self { options: options.clone(), replica, name, created }
+    }
+
+    /// Loads the model, and says how an engine uses it.
+    pub(crate) fn load<M: StepModel>(
+        &self,
+        progress: &mut dyn FnMut(Progress),
+        model: &mut dyn FnMut(ModelRunner) -> anyhow::Result<M>,
+    ) -> anyhow::Result<(M, Scheduler, LocalOptions)> {
+        let options = &self.options;
+        let runner = load_replica(options, self.replica, progress)?;
         let chat = if options.skip_tokenizer_init { None } else { ChatTemplate::load(&options.model)? };
         let limits = Limits {
             max_running_requests: runner.options().max_running_requests,
@@ -62,8 +87,8 @@ pub fn start_with<M: StepModel>(
             tracing::info!("no prefix cache: the model has state-space layers");
         }
         let info = ModelInfo {
-            name: name.clone(),
-            created,
+            name: self.name.clone(),
+            created: self.created,
             context_length: limits.context_length,
             vocab_size: runner.config().vocab_size,
             has_tokenizer: !options.skip_tokenizer_init,
@@ -77,11 +102,12 @@ pub fn start_with<M: StepModel>(
             eos: runner.config().eos_token_ids.clone(),
             queue: options.queue(),
             watchdog: options.watchdog(),
-            settings: settings(&options, &runner, has_prefix_cache),
+            prefix_cache_tokens: if has_prefix_cache { runner.pages().num_pages() * options.page_size } else { 0 },
+            settings: settings(options, &runner, has_prefix_cache),
         };
         let scheduler = Scheduler::new(limits, PrefixCache::new(runner.pages().clone(), has_prefix_cache));
         Ok((model(runner)?, scheduler, local))
-    })
+    }
 }
 
 /// What an operator may want to know of a running engine.
@@ -91,6 +117,7 @@ fn settings(options: &EngineOptions, runner: &ModelRunner, has_prefix_cache: boo
         "version": env!("CARGO_PKG_VERSION"),
         "device": runner.device().name(),
         "tp": runner.num_ranks(),
+        "dp": options.dp,
         "nnodes": runner.world().num_nodes(),
         "devices": (0..runner.world().num_local()).map(|rank| runner.world().device(rank).name()).collect::<Vec<_>>(),
         "architecture": runner.config().architecture,
@@ -117,7 +144,8 @@ pub fn load_runner(options: &EngineOptions, progress: &mut dyn FnMut(Progress)) 
         "`node_rank` {}: only the server runs as another node than 0; start it there with these options",
         options.node_rank
     );
-    load_captured(options, progress)
+    options.check_only_replica()?;
+    load_replica(options, 0, progress)
 }
 
 /// Loads this node's part of a model and does what node 0 does, until that one leaves in order.
@@ -126,13 +154,17 @@ pub fn load_runner(options: &EngineOptions, progress: &mut dyn FnMut(Progress)) 
 /// As [`start`]; that a rank of any node is lost: what runs here cannot go on, and node 0 waits for a new process.
 pub fn follow(options: &EngineOptions, mut progress: impl FnMut(Progress)) -> anyhow::Result<()> {
     options.check()?;
-    let mut runner = load_captured(options, &mut progress)?;
+    let mut runner = load_replica(options, 0, &mut progress)?;
     tracing::info!(node = options.node_rank, nodes = options.nnodes, "following node 0");
     runner.follow().with_context(|| format!("node {} ends", options.node_rank))
 }
 
-fn load_captured(options: &EngineOptions, progress: &mut dyn FnMut(Progress)) -> anyhow::Result<ModelRunner> {
-    let mut runner = load(options, progress)?;
+fn load_replica(
+    options: &EngineOptions,
+    replica: usize,
+    progress: &mut dyn FnMut(Progress),
+) -> anyhow::Result<ModelRunner> {
+    let mut runner = load_replica_uncaptured(options, replica, progress)?;
     // With debug_cuda_graph the sizes of the ladder run eagerly, and nothing is captured.
     if options.graph_mode() == GraphMode::Ahead && !options.debug_cuda_graph {
         let mut stages = Stages::new(progress);
@@ -151,14 +183,19 @@ fn load_captured(options: &EngineOptions, progress: &mut dyn FnMut(Progress)) ->
 pub fn load_uncaptured(options: &EngineOptions, progress: &mut dyn FnMut(Progress)) -> anyhow::Result<ModelRunner> {
     let refused = "`nnodes`: what captures graphs of its own runs in one process; drop it";
     anyhow::ensure!(options.nnodes == 1, refused);
-    load(options, progress)
+    options.check_only_replica()?;
+    load_replica_uncaptured(options, 0, progress)
 }
 
-fn load(options: &EngineOptions, progress: &mut dyn FnMut(Progress)) -> anyhow::Result<ModelRunner> {
+fn load_replica_uncaptured(
+    options: &EngineOptions,
+    replica: usize,
+    progress: &mut dyn FnMut(Progress),
+) -> anyhow::Result<ModelRunner> {
     options.check()?;
     let began = Instant::now();
     let mut stages = Stages::new(progress);
-    let devices = open_devices(options)?;
+    let devices = open_devices(options, replica)?;
     stages.ended("opening the devices");
     let (folder, is_text) = (&options.model, !options.skip_tokenizer_init);
     let config = ModelConfig::load(folder)
@@ -251,34 +288,47 @@ pub fn open_device(device: DeviceChoice) -> anyhow::Result<Device> {
     }
 }
 
-/// Opens the device of each rank of this process, as the options `device`, `tp` and `devices` say. Of host devices, the first one has the
-/// faults that `BCG_HOST_FAULT` asks for.
+/// Opens the device of each rank of a replica that lives in this process, as the options `device`, `tp`, `dp`, `nnodes` and
+/// `devices` say: that of rank `r` of replica `d` is number `d * tp + r`. Of host devices, the very first one has the faults
+/// that `BCG_HOST_FAULT` asks for.
 ///
 /// # Errors
 /// As [`open_device`]; if there are fewer usable GPUs than there are to be.
-pub fn open_devices(options: &EngineOptions) -> anyhow::Result<Vec<Device>> {
+pub fn open_devices(options: &EngineOptions, replica: usize) -> anyhow::Result<Vec<Device>> {
     let gpu = |number: usize| {
-        Device::cuda(number).with_context(|| match &options.devices {
-            Some(_) => format!("`devices` {number}: this GPU cannot be used; name others"),
-            None => format!(
+        Device::cuda(number).with_context(|| match (&options.devices, options.dp) {
+            (Some(_), _) => format!("`devices` {number}: this GPU cannot be used; name others"),
+            (None, 1) => format!(
                 "`tp` {}: GPU {number} cannot be used; lower it, or name one GPU several times in `devices`",
                 options.tp
             ),
+            (None, dp) => format!(
+                "`dp` {dp}: GPU {number} cannot be used; lower it, or say in `devices` which GPUs the replicas have"
+            ),
         })
     };
-    let mut devices = vec![match options.devices.as_deref() {
-        Some([first, ..]) => gpu(*first)?,
-        _ => open_device(options.device)?,
+    let first = replica * options.num_local_ranks();
+    let named = |at: usize| options.devices.as_ref().and_then(|devices| devices.get(at)).copied();
+    let host = |ordinal: usize| {
+        let mut host = HostOptions::default();
+        host.ordinal = ordinal;
+        Device::host_with(host)
+    };
+    let mut devices = vec![match (named(first), options.device) {
+        (Some(number), _) => gpu(number)?,
+        (None, device) if first == 0 => open_device(device)?,
+        (None, DeviceChoice::Host) => host(first),
+        (None, DeviceChoice::Cuda) => gpu(first)?,
+        // As the first replica chooses.
+        (None, DeviceChoice::Auto) => match Device::auto().0.kind() {
+            DeviceKind::Host => host(first),
+            DeviceKind::Cuda => gpu(first)?,
+        },
     }];
-    for rank in 1..options.num_local_ranks() {
-        let number = options.devices.as_ref().and_then(|devices| devices.get(rank)).copied().unwrap_or(rank);
+    for at in first + 1..first + options.num_local_ranks() {
         devices.push(match devices[0].kind() {
-            DeviceKind::Cuda => gpu(number)?,
-            DeviceKind::Host => {
-                let mut host = HostOptions::default();
-                host.ordinal = rank;
-                Device::host_with(host)
-            }
+            DeviceKind::Cuda => gpu(named(at).unwrap_or(at))?,
+            DeviceKind::Host => host(at),
         });
     }
     Ok(devices)
@@ -332,10 +382,13 @@ mod tests {
 
     #[test]
     fn each_rank_opens_a_host_device_of_its_own() {
-        let options = EngineOptions { device: DeviceChoice::Host, tp: 3, ..EngineOptions::new("m") };
-        let names: Vec<String> =
-            open_devices(&options).expect("opens").iter().map(|device| device.name().to_owned()).collect();
-        assert_eq!(names, ["host:0", "host:1", "host:2"]);
+        let options = EngineOptions { device: DeviceChoice::Host, tp: 3, dp: 2, ..EngineOptions::new("m") };
+        let names = |replica| -> Vec<String> {
+            let devices = open_devices(&options, replica).expect("opens");
+            devices.iter().map(|device| device.name().to_owned()).collect()
+        };
+        assert_eq!(names(0), ["host:0", "host:1", "host:2"]);
+        assert_eq!(names(1), ["host:3", "host:4", "host:5"]);
     }
 
     #[test]

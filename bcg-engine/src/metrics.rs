@@ -1,7 +1,11 @@
 //! Prometheus metrics of the engine. Whoever serves them adds others beside them, see [`Metrics::encode`].
 //!
+//! Of several replicas each has its own, with the label `replica`; what concerns their one queue is counted once, for the
+//! whole server ([`QueueMetrics`]).
+//!
 //! Handles are cheap to clone and lock-free to write, so the worker updates them between steps.
 
+use std::borrow::Cow;
 use std::fmt;
 
 use bcg_runtime::EagerReason;
@@ -37,9 +41,22 @@ pub struct RankLabel {
     pub rank: u32,
 }
 
+/// What is counted of the queue, which all replicas of a server share. Clones count together.
+#[derive(Debug, Clone, Default)]
+pub struct QueueMetrics {
+    /// Submissions that wait: some of their answers have not run yet.
+    pub depth: Gauge,
+    /// Answers that wait and have not run yet.
+    pub answers: Gauge,
+    /// Submissions that were refused, by reason.
+    pub refused: Family<ReasonLabel, Counter>,
+}
+
 /// Everything that is counted.
 pub struct Metrics {
     registry: Registry,
+    /// What is not labelled by replica.
+    of_server: Registry,
     /// Submissions that wait: some of their answers have not run yet.
     pub queue_depth: Gauge,
     /// Answers that wait and have not run yet.
@@ -101,12 +118,22 @@ fn latency() -> Histogram {
 }
 
 impl Default for Metrics {
+    /// Those of the only engine of a server.
     fn default() -> Self {
+        Self::new(QueueMetrics::default(), None)
+    }
+}
+
+impl Metrics {
+    /// Makes those of an engine behind the queue that `queue` counts, with the label `replica` if it is one of several.
+    pub fn new(queue: QueueMetrics, replica: Option<usize>) -> Self {
+        let label = |index: usize| (Cow::from("replica"), Cow::from(index.to_string()));
         let mut metrics = Self {
-            registry: Registry::with_prefix("bcg"),
-            queue_depth: Gauge::default(),
-            queued_answers: Gauge::default(),
-            refused: Family::default(),
+            registry: Registry::with_prefix_and_labels("bcg", replica.map(label).into_iter()),
+            of_server: Registry::with_prefix("bcg"),
+            queue_depth: queue.depth,
+            queued_answers: queue.answers,
+            refused: queue.refused,
             running: Gauge::default(),
             kv_pages_used: Gauge::default(),
             kv_pages_cached: Gauge::default(),
@@ -135,14 +162,13 @@ impl Default for Metrics {
         metrics.register();
         metrics
     }
-}
 
-impl Metrics {
     fn register(&mut self) {
-        let registry = &mut self.registry;
+        let registry = &mut self.of_server;
         registry.register("queue_depth", "Submissions that wait", self.queue_depth.clone());
         registry.register("queued_answers", "Requests that wait, one for each answer", self.queued_answers.clone());
         registry.register("submissions_refused", "Submissions that were refused, by reason", self.refused.clone());
+        let registry = &mut self.registry;
         registry.register("running_requests", "Sequences that run", self.running.clone());
         registry.register("kv_pages_used", "KV cache pages in use", self.kv_pages_used.clone());
         registry.register("kv_pages_cached", "KV cache pages in the prefix cache", self.kv_pages_cached.clone());
@@ -244,7 +270,35 @@ impl Metrics {
     /// # Errors
     /// The text's; one for a `String` never comes.
     pub fn encode(&self, text: &mut String) -> fmt::Result {
-        encode_registry(text, &self.registry)
+        Self::encode_all(&[self], text)
+    }
+
+    /// As [`encode`](Self::encode), of all replicas of a server: what concerns the whole server once, then each family of
+    /// metrics once, with the samples of every replica, as OpenMetrics wants it.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn encode_all(replicas: &[&Self], text: &mut String) -> fmt::Result {
+        let Some(first) = replicas.first() else { return Ok(()) };
+        encode_registry(text, &first.of_server)?;
+        // What describes a family, which is the same for all replicas, and its samples.
+        let mut families: Vec<(String, String)> = Vec::new();
+        for metrics in replicas {
+            let mut own = String::new();
+            encode_registry(&mut own, &metrics.registry)?;
+            let mut lines = own.split_inclusive('\n').peekable();
+            while lines.peek().is_some() {
+                let head: String = std::iter::from_fn(|| lines.next_if(|line| line.starts_with('#'))).collect();
+                let samples = std::iter::from_fn(|| lines.next_if(|line| !line.starts_with('#')));
+                let at = families.iter().position(|(known, _)| *known == head).unwrap_or_else(|| {
+                    families.push((head, String::new()));
+                    families.len() - 1
+                });
+                families[at].1.extend(samples);
+            }
+        }
+        families.iter().for_each(|(head, samples)| text.extend([head.as_str(), samples]));
+        Ok(())
     }
 }
 
@@ -282,6 +336,34 @@ mod tests {
         for line in ["bcg_ranks 2", "bcg_rank_memory_bytes{rank=\"0\"} 300", "bcg_lost_ranks_total{rank=\"1\"} 1"] {
             assert!(text.contains(line), "{line}: {text}");
         }
+    }
+
+    #[test]
+    fn replicas_have_one_text_with_every_family_once() {
+        let queue = QueueMetrics::default();
+        let replicas = [0, 1].map(|index| Metrics::new(queue.clone(), Some(index)));
+        replicas[0].count_refused(&SubmitError::ShuttingDown);
+        replicas[1].count_refused(&SubmitError::ShuttingDown);
+        replicas[1].count_finished("stop");
+        replicas[1].request_latency.observe(0.01);
+        let mut text = String::new();
+        Metrics::encode_all(&[&replicas[0], &replicas[1]], &mut text).expect("a string takes everything");
+        for line in [
+            "bcg_submissions_refused_total{reason=\"shutting_down\"} 2\n",
+            "bcg_requests_finished_total{replica=\"1\",reason=\"stop\"} 1\n",
+            "bcg_running_requests{replica=\"0\"} 0\nbcg_running_requests{replica=\"1\"} 0\n",
+            "bcg_request_latency_seconds_count{replica=\"1\"} 1\n",
+        ] {
+            assert!(text.contains(line), "{line}: {text}");
+        }
+        // A family that only one replica has samples of stands there once too.
+        let mut heads: Vec<&str> = text.lines().filter(|line| line.starts_with("# TYPE")).collect();
+        let num_heads = heads.len();
+        heads.sort_unstable();
+        heads.dedup();
+        assert_eq!((heads.len(), num_heads > 20), (num_heads, true), "{text}");
+        let alone = self::text(&Metrics::default());
+        assert!(alone.contains("bcg_running_requests 0\n") && !alone.contains("replica="), "{alone}");
     }
 
     #[test]

@@ -11,6 +11,9 @@ use bcg_runtime::RANKS_MAX;
 
 use super::watchdog::WatchdogOptions;
 
+/// The most replicas of one process.
+pub(crate) const REPLICAS_MAX: usize = 16;
+
 /// Where the model runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DeviceChoice {
@@ -69,8 +72,10 @@ pub struct EngineOptions {
     pub device: DeviceChoice,
     /// Tensor parallelism: the ranks that the model is divided among, each of which has a device.
     pub tp: usize,
-    /// The numbers of the GPUs of the ranks, in order; a GPU that is named several times has several ranks. `None` takes the
-    /// first `tp` ones.
+    /// Replicas: engines that share the requests, each with the whole model on `tp` devices of its own.
+    pub dp: usize,
+    /// The numbers of the GPUs of the ranks, in order, replica after replica; a GPU that is named several times has several
+    /// ranks. `None` takes the first ones.
     pub devices: Option<Vec<usize>>,
     /// The number of processes, or nodes, that the ranks live in: each has `tp / nnodes` of them, and `devices` names those of
     /// this one.
@@ -138,6 +143,7 @@ impl Default for EngineOptions {
             allow_special_tokens_in_content: false,
             device: DeviceChoice::Auto,
             tp: 1,
+            dp: 1,
             devices: None,
             nnodes: 1,
             node_rank: 0,
@@ -205,6 +211,7 @@ impl EngineOptions {
             }
         }
         self.check_ranks()?;
+        self.check_replicas()?;
         self.check_graphs()
     }
 
@@ -275,9 +282,15 @@ impl EngineOptions {
             let remedy = "drop it: on the host device each rank has one of its own";
             return Err(OptionError::new("devices", "names GPUs, and `device` is host", remedy));
         }
-        if devices.len() != self.num_local_ranks() {
-            let of_node = if self.nnodes == 1 { "" } else { " on each of `nnodes`" };
-            let problem = format!("has {} numbers for the {} ranks of `tp`{of_node}", devices.len(), self.num_local_ranks());
+        if devices.len() != self.num_devices() {
+            let problem = match (self.dp, self.nnodes) {
+                (1, 1) => format!("has {} numbers for the {} ranks of `tp`", devices.len(), self.tp),
+                (1, _) => {
+                    let ranks = self.num_local_ranks();
+                    format!("has {} numbers for the {ranks} ranks of `tp` on each of `nnodes`", devices.len())
+                }
+                (dp, _) => format!("has {} numbers for `dp` {dp} times `tp` {} ranks", devices.len(), self.tp),
+            };
             let remedy = "give the number of a GPU for each rank; one may stand there several times";
             return Err(OptionError::new("devices", problem, remedy));
         }
@@ -304,12 +317,58 @@ impl EngineOptions {
                 let problem = "is needed where `nnodes` is more than 1";
                 Err(OptionError::new("dist_init_addr", problem, "give HOST:PORT at which node 0 can listen"))
             }
+            (Some(_), _) if self.dp > 1 => {
+                let problem = "replicas do not span several processes";
+                Err(OptionError::new("nnodes", problem, "drop `dp`, and put a gateway before several servers"))
+            }
             (Some(_), nodes) if !self.tp.is_multiple_of(nodes) => {
                 let problem = format!("the {} ranks of `tp` cannot be divided among {nodes} nodes", self.tp);
                 Err(OptionError::new("nnodes", problem, "give a divisor of `tp`"))
             }
             (Some(_), _) => Ok(()),
         }
+    }
+
+    /// Devices of all ranks of all replicas in this process.
+    pub(crate) fn num_devices(&self) -> usize {
+        self.dp.saturating_mul(self.num_local_ranks())
+    }
+
+    fn check_replicas(&self) -> Result<(), OptionError> {
+        OptionError::positive("dp", self.dp)?;
+        if self.dp > REPLICAS_MAX {
+            let problem = format!("one process does not hold {} replicas", self.dp);
+            let remedy = "give at most 16, or put a gateway before several processes";
+            return Err(OptionError::new("dp", problem, remedy));
+        }
+        let devices = self.devices.as_deref().unwrap_or_default();
+        let replicas: Vec<&[usize]> = devices.chunks(self.tp).collect();
+        let is_shared = |(at, replica): (usize, &&[usize])| {
+            replicas[at + 1..].iter().any(|other| other.iter().any(|device| replica.contains(device)))
+        };
+        if !replicas.iter().enumerate().any(is_shared) {
+            return Ok(());
+        }
+        if self.tp > 1 {
+            let problem = "several replicas share a GPU, where the ranks of one would wait for those of another";
+            return Err(OptionError::new("devices", problem, "give each replica GPUs of its own, or `tp` 1"));
+        }
+        if self.kv_cache_tokens.is_none() {
+            let problem = "several replicas share a GPU, whose memory is not divided among them";
+            return Err(OptionError::new("devices", problem, "give `kv_cache_tokens`, for each of them"));
+        }
+        Ok(())
+    }
+
+    /// Refuses several replicas, for what runs one engine or one model.
+    ///
+    /// # Errors
+    /// [`OptionError`] names `dp`.
+    pub(crate) fn check_only_replica(&self) -> Result<(), OptionError> {
+        if self.dp == 1 {
+            return Ok(());
+        }
+        Err(OptionError::new("dp", format!("{} replicas, where one model is run alone", self.dp), "drop it"))
     }
 
     fn check_graphs(&self) -> Result<(), OptionError> {
@@ -475,6 +534,28 @@ mod tests {
         refused(nodes(2, 2, 0, None), "dist_init_addr", "HOST:PORT");
         refused(nodes(2, 1, 0, Some("host:1")), "dist_init_addr", "drop it");
         refused(nodes(3, 2, 0, Some("host:1")), "nnodes", "a divisor of `tp`");
+    }
+
+    #[test]
+    fn each_replica_has_devices_of_its_own() {
+        for (dp, tp, devices) in [(2, 1, None), (2, 2, Some(vec![0, 1, 2, 3])), (1, 2, Some(vec![0, 0]))] {
+            let options = EngineOptions { dp, tp, devices, ..EngineOptions::new("m") };
+            options.check().expect("these work");
+        }
+        refused(|options| options.dp = 0, "dp", "at least 1");
+        refused(|options| options.dp = 17, "dp", "gateway");
+        let devices = |dp, tp, devices: &[usize]| {
+            let devices = Some(devices.to_vec());
+            move |options: &mut EngineOptions| (options.dp, options.tp, options.devices) = (dp, tp, devices)
+        };
+        refused(devices(2, 1, &[0]), "devices", "for each rank");
+        refused(devices(2, 2, &[0, 1]), "devices", "for each rank");
+        refused(devices(2, 2, &[0, 1, 1, 2]), "devices", "GPUs of its own");
+        refused(devices(3, 1, &[0, 1, 0]), "devices", "give `kv_cache_tokens`");
+        let shared = EngineOptions { dp: 2, kv_cache_tokens: Some(4096), ..EngineOptions::new("m") };
+        let shared = EngineOptions { devices: Some(vec![0, 0]), ..shared };
+        shared.check().expect("each has its part");
+        shared.check_only_replica().expect_err("there are two");
     }
 
     #[test]

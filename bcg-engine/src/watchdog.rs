@@ -178,7 +178,9 @@ impl Watchdog {
     ) -> std::io::Result<Self> {
         let (stop, stopped) = channel();
         let thread = std::thread::Builder::new().name("bcg-watchdog".into());
-        let thread = thread.spawn(move || watch(&pulse, timeout, &stopped, stuck))?;
+        // What it logs names the engine as the caller's lines do.
+        let span = tracing::Span::current();
+        let thread = thread.spawn(move || span.in_scope(|| watch(&pulse, timeout, &stopped, stuck)))?;
         Ok(Self { stop: Some(stop), thread: Some(thread) })
     }
 }

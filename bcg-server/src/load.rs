@@ -8,21 +8,21 @@ use serde_json::{Value, json};
 
 use crate::App;
 
-/// The load, as a list with one entry: replicas behind one front door are one worker.
+/// The load, as a list with an entry for each replica.
 pub(crate) async fn load(State(app): State<App>) -> Json<Value> {
-    let page_size = app.engine.server_info().pointer("/settings/page_size").and_then(Value::as_i64);
-    Json(load_json(app.engine.metrics(), page_size.unwrap_or(0)))
+    let page_size = app.engine.server_info().pointer("/settings/page_size").and_then(Value::as_i64).unwrap_or(0);
+    Json((0..).zip(app.engine.replica_metrics()).map(|(rank, metrics)| load_json(rank, metrics, page_size)).collect())
 }
 
 /// Answers that run or wait, and the tokens of the KV pages that the running ones hold. A prompt that waits has no pages.
-fn load_json(metrics: &Metrics, page_size: i64) -> Value {
+fn load_json(rank: usize, metrics: &Metrics, page_size: i64) -> Value {
     let waiting = metrics.queued_answers.get();
-    json!([{
-        "dp_rank": 0,
+    json!({
+        "dp_rank": rank,
         "num_reqs": metrics.running.get() + waiting,
         "num_waiting_reqs": waiting,
         "num_tokens": metrics.kv_pages_used.get() * page_size,
-    }])
+    })
 }
 
 #[cfg(test)]
@@ -35,7 +35,7 @@ mod tests {
         metrics.running.set(3);
         metrics.queued_answers.set(2);
         metrics.kv_pages_used.set(7);
-        let expected = json!([{"dp_rank": 0, "num_reqs": 5, "num_waiting_reqs": 2, "num_tokens": 112}]);
-        assert_eq!(load_json(&metrics, 16), expected);
+        let expected = json!({"dp_rank": 1, "num_reqs": 5, "num_waiting_reqs": 2, "num_tokens": 112});
+        assert_eq!(load_json(1, &metrics, 16), expected);
     }
 }

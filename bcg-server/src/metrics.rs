@@ -50,10 +50,11 @@ impl HttpMetrics {
         self.requests.get_or_create(&HttpLabels { route: route.to_owned(), code }).inc();
     }
 
-    /// Returns OpenMetrics text: these metrics, then those of the engine.
-    fn render(&self, engine: &bcg_engine::Metrics) -> String {
+    /// Returns OpenMetrics text: these metrics, then those of the engine's replicas.
+    fn render(&self, replicas: &[&bcg_engine::Metrics]) -> String {
         let mut text = String::new();
-        let encoded = encode_registry(&mut text, &self.registry).and_then(|()| engine.encode(&mut text));
+        let encoded = encode_registry(&mut text, &self.registry)
+            .and_then(|()| bcg_engine::Metrics::encode_all(replicas, &mut text));
         // Writing to a string cannot fail; half an exposition would be worse than none.
         if encoded.and_then(|()| encode_eof(&mut text)).is_err() {
             text.clear();
@@ -64,7 +65,7 @@ impl HttpMetrics {
 
 /// All metrics, as OpenMetrics text for who asks for it, else as Prometheus's.
 pub(crate) async fn metrics(State(app): State<App>, headers: HeaderMap) -> Response {
-    let text = app.metrics.render(app.engine.metrics());
+    let text = app.metrics.render(&app.engine.replica_metrics());
     let accepted = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
     let (content_type, text) = if accepted.into_iter().any(|value| value.contains(OPENMETRICS)) {
         (OPENMETRICS_TYPE, text)
@@ -106,7 +107,7 @@ mod tests {
         let (metrics, engine) = (HttpMetrics::default(), bcg_engine::Metrics::default());
         metrics.count("/health", 200);
         engine.time_to_first_token.observe(0.01);
-        let text = metrics.render(&engine);
+        let text = metrics.render(&[&engine]);
         assert!(text.contains("bcg_http_requests_total{route=\"/health\",code=\"200\"} 1"), "{text}");
         assert!(text.contains("bcg_time_to_first_token_seconds_count 1"), "{text}");
         assert!(text.ends_with("# EOF\n") && text.matches("# EOF").count() == 1, "{text}");
@@ -118,7 +119,7 @@ mod tests {
         metrics.count("/health", 200);
         let engine = bcg_engine::Metrics::default();
         engine.queue_depth.set(3);
-        let text = prometheus(&metrics.render(&engine));
+        let text = prometheus(&metrics.render(&[&engine]));
         let requests = "# HELP bcg_http_requests_total HTTP requests by route and status.\n\
                         # TYPE bcg_http_requests_total counter\n\
                         bcg_http_requests_total{route=\"/health\",code=\"200\"} 1\n\

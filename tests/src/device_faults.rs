@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use bcg_cli::args::ServerArgs;
 use bcg_cli::serve;
-use bcg_engine::load;
 use bcg_engine::model::{GraphCounters, StepError, StepModel};
+use bcg_engine::replicas;
 use bcg_models::{ModelRunner, PendingStep, SampledToken, SequenceInput};
 use bcg_runtime::{Dims, Error, HostMemory, Kernel, KernelArgs, LiveBatch, Result, Runner, RunnerOptions, Source};
 use clap::Parser;
@@ -113,5 +113,7 @@ impl StepModel for Breaking {
 pub fn run(args: impl Iterator<Item = String>, began: Instant) -> anyhow::Result<()> {
     let args = ServerArgs::parse_from(args);
     bcg_cli::logging::init(args.log_format);
-    serve::run_with(&args, began, |options, progress| load::start_with(options, progress, Breaking::new))
+    serve::run_with(&args, began, |options, progress| {
+        replicas::start_with(options, progress, |_, runner| Breaking::new(runner))
+    })
 }

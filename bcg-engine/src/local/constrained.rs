@@ -46,6 +46,7 @@ fn engine() -> LocalEngine {
             eos: vec![2],
             queue: QueueOptions::default(),
             watchdog: WatchdogOptions::default(),
+            prefix_cache_tokens: 0,
             settings: Value::Null,
         };
         let limits = Limits { max_running_requests: 4, chunked_prefill_size: 64, context_length: CONTEXT };

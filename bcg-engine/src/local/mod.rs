@@ -15,7 +15,7 @@ use super::choice::Choice;
 use super::compilers::Compilers;
 use super::guide::Guide;
 use super::masks::Masks;
-use super::metrics::Metrics;
+use super::metrics::{Metrics, QueueMetrics};
 use super::model::StepModel;
 use super::output::{Output, OutputOptions};
 use super::scheduler::Scheduler;
@@ -36,7 +36,10 @@ const STUCK_WAIT_MAX: Duration = Duration::from_secs(1);
 /// Probes that may wait; a single client, which they are, can have up to five places whole.
 const PROBES_MAX: usize = 5;
 
+pub use self::siblings::{Replica, Siblings};
+
 mod length;
+mod siblings;
 
 /// What a [`LocalEngine`] knows of its model besides the runner.
 #[derive(Debug)]
@@ -53,6 +56,8 @@ pub struct LocalOptions {
     pub queue: QueueOptions,
     /// How closely it is watched.
     pub watchdog: WatchdogOptions,
+    /// Tokens that its prefix cache can hold; 0 if it has none.
+    pub prefix_cache_tokens: usize,
     /// How the engine is set up, for [`Engine::server_info`].
     pub settings: Value,
 }
@@ -64,14 +69,12 @@ pub struct LocalEngine {
     options: LocalOptions,
     eos: Arc<[u32]>,
     worker: MessageSender,
-    /// Submissions that wait.
-    submissions: FairPlaces,
-    /// Answers that wait.
-    answers: FairPlaces,
+    /// The places in the queue.
+    siblings: Siblings,
     /// Probes that wait.
     probes: FairPlaces,
     /// `None` without a tokenizer.
-    compilers: Option<Compilers>,
+    compilers: Option<Arc<Compilers>>,
     masks: Masks,
     shared: Arc<Shared>,
     draining: AtomicBool,
@@ -94,7 +97,31 @@ impl LocalEngine {
         M: StepModel,
         F: FnMut() -> anyhow::Result<(M, Scheduler, LocalOptions)> + Send + 'static,
     {
-        let shared = Arc::new(Shared::default());
+        Self::start_as(None, load)
+    }
+
+    /// As [`start`](Self::start), for one of several replicas: what it logs and counts names it.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn start_replica<M, F>(replica: Replica, load: F) -> anyhow::Result<Self>
+    where
+        M: StepModel,
+        F: FnMut() -> anyhow::Result<(M, Scheduler, LocalOptions)> + Send + 'static,
+    {
+        Self::start_as(Some(replica), load)
+    }
+
+    fn start_as<M, F>(replica: Option<Replica>, load: F) -> anyhow::Result<Self>
+    where
+        M: StepModel,
+        F: FnMut() -> anyhow::Result<(M, Scheduler, LocalOptions)> + Send + 'static,
+    {
+        let index = replica.as_ref().map(|replica| replica.index);
+        let span = index.map_or_else(tracing::Span::none, |index| tracing::error_span!("replica", index));
+        let _entered = span.clone().entered();
+        let queue = replica.as_ref().map_or_else(QueueMetrics::default, |replica| replica.siblings.metrics.clone());
+        let shared = Arc::new(Shared::new(Metrics::new(queue, index)));
         let (ready, loaded) = sync_channel(1);
         let worker_shared = shared.clone();
         let thread = std::thread::Builder::new().name("bcg-engine".into());
@@ -102,6 +129,7 @@ impl LocalEngine {
         let thread = thread.spawn(move || {
             // Dropped last: whoever waits for the thread hears of its end.
             let _ending: SyncSender<()> = ending;
+            let _entered = span.entered();
             work(load, &ready, &worker_shared);
         })?;
         let (worker, options) = match loaded.recv() {
@@ -111,10 +139,8 @@ impl LocalEngine {
                 anyhow::bail!("the engine's thread panicked while the model was loaded");
             }
         };
-        let info = &options.info;
-        let tokenizer = options.tokenizer.as_ref();
-        let compilers =
-            tokenizer.map(|tokenizer| Compilers::start(tokenizer, &options.eos, info.vocab_size)).transpose()?;
+        let siblings = replica.map_or_else(|| Siblings::new(options.queue), |replica| replica.siblings);
+        let compilers = siblings.compilers(&options)?;
         let woken = worker.clone();
         let stuck = shared.clone();
         let watch =
@@ -122,8 +148,7 @@ impl LocalEngine {
         let watchdog = options.watchdog.timeout.map(watch).transpose()?;
         Ok(Self {
             eos: Arc::from(options.eos.as_slice()),
-            submissions: FairPlaces::new(options.queue.max_queued_requests),
-            answers: FairPlaces::new(options.queue.max_queued_choices),
+            siblings,
             probes: FairPlaces::new(PROBES_MAX),
             compilers,
             masks: Masks::start(move || woken.wake())?,
@@ -141,6 +166,15 @@ impl LocalEngine {
     /// Resolves when the engine will never serve again, though nobody stopped it, and says how it ended. For one waiter.
     pub async fn given_up(&self) -> EngineEnd {
         self.shared.given_up().await
+    }
+
+    /// Returns the engine's metrics.
+    pub fn metrics(&self) -> &Metrics {
+        // What waits holds its places, whether or not the worker has seen it yet.
+        let metrics = &self.shared.metrics;
+        metrics.queue_depth.set(i64::try_from(self.siblings.submissions.taken()).unwrap_or(i64::MAX));
+        metrics.queued_answers.set(i64::try_from(self.siblings.answers.taken()).unwrap_or(i64::MAX));
+        metrics
     }
 
     /// Returns the model's tokenizer, if there is one.
@@ -241,8 +275,8 @@ impl LocalEngine {
             )));
         }
         let full = |max_queued_requests| SubmitError::QueueFull { max_queued_requests };
-        let submission = self.submissions.try_take(client, 1).ok_or_else(|| full(max_queued_requests))?;
-        let answers = self.answers.try_take(client, num_answers).ok_or_else(|| full(max_queued_choices))?;
+        let submission = self.siblings.submissions.try_take(client, 1).ok_or_else(|| full(max_queued_requests))?;
+        let answers = self.siblings.answers.try_take(client, num_answers).ok_or_else(|| full(max_queued_choices))?;
         Ok((Arc::new(submission), answers))
     }
 
@@ -403,6 +437,17 @@ impl Engine for LocalEngine {
         self.accept(submission).inspect_err(|error| self.shared.metrics.count_refused(error))
     }
 
+    fn has_room(&self, client: &ClientId, num_answers: usize) -> Result<(), SubmitError> {
+        if self.draining.load(Ordering::Relaxed) {
+            return Err(SubmitError::ShuttingDown);
+        }
+        self.places(client, num_answers).map(drop)
+    }
+
+    fn prefix_cache_tokens(&self) -> usize {
+        self.options.prefix_cache_tokens
+    }
+
     fn probe(&self) -> Result<EventStream, SubmitError> {
         if self.draining.load(Ordering::Relaxed) {
             return Err(SubmitError::ShuttingDown);
@@ -470,12 +515,8 @@ impl Engine for LocalEngine {
         }
     }
 
-    fn metrics(&self) -> &Metrics {
-        // What waits holds its places, whether or not the worker has seen it yet.
-        let metrics = &self.shared.metrics;
-        metrics.queue_depth.set(i64::try_from(self.submissions.taken()).unwrap_or(i64::MAX));
-        metrics.queued_answers.set(i64::try_from(self.answers.taken()).unwrap_or(i64::MAX));
-        metrics
+    fn replica_metrics(&self) -> Vec<&Metrics> {
+        vec![self.metrics()]
     }
 
     fn drain(&self) {

@@ -87,6 +87,7 @@ fn engine_watched(
             eos: vec![2],
             queue,
             watchdog: WatchdogOptions { timeout: Some(watchdog), captures_lazily: false },
+            prefix_cache_tokens: 128,
             settings: Value::Null,
         };
         let limits = Limits { max_running_requests: 2, chunked_prefill_size: 64, context_length: 64 };
@@ -140,7 +141,7 @@ fn every_request_gets_its_own_answer() {
 fn one_request_too_many_is_refused_and_later_ones_are_not() {
     let (engine, open) = engine(2, true);
     let mut streams = vec![engine.submit(request(300, 2)).expect("accepted")];
-    eventually("the first request runs", || engine.submissions.taken() == 0);
+    eventually("the first request runs", || engine.siblings.submissions.taken() == 0);
     streams.push(engine.submit(request(310, 2)).expect("waits"));
     streams.push(engine.submit(request(320, 2)).expect("waits"));
     assert_eq!(engine.submit(request(330, 2)).expect_err("full"), SubmitError::QueueFull { max_queued_requests: 2 });
@@ -160,20 +161,24 @@ fn answers(client: &str, first: u32, max_tokens: usize, n: usize) -> Submission 
 fn answers_wait_for_their_turn_and_take_one_place_together() {
     let (engine, open) = engine(2, true);
     let streams = engine.submit_all(answers("a", 300, 2, 128)).expect("accepted");
-    eventually("two run", || engine.answers.taken() == 126);
-    assert_eq!(engine.submissions.taken(), 1);
+    eventually("two run", || engine.siblings.answers.taken() == 126);
+    assert_eq!(engine.siblings.submissions.taken(), 1);
     let other = engine.submit_all(answers("b", 320, 2, 64)).expect("accepted");
     let full = engine.submit_all(answers("b", 330, 2, 1)).expect_err("both places are taken");
     assert_eq!(full, SubmitError::QueueFull { max_queued_requests: 2 });
     let too_many = engine.submit_all(answers("c", 330, 2, 5000)).expect_err("more than can ever wait").to_string();
     assert!(too_many.contains("5000 answers; no more than 4096"), "{too_many}");
-    assert_eq!((engine.submissions.taken(), engine.answers.taken()), (2, 126 + 64), "refusals hold nothing");
+    assert_eq!(
+        (engine.siblings.submissions.taken(), engine.siblings.answers.taken()),
+        (2, 126 + 64),
+        "refusals hold nothing"
+    );
     drop(open);
     for stream in streams {
         assert_eq!(tokens(stream), Ok((vec![301, 302], FinishReason::Length)));
     }
     assert!(other.into_iter().all(|stream| tokens(stream).is_ok()));
-    assert_eq!((engine.submissions.taken(), engine.answers.taken()), (0, 0));
+    assert_eq!((engine.siblings.submissions.taken(), engine.siblings.answers.taken()), (0, 0));
     let refused = engine.metrics().refused.get_or_create(&ReasonLabel { reason: "queue_full" }).get();
     assert_eq!(refused, 1);
 }
@@ -187,7 +192,7 @@ fn a_submission_is_refused_as_a_whole() {
     let gone = answers("a", 300, 2, 3);
     gone.cancelled.cancel();
     assert_eq!(engine.submit_all(gone).expect_err("the client left"), SubmitError::Cancelled);
-    assert_eq!((engine.submissions.taken(), engine.answers.taken()), (0, 0));
+    assert_eq!((engine.siblings.submissions.taken(), engine.siblings.answers.taken()), (0, 0));
     drop(open);
     assert_eq!(engine.metrics().prompt_tokens.get(), 0, "nothing of them reached the worker");
 }
@@ -196,7 +201,7 @@ fn a_submission_is_refused_as_a_whole() {
 fn a_client_with_few_requests_is_served_beside_one_with_many() {
     let (engine, open) = engine(256, true);
     let many = engine.submit_all(answers("a", 300, 20, 100)).expect("accepted");
-    eventually("two run", || engine.answers.taken() == 98);
+    eventually("two run", || engine.siblings.answers.taken() == 98);
     let mut one = engine.submit_all(answers("b", 320, 3, 1)).expect("accepted").remove(0);
     let open = open.expect("gated");
     let before = engine.num_steps();
@@ -213,7 +218,7 @@ fn a_request_that_waits_too_long_fails_and_one_that_ran_does_not() {
     let queue = QueueOptions { queue_timeout: Some(Duration::from_millis(300)), ..QueueOptions::default() };
     let (engine, open) = engine_with(queue, true, false);
     let running = engine.submit_all(answers("a", 300, 20, 2)).expect("accepted");
-    eventually("two run", || engine.submissions.taken() == 0);
+    eventually("two run", || engine.siblings.submissions.taken() == 0);
     let waiting = engine.submit(request(320, 2)).expect("waits");
     std::thread::sleep(Duration::from_millis(400));
     let open = open.expect("gated");
@@ -223,14 +228,14 @@ fn a_request_that_waits_too_long_fails_and_one_that_ran_does_not() {
     drop(open);
     assert!(running.into_iter().all(|stream| tokens(stream).is_ok()));
     let ended = |reason| engine.metrics().finished.get_or_create(&ReasonLabel { reason }).get();
-    assert_eq!((ended("queue_timeout"), ended("failed"), engine.submissions.taken()), (1, 0, 0));
+    assert_eq!((ended("queue_timeout"), ended("failed"), engine.siblings.submissions.taken()), (1, 0, 0));
 }
 
 #[test]
 fn a_probe_is_answered_though_the_queue_is_full() {
     let (engine, open) = engine(2, true);
     let mut streams = vec![engine.submit(request(300, 4)).expect("accepted")];
-    eventually("it runs", || engine.submissions.taken() == 0);
+    eventually("it runs", || engine.siblings.submissions.taken() == 0);
     streams.extend((0..2).map(|_| engine.submit(request(310, 4)).expect("waits")));
     engine.submit(request(310, 4)).expect_err("full");
     let probes: Vec<_> = (0..PROBES_MAX).map(|_| engine.probe().expect("it takes no place in the queue")).collect();
@@ -284,7 +289,7 @@ fn steps_that_fail_for_their_requests_never_count_as_a_lost_device() {
 fn a_lost_context_ends_the_engine_at_once() {
     let (engine, open) = engine(4, true);
     let running = engine.submit(request(459, 10)).expect("accepted");
-    eventually("it runs", || engine.submissions.taken() == 0);
+    eventually("it runs", || engine.siblings.submissions.taken() == 0);
     let waiting: Vec<_> = (0..2).map(|_| engine.submit(request(300, 10)).expect("accepted")).collect();
     drop(open);
     for stream in std::iter::once(running).chain(waiting) {
@@ -302,7 +307,7 @@ fn a_lost_device_fails_what_runs_and_keeps_what_waits() {
     let running: Vec<_> = [398, 300].map(|first| engine.submit(request(first, 10)).expect("accepted")).into();
     let open = open.expect("gated");
     open.send(()).expect("the worker lives");
-    eventually("two run", || engine.submissions.taken() == 0);
+    eventually("two run", || engine.siblings.submissions.taken() == 0);
     let waiting = engine.submit(request(310, 2)).expect("waits");
     drop(open);
     for stream in running {
@@ -317,7 +322,7 @@ fn a_lost_device_fails_what_runs_and_keeps_what_waits() {
 fn a_device_that_is_lost_at_a_launch_is_named_to_those_of_the_step_before() {
     let (engine, open) = engine(4, true);
     let first = engine.submit(request(447, 10)).expect("accepted");
-    eventually("it runs", || engine.submissions.taken() == 0);
+    eventually("it runs", || engine.siblings.submissions.taken() == 0);
     let last_in_the_step_before = engine.submit(request(300, 1)).expect("accepted");
     drop(open);
     let error = tokens(first).expect_err("its step could not be launched");
@@ -354,7 +359,7 @@ fn a_draining_engine_finishes_and_takes_nothing_new() {
 fn an_engine_that_is_dropped_ends_its_streams_and_its_thread() {
     let (engine, open) = engine(4, true);
     let mut streams = vec![engine.submit(request(300, 50)).expect("accepted")];
-    eventually("the first request runs", || engine.submissions.taken() == 0);
+    eventually("the first request runs", || engine.siblings.submissions.taken() == 0);
     streams.extend([310, 320].map(|first| engine.submit(request(first, 50)).expect("accepted")));
     let shared = engine.shared.clone();
     let (sender, ended) = channel();
@@ -425,7 +430,7 @@ fn lengths_and_unknown_tokens_are_checked_before_queueing() {
     assert!(matches!(engine.submit(request(462, 1)), Err(SubmitError::Prompt(_))));
     let empty = GenerationRequest::greedy(Prompt::Tokens(Vec::new()));
     assert!(matches!(engine.submit(empty), Err(SubmitError::Prompt(_))));
-    assert_eq!(engine.submissions.taken(), 0);
+    assert_eq!(engine.siblings.submissions.taken(), 0);
 }
 
 #[test]
@@ -462,6 +467,7 @@ fn a_token_that_the_model_does_not_know_is_refused_in_every_prompt() {
             eos: vec![2],
             queue: QueueOptions::default(),
             watchdog: WatchdogOptions::default(),
+            prefix_cache_tokens: 128,
             settings: Value::Null,
         };
         let limits = Limits { max_running_requests: 1, chunked_prefill_size: 64, context_length: 64 };

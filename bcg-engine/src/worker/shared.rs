@@ -102,6 +102,11 @@ pub struct Shared {
 }
 
 impl Shared {
+    /// What an engine with these metrics shares.
+    pub fn new(metrics: Metrics) -> Self {
+        Self { metrics, ..Self::default() }
+    }
+
     /// Returns why the engine cannot serve any more, or not now.
     pub fn failure(&self) -> Option<String> {
         match self.end() {

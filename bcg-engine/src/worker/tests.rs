@@ -41,6 +41,7 @@ fn engine() -> LocalEngine {
             eos: vec![2],
             queue,
             watchdog: WatchdogOptions::default(),
+            prefix_cache_tokens: 0,
             settings: Value::Null,
         };
         let limits = Limits { max_running_requests: 2, chunked_prefill_size: 16, context_length: 16 };

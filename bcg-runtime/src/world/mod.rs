@@ -122,10 +122,8 @@ impl World {
             return Err(Error::Option { option: "World::spanning", message });
         }
         let lost = Arc::default();
-        let rows = [
-            ("number of ranks on each node", devices.len().to_string()),
-            ("kind of devices", describe(&devices[0])),
-        ];
+        let rows =
+            [("number of ranks on each node", devices.len().to_string()), ("kind of devices", describe(&devices[0]))];
         let joined = Span::join(span, devices.len(), options.timeout, &lost, &rows)?;
         let world = Self::with(devices, options, lost, Some(Arc::clone(&joined)))?;
         joined.start(Arc::downgrade(&world.0))?;

@@ -97,8 +97,8 @@ impl Engine for Echo {
         Health::Ready
     }
 
-    fn metrics(&self) -> &Metrics {
-        &self.metrics
+    fn replica_metrics(&self) -> Vec<&Metrics> {
+        vec![&self.metrics]
     }
 
     fn drain(&self) {}

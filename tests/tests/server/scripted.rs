@@ -174,8 +174,8 @@ impl Engine for Scripted {
         if self.draining.load(Ordering::SeqCst) { Health::Draining } else { Health::Ready }
     }
 
-    fn metrics(&self) -> &Metrics {
-        &self.metrics
+    fn replica_metrics(&self) -> Vec<&Metrics> {
+        vec![&self.metrics]
     }
 
     fn drain(&self) {

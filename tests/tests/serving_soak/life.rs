@@ -138,6 +138,10 @@ impl Counted {
         self.accepted.load(Ordering::Relaxed)
     }
 
+    pub(crate) fn metrics(&self) -> &Metrics {
+        self.engine.metrics()
+    }
+
     fn num_ended(&self) -> u64 {
         REASONS.map(|reason| self.num_ended_by(reason)).iter().sum()
     }
@@ -197,8 +201,8 @@ impl Engine for Counted {
         self.engine.health()
     }
 
-    fn metrics(&self) -> &Metrics {
-        self.engine.metrics()
+    fn replica_metrics(&self) -> Vec<&Metrics> {
+        self.engine.replica_metrics()
     }
 
     fn drain(&self) {
@@ -348,6 +352,7 @@ fn load(
         eos: config.eos_token_ids.clone(),
         queue: QueueOptions { max_queued_requests, ..QueueOptions::default() },
         watchdog: WatchdogOptions { timeout: Some(PATIENCE), captures_lazily: true },
+        prefix_cache_tokens: 0,
         settings: Value::Null,
     };
     let pages = runner.pages().clone();

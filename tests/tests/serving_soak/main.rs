@@ -18,7 +18,6 @@ mod tally;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use bcg_engine::Engine;
 use bcg_runtime::LiveObjects;
 
 use life::{Life, SETUPS, eventually};
