@@ -37,20 +37,30 @@ def wait_until_ready(server, base):
     sys.exit(f"the server was not ready after {START_SECONDS_MAX} s")
 
 
-@contextlib.contextmanager
-def running(*flags):
-    """Starts a server on a free port, yields its address, and stops it; a server that does not end well is an error."""
-    port = free_port()
+def spawn(port, *flags):
+    """Starts a server, which is not ready yet."""
     command = [os.environ["BCG_SERVER_BIN"], "--model", str(MODEL_DIR), "--device", "host", "--port", str(port)]
     command += ["--context-length", "1024", "--enable-breakable-cuda-graph", "--cuda-graph-max-tokens", "64", *flags]
-    server = subprocess.Popen(command, env={**os.environ, "RUST_LOG": "warn"})
+    return subprocess.Popen(command, env={**os.environ, "RUST_LOG": "warn"})
+
+
+def stop(server):
+    """Ends a server as an operator does; one that does not end well is an error."""
+    server.terminate()
+    if server.wait(timeout=30) != 0:
+        raise RuntimeError(f"the server ended with {server.returncode} after SIGTERM")
+
+
+@contextlib.contextmanager
+def running(*flags):
+    """Starts a server on a free port, yields its address, and stops it."""
+    port = free_port()
+    server = spawn(port, *flags)
     try:
         base = f"http://127.0.0.1:{port}"
         wait_until_ready(server, base)
         yield base
-        server.terminate()
-        if server.wait(timeout=30) != 0:
-            raise RuntimeError(f"the server ended with {server.returncode} after SIGTERM")
+        stop(server)
     finally:
         if server.poll() is None:
             server.kill()

@@ -1,4 +1,5 @@
-//! Runs clients that others wrote against the server: the official `openai` Python client, and SGLang's benchmark.
+//! Runs clients that others wrote against the server: the official `openai` Python client, SGLang's gateway in front of two
+//! servers, and SGLang's benchmark. What operators are told to deploy is checked beside them.
 
 use std::fs;
 
@@ -11,11 +12,14 @@ use crate::venv::{python, venv};
 /// benchmark needs.
 const SGLANG: &str = "sglang==0.5.17";
 
+/// The scripts that run without `--sglang`, in this order.
+const SCRIPTS: &[&str] = &["test_openai.py", "test_gateway.py", "test_deployment.py"];
+
 /// Runs `cargo xtask test-clients [--sglang]`.
 pub(crate) fn run(flags: &[String]) -> Result<()> {
-    let (name, requirements, script, package) = match flags {
-        [] => ("clients", "requirements.txt", "test_openai.py", None),
-        [flag] if flag == "--sglang" => ("sglang", "sglang.txt", "bench_sglang.py", Some(SGLANG)),
+    let (name, requirements, scripts, package) = match flags {
+        [] => ("clients", "requirements.txt", SCRIPTS, None),
+        [flag] if flag == "--sglang" => ("sglang", "sglang.txt", &["bench_sglang.py"][..], Some(SGLANG)),
         _ => bail!("unexpected argument; test-clients takes --sglang or nothing"),
     };
     let folder = root().join("tests").join("clients");
@@ -27,10 +31,9 @@ pub(crate) fn run(flags: &[String]) -> Result<()> {
         run_process(command(python(&venv)).args(pip))?;
     }
     run_process(&mut cargo(["build", "--quiet", "-p", "bcg-cli", "--bin", "bcg-server"]))?;
-    run_process(
-        command(python(&venv))
-            .arg("-u")
-            .arg(folder.join(script))
-            .env("BCG_SERVER_BIN", target().join("debug").join("bcg-server")),
-    )
+    let server = target().join("debug").join("bcg-server");
+    scripts.iter().try_for_each(|script| {
+        let script = folder.join(script);
+        run_process(command(python(&venv)).arg("-u").arg(script).env("BCG_SERVER_BIN", &server))
+    })
 }

@@ -34,7 +34,7 @@ cargo xtask <command>
   fmt             format everything [--check only tells what is not formatted]
   licenses        check the licence of every dependency
   kernels         compile every kernel for sm_80, sm_90a and sm_100a with NVRTC from its Python wheel; needs no GPU
-  test-clients    run the official openai client against the server [--sglang runs SGLang's benchmark client, 350 MB]
+  test-clients    run others' clients and a gateway against the server [--sglang: SGLang's benchmark client, 350 MB]
   soak            let random requests, faults and overload loose on the server [--requests N] [--seed S]
   first-token     measure the time from the server's start to its first token; an error above 2 s
   fuzz            send spoiled inputs to everything that reads some, each target for a while
