@@ -40,8 +40,8 @@ fn server_json(mut server: Value, info: &ModelInfo) -> Value {
         ("model_path", setting(&server, "model_path")),
         ("tokenizer_path", json!(tokenizer_path(&server, info))),
         ("tp_size", setting(&server, "tp")),
-        // Replicas in one process share its front door, which chooses among them: to a gateway they are one.
-        ("dp_size", json!(1)),
+        // An engine of several replicas says how many it has.
+        ("dp_size", server.get("dp_size").cloned().unwrap_or(json!(1))),
         ("max_running_requests", setting(&server, "max_running_requests")),
         ("disaggregation_mode", json!(NO_DISAGGREGATION)),
     ];
@@ -106,6 +106,13 @@ mod tests {
         assert!(
             ["model_path", "tokenizer_path", "model_type", "architectures"].iter().all(|name| unknown[name].is_null())
         );
+    }
+
+    #[test]
+    fn an_engine_of_several_replicas_keeps_their_number() {
+        let mut several = server();
+        several["dp_size"] = json!(3);
+        assert_eq!(server_json(several, &info(true))["dp_size"], 3);
     }
 
     #[test]
