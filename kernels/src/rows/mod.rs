@@ -5,5 +5,6 @@ ops! {
     fill,
     fill_random,
     gather_rows,
+    push_rows,
     unpack_inputs,
 }
