@@ -34,8 +34,8 @@ pub use config::ModelConfig;
 pub use error::{Error, Result};
 pub use runner::{
     CaptureSummary, FinishReason, ForwardPath, GenerateOptions, Generated, GraphMode, GraphStats, LoadFormat,
-    ModelRunner, ModelRunnerOptions, OptionError, PendingStep, Progress, RankMemory, SampledToken, Stage, StepOutput,
-    TOP_LOGPROBS_MAX,
+    ModelRunner, ModelRunnerOptions, OptionError, PendingStep, Progress, RankMemory, Role, SampledToken, Stage,
+    StepOutput, TOP_LOGPROBS_MAX,
 };
 pub use sampling::SamplingParams;
 pub use tokenizer::{TokenStream, Tokenizer};

@@ -3,6 +3,7 @@
 use bcg_kernels::{DecodePlan, StateSlots, attention_prefill_plan_len, unpack_inputs};
 use bcg_runtime::{DType, Device, Result, Runner, Staging, Tensor};
 
+use super::push::PushBuffers;
 use super::stage::{StagedBatch, StagedSampling};
 use super::{AttentionSplit, DecodeInputs, ForwardBatch, Phase, SequenceInput, TokenInputs};
 
@@ -36,6 +37,10 @@ pub struct InputBuffers {
     pub(super) values: Vec<i32>,
     /// Host memory of one plan.
     pub(super) plan: Vec<i32>,
+    /// In the prefill role.
+    pub(super) push: Option<PushBuffers>,
+    /// Host memory of the lists of what is pushed.
+    pub(super) pushed: Vec<i32>,
     pub(super) limits: BatchLimits,
     pub(super) page_size: usize,
 }
@@ -147,9 +152,19 @@ impl InputBuffers {
             decode_plan,
             values: Vec::with_capacity(len),
             plan: Vec::with_capacity(plans),
+            push: None,
+            pushed: Vec::new(),
             limits,
             page_size,
         })
+    }
+
+    /// Makes these the buffers of the prefill role, whose steps push what they write to the decode role.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn pushing(self, device: &Device) -> Result<Self> {
+        Ok(Self { push: Some(PushBuffers::new(device, self.limits)?), ..self })
     }
 
     /// The inputs that a forward of `rows` padded rows reads.
@@ -192,6 +207,9 @@ impl InputBuffers {
         let live = self.views(staged)?;
         let all = self.sections.rows(0..values.len())?;
         self.staging.upload(runner, &[(&all, bytemuck::cast_slice(values))])?;
+        if let Some(push) = &mut self.push {
+            push.upload(runner, &staged.pushed)?;
+        }
         let tables = values.len() - num_sequences * width;
         let packed = self.sections.rows(tables..values.len())?.reshape(&[*num_sequences, *width])?;
         let used = live.page_table.rows(0..*num_sequences)?.columns(0..*width)?;
@@ -220,6 +238,7 @@ impl InputBuffers {
             page_table: self.page_table.rows(0..capacity)?,
             last_rows: last_rows.rows(0..num_sequences)?,
             prefill_plan: sections.next(plan_len)?,
+            push: self.push.as_ref().map(|push| push.lists.clone()),
             split: if staged.is_mixed {
                 Some(AttentionSplit {
                     prompt_starts: sections.next(capacity + 1)?,

@@ -12,6 +12,7 @@
 //! on the phase and the padded rows alone, so every batch of one size makes the same launches, breaks included.
 
 mod buffers;
+mod push;
 mod stage;
 
 use bcg_kernels::{StateSlots, gather_rows};
@@ -22,6 +23,7 @@ use crate::sampling::SamplingParams;
 use crate::state::StateLease;
 
 pub use buffers::{BatchLimits, InputBuffers, SamplingBuffers};
+pub use push::Push;
 pub use stage::{StagedBatch, StagedSampling};
 
 /// One sequence's part of a step.
@@ -51,6 +53,8 @@ pub struct SequenceInput<'a> {
     pub top_logprobs: Option<usize>,
     /// Returns the logits of the last row.
     pub logits: bool,
+    /// In the prefill role, where what the step writes goes besides.
+    pub push: Option<Push<'a>>,
 }
 
 impl<'a> SequenceInput<'a> {
@@ -68,6 +72,7 @@ impl<'a> SequenceInput<'a> {
             token_mask: None,
             top_logprobs: None,
             logits: false,
+            push: None,
         }
     }
 
@@ -202,6 +207,8 @@ pub struct ForwardBatch {
     pub prefill_plan: Tensor,
     /// `None` in a decode, and in a prefill that no sequence with one new token leads.
     pub split: Option<AttentionSplit>,
+    /// In the prefill role, what goes to the decode role.
+    push: Option<push::PushLists>,
 }
 
 impl ForwardBatch {

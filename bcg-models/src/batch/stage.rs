@@ -23,6 +23,8 @@ pub struct StagedBatch {
     pub(super) values: Vec<i32>,
     /// The columns of the page table that are used.
     pub(super) width: usize,
+    /// The lists of what is pushed; in the prefill role only.
+    pub(super) pushed: Vec<i32>,
 }
 
 impl StagedBatch {
@@ -134,16 +136,20 @@ impl InputBuffers {
             is_mixed: phase == Phase::Prefill && num_decodes(batch) > 0,
             values: std::mem::take(&mut self.values),
             width: 0,
+            pushed: std::mem::take(&mut self.pushed),
         };
         self.stage_tokens(&mut staged, batch, write_kv);
         self.stage_sequences(&mut staged, batch, write_kv);
         self.stage_page_tables(&mut staged, batch);
+        if let Some(push) = &self.push {
+            push.stage(&mut staged.pushed, if write_kv { batch } else { &[] }, self.page_size);
+        }
         staged
     }
 
     /// Takes the memory of a batch that is uploaded back, for the next one.
     pub fn take_back(&mut self, staged: StagedBatch) {
-        self.values = staged.values;
+        (self.values, self.pushed) = (staged.values, staged.pushed);
     }
 
     /// Begins the staging with tokens, positions, slots and last rows.

@@ -229,6 +229,7 @@ impl NormRope {
 #[eager_on_graph]
 fn attend(cx: &mut Eager<'_, ForwardBatch>, q: &Tensor, kv: &LayerKv, scale: f32) -> Result<Tensor> {
     let batch = cx.live();
+    batch.push_kv(cx, kv)?;
     let kv = PagedKv { k_cache: &kv.k, v_cache: &kv.v, page_table: &batch.page_table };
     let out = cx.empty(q.shape(), q.dtype())?;
     let (mut cu_seqlens_q, mut plan) = (&batch.cu_seqlens_q, &batch.prefill_plan);

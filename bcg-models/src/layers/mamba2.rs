@@ -228,7 +228,9 @@ impl Mamba2 {
 #[eager_on_graph]
 fn mix(cx: &mut Eager<'_, ForwardBatch>, core: &Arc<Core>, projected: &Tensor, state: &LayerState) -> Result<Tensor> {
     let batch = cx.live();
-    core.run(cx, projected, state, &batch.states, Some(&batch.cu_seqlens_q))
+    let mixed = core.run(cx, projected, state, &batch.states, Some(&batch.cu_seqlens_q))?;
+    batch.push_states(cx, state)?;
+    Ok(mixed)
 }
 
 impl Core {

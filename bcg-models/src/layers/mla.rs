@@ -274,6 +274,7 @@ fn attend(
     scale: f32,
 ) -> Result<Tensor> {
     let batch = cx.live();
+    batch.push_kv(cx, kv)?;
     let input = MlaPrefill {
         q,
         q_pe,

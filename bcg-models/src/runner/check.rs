@@ -30,6 +30,7 @@ impl ModelRunner {
             }
             self.check_choice(sequence)?;
             self.check_state(sequence)?;
+            self.role.check(sequence)?;
             let wanted = self.pages.pages_for(sequence.kv_len());
             if sequence.pages.len() < wanted {
                 return Err(Error::batch("pages of a sequence", format!("at least {wanted}"), sequence.pages.len()));

@@ -13,7 +13,7 @@ use bcg_runtime::{
 
 use super::choose::Readbacks;
 use super::rank::Rank;
-use super::{LoadFormat, ModelRunner, ModelRunnerOptions, Progress, Stage, memory, nodes};
+use super::{LoadFormat, ModelRunner, ModelRunnerOptions, Progress, Role, Stage, memory, nodes};
 use crate::batch::{InputBuffers, Phase};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
@@ -49,6 +49,22 @@ impl ModelRunner {
         Self::load_ranks(std::slice::from_ref(device), dir, options, progress)
     }
 
+    /// As [`load`](Self::load), for a [`Role`] of a pair: the decode role comes first, then, on the device that it named, the
+    /// prefill role.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load); those of [`Device::empty_shared`]; [`bcg_runtime::Error::Shape`] if the pair's caches are not
+    /// of one layout.
+    pub fn load_role(
+        device: &Device,
+        dir: &Path,
+        options: ModelRunnerOptions,
+        role: Role,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Self> {
+        Self::load_as((std::slice::from_ref(device), None), dir, options, role, progress)
+    }
+
     /// As [`load`](Self::load), with the model divided among a rank on each device, in order. Several ranks may share a GPU
     /// if each has opened it for itself. Every rank has the same pages, as many as the one with the least memory can have.
     ///
@@ -76,6 +92,16 @@ impl ModelRunner {
         options: ModelRunnerOptions,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Self> {
+        Self::load_as((devices, span), dir, options, Role::Alone, progress)
+    }
+
+    fn load_as(
+        (devices, span): (&[Device], Option<SpanOptions>),
+        dir: &Path,
+        options: ModelRunnerOptions,
+        role: Role,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Self> {
         let config = ModelConfig::load(dir)?;
         options.validate(&config)?;
         let num_nodes = span.as_ref().map_or(1, |span| span.num_nodes);
@@ -93,7 +119,7 @@ impl ModelRunner {
                 World::spanning(devices.to_vec(), world_options, &span)?
             }
         };
-        let loaded = Self::load_in(&world, dir, (config, tokenizer), options, progress);
+        let loaded = Self::load_in(&world, dir, (config, tokenizer), (options, role), progress);
         loaded.inspect_err(|error| {
             if world.num_nodes() > 1 {
                 world.lose(world.first_rank(), &bcg_runtime::Error::other(format!("loading failed: {error}")));
@@ -105,13 +131,13 @@ impl ModelRunner {
         world: &World,
         dir: &Path,
         (config, tokenizer): (ModelConfig, Option<Tokenizer>),
-        options: ModelRunnerOptions,
+        (options, role): (ModelRunnerOptions, Role),
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Self> {
         // Where the device's memory bounds it, the KV cache gets its size when all else has been measured.
         let is_fitted = options.mem_fraction_static.is_some();
         let readbacks = Readbacks::new(world.device(0), options.limits()?.sequences, world.size())?;
-        let loading = Loading { world, dir, config: &config, options: &options, readbacks: &readbacks };
+        let loading = Loading { world, dir, config: &config, options: &options, role: &role, readbacks: &readbacks };
         let ranks = loading.all(progress)?;
         nodes::loaded(world)?;
         if !is_fitted {
@@ -119,7 +145,7 @@ impl ModelRunner {
         }
         let pages = memory::page_pool(&ranks[0].caches, &options);
         let ranks = RankThreads::start(world, ranks)?;
-        let mut runner = Self { ranks, pages, readbacks, tokenizer, config, options, num_chosen: 0 };
+        let mut runner = Self { ranks, pages, readbacks, tokenizer, config, options, role, num_chosen: 0 };
         progress(Progress { stage: Stage::WarmUp, done: 0, total: 1 });
         runner.warm_up().map_err(|error| runner.options.without_room(error))?;
         progress(Progress { stage: Stage::WarmUp, done: 1, total: 1 });
@@ -151,6 +177,7 @@ struct Loading<'a> {
     dir: &'a Path,
     config: &'a ModelConfig,
     options: &'a ModelRunnerOptions,
+    role: &'a Role,
     readbacks: &'a Readbacks,
 }
 
@@ -196,7 +223,7 @@ impl Loading<'_> {
         communicator: Option<Communicator>,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Rank> {
-        let Self { world, dir, config, options, readbacks } = *self;
+        let Self { world, dir, config, options, role, readbacks } = *self;
         let device = world.device(shard.rank - world.first_rank());
         let weights = match options.load_format {
             LoadFormat::Auto => Weights::open(dir, device, config.dtype, shard)?,
@@ -210,14 +237,19 @@ impl Loading<'_> {
         let model = registry::load(config, weights.with_progress(&mut report))?;
         let num_pages = if options.mem_fraction_static.is_some() { 1 } else { options.num_pages() };
         let layout = config.cache_layout(shard)?;
-        let caches = Arc::new(memory::caches(device, config, options, &layout, num_pages)?);
+        let caches = Arc::new(memory::caches(device, config, options, (role, &layout), num_pages)?);
         // One plan for all ranks: that of the first device.
         let decode_plan = DecodePlan::new(world.device(0), layout.q_heads, layout.k[0]);
         let inputs = InputBuffers::new(device, options.limits()?, options.page_size, decode_plan)?;
+        let inputs = role.inputs(inputs, device)?;
         let mut runtime_options = RunnerOptions::default();
         runtime_options.name = "model".to_owned();
         runtime_options.poison = options.poison_graph_memory;
-        let graphs = |phase: Phase| Ok::<_, Error>(GraphCache::new(phase.name(), options.graph_cache(phase)?));
+        let graphs = |phase: Phase| {
+            let mut kept = options.graph_cache(phase)?;
+            kept.ladder = kept.ladder.filter(|_| role.has(phase));
+            Ok::<_, Error>(GraphCache::new(phase.name(), kept))
+        };
         Ok(Rank {
             prefill_graphs: graphs(Phase::Prefill)?,
             decode_graphs: graphs(Phase::Decode)?,

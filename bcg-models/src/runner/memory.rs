@@ -14,11 +14,11 @@ use bcg_runtime::{CacheOptions, Device, DeviceKind, GraphCache, MemoryInfo};
 
 use super::options::{GraphMode, ModelRunnerOptions, OptionError};
 use super::staged::{Path, StagedStep};
-use super::{DUMMY_SEQUENCE_TOKENS, ModelRunner, Progress, Stage, nodes};
+use super::{DUMMY_SEQUENCE_TOKENS, ModelRunner, Progress, Role, Stage, nodes};
 use crate::batch::Phase;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::state::{CacheLayout, Caches, KvCache, PagePool, StateCache};
+use crate::state::{CacheLayout, Caches, PagePool};
 use crate::weights::Shard;
 
 /// What a rank takes of its device, in bytes.
@@ -59,12 +59,12 @@ pub(super) fn caches(
     device: &Device,
     config: &ModelConfig,
     options: &ModelRunnerOptions,
-    layout: &CacheLayout,
+    (role, layout): (&Role, &CacheLayout),
     num_pages: usize,
 ) -> Result<Caches> {
-    let kv = KvCache::new(device, config.dtype, layout, [num_pages, options.page_size])?;
+    let kv = role.kv_cache(device, config.dtype, layout, [num_pages, options.page_size])?;
     let slots = 2 * options.max_running_requests;
-    let states = StateCache::new(device, config.dtype, layout.states.as_ref(), slots).map_err(|error| match error {
+    let states = role.states(device, config.dtype, layout, slots).map_err(|error| match error {
         bcg_runtime::Error::OutOfMemory { .. } => {
             let bytes = layout.states.as_ref().map_or(0, |layout| 2 * layout.bytes_per_slot(config.dtype));
             let sequences = options.max_running_requests;
@@ -106,8 +106,9 @@ impl ModelRunner {
         options.kv_cache_tokens = nodes::least(self.world(), "the size of the KV cache", options.kv_cache_tokens)?;
         let (num_pages, page_size, dtype) = (options.num_pages(), options.page_size, self.config.dtype);
         let layout = self.config.cache_layout(shard)?;
+        let role = self.role.clone();
         self.on_each(move |rank| {
-            let kv = KvCache::new(rank.device(), dtype, &layout, [num_pages, page_size])?;
+            let kv = role.kv_cache(rank.device(), dtype, &layout, [num_pages, page_size])?;
             rank.caches = Arc::new(Caches { kv, states: rank.caches.states.clone() });
             Ok(())
         })?;

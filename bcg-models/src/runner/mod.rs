@@ -25,6 +25,7 @@ mod memory;
 mod nodes;
 mod options;
 mod rank;
+mod role;
 mod staged;
 
 use std::sync::Arc;
@@ -36,7 +37,7 @@ use crate::batch::{Phase, SequenceInput, StagedSampling};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::sampling::SamplingParams;
-use crate::state::{KvCache, PagePool, StateCache};
+use crate::state::{Caches, KvCache, PagePool, StateCache};
 use crate::tokenizer::Tokenizer;
 use choose::{PENDING_MAX, Readbacks};
 use nodes::Work;
@@ -50,6 +51,7 @@ pub use memory::RankMemory;
 pub use options::{
     CaptureSummary, GraphMode, LoadFormat, ModelRunnerOptions, OptionError, Progress, SampledToken, Stage, StepOutput,
 };
+pub use role::Role;
 
 /// What a runner's graphs did: replays, captures, and eager forwards by reason.
 pub type GraphStats = GraphCacheStats;
@@ -83,6 +85,7 @@ pub struct ModelRunner {
     tokenizer: Option<Tokenizer>,
     config: ModelConfig,
     options: ModelRunnerOptions,
+    role: Role,
     /// The number of sequences of the step that was launched last.
     num_chosen: usize,
 }
@@ -203,7 +206,7 @@ impl ModelRunner {
 
     /// Decides how a batch runs, and puts it together. The graphs of rank 0 decide for all ranks.
     fn stage(&mut self, batch: &[SequenceInput<'_>]) -> StagedStep {
-        let (phase, rows) = (Phase::of(batch), num_rows(batch));
+        let (phase, rows) = (self.role.phase_of(batch), num_rows(batch));
         let (graphs, _) = self.ranks.first_mut().graphs_and_runtime(phase);
         let run = match graphs.decide(rows) {
             Decision::Replay { size } | Decision::Capture { size } if self.options.debug_cuda_graph => {
@@ -390,6 +393,11 @@ impl ModelRunner {
     /// The KV cache; with several ranks, rank 0's share of it.
     pub fn kv_cache(&self) -> &KvCache {
         &self.first().caches.kv
+    }
+
+    /// The KV cache and the states, for the [`Role`] that pushes to them; with several ranks, rank 0's share of them.
+    pub fn caches(&self) -> &Arc<Caches> {
+        &self.first().caches
     }
 
     /// The states of state-space layers; with several ranks, rank 0's share of them.

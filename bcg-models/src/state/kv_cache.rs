@@ -16,6 +16,8 @@ pub struct LayerKv {
     pub k: Tensor,
     /// Values, `[P, S, Hkv, D]`; in latent attention the rotated keys, `[P, S, 1, R]`.
     pub v: Tensor,
+    /// In the prefill role, the same layer's tensors in the decode role: keys, then values.
+    pub far: Option<[Tensor; 2]>,
 }
 
 /// The keys and values of all layers.
@@ -35,6 +37,8 @@ pub struct KvCache {
     layout: CacheLayout,
     pages: [usize; 2],
     dtype: DType,
+    /// Other devices that reach it.
+    with: Vec<Device>,
     generation: Generation,
 }
 
@@ -44,9 +48,38 @@ impl KvCache {
     /// # Errors
     /// The device's, above all when it has too little memory.
     pub fn new(device: &Device, dtype: DType, layout: &CacheLayout, pages: [usize; 2]) -> Result<Self> {
+        Self::new_shared(device, &[], dtype, layout, pages)
+    }
+
+    /// As [`new`](Self::new), in memory that the devices `with` reach as well.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); those of [`Device::zeros_shared`].
+    pub fn new_shared(
+        device: &Device,
+        with: &[Device],
+        dtype: DType,
+        layout: &CacheLayout,
+        pages: [usize; 2],
+    ) -> Result<Self> {
         let generation = Generation::new("the KV cache");
-        let layers = stamped(zeroed(device, dtype, layout, pages)?, &generation)?;
-        Ok(Self { layers, layout: layout.clone(), pages, dtype, generation })
+        let layers = stamped(zeroed(device, with, dtype, layout, pages)?, &generation)?;
+        Ok(Self { layers, layout: layout.clone(), pages, dtype, with: with.to_vec(), generation })
+    }
+
+    /// Lets steps push what they write here to `far` as well, whose pages are as large.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](bcg_runtime::Error::Shape) if the two are not of one layout.
+    pub fn pushing_to(mut self, far: &Self) -> Result<Self> {
+        let of = |cache: &Self| format!("{:?}, {} in pages of {} tokens", cache.layout, cache.dtype, cache.page_size());
+        if of(&self) != of(far) {
+            return Err(bcg_runtime::Error::shape("KvCache::pushing_to", of(&self), of(far)));
+        }
+        for (layer, far) in self.layers.iter_mut().zip(&far.layers) {
+            layer.far = Some([far.k.clone(), far.v.clone()]);
+        }
+        Ok(self)
     }
 
     /// Replaces all tensors by zeroed ones; graphs captured with the older ones are refused from now on.
@@ -54,8 +87,11 @@ impl KvCache {
     /// # Errors
     /// As [`new`](Self::new); the older tensors then stay, and stay usable.
     pub fn recreate(&mut self, device: &Device) -> Result<()> {
-        let layers = zeroed(device, self.dtype, &self.layout, self.pages)?;
+        let mut layers = zeroed(device, &self.with, self.dtype, &self.layout, self.pages)?;
         self.generation.advance();
+        for (layer, before) in layers.iter_mut().zip(&mut self.layers) {
+            layer.far = before.far.take();
+        }
         self.layers = stamped(layers, &self.generation)?;
         Ok(())
     }
@@ -86,13 +122,20 @@ impl KvCache {
     }
 }
 
-fn zeroed(device: &Device, dtype: DType, layout: &CacheLayout, [pages, size]: [usize; 2]) -> Result<Vec<LayerKv>> {
-    let zeros = |[heads, dim]: [usize; 2]| device.zeros(&[pages, size, heads, dim], dtype);
-    (0..layout.kv_layers).map(|_| Ok(LayerKv { k: zeros(layout.k)?, v: zeros(layout.v)? })).collect()
+fn zeroed(
+    device: &Device,
+    with: &[Device],
+    dtype: DType,
+    layout: &CacheLayout,
+    [pages, size]: [usize; 2],
+) -> Result<Vec<LayerKv>> {
+    let zeros = |[heads, dim]: [usize; 2]| super::zeros(device, with, &[pages, size, heads, dim], dtype);
+    (0..layout.kv_layers).map(|_| Ok(LayerKv { k: zeros(layout.k)?, v: zeros(layout.v)?, far: None })).collect()
 }
 
 fn stamped(layers: Vec<LayerKv>, generation: &Generation) -> Result<Vec<LayerKv>> {
-    let stamp = |layer: LayerKv| Ok(LayerKv { k: layer.k.stamped(generation)?, v: layer.v.stamped(generation)? });
+    let stamp =
+        |layer: LayerKv| Ok(LayerKv { k: layer.k.stamped(generation)?, v: layer.v.stamped(generation)?, ..layer });
     layers.into_iter().map(stamp).collect()
 }
 

@@ -7,6 +7,8 @@ mod page_pool;
 mod state_cache;
 mod state_lease;
 
+use bcg_runtime::{DType, Device, Result, Tensor};
+
 pub use kv_cache::{KvCache, LayerKv};
 pub use layout::{CacheLayout, StateLayout};
 pub use page_pool::{PageLease, PagePool};
@@ -20,4 +22,9 @@ pub struct Caches {
     pub kv: KvCache,
     /// States of state-space layers.
     pub states: StateCache,
+}
+
+/// Zeros in memory of `device`, which the devices `with` reach as well, if there are any.
+fn zeros(device: &Device, with: &[Device], shape: &[usize], dtype: DType) -> Result<Tensor> {
+    if with.is_empty() { device.zeros(shape, dtype) } else { device.zeros_shared(with, shape, dtype) }
 }

@@ -18,6 +18,8 @@ pub struct LayerState {
     pub conv: Tensor,
     /// The state of the scan, `[slots, H, P, N]`.
     pub ssm: Tensor,
+    /// In the prefill role, the same layer's tensors in the decode role: of the convolution, then of the scan.
+    pub far: Option<[Tensor; 2]>,
 }
 
 /// The states of all state-space layers.
@@ -37,6 +39,8 @@ pub struct StateCache {
     layout: Option<StateLayout>,
     slots: usize,
     dtype: DType,
+    /// Other devices that reach them.
+    with: Vec<Device>,
     generation: Generation,
 }
 
@@ -46,9 +50,38 @@ impl StateCache {
     /// # Errors
     /// The device's, above all when it has too little memory.
     pub fn new(device: &Device, dtype: DType, layout: Option<&StateLayout>, slots: usize) -> Result<Self> {
+        Self::new_shared(device, &[], dtype, layout, slots)
+    }
+
+    /// As [`new`](Self::new), in memory that the devices `with` reach as well.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); those of [`Device::zeros_shared`].
+    pub fn new_shared(
+        device: &Device,
+        with: &[Device],
+        dtype: DType,
+        layout: Option<&StateLayout>,
+        slots: usize,
+    ) -> Result<Self> {
         let generation = Generation::new("the state cache");
-        let layers = stamped(zeroed(device, dtype, layout, slots)?, &generation)?;
-        Ok(Self { layers, layout: layout.cloned(), slots, dtype, generation })
+        let layers = stamped(zeroed(device, with, dtype, layout, slots)?, &generation)?;
+        Ok(Self { layers, layout: layout.cloned(), slots, dtype, with: with.to_vec(), generation })
+    }
+
+    /// Lets the step that ends a prompt push the state of its sequence to `far` as well.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](bcg_runtime::Error::Shape) if the two are not of one layout.
+    pub fn pushing_to(mut self, far: &Self) -> Result<Self> {
+        if self.layout != far.layout {
+            let [own, far] = [&self, far].map(|states| format!("{:?}", states.layout));
+            return Err(bcg_runtime::Error::shape("StateCache::pushing_to", own, far));
+        }
+        for (layer, far) in self.layers.iter_mut().zip(&far.layers) {
+            layer.far = Some([far.conv.clone(), far.ssm.clone()]);
+        }
+        Ok(self)
     }
 
     /// Replaces all tensors by zeroed ones; graphs captured with the older ones are refused from now on.
@@ -56,8 +89,11 @@ impl StateCache {
     /// # Errors
     /// As [`new`](Self::new); the older tensors then stay, and stay usable.
     pub fn recreate(&mut self, device: &Device) -> Result<()> {
-        let layers = zeroed(device, self.dtype, self.layout.as_ref(), self.slots)?;
+        let mut layers = zeroed(device, &self.with, self.dtype, self.layout.as_ref(), self.slots)?;
         self.generation.advance();
+        for (layer, before) in layers.iter_mut().zip(&mut self.layers) {
+            layer.far = before.far.take();
+        }
         self.layers = stamped(layers, &self.generation)?;
         Ok(())
     }
@@ -73,12 +109,19 @@ impl StateCache {
     }
 }
 
-fn zeroed(device: &Device, dtype: DType, layout: Option<&StateLayout>, slots: usize) -> Result<Vec<LayerState>> {
+fn zeroed(
+    device: &Device,
+    with: &[Device],
+    dtype: DType,
+    layout: Option<&StateLayout>,
+    slots: usize,
+) -> Result<Vec<LayerState>> {
     let Some(StateLayout { layers, conv, ssm, ssm_dtype }) = layout else { return Ok(Vec::new()) };
     let layer = || {
         Ok(LayerState {
-            conv: device.zeros(&[slots, conv[0], conv[1]], dtype)?,
-            ssm: device.zeros(&[slots, ssm[0], ssm[1], ssm[2]], *ssm_dtype)?,
+            conv: super::zeros(device, with, &[slots, conv[0], conv[1]], dtype)?,
+            ssm: super::zeros(device, with, &[slots, ssm[0], ssm[1], ssm[2]], *ssm_dtype)?,
+            far: None,
         })
     };
     (0..*layers).map(|_| layer()).collect()
@@ -86,7 +129,7 @@ fn zeroed(device: &Device, dtype: DType, layout: Option<&StateLayout>, slots: us
 
 fn stamped(layers: Vec<LayerState>, generation: &Generation) -> Result<Vec<LayerState>> {
     let stamp = |layer: LayerState| {
-        Ok(LayerState { conv: layer.conv.stamped(generation)?, ssm: layer.ssm.stamped(generation)? })
+        Ok(LayerState { conv: layer.conv.stamped(generation)?, ssm: layer.ssm.stamped(generation)?, ..layer })
     };
     layers.into_iter().map(stamp).collect()
 }

@@ -8,6 +8,7 @@ mod ahead;
 mod checkpoint;
 mod eval;
 mod ranks;
+mod roles;
 mod states;
 
 use std::path::{Path, PathBuf};
@@ -19,6 +20,7 @@ pub use ahead::*;
 pub use checkpoint::*;
 pub use eval::*;
 pub use ranks::*;
+pub use roles::*;
 pub use states::*;
 
 /// A folder in `models`.

@@ -63,8 +63,8 @@ use norms::{
 use qk_norm_rope_kv_write::{kv_write_copies_each_token_to_its_slot, rope_turns_and_writes_each_token_in_its_slot};
 use rows::{
     copy_rows_touches_nothing_else, fill_random_follows_the_formula, fill_reaches_every_dtype,
-    fill_reaches_every_element_of_wide_rows, gather_rows_picks_rows, scrub_tail_zeroes_padded_rows_only,
-    unpack_inputs_fills_tokens_and_pages,
+    fill_reaches_every_element_of_wide_rows, gather_rows_picks_rows, push_rows_copies_what_its_list_says,
+    scrub_tail_zeroes_padded_rows_only, unpack_inputs_fills_tokens_and_pages,
 };
 use sampling::{
     argmax_takes_the_first_of_the_largest, sample_draws_what_the_formula_draws, sample_follows_the_probabilities,
@@ -130,6 +130,7 @@ pub const RULES: &[Rule] = crate::rules![
     rope_turns_and_writes_each_token_in_its_slot,
     kv_write_copies_each_token_to_its_slot,
     gather_rows_picks_rows,
+    push_rows_copies_what_its_list_says,
     unpack_inputs_fills_tokens_and_pages,
     copy_rows_touches_nothing_else,
     fill_reaches_every_dtype,

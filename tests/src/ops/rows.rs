@@ -1,4 +1,4 @@
-//! `gather_rows`, `unpack_inputs`, `copy_rows`, `fill`, `fill_random`, `scrub_tail`.
+//! `gather_rows`, `push_rows`, `unpack_inputs`, `copy_rows`, `fill`, `fill_random`, `scrub_tail`.
 
 use bcg_kernels as ops;
 use bcg_runtime::{DType, Device, LiveBatch, Rows, Runner, RunnerOptions};
@@ -35,6 +35,56 @@ fn picked(values: &[f64], columns: usize, index: &[i64]) -> Vec<f64> {
     let zeros = vec![0.0; columns];
     let row = |i: &i64| usize::try_from(*i).ok().and_then(|i| rows.get(i).copied()).unwrap_or(&zeros);
     index.iter().flat_map(|i| row(i).to_vec()).collect()
+}
+
+/// `push_rows` copies the runs that count, of both pairs, and skips those that leave a tensor or are too long.
+pub(super) fn push_rows_copies_what_its_list_says(device: &Device) {
+    let mut fixture = Fixture::new(device);
+    let (rows, far_rows, rows_max) = (40, 50, 16);
+    let runs = [
+        [0, 5, 16],
+        [16, 21, 1],
+        [39, 49, 1],
+        [20, 30, 7],
+        [0, 0, 0],
+        [30, 0, 11],
+        [0, 45, 6],
+        [0, 0, 17],
+        [-1, 3, 1],
+        [1, -1, 1],
+        [5, 0, 3],
+    ];
+    let flat: Vec<i32> = runs.iter().flat_map(|&[source, target, rows]| [source, target, rows, 0]).collect();
+    let list = fixture.ints(&flat).reshape(&[runs.len(), 4]).expect("runs");
+    for (widths, count) in [([1, 3], 3), ([64, 8], 10), ([1024, 64], 11), ([17, 9000], i32::MAX), ([40, 7], -1)] {
+        let count_in = fixture.ints(&[count]);
+        let counted = runs.iter().take(usize::try_from(count).unwrap_or(0));
+        let counted =
+            counted.filter(|[s, t, n]| *s >= 0 && *t >= 0 && *n <= rows_max && s + n <= rows && t + n <= far_rows);
+        let counted: Vec<[usize; 3]> = counted.map(|run| run.map(|number| number as usize)).collect();
+        for dtypes in [[DType::Bf16, DType::Bf16], [DType::Bf16, DType::F32]] {
+            let sources = [0, 1].map(|i| fixture.random(&[rows as usize, widths[i]], dtypes[i]));
+            let mut far = [0, 1].map(|i| {
+                let sentinel = vec![9.0; far_rows as usize * widths[i]];
+                fixture.floats(&[far_rows as usize, widths[i]], dtypes[i], &sentinel)
+            });
+            let push = ops::PushRows {
+                sources: [&sources[0].tensor, &sources[1].tensor],
+                targets: [&far[0].tensor, &far[1].tensor],
+                runs: &list,
+                count: &count_in,
+                rows_max: rows_max as usize,
+            };
+            fixture.run(|cx| ops::push_rows(cx, &push));
+            for ((near, far), width) in sources.iter().zip(&mut far).zip(widths) {
+                for &[source, target, rows] in &counted {
+                    let source = &near.values[source * width..][..rows * width];
+                    far.values[target * width..][..rows * width].copy_from_slice(source);
+                }
+                assert_eq!(fixture.read(&far.tensor), far.values, "{widths:?}, {count} runs");
+            }
+        }
+    }
 }
 
 /// `unpack_inputs` replaces negative tokens by what was chosen, leaves the others, and writes the page table between its
