@@ -82,9 +82,13 @@ pub struct EngineArgs {
     #[command(flatten)]
     pub device: DeviceArgs,
 
-    /// Tensor parallelism: ranks that the model is divided among, each on a device
-    #[arg(long, aliases = ["tensor-parallel-size", "tp-size"], value_name = "N", default_value_t = 1)]
-    pub tp: usize,
+    /// Tensor parallelism: ranks that the model is divided among, each on a device [default: N of --ep N, or 1]
+    #[arg(long, aliases = ["tensor-parallel-size", "tp-size"], value_name = "N")]
+    pub tp: Option<usize>,
+
+    /// Expert parallelism: each of N ranks has a share of the experts, in place of a share of every expert
+    #[arg(long, aliases = ["expert-parallel-size", "ep-size"], value_name = "N", default_value_t = 1)]
+    pub ep: usize,
 
     /// Data parallelism: replicas of the model, each on devices of its own, that share the requests
     #[arg(long, aliases = ["data-parallel-size", "dp-size"], value_name = "N", default_value_t = 1)]
@@ -332,7 +336,7 @@ impl EngineArgs {
         options.skip_tokenizer_init = self.skip_tokenizer_init;
         options.allow_special_tokens_in_content = self.allow_special_tokens_in_content;
         options.device = self.device.device;
-        options.tp = self.tp;
+        (options.tp, options.ep) = (self.tp.unwrap_or(self.ep.max(1)), self.ep);
         options.dp = self.dp;
         options.devices = self.devices.clone();
         (options.nnodes, options.node_rank) = (self.nnodes, self.node_rank);
@@ -511,6 +515,18 @@ mod tests {
         refused(&["--dp", "2", "--devices", "0"], "--devices", "for each rank");
         refused(&["--dp", "2", "--devices", "0,0"], "--devices", "give --kv-cache-tokens");
         works(&["--dp", "2", "--devices", "0,0", "--kv-cache-tokens", "4096"]);
+    }
+
+    #[test]
+    fn ranks_have_experts_of_their_own() {
+        let options = works(&["--ep", "4"]);
+        assert_eq!((options.tp, options.ep), (4, 4), "the flag alone makes the ranks, too");
+        assert_eq!(works(&["--tp", "2"]).ep, 1);
+        works(&["--tp", "2", "--ep-size", "2"]);
+        for flags in [&["--tp", "4", "--ep", "2"], &["--tp", "1", "--ep", "2"], &["--tp", "1", "--ep", "0"]] {
+            refused(flags, "--ep", "the same number");
+        }
+        refused(&["--ep", "0"], "--ep", "the same number");
     }
 
     #[test]

@@ -117,6 +117,7 @@ fn settings(options: &EngineOptions, runner: &ModelRunner, has_prefix_cache: boo
         "version": env!("CARGO_PKG_VERSION"),
         "device": runner.device().name(),
         "tp": runner.num_ranks(),
+        "ep": options.ep,
         "dp": options.dp,
         "nnodes": runner.world().num_nodes(),
         "devices": (0..runner.world().num_local()).map(|rank| runner.world().device(rank).name()).collect::<Vec<_>>(),
@@ -205,8 +206,11 @@ fn load_replica_uncaptured(
         "`model` {}: has no tokenizer.json; add `skip_tokenizer_init` to work with token ids",
         folder.display()
     );
-    let refused = || format!("`tp` {}: the model cannot be divided so", options.tp);
-    registry::check_shard(&config, options.tp).with_context(refused)?;
+    let refused = || match options.ep {
+        1 => format!("`tp` {}: the model cannot be divided so", options.tp),
+        ep => format!("`ep` {ep}: the model cannot be divided so"),
+    };
+    registry::check_shard(&config, options.tp, options.experts()).with_context(refused)?;
     let fitted = fit(options, &config, devices[0].kind())?;
     let span = options.dist_init_addr.as_ref().map(|at| SpanOptions::new(options.nnodes, options.node_rank, at));
     let runner = ModelRunner::load_nodes(&devices, span, folder, fitted, &mut |done| stages.update(done))?;

@@ -6,6 +6,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use bcg_models::weights::Experts;
 use bcg_models::{GraphMode, LoadFormat, ModelRunnerOptions, OptionError};
 use bcg_runtime::RANKS_MAX;
 
@@ -72,6 +73,9 @@ pub struct EngineOptions {
     pub device: DeviceChoice,
     /// Tensor parallelism: the ranks that the model is divided among, each of which has a device.
     pub tp: usize,
+    /// Expert parallelism: 1, or equal to `tp`; each rank then has a share of the experts, those whole, in place of a share of
+    /// every expert.
+    pub ep: usize,
     /// Replicas: engines that share the requests, each with the whole model on `tp` devices of its own.
     pub dp: usize,
     /// The numbers of the GPUs of the ranks, in order, replica after replica; a GPU that is named several times has several
@@ -143,6 +147,7 @@ impl Default for EngineOptions {
             allow_special_tokens_in_content: false,
             device: DeviceChoice::Auto,
             tp: 1,
+            ep: 1,
             dp: 1,
             devices: None,
             nnodes: 1,
@@ -212,6 +217,7 @@ impl EngineOptions {
         }
         self.check_ranks()?;
         self.check_replicas()?;
+        self.check_experts()?;
         self.check_graphs()
     }
 
@@ -251,6 +257,7 @@ impl EngineOptions {
         let default = ModelRunnerOptions::default();
         ModelRunnerOptions {
             load_format: self.load_format,
+            experts: self.experts(),
             skip_tokenizer_init: self.skip_tokenizer_init,
             page_size: self.page_size,
             kv_cache_tokens,
@@ -369,6 +376,19 @@ impl EngineOptions {
             return Ok(());
         }
         Err(OptionError::new("dp", format!("{} replicas, where one model is run alone", self.dp), "drop it"))
+    }
+
+    /// How several ranks divide the experts.
+    pub(crate) fn experts(&self) -> Experts {
+        if self.ep > 1 { Experts::Whole } else { Experts::ByChannels }
+    }
+
+    fn check_experts(&self) -> Result<(), OptionError> {
+        if self.ep == 1 || self.ep == self.tp {
+            return Ok(());
+        }
+        let problem = format!("is {}, and `tp` is {}: every rank has as many experts", self.ep, self.tp);
+        Err(OptionError::new("ep", problem, "give the same number to both, or `ep` 1"))
     }
 
     fn check_graphs(&self) -> Result<(), OptionError> {
@@ -556,6 +576,16 @@ mod tests {
         let shared = EngineOptions { devices: Some(vec![0, 0]), ..shared };
         shared.check().expect("each has its part");
         shared.check_only_replica().expect_err("there are two");
+    }
+
+    #[test]
+    fn every_rank_has_experts_of_its_own_or_none_has() {
+        for (tp, ep) in [(1, 1), (4, 1), (4, 4)] {
+            EngineOptions { tp, ep, ..EngineOptions::new("m") }.check().expect("these work");
+        }
+        for (tp, ep) in [(1, 2), (2, 4), (4, 2), (2, 0)] {
+            refused(|options| (options.tp, options.ep) = (tp, ep), "ep", "the same number");
+        }
     }
 
     #[test]

@@ -10,7 +10,7 @@ use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::models::{deepseek, nemotron_h, qwen3, qwen3_moe};
 use crate::state::{CacheLayout, Caches};
-use crate::weights::{self, Divided, Shard, Weights};
+use crate::weights::{self, Divided, Experts, Shard, Weights};
 
 /// A language model, loaded.
 pub trait Model: Debug + Send + Sync {
@@ -37,7 +37,8 @@ pub trait Model: Debug + Send + Sync {
 
 /// An architecture as `config.json` names it, what a sequence keeps between steps, the counts that ranks divide beside
 /// the vocabulary, and the loader.
-type Family = (&'static str, fn(&ModelConfig) -> Result<CacheLayout>, fn(&ModelConfig) -> Result<Vec<Divided>>, Loader);
+type Family = (&'static str, fn(&ModelConfig) -> Result<CacheLayout>, Counts, Loader);
+type Counts = fn(&ModelConfig, Experts) -> Result<Vec<Divided>>;
 type Loader = fn(&ModelConfig, &mut Weights<'_>) -> Result<Arc<dyn Model>>;
 
 /// The supported architectures.
@@ -62,7 +63,8 @@ pub fn supported() -> Vec<&'static str> {
 /// [`Error::Architecture`]; those of [`check_shard`]; those of [`Weights`].
 pub fn load(config: &ModelConfig, mut weights: Weights<'_>) -> Result<Arc<dyn Model>> {
     let (.., load) = family(&config.architecture)?;
-    check_shard(config, weights.shard().num_ranks)?;
+    let Shard { num_ranks, experts, .. } = weights.shard();
+    check_shard(config, num_ranks, experts)?;
     let model = load(config, &mut weights)?;
     weights.finish()?;
     Ok(model)
@@ -87,7 +89,7 @@ pub fn check(architecture: &str) -> Result<()> {
 /// [`check_shard`].
 pub fn cache_layout(config: &ModelConfig, shard: Shard) -> Result<CacheLayout> {
     let mut layout = family(&config.architecture)?.1(config)?;
-    check_shard(config, shard.num_ranks)?;
+    check_shard(config, shard.num_ranks, shard.experts)?;
     for heads in [&mut layout.k[0], &mut layout.v[0], &mut layout.q_heads] {
         *heads = shard.share(*heads);
     }
@@ -97,14 +99,14 @@ pub fn cache_layout(config: &ModelConfig, shard: Shard) -> Result<CacheLayout> {
     Ok(layout)
 }
 
-/// Checks that `num_ranks` ranks can divide the model that `config` names. Any equal shares will do: where they are no
-/// multiples of 8, products run on the slower of their kernels.
+/// Checks that `num_ranks` ranks can divide the model that `config` names, its experts as `experts` says. Any equal shares
+/// will do: where they are no multiples of 8, products run on the slower of their kernels.
 ///
 /// # Errors
 /// [`Error::Architecture`]; [`Error::Config`] names the first field whose count the ranks cannot divide, and the numbers
-/// of ranks that work.
-pub fn check_shard(config: &ModelConfig, num_ranks: usize) -> Result<()> {
-    let mut divided = family(&config.architecture)?.2(config)?;
+/// of ranks that work, or the architecture if it has no experts to give out.
+pub fn check_shard(config: &ModelConfig, num_ranks: usize, experts: Experts) -> Result<()> {
+    let mut divided = family(&config.architecture)?.2(config, experts)?;
     divided.push(Divided::new("vocab_size", config.vocab_size));
     weights::check_shard(config, &divided, num_ranks)
 }

@@ -1,5 +1,6 @@
 //! The rules of models that are divided among several ranks, on host devices.
 
+use bcg_models::weights::Experts;
 use bcg_runtime::Device;
 use bcg_tests::golden;
 
@@ -7,17 +8,16 @@ fn hosts(count: usize) -> Vec<Device> {
     (0..count).map(|_| Device::host()).collect()
 }
 
-/// One test for each rule, checkpoint and number of ranks.
+/// One test for each rule, checkpoint, number of ranks and way to divide experts.
 macro_rules! tests {
     (worlds { $($module:ident = $world:tt,)* } rules $rules:tt) => {
         $(mod $module { tests!(@rules $world $rules); })*
     };
-    (@rules $world:tt { $($rule:ident,)* }) => {
+    (@rules ($checkpoint:literal, $num_ranks:literal, $experts:ident) { $($rule:ident,)* }) => {
         $(
             #[test]
             fn $rule() {
-                let (checkpoint, num_ranks) = $world;
-                super::golden::$rule(&super::hosts(num_ranks), checkpoint);
+                super::golden::$rule(&super::hosts($num_ranks), $checkpoint, super::Experts::$experts);
             }
         )*
     };

@@ -126,7 +126,7 @@ impl Decoder {
 
     /// Refuses to run on another rank than the one that the weights are of.
     fn check_rank(&self, cx: &OpStream) -> Result<()> {
-        let Shard { rank, num_ranks } = self.shard;
+        let Shard { rank, num_ranks, .. } = self.shard;
         if (rank, num_ranks) == (cx.rank(), cx.world_size()) {
             return Ok(());
         }

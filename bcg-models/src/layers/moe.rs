@@ -3,12 +3,14 @@
 //! Everything is captured: a router's choice stays on the device, and launches depend on the number of padded rows
 //! alone. Padded rows choose no expert.
 
+use std::ops::Range;
+
 use bcg_kernels::{self as ops, Scores, Scoring};
 use bcg_runtime::{OpStream, Result, Tensor};
 
 use super::{Linear, Mlp};
 use crate::config::{Fields, ModelConfig};
-use crate::weights::{Divided, Part, Section, Split, Weights};
+use crate::weights::{Divided, Experts, Part, Section, Split, Weights};
 
 /// The most experts that the kernels choose among, and the most that they choose for a token.
 const EXPERTS_MAX: usize = 512;
@@ -19,6 +21,8 @@ const CHOSEN_MAX: usize = 32;
 pub struct MoeConfig {
     /// Experts, E.
     pub num_experts: usize,
+    /// The field that has E.
+    pub num_experts_field: &'static str,
     /// Experts chosen for each token, K.
     pub chosen: usize,
     /// The width of an expert, I.
@@ -52,8 +56,10 @@ impl MoeConfig {
             }
             scale => scale.unwrap_or(1.0) as f32,
         };
+        let (num_experts_field, num_experts) = num_experts(fields)?;
         let read = Self {
-            num_experts: num_experts(fields)?,
+            num_experts,
+            num_experts_field,
             chosen: fields.count("num_experts_per_tok")?,
             inner,
             shared_inner: fields.optional_count("n_shared_experts")?.map(|experts| experts * inner),
@@ -66,9 +72,15 @@ impl MoeConfig {
         Ok(read)
     }
 
-    /// What ranks divide of a mixture: each expert's channels.
-    pub fn divided(&self) -> [Divided; 1] {
-        [Divided::new("moe_intermediate_size", self.inner)]
+    /// What ranks divide of a mixture: the channels of each expert, or the experts, and then the channels of shared ones only.
+    pub fn divided(&self, experts: Experts) -> Vec<Divided> {
+        let channels = Divided::new("moe_intermediate_size", self.inner);
+        let whole = Divided::new(self.num_experts_field, self.num_experts);
+        match (experts, self.shared_inner) {
+            (Experts::ByChannels, _) => vec![channels],
+            (Experts::Whole, None) => vec![whole],
+            (Experts::Whole, Some(_)) => vec![whole, channels],
+        }
     }
 
     /// Refuses numbers that do not fit together.
@@ -91,8 +103,8 @@ impl MoeConfig {
     }
 }
 
-/// E, under the name that the family has for it.
-fn num_experts(fields: &Fields) -> crate::Result<usize> {
+/// E, and the name that the family has for it.
+fn num_experts(fields: &Fields) -> crate::Result<(&'static str, usize)> {
     const NAMES: [&str; 3] = ["num_experts", "num_local_experts", "n_routed_experts"];
     let name = NAMES.into_iter().find(|name| fields.get(name).is_some()).unwrap_or(NAMES[0]);
     let count = fields.count(name)?;
@@ -100,7 +112,7 @@ fn num_experts(fields: &Fields) -> crate::Result<usize> {
         let remedy = "the routing kernel chooses among no more";
         return Err(fields.error(name, format!("at most {EXPERTS_MAX}"), count, remedy));
     }
-    Ok(count)
+    Ok((name, count))
 }
 
 /// Whether the router's scores are biased sigmoids. DeepSeek-V3 is known by its name: transformers writes neither its
@@ -138,12 +150,16 @@ fn groups(fields: &Fields, is_sigmoid: bool) -> crate::Result<[usize; 2]> {
     Ok([groups, fields.count("topk_group")?])
 }
 
-/// One layer's router, the same on every rank, and experts, of each of which a rank has its share of the channels.
+/// One layer's router, the same on every rank, and experts: of each, a rank has its share of the channels, or else it has its
+/// share of the experts.
 #[derive(Debug)]
 pub struct Moe {
     gate: Linear,
     scoring: Scoring,
-    /// `[E, 2 I, C]`: of each expert the channels of this rank, first those of `gate_proj`, then those of `up_proj`.
+    /// The experts that this rank has anything of.
+    own: Range<usize>,
+    /// `[E, 2 I, C]` of these E experts: of each the channels of this rank, first those of `gate_proj`, then those of
+    /// `up_proj`.
     gate_up_proj: Tensor,
     /// `[E, C, I]`.
     down_proj: Tensor,
@@ -168,13 +184,23 @@ impl Moe {
         let (is_renormalised, scale) = (moe.is_renormalised, moe.scale);
         let shared_experts = format!("{name}.shared_experts");
         let shared = moe.shared_inner.map(|inner| Mlp::load_sized(weights, &shared_experts, hidden, inner));
-        let gate_up = ([inner, hidden], Split::Rows(&[Section { units: inner, rows: 1 }]));
-        let down = ([hidden, inner], Split::Columns);
+        let shard = weights.shard();
+        let channels = [Section { units: inner, rows: 1 }];
+        let (own, rows, columns) = match shard.experts {
+            Experts::ByChannels => (0..num_experts, Split::Rows(&channels), Split::Columns),
+            Experts::Whole => (shard.range(num_experts), Split::Whole, Split::Whole),
+        };
+        let mut take = |matrices: &[&str], shape, split| {
+            take_experts(weights, name, (num_experts, &own), matrices, (shape, split))
+        };
+        let gate_up_proj = take(&["gate_proj", "up_proj"], [inner, hidden], rows)?;
+        let down_proj = take(&["down_proj"], [hidden, inner], columns)?;
         Ok(Self {
             gate,
             scoring: Scoring { scores, chosen: moe.chosen, groups, kept_groups, is_renormalised, scale },
-            gate_up_proj: take_experts(weights, name, num_experts, &["gate_proj", "up_proj"], gate_up)?,
-            down_proj: take_experts(weights, name, num_experts, &["down_proj"], down)?,
+            own,
+            gate_up_proj,
+            down_proj,
             shared_experts: shared.transpose()?,
         })
     }
@@ -185,7 +211,7 @@ impl Moe {
     /// Those of the ops.
     pub fn forward(&self, cx: &mut OpStream, x: &Tensor, num_valid: &Tensor) -> Result<Tensor> {
         let logits = self.gate.forward_f32(cx, x)?; // [T, E]
-        let routing = ops::moe_route(cx, &logits, &self.scoring, num_valid)?;
+        let routing = ops::moe_route(cx, &logits, &self.scoring, num_valid, self.own.clone())?;
         drop(logits);
         let gated = ops::grouped_gate_up(cx, x, &self.gate_up_proj, &routing.plan)?; // [T K, I]
         let y = ops::grouped_linear(cx, &gated, &self.down_proj, &routing.plan)?; // [T K, C]
@@ -195,20 +221,25 @@ impl Moe {
     }
 }
 
-/// Takes this rank's share of matrices of all experts, those of one expert on top of each other, as `[E, rows, columns]`.
+/// Takes this rank's share of matrices of its `own` experts, those of one expert on top of each other, as
+/// `[E, rows, columns]`, and leaves out those of the others.
 fn take_experts(
     weights: &mut Weights<'_>,
     name: &str,
-    num_experts: usize,
+    (num_experts, own): (usize, &Range<usize>),
     matrices: &[&str],
     (shape, split): ([usize; 2], Split<'_>),
 ) -> crate::Result<Tensor> {
-    let names: Vec<String> = (0..num_experts)
-        .flat_map(|expert| matrices.iter().map(move |matrix| format!("{name}.experts.{expert}.{matrix}.weight")))
-        .collect();
-    let parts: Vec<_> = names.iter().map(|name| Part { name, shape: &shape, split }).collect();
+    let names = |experts: Range<usize>| -> Vec<String> {
+        let of_expert = |expert| matrices.iter().map(move |matrix| format!("{name}.experts.{expert}.{matrix}.weight"));
+        experts.flat_map(of_expert).collect()
+    };
+    names(0..own.start).iter().for_each(|name| weights.skip(name));
+    let names_of_own = names(own.clone());
+    let parts: Vec<_> = names_of_own.iter().map(|name| Part { name, shape: &shape, split }).collect();
     let taken = weights.take_rows(&parts)?;
-    Ok(taken.reshape(&[num_experts, taken.dim(0) / num_experts, taken.dim(1)])?)
+    names(own.end..num_experts).iter().for_each(|name| weights.skip(name));
+    Ok(taken.reshape(&[own.len(), taken.dim(0) / own.len(), taken.dim(1)])?)
 }
 
 #[cfg(test)]
@@ -243,6 +274,7 @@ mod tests {
     fn each_family_has_its_router() {
         let softmax = MoeConfig {
             num_experts: 8,
+            num_experts_field: "num_experts",
             chosen: 2,
             inner: 96,
             shared_inner: None,
@@ -252,8 +284,10 @@ mod tests {
             scale: 1.0,
         };
         for name in ["num_experts", "num_local_experts"] {
-            assert_eq!(read(QWEN3, &json!({name: 8})).expect(name), softmax);
+            let expected = MoeConfig { num_experts_field: name, ..softmax.clone() };
+            assert_eq!(read(QWEN3, &json!({name: 8})).expect(name), expected);
         }
+        let softmax = MoeConfig { num_experts_field: "n_routed_experts", ..softmax };
         let v2 = json!({"n_routed_experts": 8, "topk_method": "greedy", "scoring_func": "softmax", "n_group": 4,
             "topk_group": 2, "n_shared_experts": 2, "norm_topk_prob": false, "routed_scaling_factor": 16.0});
         let greedy = MoeConfig { shared_inner: Some(192), is_renormalised: false, scale: 16.0, ..softmax.clone() };

@@ -4,7 +4,7 @@ use crate::Result;
 use crate::config::ModelConfig;
 use crate::layers::{Decoder, Mixer, Mla, MlaDims, MlaShared, Mlp, Moe, MoeConfig, RotaryScaling};
 use crate::state::CacheLayout;
-use crate::weights::{Divided, Weights};
+use crate::weights::{Divided, Experts, Weights};
 
 /// Latents and rope keys of every layer.
 ///
@@ -31,10 +31,10 @@ pub fn cache_layout(config: &ModelConfig) -> Result<CacheLayout> {
 ///
 /// # Errors
 /// Those of [`cache_layout`].
-pub fn divided(config: &ModelConfig) -> Result<Vec<Divided>> {
+pub fn divided(config: &ModelConfig, experts: Experts) -> Result<Vec<Divided>> {
     let mut divided = Vec::from(MlaDims::read(config)?.divided());
     divided.push(Divided::new("intermediate_size", Mlp::read_width(&config.fields)?));
-    divided.extend(MoeConfig::read(config)?.divided());
+    divided.extend(MoeConfig::read(config)?.divided(experts));
     Ok(divided)
 }
 

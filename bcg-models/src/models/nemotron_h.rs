@@ -4,7 +4,7 @@ use crate::Result;
 use crate::config::{LayerKind, ModelConfig};
 use crate::layers::{Attention, Decoder, Heads, Mamba2, Mamba2Config, Mixer, Relu2Mlp, Sublayer};
 use crate::state::CacheLayout;
-use crate::weights::{Divided, Weights};
+use crate::weights::{Divided, Experts, Weights};
 
 /// Keys and values of the attention layers, states of the Mamba2 layers.
 ///
@@ -26,8 +26,9 @@ pub fn cache_layout(config: &ModelConfig) -> Result<CacheLayout> {
 /// What the ranks divide.
 ///
 /// # Errors
-/// Those of [`cache_layout`].
-pub fn divided(config: &ModelConfig) -> Result<Vec<Divided>> {
+/// Those of [`cache_layout`] and of [`Experts::refuse_whole`].
+pub fn divided(config: &ModelConfig, experts: Experts) -> Result<Vec<Divided>> {
+    experts.refuse_whole(config)?;
     let mut divided = Vec::from(Heads::read(config)?.divided());
     divided.extend(Mamba2Config::read(&config.fields)?.divided());
     divided.push(Divided::new("intermediate_size", Relu2Mlp::read_width(&config.fields)?));

@@ -4,7 +4,7 @@ use crate::Result;
 use crate::config::ModelConfig;
 use crate::layers::{Attention, Decoder, Heads, Mixer, Mlp, Rotary, rope_theta};
 use crate::state::CacheLayout;
-use crate::weights::{Divided, Weights};
+use crate::weights::{Divided, Experts, Weights};
 
 /// Keys and values of every layer.
 ///
@@ -19,8 +19,9 @@ pub fn cache_layout(config: &ModelConfig) -> Result<CacheLayout> {
 /// What the ranks divide.
 ///
 /// # Errors
-/// Those of [`cache_layout`].
-pub fn divided(config: &ModelConfig) -> Result<Vec<Divided>> {
+/// Those of [`cache_layout`] and of [`Experts::refuse_whole`].
+pub fn divided(config: &ModelConfig, experts: Experts) -> Result<Vec<Divided>> {
+    experts.refuse_whole(config)?;
     let [heads, kv_heads] = Heads::read(config)?.divided();
     Ok(vec![heads, kv_heads, Divided::new("intermediate_size", Mlp::read_width(&config.fields)?)])
 }

@@ -5,7 +5,7 @@ use crate::Result;
 use crate::config::{DenseLayers, ModelConfig};
 use crate::layers::{Decoder, Heads, Mixer, Mlp, Moe, MoeConfig};
 use crate::state::CacheLayout;
-use crate::weights::{Divided, Weights};
+use crate::weights::{Divided, Experts, Weights};
 
 /// Keys and values of every layer.
 ///
@@ -21,9 +21,9 @@ pub fn cache_layout(config: &ModelConfig) -> Result<CacheLayout> {
 ///
 /// # Errors
 /// Those of [`cache_layout`].
-pub fn divided(config: &ModelConfig) -> Result<Vec<Divided>> {
+pub fn divided(config: &ModelConfig, experts: Experts) -> Result<Vec<Divided>> {
     let mut divided = Vec::from(Heads::read(config)?.divided());
-    divided.extend(MoeConfig::read(config)?.divided());
+    divided.extend(MoeConfig::read(config)?.divided(experts));
     let dense = DenseLayers::read(&config.fields)?;
     if (0..config.fields.count("num_hidden_layers")?).any(|layer| dense.has(layer)) {
         divided.push(Divided::new("intermediate_size", Mlp::read_width(&config.fields)?));

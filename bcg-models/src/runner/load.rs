@@ -105,7 +105,7 @@ impl ModelRunner {
         let config = ModelConfig::load(dir)?;
         options.validate(&config)?;
         let num_nodes = span.as_ref().map_or(1, |span| span.num_nodes);
-        registry::check_shard(&config, (num_nodes * devices.len()).max(1))?;
+        registry::check_shard(&config, (num_nodes * devices.len()).max(1), options.experts)?;
         let tokenizer = if options.skip_tokenizer_init { None } else { Some(Tokenizer::load(dir)?) };
         if let Some(tokenizer) = &tokenizer {
             tokenizer.check_vocabulary(dir, config.vocab_size)?;
@@ -187,13 +187,13 @@ impl Loading<'_> {
         let mut report = |done, total| progress(Progress { stage: Stage::LoadWeights, done, total });
         let (size, first) = (self.world.size(), self.world.first_rank());
         if size == 1 {
-            return Ok(vec![self.one(Shard::WHOLE, None, &mut report)?]);
+            return Ok(vec![self.one(self.shard(0), None, &mut report)?]);
         }
         let communicators = self.world.communicators(self.communicators()?)?;
         let (sender, reports) = sync_channel(REPORTS_MAX);
         std::thread::scope(|scope| {
             let load = |communicator: Communicator| {
-                let (sender, shard) = (sender.clone(), Shard { rank: communicator.rank(), num_ranks: size });
+                let (sender, shard) = (sender.clone(), self.shard(communicator.rank()));
                 let mut report = move |done, total| {
                     let _ = sender.send((shard.rank, done, total)); // the receiver outlives the threads
                 };
@@ -214,6 +214,11 @@ impl Loading<'_> {
             let joined = (first..).zip(threads);
             joined.map(|(rank, thread)| thread.join().unwrap_or_else(|_| panicked(rank))).collect()
         })
+    }
+
+    /// What a rank keeps of the model.
+    fn shard(&self, rank: usize) -> Shard {
+        Shard { experts: self.options.experts, ..Shard::new(rank, self.world.size()) }
     }
 
     /// Loads one rank, which has a communicator if there are others.

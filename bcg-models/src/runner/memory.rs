@@ -92,7 +92,7 @@ impl ModelRunner {
         progress(Progress { stage: Stage::KvCache, done: 0, total: 1 });
         let graph_bytes = self.measure_graphs()?;
         // All ranks have shares of one size.
-        let shard = Shard { rank: 0, num_ranks: self.num_ranks() };
+        let shard = Shard { experts: self.options.experts, ..Shard::new(0, self.num_ranks()) };
         let measured = self.on_each(|rank| {
             rank.runtime.synchronize()?; // graphs that still ran are gone then
             Ok((rank.device().memory_info()?, rank.runtime.arena_stats().mapped_bytes))

@@ -7,6 +7,7 @@ use bcg_runtime::{CacheOptions, Ladder};
 use crate::batch::{BatchLimits, Phase};
 use crate::config::ModelConfig;
 use crate::error::Result;
+use crate::weights::Experts;
 
 /// Whether and when forwards are captured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -82,6 +83,8 @@ impl OptionError {
 pub struct ModelRunnerOptions {
     /// Where the weights come from.
     pub load_format: LoadFormat,
+    /// How several ranks divide the experts of a mixture.
+    pub experts: Experts,
     /// Runs without a tokenizer: the model takes and gives token ids, and `tokenizer.json` need not exist.
     pub skip_tokenizer_init: bool,
     /// Tokens of one page of the KV cache.
@@ -126,6 +129,7 @@ impl Default for ModelRunnerOptions {
     fn default() -> Self {
         Self {
             load_format: LoadFormat::Auto,
+            experts: Experts::default(),
             skip_tokenizer_init: false,
             page_size: 16,
             kv_cache_tokens: 8192,

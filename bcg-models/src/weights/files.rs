@@ -325,7 +325,7 @@ mod tests {
                     for piece in [8, 16, 40, 104, 192] {
                         let mut files = WeightFiles::open(dir.path()).expect("open");
                         let part = Part { name: "a", shape: &[8, 12], split };
-                        let tensor = files.take(&part, Shard { rank, num_ranks: 2 }, dtype).expect("a part");
+                        let tensor = files.take(&part, Shard::new(rank, 2), dtype).expect("a part");
                         let mut bytes = vec![0; 48 * dtype.size_bytes()];
                         for (i, piece_of) in bytes.chunks_mut(piece).enumerate() {
                             tensor.read(i * piece, piece_of).expect("a piece");

@@ -9,7 +9,8 @@
 //! - R: what every rank needs whole, which are the norms of hidden states, queries and keys, the routers, and the projections
 //!   of latent attention to latents, with their norms.
 //! - K: `k_proj` and `v_proj` of grouped-query attention with Hkv key-value heads.
-//! - D: all else, which are the embedding table, the LM head, the other projections, experts, and all of a state-space mixer.
+//! - D: all else, which are the embedding table, the LM head, the other projections, experts (by their channels, or whole
+//!   ones), and all of a state-space mixer.
 
 mod files;
 mod part;
@@ -26,7 +27,7 @@ use random::RandomWeights;
 
 pub use part::{Part, Section, Split};
 pub(crate) use shard::check as check_shard;
-pub use shard::{Divided, Shard};
+pub use shard::{Divided, Experts, Shard};
 
 /// The checkpoint's tensors that were not taken yet.
 pub struct Weights<'a> {
@@ -165,10 +166,11 @@ impl<'a> Weights<'a> {
         }
     }
 
-    /// Leaves the tensor `name` out, if it is there: for tensors that a checkpoint repeats.
+    /// Leaves the tensor `name` out, if it is there: for tensors that a checkpoint repeats, or that another rank takes.
     pub fn skip(&mut self, name: &str) {
-        if let Origin::Files { files, .. } = &mut self.origin {
-            files.skip(name);
+        match &mut self.origin {
+            Origin::Files { files, .. } => files.skip(name),
+            Origin::Random(random) => random.skip(),
         }
     }
 

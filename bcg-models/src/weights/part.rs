@@ -131,11 +131,11 @@ mod tests {
         let sections = [Section { units: 4, rows: 2 }, Section { units: 2, rows: 3 }];
         let shape = [14, 5];
         let part = Part { name: "a", shape: &shape, split: Split::Rows(&sections) };
-        let second_of_2 = Shard { rank: 1, num_ranks: 2 };
+        let second_of_2 = Shard::new(1, 2);
         let run = |first, len| Stretches { first, len, stride: len, count: 1 };
         assert_eq!(part.kept_shape(second_of_2).expect("a shape"), [7, 5]);
         assert_eq!(part.stretches(second_of_2), [run(4 * 5, 4 * 5), run(11 * 5, 3 * 5)]);
-        let third_of_4 = Shard { rank: 2, num_ranks: 4 };
+        let third_of_4 = Shard::new(2, 4);
         assert_eq!(part.kept_shape(third_of_4).expect("a shape"), [5, 5], "two ranks keep the same of 2 units");
         assert_eq!(part.stretches(third_of_4), [run(4 * 5, 2 * 5), run(11 * 5, 3 * 5)]);
         assert_eq!(part.stretches(Shard::WHOLE), [run(0, 8 * 5), run(8 * 5, 6 * 5)]);
@@ -144,7 +144,7 @@ mod tests {
         let part = Part { split: Split::Columns, shape: &shape, ..part };
         assert_eq!(part.kept_shape(second_of_2).expect("a shape"), [3, 4]);
         assert_eq!(part.stretches(second_of_2), [Stretches { first: 4, len: 4, stride: 8, count: 3 }]);
-        let error = part.kept_shape(Shard { rank: 0, num_ranks: 3 }).expect_err("8 columns").to_string();
+        let error = part.kept_shape(Shard::new(0, 3)).expect_err("8 columns").to_string();
         assert_eq!(error, "tensor `a`: expected dimensions that 3 ranks divide, got 8 in a dimension");
     }
 }

@@ -45,6 +45,11 @@ impl RandomWeights {
         Ok(())
     }
 
+    /// Leaves out a tensor, so that those after it are the same as on a rank that takes it.
+    pub(super) fn skip(&mut self) {
+        self.seed += 1;
+    }
+
     /// Waits until all tensors are filled; returns their bytes.
     pub(super) fn finish(self) -> Result<usize> {
         if let Some(runner) = self.runner {

@@ -17,7 +17,7 @@ use crate::error::Result;
 /// # Example
 /// ```
 /// use bcg_models::weights::Shard;
-/// let shard = Shard { rank: 1, num_ranks: 4 };
+/// let shard = Shard::new(1, 4);
 /// assert_eq!(shard.range(32), 8..16);
 /// assert_eq!(shard.range(2), 0..1, "ranks 0 and 1 both keep the first of two key-value heads");
 /// assert_eq!(Shard::WHOLE.range(32), 0..32);
@@ -28,11 +28,45 @@ pub struct Shard {
     pub rank: usize,
     /// The ranks that a dimension is divided among; at least 1.
     pub num_ranks: usize,
+    /// How experts are divided.
+    pub experts: Experts,
+}
+
+/// How the ranks divide the experts of a mixture. Shared experts, which every token has, are divided by channels always.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Experts {
+    /// Each rank has a share of the channels of every expert.
+    #[default]
+    ByChannels,
+    /// Each rank has a share of the experts, those whole.
+    Whole,
+}
+
+impl Experts {
+    /// Refuses whole experts for a model that has none.
+    ///
+    /// # Errors
+    /// [`Error::Config`](crate::Error::Config) names the architecture.
+    pub fn refuse_whole(self, config: &ModelConfig) -> Result<()> {
+        match self {
+            Self::ByChannels => Ok(()),
+            Self::Whole => {
+                let remedy = "give `ep` 1: no rank can have experts of its own";
+                let expected = "a mixture of experts";
+                Err(config.fields.error("architectures", expected, format!("{:?}", config.architecture), remedy))
+            }
+        }
+    }
 }
 
 impl Shard {
     /// The share of a model that is not divided: all of it.
-    pub const WHOLE: Self = Self { rank: 0, num_ranks: 1 };
+    pub const WHOLE: Self = Self::new(0, 1);
+
+    /// The share of `rank` of so many, with experts divided by channels.
+    pub const fn new(rank: usize, num_ranks: usize) -> Self {
+        Self { rank, num_ranks, experts: Experts::ByChannels }
+    }
 
     /// Tells whether all ranks can have equally many of `units` things, or, if there are fewer things than ranks, each
     /// thing can be kept by equally many ranks.
@@ -43,7 +77,7 @@ impl Shard {
     /// Returns which of `units` equal things this rank keeps: its share of them, or, if there are fewer things than
     /// ranks, one, which its neighbours keep too. The shard [divides](Self::divides) them.
     pub fn range(self, units: usize) -> Range<usize> {
-        let Self { rank, num_ranks } = self.among(units);
+        let Self { rank, num_ranks, .. } = self.among(units);
         let part = units / num_ranks;
         rank * part..(rank + 1) * part
     }
@@ -56,7 +90,7 @@ impl Shard {
     /// The shard among the groups of ranks that keep the same of `units` things.
     pub(super) fn among(self, units: usize) -> Self {
         let num_ranks = self.num_ranks.min(units);
-        Self { rank: self.rank * num_ranks / self.num_ranks, num_ranks }
+        Self { rank: self.rank * num_ranks / self.num_ranks, num_ranks, ..self }
     }
 }
 
@@ -79,7 +113,7 @@ impl Divided {
 
     fn works_with(&self, num_ranks: usize) -> bool {
         let is_even = self.count.is_multiple_of(num_ranks);
-        is_even || (self.is_shared && Shard { rank: 0, num_ranks }.divides(self.count))
+        is_even || (self.is_shared && Shard::new(0, num_ranks).divides(self.count))
     }
 }
 
@@ -108,13 +142,13 @@ mod tests {
     #[test]
     fn shares_are_equal_and_few_things_are_kept_by_neighbours() {
         let ranges = |num_ranks, units| -> Vec<_> {
-            (0..num_ranks).map(|rank| Shard { rank, num_ranks }.range(units)).collect()
+            (0..num_ranks).map(|rank| Shard::new(rank, num_ranks).range(units)).collect()
         };
         assert_eq!(ranges(4, 8), [0..2, 2..4, 4..6, 6..8]);
         assert_eq!(ranges(4, 2), [0..1, 0..1, 1..2, 1..2]);
         assert_eq!(ranges(8, 4), [0..1, 0..1, 1..2, 1..2, 2..3, 2..3, 3..4, 3..4]);
         assert_eq!(ranges(2, 1), [0..1, 0..1]);
-        let shard = Shard { rank: 0, num_ranks: 4 };
+        let shard = Shard::new(0, 4);
         assert_eq!(
             [0, 1, 2, 3, 4, 6, 8].map(|units| shard.divides(units)),
             [false, true, true, false, true, false, true]

@@ -52,6 +52,7 @@ impl Choice {
             offsets: lab.tensor(&offsets)?,
             rows: lab.tensor(&rows)?,
             places: lab.tensor(&places)?.reshape(&[self.tokens, self.chosen])?,
+            chosen_among: self.num_experts,
         })
     }
 }
@@ -78,7 +79,7 @@ fn route(model: &Shapes, choice: &Choice) -> Case {
         let (scores, is_renormalised, scale) = (Scores::Softmax, true, 1.0);
         let scoring = Scoring { scores, chosen, groups, kept_groups, is_renormalised, scale };
         Ok(Box::new(move |cx| {
-            let Routing { experts, weights, plan } = ops::moe_route(cx, &logits, &scoring, &num_valid)?;
+            let Routing { experts, weights, plan } = ops::moe_route(cx, &logits, &scoring, &num_valid, 0..num_experts)?;
             Ok(vec![experts, weights, plan.offsets, plan.rows, plan.places])
         }))
     });

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use bcg_models::weights::Experts;
 use bcg_models::{GraphMode, ModelRunner, ModelRunnerOptions, SamplingParams, SequenceInput, registry};
 use bcg_runtime::{Device, ReplayMode};
 
@@ -14,21 +15,24 @@ use super::{Checkpoint, folder, load_ranks, options};
 const NUM_PROBLEMS: usize = 24;
 
 /// A rule for several ranks, each with a device.
-pub type RanksRule = (&'static str, fn(&[Device], Checkpoint));
+pub type RanksRule = (&'static str, fn(&[Device], Checkpoint, Experts));
 
-/// Expands `$then!` over the checkpoints and the numbers of ranks that divide them, and over the rules.
+/// Expands `$then!` over the checkpoints, the numbers of ranks that divide them and how, and over the rules.
 #[macro_export]
 macro_rules! ranks_rules {
     ($then:ident) => {
         $then! {
             worlds {
-                qwen3_2 = ("tiny-qwen3", 2),
-                qwen3_moe_2 = ("tiny-qwen3-moe", 2),
-                nemotron_h_2 = ("tiny-nemotron-h", 2),
-                deepseek_v3_2 = ("tiny-deepseek-v3", 2),
-                qwen3_4 = ("tiny-qwen3", 4),
-                qwen3_moe_4 = ("tiny-qwen3-moe", 4),
-                deepseek_v3_4 = ("tiny-deepseek-v3", 4),
+                qwen3_2 = ("tiny-qwen3", 2, ByChannels),
+                qwen3_moe_2 = ("tiny-qwen3-moe", 2, ByChannels),
+                qwen3_moe_experts_2 = ("tiny-qwen3-moe", 2, Whole),
+                nemotron_h_2 = ("tiny-nemotron-h", 2, ByChannels),
+                deepseek_v3_2 = ("tiny-deepseek-v3", 2, ByChannels),
+                deepseek_v3_experts_2 = ("tiny-deepseek-v3", 2, Whole),
+                qwen3_4 = ("tiny-qwen3", 4, ByChannels),
+                qwen3_moe_4 = ("tiny-qwen3-moe", 4, ByChannels),
+                qwen3_moe_experts_4 = ("tiny-qwen3-moe", 4, Whole),
+                deepseek_v3_4 = ("tiny-deepseek-v3", 4, ByChannels),
             }
             rules {
                 ranks_match_the_reference,
@@ -41,24 +45,30 @@ macro_rules! ranks_rules {
 }
 
 macro_rules! lists {
-    (worlds { $($module:ident = $world:tt,)* } rules { $($rule:ident,)* }) => {
-        /// The tiny checkpoints, with the numbers of ranks that divide them.
-        pub const WORLDS: &[(Checkpoint, usize)] = &[$($world),*];
+    (worlds { $($module:ident = ($checkpoint:literal, $num_ranks:literal, $experts:ident),)* } rules { $($rule:ident,)* }) => {
+        /// The tiny checkpoints, with the numbers of ranks that divide them, and how they divide experts.
+        pub const WORLDS: &[(Checkpoint, usize, Experts)] = &[$(($checkpoint, $num_ranks, Experts::$experts)),*];
 
         /// The rules of this group.
-        pub const RANKS_RULES: &[RanksRule] = &[$((stringify!($rule), $rule as fn(&[Device], Checkpoint))),*];
+        pub const RANKS_RULES: &[RanksRule] =
+            &[$((stringify!($rule), $rule as fn(&[Device], Checkpoint, Experts))),*];
     };
 }
 
 ranks_rules!(lists);
 
+/// The options of a tiny checkpoint whose experts are divided so.
+fn dividing(experts: Experts, graph: GraphMode) -> ModelRunnerOptions {
+    ModelRunnerOptions { experts, ..options(graph) }
+}
+
 /// The logits of whole prompts are those of the reference.
-pub fn ranks_match_the_reference(devices: &[Device], checkpoint: Checkpoint) {
-    match_the_reference(&mut load_ranks(devices, checkpoint, options(GraphMode::Off)), checkpoint);
+pub fn ranks_match_the_reference(devices: &[Device], checkpoint: Checkpoint, experts: Experts) {
+    match_the_reference(&mut load_ranks(devices, checkpoint, dividing(experts, GraphMode::Off)), checkpoint);
 }
 
 /// Eagerly, as a chain, healed and captured lazily: greedy and drawn tokens are the same, token for token.
-pub fn ranks_choose_the_same_tokens_on_every_path(devices: &[Device], checkpoint: Checkpoint) {
+pub fn ranks_choose_the_same_tokens_on_every_path(devices: &[Device], checkpoint: Checkpoint, experts: Experts) {
     let prompts: Vec<Vec<u32>> = reference(checkpoint).iter().take(2).map(tokens_of).collect();
     let drawn = SamplingParams { temperature: 3.0, top_k: Some(200), top_p: 0.99, min_p: 0.0, seed: 11 };
     let answers = |runner: &mut ModelRunner| -> Vec<Vec<u32>> {
@@ -66,13 +76,13 @@ pub fn ranks_choose_the_same_tokens_on_every_path(devices: &[Device], checkpoint
         let all = prompts.iter().flat_map(|prompt| samplings.map(|sampling| (prompt, sampling)));
         all.map(|(prompt, sampling)| answer(runner, prompt, sampling)).collect()
     };
-    let mut eager = load_ranks(devices, checkpoint, options(GraphMode::Off));
+    let mut eager = load_ranks(devices, checkpoint, dividing(experts, GraphMode::Off));
     assert_eq!(eager.num_ranks(), devices.len());
     let expected = answers(&mut eager);
     assert_ne!(expected[0], expected[1], "drawn tokens are others than the most likely ones");
     drop(eager);
     for mode in [GraphMode::Ahead, GraphMode::Lazy] {
-        let mut runner = load_ranks(devices, checkpoint, options(mode));
+        let mut runner = load_ranks(devices, checkpoint, dividing(experts, mode));
         assert_eq!(answers(&mut runner), expected, "{mode:?}, healed");
         let healed = runner.stats();
         assert!(healed.num_replays >= 60 && healed.num_capture_failures == 0, "{healed:?}");
@@ -91,11 +101,15 @@ fn captured_sizes(runner: &ModelRunner) -> usize {
 }
 
 /// As many problems are right with several ranks as with one.
-pub fn ranks_solve_what_one_solves(devices: &[Device], checkpoint: Checkpoint) {
+pub fn ranks_solve_what_one_solves(devices: &[Device], checkpoint: Checkpoint, experts: Experts) {
     let asked = std::env::var("BCG_EVAL_PROBLEMS").ok().and_then(|count| count.parse().ok());
-    let count = asked.unwrap_or(2 * NUM_PROBLEMS / devices.len());
+    let problems = match experts {
+        Experts::ByChannels => 2 * NUM_PROBLEMS,
+        Experts::Whole => NUM_PROBLEMS, // what is not experts is divided as before
+    };
+    let count = asked.unwrap_or(problems / devices.len());
     let solve = |devices: &[Device]| {
-        let mut runner = load_ranks(devices, checkpoint, options(GraphMode::Ahead));
+        let mut runner = load_ranks(devices, checkpoint, dividing(experts, GraphMode::Ahead));
         accuracy(&mut runner, checkpoint, Style::Chat, count).0
     };
     let (one, ranks) = (solve(&devices[..1]), solve(devices));
@@ -103,9 +117,9 @@ pub fn ranks_solve_what_one_solves(devices: &[Device], checkpoint: Checkpoint) {
 }
 
 /// Batches that cannot be run, steps that nobody collects, and a third one under way break nothing.
-pub fn ranks_go_on_after_a_step_that_is_refused(devices: &[Device], checkpoint: Checkpoint) {
+pub fn ranks_go_on_after_a_step_that_is_refused(devices: &[Device], checkpoint: Checkpoint, experts: Experts) {
     let prompt = tokens_of(&reference(checkpoint)[0]);
-    let mut runner = load_ranks(devices, checkpoint, options(GraphMode::Ahead));
+    let mut runner = load_ranks(devices, checkpoint, dividing(experts, GraphMode::Ahead));
     let expected = answer(&mut runner, &prompt, SamplingParams::greedy());
     let (pool, greedy) = (runner.pages().clone(), SamplingParams::greedy());
     let leases: Vec<_> = (0..3).map(|_| pool.lease(pool.pages_for(prompt.len())).expect("pages")).collect();
@@ -128,7 +142,7 @@ pub fn ranks_go_on_after_a_step_that_is_refused(devices: &[Device], checkpoint: 
 /// A number of ranks that does not divide the model is refused by the name of the field, with the numbers that work.
 pub fn ranks_that_do_not_divide_a_model_are_refused(checkpoint: Checkpoint) {
     let config = bcg_models::ModelConfig::load(&folder(checkpoint)).expect("a config");
-    let refused = registry::check_shard(&config, 3).expect_err("three ranks").to_string();
+    let refused = registry::check_shard(&config, 3, Experts::ByChannels).expect_err("three ranks").to_string();
     let devices = [Device::host(), Device::host(), Device::host()];
     let options = ModelRunnerOptions { ..options(GraphMode::Off) };
     let error = ModelRunner::load_ranks(&devices, &folder(checkpoint), options, &mut |_| ()).expect_err("three ranks");

@@ -55,7 +55,8 @@ impl Places {
             places[*pair] = place as i32;
         }
         let places = fixture.device.tensor(&[choices.len() / chosen, chosen], &places).expect("a tensor");
-        let plan = ExpertPlan { offsets: fixture.ints(&offsets), rows: fixture.ints(&rows), places };
+        let (offsets, rows) = (fixture.ints(&offsets), fixture.ints(&rows));
+        let plan = ExpertPlan { offsets, rows, places, chosen_among: num_experts };
         Self { experts, pairs, chosen, plan }
     }
 }

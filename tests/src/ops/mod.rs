@@ -54,7 +54,7 @@ use mla::{
 use moe::{
     a_mixture_of_experts_ignores_padded_rows, grouped_gate_up_matches_the_formula, grouped_linear_matches_the_formula,
     moe_combine_matches_the_formula, moe_permute_keeps_the_order_within_an_expert,
-    moe_route_chooses_what_the_formula_chooses, moe_route_takes_the_first_of_equals,
+    moe_route_chooses_what_the_formula_chooses, moe_route_takes_the_first_of_equals, the_parts_of_a_mixture_add_up,
 };
 use norms::{
     add_rms_norm_matches_the_formula, gated_rms_norm_matches_the_formula, relu2_matches_the_formula,
@@ -122,6 +122,7 @@ pub const RULES: &[Rule] = crate::rules![
     grouped_gate_up_matches_the_formula,
     moe_combine_matches_the_formula,
     a_mixture_of_experts_ignores_padded_rows,
+    the_parts_of_a_mixture_add_up,
     rms_norm_matches_the_formula,
     add_rms_norm_matches_the_formula,
     silu_mul_matches_the_formula,

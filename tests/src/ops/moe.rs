@@ -1,5 +1,7 @@
 //! `moe_route`, `moe_permute`, `grouped_gate_up`, `grouped_linear` and `moe_combine`.
 
+use std::ops::Range;
+
 use bcg_kernels::{self as ops, ExpertPlan, Routing, Scores, Scoring};
 use bcg_runtime::{BreakableCudaGraph, DType, Device, OpStream, Result, Tensor};
 
@@ -108,7 +110,9 @@ pub(super) fn moe_route_chooses_what_the_formula_chooses(device: &Device) {
             let wide: Vec<f64> = values.chunks(num_experts).flat_map(|row| [row, &[f64::NAN; 3]].concat()).collect();
             let logits = fixture.floats(&[tokens, num_experts + 3], DType::F32, &wide).tensor;
             let num_valid = fixture.ints(&[valid as i32]);
-            let routing = fixture.run(|cx| ops::moe_route(cx, &logits.columns(0..num_experts)?, &scoring, &num_valid));
+            let own = some_range(&mut fixture, num_experts);
+            let routing = fixture
+                .run(|cx| ops::moe_route(cx, &logits.columns(0..num_experts)?, &scoring, &num_valid, own.clone()));
             let (experts, weights) = (fixture.read_i32(&routing.experts), fixture.read(&routing.weights));
             assert!(experts[valid * chosen..].iter().all(|expert| *expert == -1), "padded rows: {experts:?}");
             assert!(weights[valid * chosen..].iter().all(|weight| *weight == 0.0), "padded rows: {weights:?}");
@@ -120,7 +124,18 @@ pub(super) fn moe_route_chooses_what_the_formula_chooses(device: &Device) {
                 let own = t * chosen..(t + 1) * chosen;
                 choice.assert(&what, &scoring, &experts[own.clone()], &weights[own]);
             }
-            assert_plan(&mut fixture, &routing.plan, &experts, num_experts);
+            assert_plan(&mut fixture, &routing.plan, &experts, own);
+        }
+    }
+}
+
+/// All experts, or some that stand together.
+fn some_range(fixture: &mut Fixture, num_experts: usize) -> Range<usize> {
+    match fixture.below(3) {
+        0 => 0..num_experts,
+        _ => {
+            let first = fixture.below(num_experts);
+            first..first + 1 + fixture.below(num_experts - first)
         }
     }
 }
@@ -148,7 +163,7 @@ pub(super) fn moe_route_takes_the_first_of_equals(device: &Device) {
     ] {
         let what = format!("{scores:?}, {groups} groups");
         let scoring = Scoring { scores, groups, kept_groups, ..softmax(4) };
-        let routing = fixture.run(|cx| ops::moe_route(cx, &logits, &scoring, &num_valid));
+        let routing = fixture.run(|cx| ops::moe_route(cx, &logits, &scoring, &num_valid, 0..num_experts));
         let experts = fixture.read_i32(&routing.experts);
         assert_eq!(experts[0..4], [0, 1, 2, 3], "{what}");
         // A group with one expert of 1 is as good as others where the best one counts, and worse where two do.
@@ -162,33 +177,35 @@ pub(super) fn moe_route_takes_the_first_of_equals(device: &Device) {
             let is_fine = |(k, expert): (usize, &i32)| (0..64).contains(expert) && !row[..k].contains(expert);
             assert!(row.iter().enumerate().all(is_fine), "{what}: {row:?}");
         }
-        assert_plan(&mut fixture, &routing.plan, &experts, num_experts);
+        assert_plan(&mut fixture, &routing.plan, &experts, 0..num_experts);
     }
 }
 
-/// Asserts that a plan is the stable order of `experts`.
-fn assert_plan(fixture: &mut Fixture, plan: &ExpertPlan, experts: &[i32], num_experts: usize) {
+/// Asserts that a plan is the stable order of those `experts` that are its `own`.
+fn assert_plan(fixture: &mut Fixture, plan: &ExpertPlan, experts: &[i32], own: Range<usize>) {
+    let own = own.start as i32..own.end as i32;
     let (mut offsets, mut rows, mut places) = (vec![0i32], vec![], vec![-1; experts.len()]);
-    let mut order: Vec<usize> = (0..experts.len()).filter(|pair| experts[*pair] >= 0).collect();
+    let mut order: Vec<usize> = (0..experts.len()).filter(|pair| own.contains(&experts[*pair])).collect();
     order.sort_by_key(|pair| experts[*pair]);
     for (place, pair) in order.into_iter().enumerate() {
         places[pair] = place as i32;
         rows.push(pair as i32);
     }
     rows.resize(experts.len(), -1);
-    let mut counts = vec![0; num_experts];
-    experts.iter().filter(|expert| **expert >= 0).for_each(|expert| counts[*expert as usize] += 1);
+    let mut counts = vec![0; own.len()];
+    let of_plan = experts.iter().filter(|expert| own.contains(expert));
+    of_plan.for_each(|expert| counts[(expert - own.start) as usize] += 1);
     for count in counts {
         offsets.push(offsets[offsets.len() - 1] + count);
     }
-    let what = format!("{} pairs, {num_experts} experts", experts.len());
+    let what = format!("{} pairs, experts {own:?}", experts.len());
     assert_eq!(fixture.read_i32(&plan.offsets), offsets, "{what}: offsets");
     assert_eq!(fixture.read_i32(&plan.places), places, "{what}: places");
     assert_eq!(fixture.read_i32(&plan.rows), rows, "{what}: rows");
 }
 
 /// `moe_permute` orders pairs by expert and keeps the order within one, up to its largest size; with empty experts, all
-/// pairs on one expert, no pair at all, and padded rows.
+/// pairs on one expert, no pair at all, padded rows, and plans of some experts only.
 pub(super) fn moe_permute_keeps_the_order_within_an_expert(device: &Device) {
     let mut fixture = Fixture::new(device);
     let sizes = [(1, 1), (1, 8), (7, 3), (32, 1), (33, 1), (70, 8), (300, 6), (1025, 1), (4096, 8), (8192, 8)];
@@ -202,8 +219,9 @@ pub(super) fn moe_permute_keeps_the_order_within_an_expert(device: &Device) {
             random[(tokens - tokens / 3) * chosen..].fill(-1);
             for experts in [random, one, none] {
                 let tensor = fixture.ints(&experts).reshape(&[tokens, chosen]).expect("the same elements");
-                let plan = fixture.run(|cx| ops::moe_permute(cx, &tensor, num_experts));
-                assert_plan(&mut fixture, &plan, &experts, num_experts);
+                let own = some_range(&mut fixture, num_experts);
+                let plan = fixture.run(|cx| ops::moe_permute(cx, &tensor, num_experts, own.clone()));
+                assert_plan(&mut fixture, &plan, &experts, own);
             }
         }
     }
@@ -236,12 +254,12 @@ fn spread(fixture: &mut Fixture, shape: [usize; 3], spread: Spread) -> Vec<i32> 
 
 const EXPERTS: usize = 9;
 
-/// The plan of a `[T, K]` choice, in memory that outlives a run.
-fn lasting_plan(fixture: &mut Fixture, experts: &Tensor) -> ExpertPlan {
-    let plan = fixture.run(|cx| ops::moe_permute(cx, experts, EXPERTS));
+/// The plan of the `own` ones of a `[T, K]` choice, in memory that outlives a run.
+fn lasting_plan(fixture: &mut Fixture, experts: &Tensor, own: Range<usize>) -> ExpertPlan {
+    let plan = fixture.run(|cx| ops::moe_permute(cx, experts, EXPERTS, own));
     let [offsets, rows, places] = [&plan.offsets, &plan.rows, &plan.places].map(|tensor| fixture.read_i32(tensor));
     let places = fixture.ints(&places).reshape(experts.shape()).expect("the same elements");
-    ExpertPlan { offsets: fixture.ints(&offsets), rows: fixture.ints(&rows), places }
+    ExpertPlan { offsets: fixture.ints(&offsets), rows: fixture.ints(&rows), places, chosen_among: EXPERTS }
 }
 
 /// Shapes of grouped products: tokens, valid ones, chosen experts, columns of x, outputs.
@@ -266,7 +284,7 @@ fn for_each_plan(device: &Device, f: impl Fn(&mut Fixture, [usize; 5], DType, &E
             let experts = spread(&mut fixture, [tokens, chosen, valid], kind);
             let tensor = fixture.ints(&experts).reshape(&[tokens, chosen]).expect("the same elements");
             for dtype in FLOATS {
-                let plan = lasting_plan(&mut fixture, &tensor);
+                let plan = lasting_plan(&mut fixture, &tensor, 0..EXPERTS);
                 f(&mut fixture, shape, dtype, &plan, &experts);
             }
         }
@@ -340,7 +358,8 @@ pub(super) fn grouped_gate_up_matches_the_formula(device: &Device) {
     });
 }
 
-/// `moe_combine` adds up a token's experts by weight, and the shared one; padded rows are zeros whatever lies there.
+/// `moe_combine` adds up a token's experts by weight, those that the plan has, and the shared one; padded rows are zeros
+/// whatever lies there.
 pub(super) fn moe_combine_matches_the_formula(device: &Device) {
     let mut fixture = Fixture::new(device);
     for (tokens, valid, chosen) in [(1, 1, 1), (1, 1, 8), (6, 4, 3), (9, 0, 2), (70, 66, 6)] {
@@ -351,10 +370,12 @@ pub(super) fn moe_combine_matches_the_formula(device: &Device) {
                 let mut weights = fixture.numbers(tokens * chosen);
                 weights[valid * chosen..].fill(0.0);
                 let weights = fixture.floats(&[tokens, chosen], DType::F32, &weights);
-                let plan = lasting_plan(&mut fixture, &experts);
+                let own = some_range(&mut fixture, EXPERTS);
+                let plan = lasting_plan(&mut fixture, &experts, own);
+                let in_use = fixture.read_i32(&plan.offsets).pop().expect("an offset") as usize;
                 let places = fixture.read_i32(&plan.places);
                 let mut y = fixture.numbers(tokens * chosen * columns);
-                y[valid * chosen * columns..].fill(f64::NAN);
+                y[in_use * columns..].fill(f64::NAN);
                 let y = fixture.floats(&[tokens * chosen, columns], dtype, &y);
                 let shared = padded_rows(&mut fixture, tokens, valid, columns, dtype);
                 let routing = Routing { experts, weights: weights.tensor, plan };
@@ -364,7 +385,8 @@ pub(super) fn moe_combine_matches_the_formula(device: &Device) {
                     for (i, expected) in expected[..valid * columns].iter_mut().enumerate() {
                         let (t, c) = (i / columns, i % columns);
                         let term = |k: usize| weights.values[k] * y.values[places[k] as usize * columns + c];
-                        *expected = (t * chosen..(t + 1) * chosen).map(term).sum();
+                        let placed = (t * chosen..(t + 1) * chosen).filter(|k| places[*k] >= 0);
+                        *expected = placed.map(term).sum();
                         *expected += added.map_or(0.0, |shared| shared.values[i]);
                     }
                     for (i, (got, expected)) in fixture.read(&out).iter().zip(&expected).enumerate() {
@@ -378,15 +400,16 @@ pub(super) fn moe_combine_matches_the_formula(device: &Device) {
     }
 }
 
-/// Everything between a router's logits and the sum of the experts.
+/// Everything between a router's logits and the sum of the experts `own`, whose weights are given.
 fn mixture(
     cx: &mut OpStream,
     inputs: &[Tensor; 3],
     weights: &[Tensor; 2],
     scoring: &Scoring,
+    own: Range<usize>,
 ) -> Result<(Tensor, Tensor)> {
     let [logits, x, num_valid] = inputs;
-    let routing = ops::moe_route(cx, logits, scoring, num_valid)?;
+    let routing = ops::moe_route(cx, logits, scoring, num_valid, own)?;
     let gated = ops::grouped_gate_up(cx, x, &weights[0], &routing.plan)?;
     let y = ops::grouped_linear(cx, &gated, &weights[1], &routing.plan)?;
     Ok((ops::moe_combine(cx, &y, &routing, Some(x))?, routing.plan.offsets))
@@ -408,11 +431,13 @@ pub(super) fn a_mixture_of_experts_ignores_padded_rows(device: &Device) {
                 fixture.ints(&[rows as i32]),
             ];
             let scoring = softmax(8);
-            let whole = fixture.run(|cx| mixture(cx, &inputs, &weights, &scoring));
+            let whole = fixture.run(|cx| mixture(cx, &inputs, &weights, &scoring, 0..num_experts));
             let whole = fixture.read(&whole.0);
             let mut graph = BreakableCudaGraph::new("mixture");
             let static_inputs = inputs.clone();
-            let forward = move |cx: &mut bcg_runtime::Context<'_, ()>| mixture(cx, &static_inputs, &weights, &scoring);
+            let forward = move |cx: &mut bcg_runtime::Context<'_, ()>| {
+                mixture(cx, &static_inputs, &weights, &scoring, 0..num_experts)
+            };
             graph.capture(&mut fixture.runner, &(), forward).expect("a capture");
             for valid in [0, 1, rows / 2, rows - 1, rows] {
                 let mut padded = logits.iter().map(|v| *v as f32).collect::<Vec<_>>();
@@ -428,6 +453,51 @@ pub(super) fn a_mixture_of_experts_ignores_padded_rows(device: &Device) {
                 assert_eq!(offsets[num_experts], 8 * valid as i32, "{dtype}, {valid} of {rows} rows are routed");
                 assert_eq!(out[..valid * columns], whole[..valid * columns], "{dtype}, {valid} of {rows} rows");
                 assert!(out[valid * columns..].iter().all(|v| *v == 0.0), "{dtype}, {valid} of {rows}: padded rows");
+            }
+        }
+    }
+}
+
+/// What ranks that share the experts compute adds up to what one computes with all of them: their parts differ from it by
+/// roundings alone, and a row that chose no expert of a rank is zero there.
+pub(super) fn the_parts_of_a_mixture_add_up(device: &Device) {
+    let mut fixture = Fixture::new(device);
+    let (num_experts, columns, inner, chosen) = (16, 64, 32, 3);
+    for rows in [1, 16, 70, 200] {
+        for dtype in FLOATS {
+            let shapes = [[num_experts, 2 * inner, columns], [num_experts, columns, inner]];
+            let weights = shapes.map(|shape| fixture.random(&shape, dtype).tensor);
+            let logits = fixture.random(&[rows, num_experts], DType::F32).tensor;
+            let x = fixture.random(&[rows, columns], dtype).tensor;
+            let inputs = [logits, x.clone(), fixture.ints(&[rows as i32])];
+            let scoring = softmax(chosen);
+            let routing = fixture.run(|cx| ops::moe_route(cx, &inputs[0], &scoring, &inputs[2], 0..num_experts));
+            let experts = fixture.read_i32(&routing.experts);
+            let (whole, shared) = (0..num_experts, fixture.read(&x));
+            let whole = fixture.run(|cx| mixture(cx, &inputs, &weights, &scoring, whole)).0;
+            let whole = fixture.read(&whole);
+            for num_ranks in [2, 4] {
+                let (mut sums, mut sizes) = (vec![0.0; rows * columns], vec![1.0; rows * columns]);
+                for rank in 0..num_ranks {
+                    let own = rank * num_experts / num_ranks..(rank + 1) * num_experts / num_ranks;
+                    let of_own = [0, 1].map(|matrix| weights[matrix].rows(own.clone()).expect("some experts"));
+                    let part = fixture.run(|cx| mixture(cx, &inputs, &of_own, &scoring, own.clone())).0;
+                    for (i, value) in fixture.read(&part).into_iter().enumerate() {
+                        let of_row = &experts[i / columns * chosen..][..chosen];
+                        let chose = of_row.iter().any(|expert| own.contains(&(*expert as usize)));
+                        assert!(chose || value == shared[i], "{dtype}, {rows} rows, element {i}: {value}");
+                        (sums[i], sizes[i]) = (sums[i] + value, sizes[i] + value.abs());
+                    }
+                }
+                for (i, (got, whole)) in sums.iter().zip(&whole).enumerate() {
+                    // Every part has the shared expert, which stands for `x` here; the whole has it once.
+                    let expected = whole + (num_ranks - 1) as f64 * shared[i];
+                    let bound = 2.0 * epsilon(dtype) * (sizes[i] + expected.abs()) + 1e-5;
+                    assert!(
+                        (got - expected).abs() <= bound,
+                        "{dtype}, {rows} rows, element {i}: {expected}, got {got}"
+                    );
+                }
             }
         }
     }

@@ -99,7 +99,7 @@ fn qwen3_235b_fits_eight_ranks_and_every_size_is_captured() {
         let mut options = RunnerOptions::default();
         options.arena_bytes = 16 << 30; // nothing runs that would make it grow
         let runner = Runner::in_world(communicator, options).expect("a runner");
-        Rank::load(&config, runner, Shard { rank, num_ranks: NUM_RANKS }).expect("a rank")
+        Rank::load(&config, runner, Shard::new(rank, NUM_RANKS)).expect("a rank")
     };
     let ranks: Vec<Rank> = communicators.into_iter().enumerate().map(load).collect();
     let expected = weight_bytes(&config);

@@ -19,7 +19,7 @@ use crate::registry::{self, Model};
 use crate::sampling::SamplingParams;
 use crate::state::{CacheLayout, Caches, KvCache, PageLease, PagePool, StateCache, StateLayout};
 use crate::testing::TempDir;
-use crate::weights::{Shard, Weights};
+use crate::weights::{Experts, Shard, Weights};
 
 /// One rank of a tiny checkpoint on the host device, with two sequences.
 struct Rank {
@@ -109,7 +109,7 @@ impl Rank {
 }
 
 /// The ranks of a world of host devices that each have their share of a tiny checkpoint.
-fn ranks(dir: &Path, dtype: DType, num_ranks: usize) -> RankThreads<Rank> {
+fn ranks(dir: &Path, dtype: DType, num_ranks: usize, experts: Experts) -> RankThreads<Rank> {
     let devices = (0..num_ranks).map(|_| Device::host()).collect();
     let mut options = WorldOptions::default();
     options.timeout = Duration::from_secs(60); // the ranks may have to share one busy core
@@ -117,14 +117,20 @@ fn ranks(dir: &Path, dtype: DType, num_ranks: usize) -> RankThreads<Rank> {
     let communicators = world.communicators(CommunicatorOptions::default()).expect("communicators");
     let load = |(rank, communicator)| {
         let runner = Runner::in_world(communicator, RunnerOptions::default()).expect("a runner");
-        Rank::load(dir, dtype, runner, Shard { rank, num_ranks })
+        Rank::load(dir, dtype, runner, Shard { experts, ..Shard::new(rank, num_ranks) })
     };
     RankThreads::start(&world, communicators.into_iter().enumerate().map(load).collect()).expect("threads")
 }
 
-/// The tiny checkpoints, each with the numbers of ranks that divide its heads.
-const RANKS: [(&str, &[usize]); 4] =
-    [("tiny-qwen3", &[2, 4]), ("tiny-qwen3-moe", &[2, 4]), ("tiny-nemotron-h", &[2]), ("tiny-deepseek-v3", &[2, 4])];
+/// The tiny checkpoints, each with the numbers of ranks that divide its heads, and those with experts in both ways.
+const RANKS: [(&str, &[usize], Experts); 6] = [
+    ("tiny-qwen3", &[2, 4], Experts::ByChannels),
+    ("tiny-qwen3-moe", &[2, 4], Experts::ByChannels),
+    ("tiny-qwen3-moe", &[2, 4], Experts::Whole),
+    ("tiny-nemotron-h", &[2], Experts::ByChannels),
+    ("tiny-deepseek-v3", &[2, 4], Experts::ByChannels),
+    ("tiny-deepseek-v3", &[2, 4], Experts::Whole),
+];
 
 /// The steps of one rank that has all of a tiny checkpoint.
 fn steps_of_one(dir: &Path, dtype: DType) -> Vec<Step> {
@@ -133,30 +139,31 @@ fn steps_of_one(dir: &Path, dtype: DType) -> Vec<Step> {
 }
 
 /// The steps of several ranks, whose hidden states and logits have the same bits.
-fn steps_of_ranks(dir: &Path, dtype: DType, num_ranks: usize) -> Vec<Step> {
-    let mut steps = ranks(dir, dtype, num_ranks).run(Rank::steps).expect("ranks");
+fn steps_of_ranks(dir: &Path, dtype: DType, num_ranks: usize, experts: Experts) -> Vec<Step> {
+    let mut steps = ranks(dir, dtype, num_ranks, experts).run(Rank::steps).expect("ranks");
     assert_eq!(steps.len(), num_ranks);
     assert!(steps.iter().all(|of_rank| *of_rank == steps[0]), "{}: {num_ranks} ranks differ", dir.display());
     steps.remove(0)
 }
 
 /// Asserts that several ranks compute in f32 what one does: they differ in the order of sums alone.
-fn assert_ranks_agree(dir: &Path, worlds: &[usize]) {
+fn assert_ranks_agree(dir: &Path, worlds: &[usize], experts: Experts) {
     let whole = steps_of_one(dir, DType::F32);
     for &num_ranks in worlds {
-        for (at, (got, expected)) in std::iter::zip(steps_of_ranks(dir, DType::F32, num_ranks), &whole).enumerate() {
+        let steps = steps_of_ranks(dir, DType::F32, num_ranks, experts);
+        for (at, (got, expected)) in std::iter::zip(steps, &whole).enumerate() {
             assert_eq!(got.logits.len(), expected.logits.len());
             let far = std::iter::zip(&got.logits, &expected.logits)
                 .find(|(got, expected)| (**got - **expected).abs() > 1e-4 * (1.0 + expected.abs()));
-            assert_eq!(far, None, "{}, {num_ranks} ranks, step {at}: far from one rank", dir.display());
+            assert_eq!(far, None, "{}, {num_ranks} ranks, {experts:?}, step {at}: far from one rank", dir.display());
         }
     }
 }
 
 #[test]
 fn several_ranks_compute_what_one_does_and_the_same_bits_on_all() {
-    for (name, worlds) in RANKS {
-        assert_ranks_agree(&folder(name), worlds);
+    for (name, worlds, experts) in RANKS {
+        assert_ranks_agree(&folder(name), worlds, experts);
     }
 }
 
@@ -218,7 +225,7 @@ fn eight_ranks_compute_what_one_does() {
         });
         let dir = with(name, &for_8_ranks(name));
         dir.write("model.safetensors", &safetensors::serialize(views, None).expect("serialised"));
-        assert_ranks_agree(dir.path(), &[8]);
+        assert_ranks_agree(dir.path(), &[8], Experts::ByChannels);
     }
 }
 
@@ -226,11 +233,11 @@ fn eight_ranks_compute_what_one_does() {
 /// of a step, where rounding turns the choice of a router.
 #[test]
 fn several_ranks_round_no_worse_than_one() {
-    for (name, worlds) in RANKS {
+    for (name, worlds, experts) in RANKS {
         let exact = steps_of_one(&folder(name), DType::F32);
         for &num_ranks in worlds {
             for (at, (got, expected)) in
-                std::iter::zip(steps_of_ranks(&folder(name), DType::Bf16, num_ranks), &exact).enumerate()
+                std::iter::zip(steps_of_ranks(&folder(name), DType::Bf16, num_ranks, experts), &exact).enumerate()
             {
                 let squares =
                     std::iter::zip(&got.logits, &expected.logits).map(|(got, expected)| (got - expected).powi(2));
@@ -244,7 +251,7 @@ fn several_ranks_round_no_worse_than_one() {
 #[test]
 fn a_model_refuses_to_run_as_another_rank_than_its_weights_are_of() {
     let runner = Runner::new(&Device::host(), RunnerOptions::default()).expect("a runner");
-    let mut alone = Rank::load(&folder("tiny-qwen3"), DType::Bf16, runner, Shard { rank: 1, num_ranks: 2 });
+    let mut alone = Rank::load(&folder("tiny-qwen3"), DType::Bf16, runner, Shard::new(1, 2));
     let error = alone.steps().expect_err("outside of a world").to_string();
     let says = "the model has the weights of rank 1 of 2, and it runs as rank 0 of 1; load its own";
     assert!(error.contains(says), "{error}");
@@ -264,7 +271,7 @@ fn num_shares(name: &str, num_ranks: usize, kv_heads: usize) -> usize {
 
 #[test]
 fn a_rank_keeps_the_documented_bytes() {
-    for (name, worlds) in RANKS {
+    for (name, worlds, experts) in RANKS {
         let config = ModelConfig::load(&folder(name)).expect(name);
         let header = std::fs::read(folder(name).join("model.safetensors")).expect(name);
         let (_, metadata) = SafeTensors::read_metadata(&header).expect("a header");
@@ -277,8 +284,9 @@ fn a_rank_keeps_the_documented_bytes() {
             let expected: usize = metadata.tensors().iter().map(bytes).sum();
             for rank in 0..num_ranks {
                 let runner = Runner::new(&Device::host(), RunnerOptions::default()).expect("a runner");
-                let got = Rank::load(&folder(name), config.dtype, runner, Shard { rank, num_ranks }).weight_bytes;
-                assert_eq!(got, expected, "{name}, rank {rank} of {num_ranks}");
+                let shard = Shard { experts, ..Shard::new(rank, num_ranks) };
+                let got = Rank::load(&folder(name), config.dtype, runner, shard).weight_bytes;
+                assert_eq!(got, expected, "{name}, rank {rank} of {num_ranks}, {experts:?}");
             }
         }
     }
@@ -288,7 +296,7 @@ fn a_rank_keeps_the_documented_bytes() {
 fn a_rank_keeps_its_share_of_keys_values_and_states() {
     let layout = |name: &str, num_ranks| {
         let config = ModelConfig::load(&folder(name)).expect(name);
-        config.cache_layout(Shard { rank: num_ranks - 1, num_ranks }).expect(name)
+        config.cache_layout(Shard::new(num_ranks - 1, num_ranks)).expect(name)
     };
     let heads = |kv, q_heads, kv_layers| CacheLayout { kv_layers, k: [kv, 128], v: [kv, 128], q_heads, states: None };
     assert_eq!(layout("geometries/qwen3-32b", 2), heads(4, 32, 64));
@@ -309,7 +317,7 @@ fn made_up_weights_agree_where_they_are_not_divided() {
     for name in TINY.map(|(name, _)| name) {
         let config = ModelConfig::load(&folder(name)).expect(name);
         let load = |rank| {
-            let mut weights = Weights::random(&device, config.dtype, Shard { rank, num_ranks: 2 }).expect("weights");
+            let mut weights = Weights::random(&device, config.dtype, Shard::new(rank, 2)).expect("weights");
             let hidden = config.hidden_size;
             let norm = weights.take("norm", &[hidden]).expect("a norm");
             let head =
@@ -367,27 +375,51 @@ fn counts_that_the_ranks_cannot_divide_are_refused_by_name() {
             "field `{field}`: expected a multiple of {num_ranks} ranks, got {value}; numbers of ranks that work: {works}"
         );
         for error in [
-            registry::check_shard(&config, num_ranks).expect_err(field),
-            config.cache_layout(Shard { rank: 0, num_ranks }).expect_err(field),
+            registry::check_shard(&config, num_ranks, Experts::ByChannels).expect_err(field),
+            config.cache_layout(Shard::new(0, num_ranks)).expect_err(field),
         ] {
             assert!(error.to_string().ends_with(&says), "{name}: {error}");
         }
         let device = Device::host();
-        let weights = Weights::random(&device, config.dtype, Shard { rank: 0, num_ranks }).expect("weights");
+        let weights = Weights::random(&device, config.dtype, Shard::new(0, num_ranks)).expect("weights");
         let error = registry::load(&config, weights).expect_err(field).to_string();
         assert!(error.ends_with(&says), "{name}: {error}");
     }
     let mut config = config_with("tiny-qwen3", "num_attention_heads", 12);
     config = ModelConfig { vocab_size: 12 * 512, ..config };
-    registry::check_shard(&config, 4).expect("two ranks keep each of the two heads");
+    registry::check_shard(&config, 4, Experts::ByChannels).expect("two ranks keep each of the two heads");
     let three = config_with("geometries/qwen3-8b", "num_attention_heads", 24);
-    let error =
-        registry::check_shard(&ModelConfig { vocab_size: 151_920, ..three }, 3).expect_err("8 heads").to_string();
+    let error = registry::check_shard(&ModelConfig { vocab_size: 151_920, ..three }, 3, Experts::ByChannels)
+        .expect_err("8 heads")
+        .to_string();
     let says = "field `num_key_value_heads`: expected a multiple or a divisor of 3 ranks, got 8; \
                 numbers of ranks that work: 1, 2, 4, 8";
     assert!(error.ends_with(says), "{error}");
-    let error = registry::check_shard(&config, 0).expect_err("no rank").to_string();
+    let error = registry::check_shard(&config, 0, Experts::ByChannels).expect_err("no rank").to_string();
     assert!(error.contains("`num_attention_heads`"), "{error}");
+}
+
+#[test]
+fn experts_that_the_ranks_cannot_share_are_refused_by_name() {
+    let check = |config: &ModelConfig, num_ranks| registry::check_shard(config, num_ranks, Experts::Whole);
+    for (name, field, value) in [
+        ("tiny-qwen3-moe", "num_local_experts", 6),
+        ("tiny-deepseek-v3", "n_routed_experts", 6),
+        ("tiny-deepseek-v3", "moe_intermediate_size", 98), // of the shared expert
+    ] {
+        let error = check(&config_with(name, field, value), 4).expect_err(field).to_string();
+        let says =
+            format!("field `{field}`: expected a multiple of 4 ranks, got {value}; numbers of ranks that work: 1, 2");
+        assert!(error.ends_with(&says), "{name}: {error}");
+    }
+    let odd = config_with("tiny-qwen3-moe", "moe_intermediate_size", 97);
+    check(&odd, 4).expect("the channels of an expert stay together");
+    for (name, architecture) in [("tiny-qwen3", "Qwen3ForCausalLM"), ("tiny-nemotron-h", "NemotronHForCausalLM")] {
+        let config = ModelConfig::load(&folder(name)).expect(name);
+        let error = check(&config, 2).expect_err("no experts").to_string();
+        assert!(error.contains("field `architectures`: expected a mixture of experts, got "), "{error}");
+        assert!(error.contains(architecture) && error.contains("give `ep` 1"), "{error}");
+    }
 }
 
 #[test]
@@ -396,7 +428,10 @@ fn the_published_geometries_are_divided_by_8_ranks() {
     for geometry in geometries.map(|entry| entry.expect("an entry").path()) {
         let config = ModelConfig::load(&geometry).expect("a configuration");
         for num_ranks in [1, 2, 4, 8] {
-            registry::check_shard(&config, num_ranks).expect("a number of ranks");
+            registry::check_shard(&config, num_ranks, Experts::ByChannels).expect("a number of ranks");
         }
+        // Their names tell which are mixtures.
+        let is_mixture = ["deepseek", "a3b", "a22b"].iter().any(|part| geometry.to_string_lossy().contains(part));
+        assert_eq!(registry::check_shard(&config, 8, Experts::Whole).is_ok(), is_mixture, "{}", geometry.display());
     }
 }

@@ -39,7 +39,7 @@ const EXPERT_BYTES: u32 = 24;
 const _: () = assert!(RING_BYTES + SMALL_BYTES + EXPERT_BYTES * EXPERTS_MAX <= 227 << 10);
 /// From this many rows of an expert on, on average, the large items serve better: they read less from the cache for each
 /// product, but there are fewer of them to share among the blocks.
-const ROWS_OF_LARGE_ITEMS: u32 = 32;
+const ROWS_OF_LARGE_ITEMS: usize = 32;
 
 #[repr(C)]
 #[derive(Clone, Copy, KernelArgs)]
@@ -81,12 +81,12 @@ pub(super) fn applies(device: &Device, is_gated: bool, a: &GroupedArgs) -> bool 
         && a.is_in_words()
 }
 
-/// Enqueues the product.
-pub(super) fn launch(cx: &mut OpStream, is_gated: bool, grouped: GroupedArgs) -> Result<()> {
+/// Enqueues the product of rows that chose among so many experts, these and others.
+pub(super) fn launch(cx: &mut OpStream, is_gated: bool, grouped: GroupedArgs, chosen_among: usize) -> Result<()> {
     let blocks = cx.device().num_multiprocessors();
     // A tensor map for each block.
     let maps = cx.empty(&[blocks as usize, MAP_BYTES / size_of::<i32>()], DType::I32)?;
-    let is_large = grouped.places > ROWS_OF_LARGE_ITEMS * grouped.experts;
+    let is_large = grouped.places as usize > ROWS_OF_LARGE_ITEMS * chosen_among;
     let kernels = if is_gated { &GATE_UP } else { &LINEAR };
     // In eights, because the kernel may read its list of experts in wide words, beyond the last one.
     let listed = CHECK.u32("E", grouped.experts as usize)?.next_multiple_of(8);

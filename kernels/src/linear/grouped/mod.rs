@@ -40,7 +40,7 @@ const BLOCKS_PER_MULTIPROCESSOR: u32 = 2;
 ///
 /// # Shapes
 /// - `x`: `[T, C]`, bf16, f16 or f32; may be row-sliced.   - `weight`: `[E, 2 I, C]`, same dtype, contiguous.
-/// - `plan`: of `[T, K]` choices among E experts.   - `out`: `[T K, I]`.
+/// - `plan`: of `[T, K]` choices, of E experts.   - `out`: `[T K, I]`.
 ///
 /// # Capture
 /// Enqueues one kernel. Frozen: shapes and addresses. Read again at each replay: all contents, the plan's too.
@@ -64,6 +64,7 @@ const BLOCKS_PER_MULTIPROCESSOR: u32 = 2;
 ///     offsets: device.tensor(&[3], &[0, 1, 2])?,
 ///     rows: device.tensor(&[2], &[1, 0])?,
 ///     places: device.tensor(&[2, 1], &[1, 0])?,
+///     chosen_among: 2,
 /// };
 /// let x = device.tensor(&[2, 1], &[100.0f32, 200.0])?;
 /// let weight = device.tensor(&[2, 2, 1], &[1.0f32, 3.0, 1.0, 5.0])?;
@@ -82,7 +83,7 @@ pub fn grouped_gate_up(cx: &mut OpStream, x: &Tensor, weight: &Tensor, plan: &Ex
     CHECK.shape("x", x, &[plan.places.dim(0), weight.dim(2)])?;
     let out = cx.empty(&[plan.rows.dim(0), weight.dim(1) / 2], x.dtype())?;
     let args = grouped_args(cx, CHECK, x, weight, plan, &out)?;
-    launch(cx, CHECK, x.dtype(), true, args)?;
+    launch(cx, CHECK, x.dtype(), true, args, plan.chosen_among)?;
     Ok(out)
 }
 
@@ -93,7 +94,7 @@ pub fn grouped_gate_up(cx: &mut OpStream, x: &Tensor, weight: &Tensor, plan: &Ex
 ///
 /// # Shapes
 /// - `x`: `[T K, I]`, bf16, f16 or f32; may be row-sliced.   - `weight`: `[E, N, I]`, same dtype, contiguous.
-/// - `plan`: of `[T, K]` choices among E experts.   - `out`: `[T K, N]`.
+/// - `plan`: of `[T, K]` choices, of E experts.   - `out`: `[T K, N]`.
 ///
 /// # Capture
 /// As [`grouped_gate_up()`].
@@ -115,6 +116,7 @@ pub fn grouped_gate_up(cx: &mut OpStream, x: &Tensor, weight: &Tensor, plan: &Ex
 ///     offsets: device.tensor(&[3], &[0, 1, 2])?, // a row for each of two experts
 ///     rows: device.tensor(&[2], &[1, 0])?,
 ///     places: device.tensor(&[2, 1], &[1, 0])?,
+///     chosen_among: 2,
 /// };
 /// let x = device.tensor(&[2, 1], &[10.0f32, 20.0])?;
 /// let weight = device.tensor(&[2, 1, 1], &[1.0f32, 3.0])?;
@@ -130,7 +132,7 @@ pub fn grouped_linear(cx: &mut OpStream, x: &Tensor, weight: &Tensor, plan: &Exp
     CHECK.shape("x", x, &[plan.rows.dim(0), weight.dim(2)])?;
     let out = cx.empty(&[plan.rows.dim(0), weight.dim(1)], x.dtype())?;
     let args = grouped_args(cx, CHECK, x, weight, plan, &out)?;
-    launch(cx, CHECK, x.dtype(), false, args)?;
+    launch(cx, CHECK, x.dtype(), false, args, plan.chosen_among)?;
     Ok(out)
 }
 
@@ -160,12 +162,19 @@ fn grouped_args(
 }
 
 /// Enqueues the kernel that serves the product best. All have a persistent grid, the same for every plan.
-fn launch(cx: &mut OpStream, check: Check, dtype: DType, is_gated: bool, args: GroupedArgs) -> Result<()> {
+fn launch(
+    cx: &mut OpStream,
+    check: Check,
+    dtype: DType,
+    is_gated: bool,
+    args: GroupedArgs,
+    chosen_among: usize,
+) -> Result<()> {
     if dtype == DType::Bf16 && few_rows::applies(cx.device(), &args) {
         return few_rows::launch(cx, is_gated, args);
     }
     if dtype == DType::Bf16 && hopper::applies(cx.device(), is_gated, &args) {
-        return hopper::launch(cx, is_gated, args);
+        return hopper::launch(cx, is_gated, args, chosen_among);
     }
     let kernel = if is_gated { &GATE_UP } else { &LINEAR }.get(check, "x", dtype)?;
     let dims = Dims::linear(BLOCKS_PER_MULTIPROCESSOR * cx.device().num_multiprocessors(), THREADS);
@@ -186,6 +195,7 @@ mod tests {
             offsets: zeros(&[5], DType::I32)?,
             rows: zeros(&[6], DType::I32)?,
             places: zeros(&[3, 2], DType::I32)?,
+            chosen_among: 4,
         };
         let (x, weight) = (zeros(&[3, 8], DType::F32)?, zeros(&[4, 10, 8], DType::F32)?);
         let (odd, few) = (zeros(&[4, 9, 8], DType::F32)?, zeros(&[3, 10, 8], DType::F32)?);

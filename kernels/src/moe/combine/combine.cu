@@ -12,7 +12,7 @@ template <typename T, bool WIDE> BCG_DEVICE void moe_combine(const MoeCombineArg
     release_dependents();
     const i32* places = a.places + (i64)blockIdx.x * a.chosen;
     const float* weights = a.weights + (i64)blockIdx.x * a.chosen;
-    const T* shared = a.shared && places[0] >= 0 ? (const T*)a.shared + (i64)blockIdx.x * a.shared_stride : nullptr;
+    const T* shared = a.shared && a.experts[(i64)blockIdx.x * a.chosen] >= 0 ? (const T*)a.shared + (i64)blockIdx.x * a.shared_stride : nullptr;
     u32 step = gridDim.y * blockDim.x * LEN;
     for (u32 c = (blockIdx.y * blockDim.x + threadIdx.x) * LEN; c < a.columns; c += step) {
         Pack<T> last = {};

@@ -19,10 +19,9 @@ pub(super) fn host<T: Float>(a: &MoeCombineArgs, dims: &Dims, memory: &HostMemor
             extend_f32(&mut values, row::<T>(memory, matrix, stride, index, columns)?);
             Ok(values)
         };
-        let mut is_padded = true;
+        let is_padded = row::<i32>(memory, a.experts, i64::from(a.chosen), t, chosen)?[0].get() < 0;
         for (place, weight) in places.iter().zip(weights) {
             if let Ok(place) = usize::try_from(place.get()) {
-                is_padded = false;
                 add(read(a.y, i64::from(a.columns), place)?, weight.get());
             }
         }

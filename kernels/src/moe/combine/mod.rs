@@ -18,6 +18,9 @@ const CHECK: Check = Check::new("moe_combine");
 #[derive(Clone, Copy, KernelArgs)]
 struct MoeCombineArgs {
     y: DevicePtr,
+    /// -1 in padded rows, which no place tells: a row's experts may all be without one.
+    #[points_to(const i32)]
+    experts: DevicePtr,
     #[points_to(const i32)]
     places: DevicePtr,
     #[points_to(const f32)]
@@ -37,8 +40,9 @@ const THREADS: u32 = 128;
 
 /// Adds up what the experts of each token made of it, and what the shared experts made.
 ///
-/// `out[t] = sum_k weights[t, k] * y[places[t, k]] + shared[t]`, in f32 in the order of k, rounded once. Padded rows are
-/// zeros.
+/// `out[t] = sum_k weights[t, k] * y[places[t, k]] + shared[t]`, in f32 in the order of k over the choices that have a place,
+/// rounded once. Padded rows are zeros. Where the plan is of some experts only, this is a partial sum, rounded by itself: the
+/// sum of those of all ranks has other last bits than one rank's sum over all experts.
 ///
 /// # Shapes
 /// - `y`: `[T K, C]`, bf16, f16 or f32, contiguous, in the order of the plan.   - `routing`: of `[T, K]` choices.
@@ -63,7 +67,7 @@ const THREADS: u32 = 128;
 ///     Scoring { scores: Scores::Softmax, chosen: 2, groups: 1, kept_groups: 1, is_renormalised: true, scale: 1.0 };
 /// let y = device.tensor(&[2, 1], &[100.0f32, 200.0])?;
 /// let out = runner.eager(&(), |cx| {
-///     let routing = bcg_kernels::moe_route(cx, &logits, &scoring, &num_valid)?;
+///     let routing = bcg_kernels::moe_route(cx, &logits, &scoring, &num_valid, 0..2)?;
 ///     bcg_kernels::moe_combine(cx, &y, &routing, None)
 /// })?;
 /// assert!((runner.read::<f32>(&out)?[0] - 175.0).abs() < 1e-4);
@@ -74,6 +78,7 @@ pub fn moe_combine(cx: &mut OpStream, y: &Tensor, routing: &Routing, shared: Opt
     CHECK.rank("y", y, &["T K", "C"])?;
     CHECK.rank("places", places, &["T", "K"])?;
     CHECK.dense("places", places, places.shape(), DType::I32)?;
+    CHECK.dense("experts", &routing.experts, places.shape(), DType::I32)?;
     CHECK.dense("weights", &routing.weights, places.shape(), DType::F32)?;
     CHECK.dense("y", y, &[places.num_elements(), y.dim(1)], y.dtype())?;
     let shape = [places.dim(0), y.dim(1)];
@@ -89,6 +94,7 @@ pub fn moe_combine(cx: &mut OpStream, y: &Tensor, routing: &Routing, shared: Opt
     dims.grid[1] = packs.div_ceil(THREADS as usize).clamp(1, 65_535) as u32;
     let args = MoeCombineArgs {
         y: cx.addr(y)?,
+        experts: cx.addr(&routing.experts)?,
         places: cx.addr(places)?,
         weights: cx.addr(&routing.weights)?,
         shared: shared.map_or(Ok(DevicePtr::NULL), |shared| cx.addr(shared))?,
@@ -113,7 +119,7 @@ mod tests {
         let device = Device::host();
         let zeros = |shape: &[usize], dtype| device.zeros(shape, dtype);
         let (places, rows) = (zeros(&[3, 2], DType::I32)?, zeros(&[6], DType::I32)?);
-        let plan = ExpertPlan { offsets: zeros(&[5], DType::I32)?, rows, places: places.clone() };
+        let plan = ExpertPlan { offsets: zeros(&[5], DType::I32)?, rows, places: places.clone(), chosen_among: 4 };
         let routing = Routing { experts: places, weights: zeros(&[3, 2], DType::F32)?, plan };
         let (y, shared) = (zeros(&[6, 8], DType::F16)?, zeros(&[2, 8], DType::F16)?);
         let says = |y: &Tensor, shared| refusal(&device, |cx| moe_combine(cx, y, &routing, shared));

@@ -6,5 +6,5 @@ use super::MoePermuteArgs;
 
 pub(super) fn host(a: &MoePermuteArgs, _: &Dims, memory: &HostMemory<'_>) -> Result<()> {
     let experts = memory.load::<i32>(a.experts, a.pairs as usize)?;
-    a.plan.write(memory, &experts, a.num_experts as usize)
+    a.plan.write(memory, &experts)
 }

@@ -2,6 +2,8 @@
 
 mod host;
 
+use std::ops::Range;
+
 use bcg_runtime::{DType, DevicePtr, Dims, HostMemory, Kernel, KernelArgs, OpStream, Result, Source, Tensor};
 
 use crate::check::Check;
@@ -23,20 +25,31 @@ const STAGED_BYTES_MAX: usize = 160 << 10;
 
 /// Where the rows of each expert lie once the chosen `(token, k)` pairs are ordered by expert.
 ///
-/// A place is an index in that order; pairs of one expert keep the order of `t K + k`. Padded rows have no place.
+/// A place is an index in that order; pairs of one expert keep the order of `t K + k`. Padded rows have no place, and where
+/// the plan is of some experts only, the pairs of the others have none.
 #[derive(Clone, Debug)]
 pub struct ExpertPlan {
-    /// `[E + 1]` i32: expert e has the places `offsets[e]..offsets[e + 1]`; the last one is the number of places in use.
+    /// `[E + 1]` i32 of E experts of the plan: number e of them has the places `offsets[e]..offsets[e + 1]`; the last one is
+    /// the number of places in use.
     pub offsets: Tensor,
     /// `[T K]` i32: place to `t K + k`; -1 after the last place in use.
     pub rows: Tensor,
-    /// `[T, K]` i32: the place of each pair; -1 in padded rows.
+    /// `[T, K]` i32: the place of each pair; -1 where it has none.
     pub places: Tensor,
+    /// How many experts the tokens chose among: those of the plan, and any others. An expert has `T K / chosen_among` rows
+    /// on average, which products choose their kernel by.
+    pub chosen_among: usize,
 }
 
 impl ExpertPlan {
     /// A plan of `[T, K]` choices that is yet to be written.
-    pub(super) fn empty(cx: &mut OpStream, check: Check, shape: &[usize], num_experts: usize) -> Result<Self> {
+    pub(super) fn empty(
+        cx: &mut OpStream,
+        check: Check,
+        shape: &[usize],
+        num_experts: usize,
+        own: &Range<usize>,
+    ) -> Result<Self> {
         let pairs = shape[0] * shape[1];
         if pairs > PAIRS_MAX {
             return Err(check.error(format!("at most {PAIRS_MAX} pairs of a token and an expert"), pairs));
@@ -44,10 +57,14 @@ impl ExpertPlan {
         if !(1..=EXPERTS_MAX).contains(&num_experts) {
             return Err(check.error(format!("1 to {EXPERTS_MAX} experts"), num_experts));
         }
+        if own.is_empty() || own.end > num_experts {
+            return Err(check.error(format!("a range of the {num_experts} experts"), format!("{own:?}")));
+        }
         Ok(Self {
-            offsets: cx.empty(&[num_experts + 1], DType::I32)?,
+            offsets: cx.empty(&[own.len() + 1], DType::I32)?,
             rows: cx.empty(&[pairs], DType::I32)?,
             places: cx.empty(shape, DType::I32)?,
+            chosen_among: num_experts,
         })
     }
 
@@ -60,7 +77,7 @@ impl ExpertPlan {
     }
 }
 
-/// The addresses of a plan that a kernel writes.
+/// A plan that a kernel writes.
 #[repr(C)]
 #[derive(Clone, Copy, KernelArgs)]
 pub(super) struct PlanOut {
@@ -73,21 +90,36 @@ pub(super) struct PlanOut {
     /// `[pairs]`.
     #[points_to(i32)]
     places: DevicePtr,
+    /// The first expert of the plan, and how many there are: pairs of others have no place.
+    first_expert: u32,
+    num_experts: u32,
 }
 
 impl PlanOut {
-    pub(super) const NULL: Self = Self { offsets: DevicePtr::NULL, rows: DevicePtr::NULL, places: DevicePtr::NULL };
+    pub(super) const NULL: Self = Self {
+        offsets: DevicePtr::NULL,
+        rows: DevicePtr::NULL,
+        places: DevicePtr::NULL,
+        first_expert: 0,
+        num_experts: 0,
+    };
 
-    pub(super) fn new(cx: &mut OpStream, plan: &ExpertPlan) -> Result<Self> {
-        Ok(Self { offsets: cx.addr(&plan.offsets)?, rows: cx.addr(&plan.rows)?, places: cx.addr(&plan.places)? })
+    pub(super) fn new(cx: &mut OpStream, plan: &ExpertPlan, own: &Range<usize>) -> Result<Self> {
+        Ok(Self {
+            offsets: cx.addr(&plan.offsets)?,
+            rows: cx.addr(&plan.rows)?,
+            places: cx.addr(&plan.places)?,
+            first_expert: own.start as u32,
+            num_experts: own.len() as u32,
+        })
     }
 
     /// Writes the plan of `experts`, which the host reference of each kernel does.
-    pub(super) fn write(&self, memory: &HostMemory<'_>, experts: &[i32], num_experts: usize) -> Result<()> {
+    pub(super) fn write(&self, memory: &HostMemory<'_>, experts: &[i32]) -> Result<()> {
         let mut rows = Vec::with_capacity(experts.len());
         let mut places = vec![-1; experts.len()];
         let mut offsets = vec![0];
-        for expert in 0..num_experts as i32 {
+        for expert in self.first_expert as i32..(self.first_expert + self.num_experts) as i32 {
             for (pair, _) in experts.iter().enumerate().filter(|(_, chosen)| **chosen == expert) {
                 places[pair] = rows.len() as i32;
                 rows.push(pair as i32);
@@ -108,9 +140,7 @@ struct MoePermuteArgs {
     experts: DevicePtr,
     plan: PlanOut,
     pairs: u32,
-    num_experts: u32,
     is_staged: u32,
-    _padding: u32,
 }
 
 // SAFETY: `moe_permute` has checked the shapes when it launches, and the source indexes by these alone.
@@ -118,8 +148,8 @@ static MOE_PERMUTE: Kernel<MoePermuteArgs> = unsafe { Kernel::new("moe_permute",
 
 /// Orders the chosen `(token, k)` pairs by expert.
 ///
-/// The order is stable: pairs of one expert keep the order of `t K + k`. A pair whose expert is not in `0..num_experts`,
-/// as in padded rows, has no place.
+/// The order is stable: pairs of one expert keep the order of `t K + k`. The plan is of the experts `own` of `num_experts`:
+/// a pair of another one, or of none as in padded rows, has no place.
 ///
 /// # Shapes
 /// - `experts`: `[T, K]` i32, contiguous, at most 65,536 elements.   - The plan as [`ExpertPlan`] says.
@@ -138,26 +168,28 @@ static MOE_PERMUTE: Kernel<MoePermuteArgs> = unsafe { Kernel::new("moe_permute",
 /// let device = Device::host();
 /// let mut runner = Runner::new(&device, RunnerOptions::default())?;
 /// let experts = device.tensor(&[3, 2], &[2, 0, 0, 1, -1, -1])?; // the last row is padded
-/// let plan = runner.eager(&(), |cx| bcg_kernels::moe_permute(cx, &experts, 3))?;
+/// let plan = runner.eager(&(), |cx| bcg_kernels::moe_permute(cx, &experts, 3, 0..3))?;
 /// assert_eq!(runner.read::<i32>(&plan.offsets)?, [0, 2, 3, 4]);
 /// assert_eq!(runner.read::<i32>(&plan.rows)?, [1, 2, 3, 0, -1, -1]);
 /// assert_eq!(runner.read::<i32>(&plan.places)?, [3, 0, 1, 2, -1, -1]);
+/// let plan = runner.eager(&(), |cx| bcg_kernels::moe_permute(cx, &experts, 3, 1..3))?; // without expert 0
+/// assert_eq!(runner.read::<i32>(&plan.offsets)?, [0, 1, 2]);
+/// assert_eq!(runner.read::<i32>(&plan.rows)?, [3, 0, -1, -1, -1, -1]);
+/// assert_eq!(runner.read::<i32>(&plan.places)?, [1, -1, -1, 0, -1, -1]);
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
-pub fn moe_permute(cx: &mut OpStream, experts: &Tensor, num_experts: usize) -> Result<ExpertPlan> {
+pub fn moe_permute(cx: &mut OpStream, experts: &Tensor, num_experts: usize, own: Range<usize>) -> Result<ExpertPlan> {
     CHECK.rank("experts", experts, &["T", "K"])?;
     CHECK.dense("experts", experts, experts.shape(), DType::I32)?;
-    let plan = ExpertPlan::empty(cx, CHECK, experts.shape(), num_experts)?;
-    let counts_bytes = counts_bytes(THREADS, num_experts);
+    let plan = ExpertPlan::empty(cx, CHECK, experts.shape(), num_experts, &own)?;
+    let counts_bytes = counts_bytes(THREADS, own.len());
     let staged_bytes = counts_bytes + experts.num_elements() * size_of::<u16>();
     let is_staged = staged_bytes <= STAGED_BYTES_MAX;
     let args = MoePermuteArgs {
         experts: cx.addr(experts)?,
-        plan: PlanOut::new(cx, &plan)?,
+        plan: PlanOut::new(cx, &plan, &own)?,
         pairs: experts.num_elements() as u32,
-        num_experts: num_experts as u32,
         is_staged: is_staged.into(),
-        _padding: 0,
     };
     let shared_bytes = CHECK.u32("shared memory", if is_staged { staged_bytes } else { counts_bytes })?;
     cx.launch(&MOE_PERMUTE, Dims { shared_bytes, ..Dims::linear(1, THREADS) }, args)?;
@@ -180,10 +212,13 @@ mod tests {
         let device = Device::host();
         let (many, few) = (device.zeros(&[8193, 8], DType::I32)?, device.zeros(&[2, 2], DType::I32)?);
         let floats = device.zeros(&[2, 2], DType::F32)?;
-        assert!(refusal(&device, |cx| moe_permute(cx, &many, 8)).contains("at most 65536 pairs"));
-        assert!(refusal(&device, |cx| moe_permute(cx, &few, 513)).contains("1 to 512 experts, got 513"));
-        assert!(refusal(&device, |cx| moe_permute(cx, &few, 0)).contains("1 to 512 experts, got 0"));
-        assert!(refusal(&device, |cx| moe_permute(cx, &floats, 8)).contains("`experts` i32, got f32"));
+        let says = |experts: &Tensor, num, own| refusal(&device, |cx| moe_permute(cx, experts, num, own));
+        assert!(says(&many, 8, 0..8).contains("at most 65536 pairs"));
+        assert!(says(&few, 513, 0..1).contains("1 to 512 experts, got 513"));
+        assert!(says(&few, 0, 0..0).contains("1 to 512 experts, got 0"));
+        assert!(says(&few, 8, 4..9).contains("a range of the 8 experts, got 4..9"));
+        assert!(says(&few, 8, 4..4).contains("a range of the 8 experts, got 4..4"));
+        assert!(says(&floats, 8, 0..8).contains("`experts` i32, got f32"));
         Ok(())
     }
 }

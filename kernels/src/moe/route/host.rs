@@ -31,7 +31,7 @@ pub(super) fn host(a: &MoeRouteArgs, memory: &HostMemory<'_>) -> Result<Vec<i32>
 
 pub(super) fn host_fused(a: &MoeRouteArgs, _: &Dims, memory: &HostMemory<'_>) -> Result<()> {
     let experts = host(a, memory)?;
-    a.plan.write(memory, &experts, a.num_experts as usize)
+    a.plan.write(memory, &experts)
 }
 
 /// The experts of one row, best first, and their weights.

@@ -2,6 +2,8 @@
 
 mod host;
 
+use std::ops::Range;
+
 use bcg_runtime::{DType, DevicePtr, Dims, Kernel, KernelArgs, OpStream, Result, Source, Tensor};
 
 use super::permute::{ExpertPlan, PlanOut, counts_bytes, moe_permute};
@@ -63,7 +65,7 @@ pub struct Routing {
     pub experts: Tensor,
     /// `[T, K]` f32; 0 in padded rows.
     pub weights: Tensor,
-    /// The choices in the order of the experts.
+    /// The choices in the order of the experts, of those experts that were asked for.
     pub plan: ExpertPlan,
 }
 
@@ -103,7 +105,8 @@ static MOE_ROUTE_AND_PERMUTE: Kernel<MoeRouteArgs> =
 /// Chooses K experts for each token and orders the choices by expert.
 ///
 /// Scores, groups and weights are as [`Scoring`] says; among equals the lower index is first. NaN is chosen last. Rows
-/// from `num_valid` on are padded: they are not read, and have no experts.
+/// from `num_valid` on are padded: they are not read, and have no experts. The plan is of the experts `own`, 0..E for all:
+/// choices of others stand in `experts` and `weights`, and have no place.
 ///
 /// # Shapes
 /// - `logits`: `[T, E]` f32, may be row-sliced; at most 512 experts, 65,536 choices.   - `num_valid`: `[1]` i32.
@@ -127,14 +130,20 @@ static MOE_ROUTE_AND_PERMUTE: Kernel<MoeRouteArgs> =
 /// let num_valid = device.tensor(&[1], &[1])?;
 /// let scoring =
 ///     Scoring { scores: Scores::Softmax, chosen: 2, groups: 1, kept_groups: 1, is_renormalised: true, scale: 1.0 };
-/// let routing = runner.eager(&(), |cx| bcg_kernels::moe_route(cx, &logits, &scoring, &num_valid))?;
+/// let routing = runner.eager(&(), |cx| bcg_kernels::moe_route(cx, &logits, &scoring, &num_valid, 0..3))?;
 /// assert_eq!(runner.read::<i32>(&routing.experts)?, [2, 1, -1, -1]);
 /// let weights = runner.read::<f32>(&routing.weights)?;
 /// assert!((weights[0] - 0.75).abs() < 1e-6 && (weights[1] - 0.25).abs() < 1e-6);
 /// assert_eq!(runner.read::<i32>(&routing.plan.offsets)?, [0, 0, 1, 2]);
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
-pub fn moe_route(cx: &mut OpStream, logits: &Tensor, scoring: &Scoring, num_valid: &Tensor) -> Result<Routing> {
+pub fn moe_route(
+    cx: &mut OpStream,
+    logits: &Tensor,
+    scoring: &Scoring,
+    num_valid: &Tensor,
+    own: Range<usize>,
+) -> Result<Routing> {
     CHECK.rank("logits", logits, &["T", "E"])?;
     CHECK.dtype("logits", logits, DType::F32)?;
     CHECK.dense("num_valid", num_valid, &[1], DType::I32)?;
@@ -161,13 +170,13 @@ pub fn moe_route(cx: &mut OpStream, logits: &Tensor, scoring: &Scoring, num_vali
         _padding: 0,
     };
     let plan = if experts.num_elements() <= FUSED_PAIRS_MAX {
-        let plan = ExpertPlan::empty(cx, CHECK, &shape, num_experts)?;
-        args.plan = PlanOut::new(cx, &plan)?;
-        cx.launch(&MOE_ROUTE_AND_PERMUTE, fused_dims(tokens, num_experts, experts.num_elements()), args)?;
+        let plan = ExpertPlan::empty(cx, CHECK, &shape, num_experts, &own)?;
+        args.plan = PlanOut::new(cx, &plan, &own)?;
+        cx.launch(&MOE_ROUTE_AND_PERMUTE, fused_dims(tokens, own.len(), experts.num_elements()), args)?;
         plan
     } else {
         cx.launch(&MOE_ROUTE, Dims::linear(args.tokens.div_ceil(WARPS), 32 * WARPS), args)?;
-        moe_permute(cx, &experts, num_experts)?
+        moe_permute(cx, &experts, num_experts, own)?
     };
     Ok(Routing { experts, weights, plan })
 }
@@ -199,7 +208,7 @@ impl Scoring {
     }
 }
 
-/// One block: a warp for each row, as far as a block has them, and a thread for each expert.
+/// One block: a warp for each row, as far as a block has them, and a thread for each expert of the plan.
 fn fused_dims(tokens: usize, num_experts: usize, pairs: usize) -> Dims {
     let warps = tokens.max(num_experts.div_ceil(32)).clamp(1, WARPS_MAX) as u32;
     let shared_bytes = counts_bytes(32 * warps, num_experts) + pairs * size_of::<i32>();
@@ -224,7 +233,7 @@ mod tests {
             is_renormalised: true,
             scale: 1.0,
         };
-        let says = |scoring: &Scoring| refusal(&device, |cx| moe_route(cx, &logits, scoring, &num_valid));
+        let says = |scoring: &Scoring| refusal(&device, |cx| moe_route(cx, &logits, scoring, &num_valid, 0..12));
         assert!(says(&Scoring { groups: 5, ..softmax.clone() }).contains("groups of equal size"));
         assert!(says(&Scoring { groups: 0, ..softmax.clone() }).contains("got 0 groups of 12"));
         assert!(says(&Scoring { kept_groups: 4, ..softmax.clone() }).contains("1 to 3 groups to choose from, got 4"));

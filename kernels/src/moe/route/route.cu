@@ -155,12 +155,12 @@ extern "C" __global__ __launch_bounds__(32 * WARPS) void moe_route(MoeRouteArgs 
 }
 
 extern "C" __global__ __launch_bounds__(32 * WARPS_MAX) void moe_route_and_permute(MoeRouteArgs a) {
-    extern __shared__ u32 counts[];  // [warps, num_experts], then the choices
+    extern __shared__ u32 counts[];  // [warps, experts of the plan], then the choices
     u32 warps = blockDim.x / 32;
-    i32* experts = (i32*)(counts + warps * a.num_experts);
+    i32* experts = (i32*)(counts + warps * a.plan.num_experts);
     wait_for_inputs();
     release_dependents();
     write_rows(a, threadIdx.x / 32, warps, experts);
     __syncthreads();
-    permute(a.plan, experts, a.tokens * a.chosen, a.num_experts, counts, nullptr);
+    permute(a.plan, experts, a.tokens * a.chosen, counts, nullptr);
 }
