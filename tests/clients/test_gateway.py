@@ -260,7 +260,8 @@ class Load:
                     self.broken_off += 1
 
 
-def test_a_killed_worker_loses_no_answer(base, workers):
+def under_load(base, workers, what, end):
+    """Ends a worker while requests come and starts it again; returns how the load went."""
     victim, other = workers
     questions = [question(index) for index in range(NUM_QUESTIONS)]
     answers = {(way is by_chat, text): way(other.base, text) for way in (by_chat, by_completion) for text in questions}
@@ -268,17 +269,16 @@ def test_a_killed_worker_loses_no_answer(base, workers):
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         asked = [pool.submit(load.ask, index) for index in range(NUM_REQUESTS)]
         until("a third is answered", lambda: load.answered + len(load.failures) >= NUM_REQUESTS // 3)
-        victim.kill()
-        killed = load.answered
+        ended = load.answered
+        end(victim)
         victim.start()
         server.wait_until_ready(victim.process, victim.base)
         restarted = load.answered
         for one in asked:
             one.result()
-    seconds = time.monotonic() - began
     print(
-        f"{load.answered} of {NUM_REQUESTS} answered in {seconds:.0f} s: killed after {killed}, back after {restarted}; "
-        f"{load.broken_off} streams broke off and were asked again; {len(load.failures)} lost",
+        f"{load.answered} of {NUM_REQUESTS} answered in {time.monotonic() - began:.0f} s: {what} after {ended}, back after "
+        f"{restarted}; {load.broken_off} streams broke off and were asked again; {len(load.failures)} lost",
         flush=True,
     )
     assert not load.failures and load.answered == NUM_REQUESTS, load.failures[:5]
@@ -286,6 +286,16 @@ def test_a_killed_worker_loses_no_answer(base, workers):
     for text in questions:
         by_completion(base, text)
     assert counters(victim)["bcg_prompt_tokens_total"] > 0, "the worker got nothing after its restart"
+    return load
+
+
+def test_a_killed_worker_loses_no_answer(base, workers):
+    under_load(base, workers, "killed", Worker.kill)
+
+
+def test_a_worker_that_drains_loses_no_answer_and_breaks_no_stream(base, workers):
+    load = under_load(base, workers, "drained", lambda worker: server.stop(worker.process))
+    assert load.broken_off == 0, load.broken_off
 
 
 def main():
