@@ -70,6 +70,11 @@ impl Output {
         self.options.max_tokens
     }
 
+    /// The sending end of its events.
+    pub(crate) fn events(&self) -> &mpsc::Sender<EngineEvent> {
+        &self.events
+    }
+
     /// Says how many tokens of the prompt the prefix cache held, for the usage.
     pub fn set_cached_tokens(&mut self, cached_tokens: usize) {
         self.cached_tokens = cached_tokens;

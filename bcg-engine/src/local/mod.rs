@@ -143,8 +143,7 @@ impl LocalEngine {
         let compilers = siblings.compilers(&options)?;
         let woken = worker.clone();
         let stuck = shared.clone();
-        let watch =
-            |timeout| Watchdog::start(shared.pulse.clone(), timeout, move |why| stuck.end_with(EngineEnd::Stuck(why)));
+        let watch = |timeout| Watchdog::start(shared.pulse.clone(), timeout, move |why| stuck.end_stuck(&why));
         let watchdog = options.watchdog.timeout.map(watch).transpose()?;
         Ok(Self {
             eos: Arc::from(options.eos.as_slice()),
@@ -331,6 +330,7 @@ impl LocalEngine {
         places: QueuePlaces,
     ) -> Result<(Accepted, EventStream), SubmitError> {
         let (output, receiver) = Output::new(self.tokenizer(), options);
+        let open = self.shared.open.add(output.events(), places);
         let seed = seed.unwrap_or_else(|| fresh_seed(&self.next_seed));
         let accepted = Accepted {
             prompt: Arc::clone(prompt),
@@ -341,7 +341,7 @@ impl LocalEngine {
             choice,
             top_logprobs: request.top_logprobs,
             output,
-            places: Some(places),
+            open,
             arrived: Instant::now(),
             last_token: None,
         };

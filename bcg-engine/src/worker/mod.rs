@@ -20,7 +20,8 @@ use std::time::{Duration, Instant};
 
 use bcg_models::{SampledToken, SequenceInput};
 
-pub use self::requests::{Accepted, QueuePlaces, Requests};
+pub use self::open::{OpenAnswer, OpenAnswers, QueuePlaces};
+pub use self::requests::{Accepted, Requests};
 pub use self::shared::{EngineEnd, Message, MessageReceiver, MessageSender, Shared, channel};
 use super::RequestError;
 use super::choice::Choice;
@@ -33,6 +34,7 @@ use pace::Pace;
 use trials::Trials;
 
 mod blame;
+mod open;
 mod pace;
 mod requests;
 mod shared;
@@ -310,7 +312,7 @@ impl<'a, M: StepModel> Worker<'a, M> {
         for id in &plan.admitted {
             let Some(active) = self.requests.active.get_mut(id) else { continue };
             // A sequence that comes back from a preemption has given its places in the queue back already.
-            if active.places.take().is_some()
+            if active.open.begin()
                 && let Some(sequence) = self.scheduler.running(*id)
             {
                 active.output.set_cached_tokens(sequence.num_cached());

@@ -10,17 +10,9 @@ use super::super::choice::Choice;
 use super::super::metrics::Metrics;
 use super::super::output::Output;
 use super::super::sequence::{Sequence, SequenceId};
-use super::super::{ClientId, Place, RequestError};
+use super::super::{ClientId, RequestError};
+use super::open::OpenAnswer;
 use super::shared::{Message, MessageReceiver};
-
-/// The places in the queue that a request holds until it begins to run.
-#[derive(Debug)]
-pub struct QueuePlaces {
-    /// That of its submission, which is free once all its answers have begun. A probe has none.
-    pub submission: Option<Arc<Place>>,
-    /// Its own among the answers that may wait.
-    pub answer: Place,
-}
 
 /// An accepted request: on its way to the worker, then in its hands until it ends.
 #[derive(Debug)]
@@ -41,8 +33,8 @@ pub struct Accepted {
     pub top_logprobs: Option<usize>,
     /// Where tokens go.
     pub output: Output,
-    /// Its places in the queue, until it runs first.
-    pub places: Option<QueuePlaces>,
+    /// What is known of it outside the worker, with its places in the queue until it runs first.
+    pub open: OpenAnswer,
     /// When it was accepted.
     pub arrived: Instant,
     /// When its latest token was chosen; `None` before the first one.
@@ -96,7 +88,7 @@ impl Requests {
     /// Returns the sequences that have waited too long, and why they fail. One that ran before and waits again is none.
     pub(super) fn overdue(&self, now: Instant) -> (Vec<SequenceId>, RequestError) {
         let timeout = self.queue_timeout.unwrap_or(Duration::MAX);
-        let is_overdue = |active: &Accepted| active.places.is_some() && now - active.arrived >= timeout;
+        let is_overdue = |active: &Accepted| active.open.waits() && now - active.arrived >= timeout;
         let overdue = self.active.iter().filter(|(_, active)| is_overdue(active)).map(|(&id, _)| id).collect();
         (overdue, RequestError::QueueTimeout { seconds: timeout.as_secs() })
     }

@@ -9,6 +9,7 @@ use tokio::sync::Notify;
 
 use super::super::metrics::Metrics;
 use super::super::watchdog::Pulse;
+use super::open::OpenAnswers;
 use super::requests::Accepted;
 
 /// What reaches the worker from other threads.
@@ -94,6 +95,8 @@ pub struct Shared {
     pub flush_cache: AtomicBool,
     /// Steps that were collected without an error.
     pub num_steps: AtomicU64,
+    /// The answers that are not complete.
+    pub open: OpenAnswers,
     pub(crate) pulse: Pulse,
     failure: Mutex<Option<String>>,
     /// Held while a request is sent, so that none comes after those that the end of the engine fails.
@@ -129,6 +132,12 @@ impl Shared {
     pub fn send(&self, worker: &MessageSender, requests: Vec<Accepted>) -> bool {
         let end = self.end.read().unwrap_or_else(PoisonError::into_inner);
         end.is_none() && worker.sender.send(Message::Requests(requests)).is_ok()
+    }
+
+    /// Says that the worker hangs, and why: nobody waits any longer for an answer of it.
+    pub fn end_stuck(&self, why: &str) {
+        self.end_with(EngineEnd::Stuck(why.to_owned()));
+        self.open.fail_all(why);
     }
 
     /// Says that the engine will never serve again, and why; the first one who does is right. No request is sent from now
