@@ -161,6 +161,14 @@ impl Runner {
         self.stream.check_ranks()
     }
 
+    /// Checks that no rank of this one's world is lost, as far as is known: what has run then is the work of all ranks.
+    ///
+    /// # Errors
+    /// [`Error::RankLost`](crate::Error::RankLost).
+    pub fn check_world(&self) -> Result<()> {
+        self.stream.check_ranks()
+    }
+
     /// Puts an event after the work enqueued so far.
     ///
     /// # Errors

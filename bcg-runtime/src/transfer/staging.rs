@@ -11,7 +11,7 @@ use std::sync::Arc;
 use crate::device::{Event, PinnedBuffer};
 use crate::{Device, Error, Result, Runner, Tensor};
 
-/// Uploads that can be on their way at once: two of a step, of two steps.
+/// Uploads that can be on their way at once, unless more are asked for: two of a step, of two steps.
 const SLOTS: usize = 4;
 
 /// Parts begin at multiples of this many bytes.
@@ -53,11 +53,24 @@ impl Staging {
     /// # Errors
     /// The driver's, if it has no more such memory.
     pub fn new(device: &Device, bytes: usize) -> Result<Self> {
+        Self::with_slots(device, bytes, SLOTS)
+    }
+
+    /// As [`Staging::new`], for so many uploads on their way at once, at least one.
+    ///
+    /// # Errors
+    /// As [`Staging::new`].
+    pub fn with_slots(device: &Device, bytes: usize, num_slots: usize) -> Result<Self> {
         let slot = |_| {
             let buffer = Arc::new(PinnedBuffer::new(device, bytes)?);
             Ok(Slot { buffer, sent: Event::new(device)?, has_sent: true })
         };
-        Ok(Self { slots: (0..SLOTS).map(slot).collect::<Result<_>>()?, turn: 0, bytes })
+        Ok(Self { slots: (0..num_slots.max(1)).map(slot).collect::<Result<_>>()?, turn: 0, bytes })
+    }
+
+    /// The bytes that an upload may have.
+    pub fn bytes(&self) -> usize {
+        self.bytes
     }
 
     /// Enqueues copies of bytes, in row-major order, into contiguous tensors: inputs of the coming forward. The bytes
@@ -67,7 +80,8 @@ impl Staging {
     /// [`Error::Shape`] for a row-sliced tensor, if a length differs, or if the bytes do not fit; those of
     /// [`OpStream::addr`](crate::OpStream::addr); the driver's.
     pub fn upload(&mut self, runner: &mut Runner, parts: &[(&Tensor, &[u8])]) -> Result<()> {
-        let slot = &mut self.slots[self.turn % SLOTS];
+        let num_slots = self.slots.len();
+        let slot = &mut self.slots[self.turn % num_slots];
         self.turn += 1;
         if std::mem::take(&mut slot.has_sent) {
             slot.sent.synchronize()?;
