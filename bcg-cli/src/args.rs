@@ -90,12 +90,16 @@ pub struct EngineArgs {
     #[arg(long, aliases = ["expert-parallel-size", "ep-size"], value_name = "N", default_value_t = 1)]
     pub ep: usize,
 
+    /// Pipeline parallelism: stages that the layers are divided among, each with the devices of --tp
+    #[arg(long, aliases = ["pipeline-parallel-size", "pp-size"], value_name = "N", default_value_t = 1)]
+    pub pp: usize,
+
     /// Data parallelism: replicas of the model, each on devices of its own, that share the requests
     #[arg(long, aliases = ["data-parallel-size", "dp-size"], value_name = "N", default_value_t = 1)]
     pub dp: usize,
 
-    /// Numbers of the GPUs of the ranks, replica after replica, separated by commas; one that stands there several times
-    /// has several ranks [default: 0, 1, 2, …: as many as --dp times --tp]
+    /// Numbers of the GPUs of the ranks, replica after replica and in each stage after stage, separated by commas; one that
+    /// stands there several times has several ranks [default: 0, 1, 2, …: as many as --dp times --pp times --tp]
     #[arg(long, value_name = "GPU,GPU,…", value_delimiter = ',')]
     pub devices: Option<Vec<usize>>,
 
@@ -337,7 +341,7 @@ impl EngineArgs {
         options.allow_special_tokens_in_content = self.allow_special_tokens_in_content;
         options.device = self.device.device;
         (options.tp, options.ep) = (self.tp.unwrap_or(self.ep.max(1)), self.ep);
-        options.dp = self.dp;
+        (options.pp, options.dp) = (self.pp, self.dp);
         options.devices = self.devices.clone();
         (options.nnodes, options.node_rank) = (self.nnodes, self.node_rank);
         options.dist_init_addr = self.dist_init_addr.clone();
@@ -497,6 +501,10 @@ mod tests {
     fn each_rank_has_a_device() {
         let options = works(&["--tp", "2", "--devices", "0,0"]);
         assert_eq!((options.tp, options.devices), (2, Some(vec![0, 0])));
+        let options = works(&["--tp", "2", "--pp", "2", "--devices", "0,1,0,1"]);
+        assert_eq!((options.tp, options.pp, options.devices), (2, 2, Some(vec![0, 1, 0, 1])));
+        refused(&["--pp", "0"], "--pp", "at least 1");
+        refused(&["--pp", "2", "--devices", "0"], "--devices", "for each rank");
         refused(&["--tp", "9"], "--tp", "at most 8");
         refused(&["--tp", "0"], "--tp", "at least 1");
         refused(&["--tp", "2", "--devices", "0"], "--devices", "for each rank");

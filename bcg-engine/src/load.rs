@@ -81,7 +81,7 @@ impl Loader {
             context_length: runner.options().context_length,
         };
         // A state stands for all tokens before it and cannot be turned back to where a prefix ends.
-        let has_states = !runner.states().layers().is_empty();
+        let has_states = runner.has_states();
         let has_prefix_cache = !options.disable_radix_cache && !has_states;
         if has_states && !options.disable_radix_cache {
             tracing::info!("no prefix cache: the model has state-space layers");
@@ -105,7 +105,8 @@ impl Loader {
             prefix_cache_tokens: if has_prefix_cache { runner.pages().num_pages() * options.page_size } else { 0 },
             settings: settings(options, &runner, has_prefix_cache),
         };
-        let scheduler = Scheduler::new(limits, PrefixCache::new(runner.pages().clone(), has_prefix_cache));
+        let cache = PrefixCache::new(runner.pages().clone(), has_prefix_cache);
+        let scheduler = Scheduler::new(limits, cache).with_stages(runner.num_stages());
         Ok((model(runner)?, scheduler, local))
     }
 }
@@ -117,10 +118,11 @@ fn settings(options: &EngineOptions, runner: &ModelRunner, has_prefix_cache: boo
         "version": env!("CARGO_PKG_VERSION"),
         "device": runner.device().name(),
         "tp": runner.num_ranks(),
+        "pp": runner.num_stages(),
         "ep": options.ep,
         "dp": options.dp,
         "nnodes": runner.world().num_nodes(),
-        "devices": (0..runner.world().num_local()).map(|rank| runner.world().device(rank).name()).collect::<Vec<_>>(),
+        "devices": runner.devices().map(Device::name).collect::<Vec<_>>(),
         "architecture": runner.config().architecture,
         "model_type": runner.config().fields.get("model_type"),
         "model_path": options.model.display().to_string(),
@@ -212,10 +214,17 @@ fn load_replica_uncaptured(
     };
     registry::check_shard(&config, options.tp, options.experts()).with_context(refused)?;
     let fitted = fit(options, &config, devices[0].kind())?;
-    let span = options.dist_init_addr.as_ref().map(|at| SpanOptions::new(options.nnodes, options.node_rank, at));
-    let runner = ModelRunner::load_nodes(&devices, span, folder, fitted, &mut |done| stages.update(done))?;
+    let mut report = |done| stages.update(done);
+    let runner = match &options.dist_init_addr {
+        Some(at) => {
+            let span = SpanOptions::new(options.nnodes, options.node_rank, at);
+            ModelRunner::load_nodes(&devices, Some(span), folder, fitted, &mut report)?
+        }
+        None => ModelRunner::load_pipeline(&devices, options.pp, folder, fitted, &mut report)?,
+    };
     tracing::info!(
         device = runner.device().name(),
+        stages = runner.num_stages(),
         ranks = runner.num_ranks(),
         nodes = runner.world().num_nodes(),
         context_length = runner.options().context_length,
@@ -292,9 +301,9 @@ pub fn open_device(device: DeviceChoice) -> anyhow::Result<Device> {
     }
 }
 
-/// Opens the device of each rank of a replica that lives in this process, as the options `device`, `tp`, `dp`, `nnodes` and
-/// `devices` say: that of rank `r` of replica `d` is number `d * tp + r`. Of host devices, the very first one has the faults
-/// that `BCG_HOST_FAULT` asks for.
+/// Opens the device of each rank of a replica that lives in this process, as the options `device`, `tp`, `pp`, `dp`, `nnodes`
+/// and `devices` say: that of rank `r` of stage `p` of replica `d` is number `(d * pp + p) * tp + r`. Of host devices, the
+/// very first one has the faults that `BCG_HOST_FAULT` asks for.
 ///
 /// # Errors
 /// As [`open_device`]; if there are fewer usable GPUs than there are to be.
@@ -302,6 +311,10 @@ pub fn open_devices(options: &EngineOptions, replica: usize) -> anyhow::Result<V
     let gpu = |number: usize| {
         Device::cuda(number).with_context(|| match (&options.devices, options.dp) {
             (Some(_), _) => format!("`devices` {number}: this GPU cannot be used; name others"),
+            (None, 1) if options.pp > 1 => format!(
+                "`pp` {} with `tp` {}: GPU {number} cannot be used; lower them, or name one GPU several times in `devices`",
+                options.pp, options.tp
+            ),
             (None, 1) => format!(
                 "`tp` {}: GPU {number} cannot be used; lower it, or name one GPU several times in `devices`",
                 options.tp

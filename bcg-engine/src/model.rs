@@ -57,7 +57,8 @@ pub trait StepModel {
     /// A step that was launched and not collected.
     type Pending;
 
-    /// Enqueues one step. It may be launched before the step before it is collected.
+    /// Enqueues one step. It may be launched before the steps before it are collected, as many of them as
+    /// [`steps_ahead`](Self::steps_ahead) says.
     ///
     /// # Errors
     /// [`StepError`]; if it broke nothing, the model must be usable afterwards.
@@ -68,6 +69,12 @@ pub trait StepModel {
     /// # Errors
     /// As [`launch`](Self::launch).
     fn collect(&mut self, step: Self::Pending) -> Result<Vec<SampledToken>, StepError>;
+
+    /// How many steps, launched and not collected, keep the model busy while the host plans the next one: one for each
+    /// stage of a pipeline.
+    fn steps_ahead(&self) -> usize {
+        1
+    }
 
     /// Whether a step runs while the host does something else, so that a launch ahead saves time.
     fn overlaps(&self) -> bool {
@@ -92,6 +99,10 @@ impl StepModel for ModelRunner {
 
     fn collect(&mut self, step: PendingStep) -> Result<Vec<SampledToken>, StepError> {
         Self::collect(self, step).map(|output| output.tokens).map_err(StepError::from)
+    }
+
+    fn steps_ahead(&self) -> usize {
+        self.num_stages()
     }
 
     fn overlaps(&self) -> bool {

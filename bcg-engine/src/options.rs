@@ -15,6 +15,9 @@ use super::watchdog::WatchdogOptions;
 /// The most replicas of one process.
 pub(crate) const REPLICAS_MAX: usize = 16;
 
+/// The most devices of a model: ranks times stages.
+const DEVICES_MAX: usize = 16;
+
 /// Where the model runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DeviceChoice {
@@ -76,10 +79,12 @@ pub struct EngineOptions {
     /// Expert parallelism: 1, or equal to `tp`; each rank then has a share of the experts, those whole, in place of a share of
     /// every expert.
     pub ep: usize,
-    /// Replicas: engines that share the requests, each with the whole model on `tp` devices of its own.
+    /// Pipeline parallelism: the stages that the model's layers are divided among, each of which has `tp` ranks.
+    pub pp: usize,
+    /// Replicas: engines that share the requests, each with the whole model on `tp` times `pp` devices of its own.
     pub dp: usize,
-    /// The numbers of the GPUs of the ranks, in order, replica after replica; a GPU that is named several times has several
-    /// ranks. `None` takes the first ones.
+    /// The numbers of the GPUs of the ranks, in order, replica after replica, and in each stage after stage; a GPU that is
+    /// named several times has several ranks. `None` takes the first ones.
     pub devices: Option<Vec<usize>>,
     /// The number of processes, or nodes, that the ranks live in: each has `tp / nnodes` of them, and `devices` names those of
     /// this one.
@@ -148,6 +153,7 @@ impl Default for EngineOptions {
             device: DeviceChoice::Auto,
             tp: 1,
             ep: 1,
+            pp: 1,
             dp: 1,
             devices: None,
             nnodes: 1,
@@ -284,6 +290,7 @@ impl EngineOptions {
             return Err(OptionError::new("tp", problem, "give at most 8"));
         }
         self.check_nodes()?;
+        self.check_stages()?;
         let Some(devices) = &self.devices else { return Ok(()) };
         if self.device == DeviceChoice::Host {
             let remedy = "drop it: on the host device each rank has one of its own";
@@ -291,12 +298,18 @@ impl EngineOptions {
         }
         if devices.len() != self.num_devices() {
             let problem = match (self.dp, self.nnodes) {
+                (1, 1) if self.pp > 1 => {
+                    format!("has {} numbers for `pp` {} times `tp` {} ranks", devices.len(), self.pp, self.tp)
+                }
                 (1, 1) => format!("has {} numbers for the {} ranks of `tp`", devices.len(), self.tp),
                 (1, _) => {
                     let ranks = self.num_local_ranks();
                     format!("has {} numbers for the {ranks} ranks of `tp` on each of `nnodes`", devices.len())
                 }
-                (dp, _) => format!("has {} numbers for `dp` {dp} times `tp` {} ranks", devices.len(), self.tp),
+                (dp, _) => {
+                    let ranks = self.num_local_ranks();
+                    format!("has {} numbers for `dp` {dp} times {ranks} ranks", devices.len())
+                }
             };
             let remedy = "give the number of a GPU for each rank; one may stand there several times";
             return Err(OptionError::new("devices", problem, remedy));
@@ -304,9 +317,9 @@ impl EngineOptions {
         Ok(())
     }
 
-    /// The ranks that live in this process.
+    /// The ranks of all stages of a replica that live in this process.
     pub(crate) fn num_local_ranks(&self) -> usize {
-        self.tp / self.nnodes
+        (self.tp / self.nnodes).saturating_mul(self.pp)
     }
 
     fn check_nodes(&self) -> Result<(), OptionError> {
@@ -349,7 +362,7 @@ impl EngineOptions {
             return Err(OptionError::new("dp", problem, remedy));
         }
         let devices = self.devices.as_deref().unwrap_or_default();
-        let replicas: Vec<&[usize]> = devices.chunks(self.tp).collect();
+        let replicas: Vec<&[usize]> = devices.chunks(self.num_local_ranks()).collect();
         let is_shared = |(at, replica): (usize, &&[usize])| {
             replicas[at + 1..].iter().any(|other| other.iter().any(|device| replica.contains(device)))
         };
@@ -389,6 +402,20 @@ impl EngineOptions {
         }
         let problem = format!("is {}, and `tp` is {}: every rank has as many experts", self.ep, self.tp);
         Err(OptionError::new("ep", problem, "give the same number to both, or `ep` 1"))
+    }
+
+    /// The stages of a pipeline; that there are as many layers is checked when the model is loaded.
+    fn check_stages(&self) -> Result<(), OptionError> {
+        OptionError::positive("pp", self.pp)?;
+        if self.pp > 1 && self.nnodes > 1 {
+            let problem = "the stages of a pipeline do not span several processes";
+            return Err(OptionError::new("pp", problem, "drop it or `nnodes`"));
+        }
+        if self.num_local_ranks() > DEVICES_MAX {
+            let problem = format!("{} stages of {} ranks are too many devices", self.pp, self.tp);
+            return Err(OptionError::new("pp", problem, "give at most 16 devices, `tp` times `pp`"));
+        }
+        Ok(())
     }
 
     fn check_graphs(&self) -> Result<(), OptionError> {
@@ -524,6 +551,9 @@ mod tests {
         }
         refused(|options| options.tp = 0, "tp", "at least 1");
         refused(|options| options.tp = 9, "tp", "at most 8");
+        refused(|options| options.pp = 0, "pp", "at least 1");
+        refused(|options| (options.tp, options.pp) = (8, 3), "pp", "at most 16 devices");
+        refused(|options| (options.pp, options.devices) = (2, Some(vec![0])), "devices", "for each rank");
         refused(|options| options.devices = Some(vec![0, 1]), "devices", "for each rank");
         refused(|options| (options.tp, options.devices) = (3, Some(vec![0, 1])), "devices", "for each rank");
         refused(|options| (options.tp, options.devices) = (2, Some(Vec::new())), "devices", "for each rank");

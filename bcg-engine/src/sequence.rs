@@ -43,7 +43,8 @@ enum Tokens {
 
 /// Prompt and answer of one request, as the scheduler sees them.
 ///
-/// The host is one step behind the device: a step may run tokens that the step before it chose and nobody has read yet.
+/// The host is behind the device: a step may run a token that an earlier step chose and nobody has read yet, but no token
+/// after that.
 ///
 /// Invariants: `launched <= len()`; its pages hold at least `launched` tokens; a waiting sequence has no pages.
 #[derive(Debug)]
@@ -70,8 +71,10 @@ pub struct Sequence {
     pub(super) launched: usize,
     /// Tokens after `tokens` that launched steps choose and the host has not read.
     pub(super) unread: usize,
-    /// Its row in the step launched last, if that one chooses its newest token.
-    pub(super) row: Option<usize>,
+    /// The step that chooses, or chose, its newest token, by the number of its launch, and its row there.
+    pub(super) chosen: Option<(u64, usize)>,
+    /// Steps with it that were launched and are not collected.
+    pub(super) under_way: usize,
     /// Tokens of the prompt that the prefix cache held when it first ran.
     pub(super) num_cached: Option<usize>,
     /// `None` while it waits.
@@ -101,7 +104,8 @@ impl Sequence {
             lane: Lane::Open,
             launched: 0,
             unread: 0,
-            row: None,
+            chosen: None,
+            under_way: 0,
             num_cached: None,
             pages: None,
         }
@@ -180,15 +184,21 @@ impl Sequence {
         self.len() - self.launched
     }
 
+    /// Whether it decodes in steps of this lane: its prompt has run, and it is neither at its end nor held.
+    pub(super) fn is_decoding(&self, lane: Lane) -> bool {
+        self.lane == lane && self.len() < self.max_len && !self.is_held && self.pending() <= 1
+    }
+
     /// Whether a step of this lane could take it along: it is not at its end, it is not held, and what the host must know is
     /// known.
     pub(super) fn is_ready(&self, lane: Lane) -> bool {
-        self.lane == lane && self.len() < self.max_len && !self.is_held && !(self.waits_for_tokens && self.unread > 0)
+        let unread_max = usize::from(!self.waits_for_tokens);
+        self.lane == lane && self.len() < self.max_len && !self.is_held && self.unread <= unread_max
     }
 
     /// Gives everything up that it holds, to be computed again.
     pub(super) fn rewind(&mut self) -> Option<SequencePages> {
-        (self.launched, self.row) = (0, None);
+        (self.launched, self.chosen) = (0, None);
         self.pages.take()
     }
 }

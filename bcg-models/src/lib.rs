@@ -28,7 +28,7 @@ mod testing;
 pub mod tokenizer;
 pub mod weights;
 
-pub use batch::{ForwardBatch, Phase, SequenceInput};
+pub use batch::{ChosenToken, ForwardBatch, Phase, SequenceInput};
 pub use chat::{ChatMessage, ChatTemplate, RenderedChat};
 pub use config::ModelConfig;
 pub use error::{Error, Result};

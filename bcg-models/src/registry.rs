@@ -3,20 +3,29 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use bcg_runtime::{Context, OpStream, Tensor};
+use bcg_runtime::{Context, Device, Freeze, HostOptions, OpStream, Tensor};
 
 use crate::batch::{ForwardBatch, TokenInputs};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::models::{deepseek, nemotron_h, qwen3, qwen3_moe};
-use crate::state::{CacheLayout, Caches};
+use crate::state::{CacheLayout, CachedLayers, Caches};
 use crate::weights::{self, Divided, Experts, Shard, Weights};
 
-/// A language model, loaded.
+/// What the forward of a model leaves, or that of a stage of a pipeline.
+#[derive(Debug, Clone, Freeze)]
+pub struct StageOutput {
+    /// Of the last stage, the last hidden states: `[T, C]`, or `[Bmax, C]` where the model ends the rows that nobody wants
+    /// after the last layer that mixes rows, with [`TokenInputs::keep_wanted`]. Every rank of several has the same ones, bit
+    /// for bit. Of another stage, the branch of its last sublayer, `[T, C]`, of which each rank has its part of the sum.
+    pub hidden: Tensor,
+    /// The residual stream, `[T, C]`, of a stage that is not the last.
+    pub residual: Option<Tensor>,
+}
+
+/// A language model, or a stage of one, loaded.
 pub trait Model: Debug + Send + Sync {
-    /// Runs the layers over the batch's rows and returns the last hidden states: `[T, C]`, or `[Bmax, C]` where the
-    /// model ends the rows that nobody wants after the last layer that mixes rows, with [`TokenInputs::keep_wanted`].
-    /// This is what is captured. Every rank of several has the same hidden states, bit for bit.
+    /// Runs the layers over the batch's rows. This is what is captured.
     ///
     /// # Errors
     /// Those of the ops and breaks.
@@ -25,7 +34,7 @@ pub trait Model: Debug + Send + Sync {
         cx: &mut Context<'_, ForwardBatch>,
         inputs: &TokenInputs,
         caches: &Caches,
-    ) -> bcg_runtime::Result<Tensor>;
+    ) -> bcg_runtime::Result<StageOutput>;
 
     /// Turns hidden states `[B, C]` into logits `[B, V]` in f32. Runs after the captured part, on the last rows only. Every
     /// rank of several gets the logits of all tokens.
@@ -33,6 +42,9 @@ pub trait Model: Debug + Send + Sync {
     /// # Errors
     /// Those of the ops.
     fn logits(&self, cx: &mut OpStream, hidden: &Tensor) -> bcg_runtime::Result<Tensor>;
+
+    /// How many of its layers keep something between steps.
+    fn num_cached_layers(&self) -> CachedLayers;
 }
 
 /// An architecture as `config.json` names it, what a sequence keeps between steps, the counts that ranks divide beside
@@ -68,6 +80,21 @@ pub fn load(config: &ModelConfig, mut weights: Weights<'_>) -> Result<Arc<dyn Mo
     let model = load(config, &mut weights)?;
     weights.finish()?;
     Ok(model)
+}
+
+/// The bytes of the weights of each layer of the model that `config` names, undivided; those of the embedding table count
+/// to the first layer, those of the final norm and the LM head to the last one.
+///
+/// # Errors
+/// As [`load`].
+pub fn layer_bytes(config: &ModelConfig) -> Result<Vec<usize>> {
+    // Nothing is read or written: memory of a host device that nobody touches is none.
+    let mut options = HostOptions::default();
+    options.memory_bytes = usize::MAX >> 1;
+    let device = Device::host_with(options);
+    let mut weights = Weights::unfilled(&device, config.dtype, Shard::WHOLE);
+    (family(&config.architecture)?.3)(config, &mut weights)?;
+    Ok(weights.layer_bytes())
 }
 
 /// Checks that an architecture is supported.

@@ -25,8 +25,8 @@ impl StepModel for Counting {
     type Pending = Vec<u32>;
 
     fn launch(&mut self, batch: &[SequenceInput<'_>]) -> Result<Vec<u32>, StepError> {
-        let last = |sequence: &SequenceInput<'_>| match sequence.chosen_row {
-            Some(row) => self.chosen[row],
+        let last = |sequence: &SequenceInput<'_>| match sequence.chosen {
+            Some(token) => self.chosen[token.row],
             None => sequence.tokens[sequence.tokens.len() - 1],
         };
         self.chosen = batch.iter().map(|sequence| last(sequence) + 1).collect();

@@ -20,13 +20,22 @@
 //! Steps overlap: the next one is planned while the last one runs, so a sequence's newest token may be known to the device
 //! only. [`Scheduler::launch`] notes that a plan was enqueued, [`Scheduler::collect`] what it chose.
 //!
+//! With a pipeline of S stages, S steps are under way at once, and those that decode are spread over S steps in turn
+//! (*micro-batches*): a step takes a part of them, those whose turn was the longest ago, and none of whom a token is on its
+//! way in one of the S - 1 steps before. If there is nothing else to run, such a token is taken all the same, by the next
+//! step, which then waits for it on the device, as without a pipeline. The chunks of a prompt follow each other in steps
+//! that follow each other.
+//!
 //! Invariants, checked by [`Scheduler::check`]:
 //! - no page is written by two sequences, and none is lost (kept by [`PrefixCache`]);
 //! - running sequences stand in order of arrival, waiting ones in their clients' order;
 //! - a step has at most `chunked_prefill_size` tokens, and at most `max_running_requests` sequences run;
-//! - a running sequence that is ready decodes in every step: the tokens of prompts never hold it up.
+//! - a running sequence that is ready decodes in every step, or, with S stages, in one of S: the tokens of prompts never
+//!   hold it up.
 //!
 //! Called by [`super::worker`] only. It never sees text, channels or devices.
+
+use bcg_models::ChosenToken;
 
 use super::prefix_cache::PrefixCache;
 use super::sequence::{Lane, Sequence, SequenceId};
@@ -78,8 +87,8 @@ pub struct StepEntry {
     pub past_len: usize,
     /// How many, the one that the step before chooses included.
     pub num_tokens: usize,
-    /// The row of the step before that chooses the last of them, if the host has not read it.
-    pub chosen_row: Option<usize>,
+    /// The last of them, if the host has not read it: where it is chosen.
+    pub chosen: Option<ChosenToken>,
     /// Whether its last token runs, so that the sampled token counts.
     pub samples: bool,
 }
@@ -123,6 +132,12 @@ pub struct Scheduler {
     running: Vec<Sequence>,
     cache: PrefixCache,
     newest: Option<SequenceId>,
+    /// The stages of the model's pipeline.
+    num_stages: usize,
+    /// Steps that were launched.
+    num_launched: u64,
+    /// Those of them that are neither collected nor forgotten.
+    num_under_way: usize,
 }
 
 impl Scheduler {
@@ -139,7 +154,14 @@ impl Scheduler {
             "a step holds the newest token of every sequence"
         );
         assert!(pool.pages_for(limits.context_length) <= pool.num_pages(), "the cache holds one full sequence");
-        Self { limits, waiting: FairQueue::default(), running: Vec::new(), cache, newest: None }
+        let (waiting, running) = (FairQueue::default(), Vec::new());
+        Self { limits, waiting, running, cache, newest: None, num_stages: 1, num_launched: 0, num_under_way: 0 }
+    }
+
+    /// Spreads those that decode over as many steps as the model's pipeline has stages.
+    #[must_use]
+    pub fn with_stages(self, num_stages: usize) -> Self {
+        Self { num_stages: num_stages.max(1), ..self }
     }
 
     /// Returns the bounds.
@@ -234,8 +256,14 @@ impl Scheduler {
             self.preempt(at);
         }
         if let Some(sequence) = self.waiting.get_mut(id) {
-            sequence.unread = 0;
+            (sequence.unread, sequence.under_way) = (0, 0);
         }
+    }
+
+    /// Forgets all steps that were launched and are not collected: they never will be. Their sequences are to be
+    /// [rewound](Self::rewind).
+    pub fn forget_under_way(&mut self) {
+        self.num_under_way = 0;
     }
 
     /// Decides what runs next and reserves its pages; `None` when there is nothing to do before the last step is collected.
@@ -248,21 +276,48 @@ impl Scheduler {
         let mut plan = StepPlan { lane, entries: Vec::new(), admitted: Vec::new(), preempted: self.make_room(lane) };
         let mut budget = self.limits.chunked_prefill_size;
         self.waiting.clear_demands();
-        for sequence in self.running.iter().filter(|sequence| sequence.is_ready(lane)) {
-            if sequence.pending() > 1 {
-                self.waiting.add_demand(sequence.client_idx, sequence.pending());
-            } else if budget > 0 {
-                plan.entries.push(take_chunk(sequence, 1));
-                budget -= 1;
-            }
+        for sequence in self.running.iter().filter(|sequence| sequence.is_ready(lane) && sequence.pending() > 1) {
+            self.waiting.add_demand(sequence.client_idx, sequence.pending());
         }
+        self.take_decodes(false, &mut budget, &mut plan);
         // Who gave way for want of pages would only come back to give way again.
         if may_admit && plan.preempted.is_empty() {
             self.admit(&mut budget, &mut plan);
         }
         self.share_out(budget, &mut plan);
+        if plan.entries.is_empty() && self.num_under_way <= 1 {
+            self.take_decodes(true, &mut budget, &mut plan);
+        }
         let is_empty = plan.entries.is_empty() && plan.preempted.is_empty() && plan.admitted.is_empty();
         (!is_empty).then_some(plan)
+    }
+
+    /// Takes those along whose turn it is to decode: those of whom no token is on its way in one of the steps that other
+    /// stages have, unless they `may_wait` for it on the device, and of these no more than their part of all that decode.
+    fn take_decodes(&self, may_wait: bool, budget: &mut usize, plan: &mut StepPlan) {
+        let (lane, num_stages) = (plan.lane, self.num_stages);
+        let turn = |sequence: &Sequence| (sequence.chosen.map(|(step, _)| step), sequence.id);
+        let steps_since = |sequence: &Sequence| sequence.chosen.map_or(0, |(step, _)| self.num_launched - step);
+        let is_free = |sequence: &Sequence| sequence.unread == 0 || steps_since(sequence) >= num_stages as u64;
+        let is_next = |sequence: &&Sequence| {
+            sequence.is_ready(lane) && sequence.pending() == 1 && (may_wait || is_free(sequence))
+        };
+        // Steps of a trial are not launched ahead.
+        let last_turn = if num_stages > 1 && lane != Lane::Trial {
+            let decoding = self.running.iter().filter(|sequence| sequence.is_decoding(lane)).count();
+            let mut turns: Vec<_> = self.running.iter().filter(is_next).map(turn).collect();
+            turns.sort_unstable();
+            turns.truncate(decoding.div_ceil(num_stages));
+            turns.last().copied()
+        } else {
+            None
+        };
+        for sequence in self.running.iter().filter(is_next) {
+            if *budget > 0 && last_turn.is_none_or(|last| turn(sequence) <= last) {
+                plan.entries.push(take_chunk(sequence, 1, self.num_launched));
+                *budget -= 1;
+            }
+        }
     }
 
     /// Gives the prompts that are under way, and then those that begin, the tokens that are left in the step.
@@ -270,12 +325,12 @@ impl Scheduler {
         self.waiting.share(budget);
         for sequence in &self.running {
             if sequence.is_ready(plan.lane) && sequence.pending() > 1 && !plan.admitted.contains(&sequence.id) {
-                take_share(sequence, &mut self.waiting, &mut plan.entries);
+                take_share(sequence, self.num_launched, &mut self.waiting, &mut plan.entries);
             }
         }
         for id in &plan.admitted {
             if let Ok(at) = self.running.binary_search_by_key(id, |sequence| sequence.id) {
-                take_share(&self.running[at], &mut self.waiting, &mut plan.entries);
+                take_share(&self.running[at], self.num_launched, &mut self.waiting, &mut plan.entries);
             }
         }
     }
@@ -387,7 +442,7 @@ impl Scheduler {
         if let Some(entry) = plan.entries.iter().position(|entry| entry.id == id) {
             plan.entries.remove(entry);
             *budget += 1;
-        } else if gives_way.is_ready(plan.lane) {
+        } else if gives_way.is_ready(plan.lane) && pending > 1 {
             self.waiting.take_demand(largest, pending);
         }
         self.preempt(at);
@@ -403,17 +458,18 @@ impl Scheduler {
 
     /// Notes that a plan was enqueued.
     pub fn launch(&mut self, plan: &StepPlan) {
-        // Rows name the step launched last, and that is now this one.
-        self.running.iter_mut().for_each(|sequence| sequence.row = None);
         for (row, entry) in plan.entries.iter().enumerate() {
             let Some(at) = self.position(entry.id) else { continue };
             let sequence = &mut self.running[at];
             sequence.launched += entry.num_tokens;
+            sequence.under_way += 1;
             if entry.samples {
                 sequence.unread += 1;
-                sequence.row = Some(row);
+                sequence.chosen = Some((self.num_launched, row));
             }
         }
+        self.num_launched += 1;
+        self.num_under_way += 1;
     }
 
     /// Records that a step ran: `tokens[i]` was chosen for `plan.entries[i]`. What it computed can be shared from now on.
@@ -422,6 +478,7 @@ impl Scheduler {
     /// If the lengths differ.
     pub fn collect(&mut self, plan: &StepPlan, tokens: &[u32]) {
         assert_eq!(plan.entries.len(), tokens.len(), "one token for each entry of the step");
+        self.num_under_way -= 1;
         for (entry, &token) in plan.entries.iter().zip(tokens) {
             let sequence = match self.position(entry.id) {
                 Some(at) => &mut self.running[at],
@@ -431,6 +488,7 @@ impl Scheduler {
                     None => continue,
                 },
             };
+            sequence.under_way -= 1;
             if entry.samples {
                 sequence.unread -= 1;
                 sequence.push(token);
@@ -459,7 +517,9 @@ impl Scheduler {
         let mut ids: Vec<SequenceId> = self.waiting.iter().map(|sequence| sequence.id).collect();
         ids.sort_unstable();
         let mut waiting: Vec<Sequence> = ids.into_iter().filter_map(|id| self.waiting.remove(id)).collect();
-        waiting.iter_mut().for_each(|sequence| (sequence.unread, sequence.lane) = (0, Lane::Open));
+        for sequence in &mut waiting {
+            (sequence.unread, sequence.under_way, sequence.lane) = (0, 0, Lane::Open);
+        }
         waiting
     }
 
@@ -499,17 +559,19 @@ impl Scheduler {
 }
 
 /// Lets a prompt run as far as its client's share of the step goes.
-fn take_share(sequence: &Sequence, queue: &mut FairQueue, entries: &mut Vec<StepEntry>) {
+fn take_share(sequence: &Sequence, num_launched: u64, queue: &mut FairQueue, entries: &mut Vec<StepEntry>) {
     match queue.take_share(sequence.client_idx, sequence.pending()) {
         0 => {}
-        num_tokens => entries.push(take_chunk(sequence, num_tokens)),
+        num_tokens => entries.push(take_chunk(sequence, num_tokens, num_launched)),
     }
 }
 
-fn take_chunk(sequence: &Sequence, num_tokens: usize) -> StepEntry {
+/// The next tokens of a sequence, in the step that is launched after `num_launched` others.
+fn take_chunk(sequence: &Sequence, num_tokens: usize, num_launched: u64) -> StepEntry {
     let samples = num_tokens == sequence.pending();
-    let chosen_row = if samples && sequence.unread > 0 { sequence.row } else { None };
-    StepEntry { id: sequence.id, past_len: sequence.launched, num_tokens, chosen_row, samples }
+    let chosen = sequence.chosen.filter(|_| samples && sequence.unread > 0);
+    let chosen = chosen.map(|(step, row)| ChosenToken { steps_since: (num_launched - step) as usize - 1, row });
+    StepEntry { id: sequence.id, past_len: sequence.launched, num_tokens, chosen, samples }
 }
 
 #[cfg(test)]

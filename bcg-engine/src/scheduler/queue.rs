@@ -80,7 +80,7 @@ impl FairQueue {
     }
 
     /// The sequence whose turn is next, of a client whose share of `budget` tokens is larger than what it asks for so far.
-    /// One that is held, or in another lane, lets those behind it pass; one whose last token is not known yet does not.
+    /// One that is held, or in another lane, lets those behind it pass; one that is in a step under way does not.
     pub(super) fn next(&self, lane: Lane, budget: usize) -> Option<(ClientIdx, SequenceId)> {
         let asking = self.clients.iter().map(|client| client.demand).filter(|demand| *demand > 0);
         let (sum, clients) = asking.fold((0_usize, 0), |(sum, count), demand| (sum.saturating_add(demand), count + 1));
@@ -93,7 +93,7 @@ impl FairQueue {
         let next = waiting.filter(|(_, client)| has_share(client.demand)).filter_map(|(idx, client)| {
             let first = client.waiting.values().find(|sequence| !sequence.is_held && sequence.lane == lane)?;
             let order = (!first.is_probe, client.num_running, client.served);
-            (first.unread == 0).then_some((order, ClientIdx(idx), first.id))
+            (first.under_way == 0).then_some((order, ClientIdx(idx), first.id))
         });
         next.min_by_key(|(order, ..)| *order).map(|(_, idx, id)| (idx, id))
     }

@@ -1,6 +1,6 @@
 //! What the scheduler does with small batches, and that its invariants hold in random runs.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 
 use bcg_models::state::PagePool;
 use rand::rngs::SmallRng;
@@ -72,13 +72,13 @@ fn a_step_takes_the_token_that_the_one_before_chooses() {
     scheduler.launch(&first);
     scheduler.add(sequence(2, 2));
     let second = scheduler.plan().expect("work");
-    let rows: Vec<_> = second.entries.iter().map(|entry| (entry.id.0, entry.past_len, entry.chosen_row)).collect();
-    assert_eq!(rows, [(1, 3, Some(0)), (2, 0, None)]);
+    let rows: Vec<_> = second.entries.iter().map(|entry| (entry.id.0, entry.past_len, entry.chosen)).collect();
+    assert_eq!(rows, [(1, 3, Some(ChosenToken::of_last(0))), (2, 0, None)]);
     scheduler.launch(&second);
     scheduler.collect(&first, &[50]);
     let third = scheduler.plan().expect("work");
-    let rows: Vec<_> = third.entries.iter().map(|entry| (entry.past_len, entry.chosen_row)).collect();
-    assert_eq!(rows, [(4, Some(0)), (2, Some(1))]);
+    let rows: Vec<_> = third.entries.iter().map(|entry| (entry.past_len, entry.chosen)).collect();
+    assert_eq!(rows, [(4, Some(ChosenToken::of_last(0))), (2, Some(ChosenToken::of_last(1)))]);
     scheduler.collect(&second, &[51, 60]);
     assert_eq!(scheduler.running(SequenceId(1)).expect("runs").generated(), [50, 51]);
     scheduler.check();
@@ -96,7 +96,7 @@ fn who_must_know_its_token_waits_for_it_and_nobody_runs_beyond_the_last_token() 
     scheduler.launch(&second);
     scheduler.collect(&first, &[50, 60]);
     let third = scheduler.plan().expect("work");
-    assert_eq!((ids(&third), third.entries[0].chosen_row), (vec![1], None));
+    assert_eq!((ids(&third), third.entries[0].chosen), (vec![1], None));
     scheduler.launch(&third);
     assert_eq!(scheduler.plan(), None);
     scheduler.collect(&second, &[61]);
@@ -192,21 +192,32 @@ fn a_shared_prefix_is_computed_once() {
     assert_eq!(scheduler.num_used_pages(), 3 + 1 + 1);
 }
 
+fn random_run(seed: u64, num_stages: usize, random: &mut SmallRng) {
+    let page_size: usize = 1 + random.random_range(0..5);
+    let context_length: usize = 2 + random.random_range(0..30);
+    let pool = PagePool::new(context_length.div_ceil(page_size) + random.random_range(0..12), page_size);
+    let max_running_requests = 1 + random.random_range(0..5);
+    let limits = Limits {
+        context_length,
+        max_running_requests,
+        chunked_prefill_size: max_running_requests + random.random_range(0..40),
+    };
+    let cache = PrefixCache::new(pool, random.random_range(0..4) > 0);
+    let scheduler = Scheduler::new(limits, cache).with_stages(num_stages);
+    Run::new(seed, scheduler, 1 + random.random_range(0..3)).go(random);
+}
+
 #[test]
 fn every_sequence_ends_right_and_no_page_is_written_by_two_in_random_runs() {
     for seed in 0..400 {
-        let random = &mut SmallRng::seed_from_u64(seed);
-        let page_size: usize = 1 + random.random_range(0..5);
-        let context_length: usize = 2 + random.random_range(0..30);
-        let pool = PagePool::new(context_length.div_ceil(page_size) + random.random_range(0..12), page_size);
-        let max_running_requests = 1 + random.random_range(0..5);
-        let limits = Limits {
-            context_length,
-            max_running_requests,
-            chunked_prefill_size: max_running_requests + random.random_range(0..40),
-        };
-        let scheduler = Scheduler::new(limits, PrefixCache::new(pool, random.random_range(0..4) > 0));
-        Run::new(seed, scheduler, 1 + random.random_range(0..3)).go(random);
+        random_run(seed, 1, &mut SmallRng::seed_from_u64(seed));
+    }
+}
+
+#[test]
+fn with_a_pipeline_every_sequence_ends_right_in_random_runs() {
+    for seed in 0..600 {
+        random_run(seed, 2 + seed as usize % 3, &mut SmallRng::seed_from_u64(seed));
     }
 }
 
@@ -216,8 +227,9 @@ struct Run {
     seed: u64,
     scheduler: Scheduler,
     pages: HashMap<(u32, usize), u32>,
-    chosen: Vec<u32>,
-    in_flight: Option<(StepPlan, Vec<u32>)>,
+    /// The tokens of the latest steps, the newest first: as many as there are stages.
+    chosen: VecDeque<Vec<u32>>,
+    in_flight: VecDeque<(StepPlan, Vec<u32>)>,
     waited: HashMap<SequenceId, usize>,
     ended: u64,
     num_clients: usize,
@@ -249,27 +261,40 @@ impl Run {
             }
             let plan = self.scheduler.plan();
             self.scheduler.check();
-            assert!(plan.is_some() || self.in_flight.is_some() || self.scheduler.is_idle(), "seed {}", self.seed);
-            let next = plan.map(|plan| self.launch(plan));
-            let before = std::mem::replace(&mut self.in_flight, next);
-            if before.is_some() && random.random_range(0..20) == 0 {
-                // The step failed: it and the one after it are computed again.
-                for (plan, _) in before.into_iter().chain(self.in_flight.take()) {
-                    plan.entries.iter().for_each(|entry| self.scheduler.rewind(entry.id));
-                }
-            } else if let Some((plan, tokens)) = before {
-                self.scheduler.collect(&plan, &tokens);
-                self.end_some(&plan, random);
+            assert!(plan.is_some() || !self.in_flight.is_empty() || self.scheduler.is_idle(), "seed {}", self.seed);
+            let launches = plan.is_some();
+            if let Some(plan) = plan {
+                let launched = self.launch(plan);
+                self.in_flight.push_back(launched);
+            }
+            let is_full = self.in_flight.len() > self.scheduler.num_stages;
+            if is_full || !launches {
+                self.collect(random);
             }
             self.scheduler.check();
             if random.random_range(0..20) == 0 {
                 self.scheduler.flush_cache();
             }
         }
-        if let Some((plan, tokens)) = self.in_flight.take() {
+        for (plan, tokens) in std::mem::take(&mut self.in_flight) {
             self.scheduler.collect(&plan, &tokens);
         }
         assert_eq!(self.scheduler.num_used_pages(), 0, "seed {}", self.seed);
+    }
+
+    /// Ends the oldest step, well or not.
+    fn collect(&mut self, random: &mut SmallRng) {
+        let Some((plan, tokens)) = self.in_flight.pop_front() else { return };
+        if random.random_range(0..20) == 0 {
+            // The step failed: it and those after it are computed again.
+            self.scheduler.forget_under_way();
+            for (plan, _) in std::iter::once((plan, tokens)).chain(std::mem::take(&mut self.in_flight)) {
+                plan.entries.iter().for_each(|entry| self.scheduler.rewind(entry.id));
+            }
+        } else {
+            self.scheduler.collect(&plan, &tokens);
+            self.end_some(&plan, random);
+        }
     }
 
     fn launch(&mut self, plan: StepPlan) -> (StepPlan, Vec<u32>) {
@@ -280,9 +305,9 @@ impl Run {
         for entry in &plan.entries {
             let sequence = self.scheduler.running(entry.id).expect("runs");
             assert!(entry.num_tokens > 0, "seed {seed}: empty entry");
-            let known = entry.num_tokens - usize::from(entry.chosen_row.is_some());
+            let known = entry.num_tokens - usize::from(entry.chosen.is_some());
             let mut tokens = sequence.tokens()[entry.past_len..entry.past_len + known].to_vec();
-            tokens.extend(entry.chosen_row.map(|row| self.chosen[row]));
+            tokens.extend(entry.chosen.map(|token| self.chosen[token.steps_since][token.row]));
             for (position, token) in (entry.past_len..).zip(tokens) {
                 let page = sequence.pages()[position / page_size];
                 self.pages.insert((page, position % page_size), token);
@@ -294,18 +319,19 @@ impl Run {
         }
         self.check_fairness(&plan);
         self.scheduler.launch(&plan);
-        self.chosen.clone_from(&chosen);
+        self.chosen.push_front(chosen.clone());
+        self.chosen.truncate(self.scheduler.num_stages);
         (plan, chosen)
     }
 
-    /// The oldest sequence runs in every other step at the latest.
+    /// The oldest sequence runs in every other step at the latest, or every other round of a pipeline's steps.
     fn check_fairness(&mut self, plan: &StepPlan) {
         let oldest = self.scheduler.running.first().map(|sequence| sequence.id);
         let runs = plan.entries.iter().any(|entry| Some(entry.id) == oldest);
         if let Some(oldest) = oldest {
             let waited = self.waited.entry(oldest).or_default();
             *waited = if runs { 0 } else { *waited + 1 };
-            assert!(*waited <= 2, "seed {}: {oldest} starves", self.seed);
+            assert!(*waited <= 2 * self.scheduler.num_stages, "seed {}: {oldest} starves", self.seed);
         }
     }
 

@@ -7,14 +7,15 @@ use super::{Broken, RequestError, Worker};
 
 impl<M: StepModel> Worker<'_, M> {
     /// Puts the requests of a step that failed under suspicion, to be computed again; one that was alone in it a second
-    /// time fails. Those of the step after it, which may have read what it left, are computed again too. If the step broke
+    /// time fails. Those of the steps after it, which may have read what it left, are computed again too. If the step broke
     /// something, all of them fail.
     pub(super) fn step_failed(&mut self, plan: &StepPlan, error: StepError) -> Result<(), Broken> {
         self.shared.metrics.failed_steps.inc();
         let phase = plan.kind().name();
         let is_trial = plan.lane == Lane::Trial;
         tracing::error!(phase, requests = plan.entries.len(), is_trial, error = error.message, "a step failed");
-        let after = self.in_flight.take();
+        let after = std::mem::take(&mut self.in_flight);
+        self.scheduler.forget_under_way();
         let message = format!("the {phase} step of this request failed: {}", error.message);
         if let Damage::Rank(rank) = error.damage {
             self.shared.metrics.count_lost_rank(rank);

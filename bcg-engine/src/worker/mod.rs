@@ -2,7 +2,7 @@
 //!
 //! Host and device overlap: while the device runs step k, the host plans and launches step k + 1, then waits for the tokens
 //! of step k and, while the device goes on, turns them into text. An answer that turns out to have ended in step k has a
-//! token of step k + 1 under way, which is dropped.
+//! token of step k + 1 under way, which is dropped. A model that is a pipeline of S stages has S steps under way instead.
 //!
 //! Invariants:
 //! - it never waits for a client: every event channel has room for all the events of its answer;
@@ -11,7 +11,7 @@
 //! - a step that fails, by an error or by a panic, ends the request that is to blame and no other (`trials`);
 //! - after an error of the device what runs fails, and the model is loaded anew, once, for the requests that wait.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -81,7 +81,8 @@ pub struct Worker<'a, M: StepModel> {
     scheduler: Scheduler,
     requests: &'a mut Requests,
     shared: Arc<Shared>,
-    in_flight: Option<InFlight<M::Pending>>,
+    /// In the order of their launches: no more than the model wants ahead, once a turn is over.
+    in_flight: VecDeque<InFlight<M::Pending>>,
     /// What the metrics hold of what the model did.
     counted: GraphCounters,
     /// When the device's last step was collected.
@@ -116,7 +117,7 @@ impl<'a, M: StepModel> Worker<'a, M> {
             model,
             scheduler,
             shared,
-            in_flight: None,
+            in_flight: VecDeque::new(),
             counted,
             last_step,
             trials: Trials::default(),
@@ -151,7 +152,7 @@ impl<'a, M: StepModel> Worker<'a, M> {
                 tracing::info!(pages, "emptied the prefix cache");
             }
             self.publish();
-            let is_done = !open && self.scheduler.is_idle() && self.in_flight.is_none();
+            let is_done = !open && self.scheduler.is_idle() && self.in_flight.is_empty();
             if let Err(Broken { damage, message }) = early.and_then(|()| self.turn()) {
                 self.requests.kept = self.scheduler.take_waiting();
                 self.fail_all_but_kept(&format!("the device was lost while it worked on this request: {message}"));
@@ -165,39 +166,51 @@ impl<'a, M: StepModel> Worker<'a, M> {
         Exit::Stopped
     }
 
-    /// Ends the step under way before the next one is planned, where several clients share a device that does nothing while
+    /// Ends the steps under way before the next one is planned, where several clients share a device that does nothing while
     /// the host waits: it gains nothing from a step ahead.
     fn collect_early(&mut self) -> Result<(), Broken> {
         if self.model.overlaps() || !self.pace.is_shared(Instant::now()) {
             return Ok(());
         }
-        self.in_flight.take().map_or(Ok(()), |step| self.collect(step))
+        self.collect_all()
     }
 
-    /// Launches the next step, then ends the one before.
+    /// Launches the next step, then ends the oldest one under way, if those ahead of it keep the device busy.
     fn turn(&mut self) -> Result<(), Broken> {
         let plan = self.next_plan();
         let launched = plan.map_or(Ok(None), |plan| {
             self.note(&plan);
             self.launch(plan)
         });
-        let before = self.in_flight.take();
-        let failed = match launched {
-            Ok(next) => {
-                self.in_flight = next;
-                None
+        match launched {
+            Ok(Some(next)) => {
+                self.in_flight.push_back(next);
+                if self.in_flight.len() <= self.model.steps_ahead() { Ok(()) } else { self.collect_oldest() }
             }
-            Err((plan, error)) if error.damage != Damage::Nothing => return self.step_failed(&plan, error),
-            Err(failed) => Some(failed),
-        };
-        before.map_or(Ok(()), |step| self.collect(step))?;
-        failed.map_or(Ok(()), |(plan, error)| self.step_failed(&plan, error))
+            Ok(None) => self.collect_oldest(),
+            Err((plan, error)) if error.damage != Damage::Nothing => self.step_failed(&plan, error),
+            Err((plan, error)) => {
+                self.collect_all()?;
+                self.step_failed(&plan, error)
+            }
+        }
+    }
+
+    fn collect_oldest(&mut self) -> Result<(), Broken> {
+        self.in_flight.pop_front().map_or(Ok(()), |step| self.collect(step))
+    }
+
+    fn collect_all(&mut self) -> Result<(), Broken> {
+        while !self.in_flight.is_empty() {
+            self.collect_oldest()?;
+        }
+        Ok(())
     }
 
     /// Plans the next step. While requests are on trial, each step is collected before the next one is launched, every
     /// other one is theirs, and nobody begins to run in the others: those on trial ran before.
     fn next_plan(&mut self) -> Option<StepPlan> {
-        let must_wait = self.trials.is_on() && self.in_flight.is_some();
+        let must_wait = self.trials.is_on() && !self.in_flight.is_empty();
         let plan = match self.trials.is_on() {
             _ if must_wait => None,
             false => self.scheduler.plan(),
@@ -214,7 +227,7 @@ impl<'a, M: StepModel> Worker<'a, M> {
 
     /// Takes what has arrived, waiting for it only when idle; `false` once no more can come.
     fn take_arrived(&mut self) -> bool {
-        if self.is_resting && self.in_flight.is_none() {
+        if self.is_resting && self.in_flight.is_empty() {
             self.publish();
             self.shared.pulse.beat(Doing::Nothing, false);
             let message = self.requests.arriving.recv(IDLE_TICK);
@@ -238,9 +251,9 @@ impl<'a, M: StepModel> Worker<'a, M> {
         }
     }
 
-    /// How long the next step may wait for requests.
+    /// How long the next step may wait for requests: for none while a stage of the model's pipeline has nothing to do.
     fn rest(&self) -> Option<Duration> {
-        let step = self.in_flight.as_ref()?;
+        let step = self.in_flight.front().filter(|_| self.in_flight.len() >= self.model.steps_ahead())?;
         let began = step.launched.max(self.last_step);
         self.pace.rest(step.name.kind, step.name.tokens, began, Instant::now())
     }
@@ -359,12 +372,12 @@ impl<'a, M: StepModel> Worker<'a, M> {
             let Some((sequence, active)) = self.scheduler.running(entry.id).zip(requests.active.get(&entry.id)) else {
                 return Err(StepError::harmless(format!("sequence {} is planned but not known", entry.id)));
             };
-            let known = entry.num_tokens - usize::from(entry.chosen_row.is_some());
+            let known = entry.num_tokens - usize::from(entry.chosen.is_some());
             let tokens = &sequence.tokens()[entry.past_len..entry.past_len + known];
             // What a prompt's chunk before the last one chooses does not count.
             let choice = entry.samples.then_some(&active.choice);
             inputs.push(SequenceInput {
-                chosen_row: entry.chosen_row,
+                chosen: entry.chosen,
                 state: sequence.state(),
                 num_drawn: sequence.num_generated() as u64,
                 logit_bias: choice.map_or(&[], Choice::bias),

@@ -3,6 +3,7 @@
 use bcg_kernels::{DecodePlan, StateSlots, attention_prefill_plan_len, unpack_inputs};
 use bcg_runtime::{DType, Device, Result, Runner, Staging, Tensor};
 
+use super::chosen::ChosenSlots;
 use super::push::PushBuffers;
 use super::stage::{StagedBatch, StagedSampling};
 use super::{AttentionSplit, DecodeInputs, ForwardBatch, Phase, SequenceInput, TokenInputs};
@@ -29,8 +30,10 @@ pub struct InputBuffers {
     /// `[B, pages]`, as wide as the longest possible sequence needs.
     page_table: Tensor,
     sampling: SamplingBuffers,
-    /// `[B]` i32: what the step launched last chose.
+    /// `[slots * B]` i32: what the latest steps chose.
     chosen: Tensor,
+    /// Which step's tokens lie where in `chosen`.
+    pub(super) chosen_slots: ChosenSlots,
     staging: Staging,
     pub(super) decode_plan: DecodePlan,
     /// Host memory of the batches that are put together here.
@@ -61,6 +64,9 @@ pub struct SamplingBuffers {
     /// `[B]` i64.
     pub step: Tensor,
 }
+
+/// Uploads of a step: its batch, and its sampling parameters.
+const UPLOADS: usize = 2;
 
 /// Sections begin at multiples of this many elements, for loads of 16 bytes.
 pub(super) const SECTION_ALIGNMENT: usize = 4;
@@ -110,8 +116,16 @@ impl Sections<'_> {
         };
         let is_less = last_rows.dim(0) < rows;
         let wanted = is_less.then(|| last_rows.clone());
-        let inputs =
-            TokenInputs { token_ids, positions, slot_mapping, num_valid, num_sequences, last_rows: wanted, decode };
+        let inputs = TokenInputs {
+            token_ids,
+            positions,
+            slot_mapping,
+            num_valid,
+            num_sequences,
+            last_rows: wanted,
+            decode,
+            received: None,
+        };
         Ok((inputs, last_rows))
     }
 }
@@ -148,6 +162,7 @@ impl InputBuffers {
                 step: zeros(sequences, DType::I64)?,
             },
             chosen: zeros(sequences, DType::I32)?,
+            chosen_slots: ChosenSlots::new(1, sequences),
             staging: Staging::new(device, (len * size_of::<i32>()).max(sampling_bytes(sequences)))?,
             decode_plan,
             values: Vec::with_capacity(len),
@@ -165,6 +180,18 @@ impl InputBuffers {
     /// The device's.
     pub fn pushing(self, device: &Device) -> Result<Self> {
         Ok(Self { push: Some(PushBuffers::new(device, self.limits)?), ..self })
+    }
+
+    /// Makes them those of a stage of a pipeline, which leaves the tokens of its latest steps in `chosen`, `[slots * B]` i32
+    /// with room for the most sequences in each slot, and has the inputs of a step more on their way than there are slots.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn in_pipeline(self, device: &Device, chosen: Tensor) -> Result<Self> {
+        let capacity = self.limits.sequences;
+        let num_slots = chosen.dim(0) / capacity;
+        let staging = Staging::with_slots(device, self.staging.bytes(), UPLOADS * (num_slots + 1))?;
+        Ok(Self { chosen_slots: ChosenSlots::new(num_slots, capacity), chosen, staging, ..self })
     }
 
     /// The inputs that a forward of `rows` padded rows reads.
@@ -252,9 +279,23 @@ impl InputBuffers {
         })
     }
 
-    /// `[B]` i32: where each step leaves the tokens that it chose, for the next one.
-    pub fn chosen(&self) -> &Tensor {
-        &self.chosen
+    /// Where a step of `num_sequences` sequences leaves the tokens that it chose, in a slot, for later steps: `[B]` i32.
+    ///
+    /// # Errors
+    /// [`bcg_runtime::Error::Shape`] beyond the limits.
+    pub fn chosen(&self, slot: usize, num_sequences: usize) -> Result<Tensor> {
+        let first = slot * self.limits.sequences;
+        self.chosen.rows(first..first + num_sequences)
+    }
+
+    /// The slots of the tokens that the latest steps chose.
+    pub fn chosen_slots(&self) -> &ChosenSlots {
+        &self.chosen_slots
+    }
+
+    /// Notes that a step of so many sequences was launched.
+    pub fn launched(&mut self, num_sequences: usize) {
+        self.chosen_slots.launched(num_sequences);
     }
 
     /// Uploads the sampling parameters of a batch.

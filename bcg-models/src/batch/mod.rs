@@ -12,6 +12,7 @@
 //! on the phase and the padded rows alone, so every batch of one size makes the same launches, breaks included.
 
 mod buffers;
+mod chosen;
 mod push;
 mod stage;
 
@@ -23,17 +24,18 @@ use crate::sampling::SamplingParams;
 use crate::state::StateLease;
 
 pub use buffers::{BatchLimits, InputBuffers, SamplingBuffers};
+pub use chosen::{ChosenSlots, ChosenToken};
 pub use push::Push;
 pub use stage::{StagedBatch, StagedSampling};
 
 /// One sequence's part of a step.
 #[derive(Debug, Clone, Copy)]
 pub struct SequenceInput<'a> {
-    /// The new tokens that the host knows; at least one, unless there is a `chosen_row`.
+    /// The new tokens that the host knows; at least one, unless there is a `chosen` one.
     pub tokens: &'a [u32],
-    /// One more new token, which the host need not know yet: the one that the step launched last chose for this sequence of
-    /// its batch.
-    pub chosen_row: Option<usize>,
+    /// One more new token, which the host need not know yet: one that the step launched last chose, or, with a pipeline of
+    /// S stages, one of the last S steps.
+    pub chosen: Option<ChosenToken>,
     /// Tokens of the sequence that the KV cache holds already.
     pub past_len: usize,
     /// The sequence's pages, with room for `past_len + tokens.len()` tokens.
@@ -62,7 +64,7 @@ impl<'a> SequenceInput<'a> {
     pub fn new(tokens: &'a [u32], past_len: usize, pages: &'a [u32], sampling: &'a SamplingParams) -> Self {
         Self {
             tokens,
-            chosen_row: None,
+            chosen: None,
             past_len,
             pages,
             state: None,
@@ -78,7 +80,7 @@ impl<'a> SequenceInput<'a> {
 
     /// New tokens, the one that the host need not know included.
     pub fn num_new(&self) -> usize {
-        self.tokens.len() + usize::from(self.chosen_row.is_some())
+        self.tokens.len() + usize::from(self.chosen.is_some())
     }
 
     /// Tokens that the KV cache holds after the step.
@@ -132,6 +134,18 @@ pub struct TokenInputs {
     pub last_rows: Option<Tensor>,
     /// What attention reads in a decode; in a prefill, the live batch has it.
     pub decode: Option<DecodeInputs>,
+    /// What the stage before hands on; `None` in the first stage of a pipeline.
+    pub received: Option<Received>,
+}
+
+/// What a stage of a pipeline gets from the one before it.
+#[derive(Debug, Clone)]
+pub struct Received {
+    /// `[T, C]`: what the last sublayer of that stage returned, which no norm has added to the stream yet. Of several ranks
+    /// each has its part of a sum, from the same rank of that stage.
+    pub branch: Tensor,
+    /// `[T, C]`: the residual stream.
+    pub residual: Tensor,
 }
 
 impl TokenInputs {

@@ -160,7 +160,7 @@ impl InputBuffers {
             for s in batch {
                 staging.extend(s.tokens.iter().map(|token| token.cast_signed()));
                 // As `unpack_inputs` reads it.
-                staging.extend(s.chosen_row.map(|row| -1 - row as i32));
+                staging.extend(s.chosen.map(|token| -1 - self.chosen_slots.index_of(token) as i32));
             }
         });
         push_section(staging, padded, 0, |staging| {

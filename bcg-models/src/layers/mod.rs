@@ -11,7 +11,7 @@ mod norm;
 mod yarn;
 
 pub use attention::{Attention, Heads, Rotary, rope_theta};
-pub use decoder::{Decoder, Mixer, Sublayer};
+pub use decoder::{Decoder, DecoderNames, Mixer, Sublayer};
 pub use linear::Linear;
 pub use mamba2::{Mamba2, Mamba2Config};
 pub use mla::{Mla, MlaDims, MlaShared};

@@ -2,7 +2,7 @@
 
 use crate::Result;
 use crate::config::{LayerKind, ModelConfig};
-use crate::layers::{Attention, Decoder, Heads, Mamba2, Mamba2Config, Mixer, Relu2Mlp, Sublayer};
+use crate::layers::{Attention, Decoder, DecoderNames, Heads, Mamba2, Mamba2Config, Mixer, Relu2Mlp, Sublayer};
 use crate::state::CacheLayout;
 use crate::weights::{Divided, Experts, Weights};
 
@@ -42,10 +42,11 @@ pub fn divided(config: &ModelConfig, experts: Experts) -> Result<Vec<Divided>> {
 pub fn load(config: &ModelConfig, weights: &mut Weights<'_>) -> Result<Decoder> {
     // transformers ties nothing in this family, whatever the flag says: a head of its own counts.
     let is_tied = config.tie_word_embeddings && !weights.has("lm_head.weight");
-    Decoder::load(config, weights, ["backbone.embeddings", "backbone.norm_f"], is_tied, |weights| {
-        let kinds = LayerKind::read_all(&config.fields)?;
-        let layer = |(layer, kind)| load_layer(config, weights, &format!("backbone.layers.{layer}"), kind);
-        kinds.into_iter().enumerate().map(layer).collect()
+    let names =
+        DecoderNames { embed_tokens: "backbone.embeddings", layers: "backbone.layers", norm: "backbone.norm_f" };
+    let kinds = LayerKind::read_all(&config.fields)?;
+    Decoder::load(config, weights, names, is_tied, kinds.len(), |weights, layer, name| {
+        Ok(vec![load_layer(config, weights, name, kinds[layer])?])
     })
 }
 

@@ -93,7 +93,8 @@ impl Tiny {
     /// The hidden states that a forward over `inputs` returns, by row.
     fn hidden(&mut self, inputs: &TokenInputs) -> Vec<Vec<f32>> {
         let (model, caches) = (&self.model, &self.caches);
-        let hidden = self.runner.eager(&self.live, |cx| model.forward(cx, inputs, caches)).expect("a forward");
+        let run = self.runner.eager(&self.live, |cx| model.forward(cx, inputs, caches));
+        let hidden = run.expect("a forward").hidden;
         let width = hidden.dim(1);
         let values: Vec<f32> = match hidden.dtype() {
             DType::F32 => self.runner.read(&hidden).expect("read"),
@@ -105,8 +106,9 @@ impl Tiny {
     /// The kernels of the last segment of a captured forward.
     fn last_kernels(mut self) -> Vec<&'static str> {
         let (model, inputs, caches) = (Arc::clone(&self.model), self.inputs.clone(), self.caches);
-        let forward =
-            move |cx: &mut Context<'_, ForwardBatch>| -> Result<Tensor> { model.forward(cx, &inputs, &caches) };
+        let forward = move |cx: &mut Context<'_, ForwardBatch>| -> Result<Tensor> {
+            Ok(model.forward(cx, &inputs, &caches)?.hidden)
+        };
         let mut graph = BreakableCudaGraph::new("tiny");
         graph.capture(&mut self.runner, &self.live, forward).expect("a capture");
         graph.describe().segments.pop().expect("a segment").kernels

@@ -20,9 +20,10 @@ impl ModelRunner {
             if sequence.num_new() == 0 {
                 return Err(Error::batch("new tokens of a sequence", "at least 1", 0));
             }
-            if let Some(row) = sequence.chosen_row.filter(|&row| row >= self.num_chosen) {
-                let expected = format!("one of the {} rows of the step launched last", self.num_chosen);
-                return Err(Error::batch("chosen row of a sequence", expected, row));
+            let slots = self.stages.first().inputs.chosen_slots();
+            if let Some(token) = sequence.chosen.filter(|&token| slots.slot_of(token).is_none()) {
+                let expected = format!("a row of one of the {} steps launched last", self.num_stages());
+                return Err(Error::batch("chosen token of a sequence", expected, format!("{token:?}")));
             }
             if sequence.kv_len() > options.context_length {
                 let expected = format!("at most {} tokens", options.context_length);
@@ -63,7 +64,7 @@ impl ModelRunner {
 
     /// Refuses a step that a model with states cannot do: they stand for all tokens up to where the last step ended.
     fn check_state(&self, sequence: &SequenceInput<'_>) -> Result<()> {
-        if self.states().layers().is_empty() {
+        if !self.has_states() {
             return Ok(());
         }
         let Some(state) = sequence.state else {

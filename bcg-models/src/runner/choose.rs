@@ -77,30 +77,39 @@ fn readback_bytes(sequences: usize) -> usize {
     sequences * DType::I32.size_bytes() + pairs * (DType::I32.size_bytes() + DType::F32.size_bytes()) + 64
 }
 
-/// Steps of a world of several ranks whose tokens the host has not read, at most: no page-locked memory is allocated once
-/// the ranks work together, since that waits for devices that wait for each other (law L14).
-pub(super) const PENDING_MAX: usize = 2;
+/// Steps whose tokens the host has not read, at most, of a world of several ranks or of a pipeline of so many stages: one in
+/// each stage, and one ahead. No page-locked memory is allocated once the ranks work together, since that waits for devices
+/// that wait for each other (law L14).
+pub(super) fn pending_max(num_stages: usize) -> usize {
+    num_stages + 1
+}
 
 /// Host memory for chosen tokens that no step uses now. All clones share it.
 #[derive(Debug, Clone)]
 pub(super) struct Readbacks {
     free: Arc<Mutex<Vec<Readback>>>,
     bytes: usize,
-    /// Whether these are all there will be.
-    is_bounded: bool,
+    /// If these are all there will be, how many.
+    bound: Option<usize>,
 }
 
 impl Readbacks {
-    /// Makes those of a world of so many ranks: all there will be, unless it has one rank.
-    pub(super) fn new(device: &Device, sequences: usize, num_ranks: usize) -> Result<Self> {
-        let (bytes, is_bounded) = (readback_bytes(sequences), num_ranks > 1);
-        let free = (0..if is_bounded { PENDING_MAX } else { 0 }).map(|_| Readback::new(device, bytes));
-        Ok(Self { free: Arc::new(Mutex::new(free.collect::<Result<_>>()?)), bytes, is_bounded })
+    /// Makes those of so many stages of so many ranks each: all there will be, unless there is one rank in all.
+    pub(super) fn new(device: &Device, sequences: usize, [num_stages, num_ranks]: [usize; 2]) -> Result<Self> {
+        let bytes = readback_bytes(sequences);
+        let bound = (num_stages * num_ranks > 1).then(|| pending_max(num_stages));
+        let free = (0..bound.unwrap_or(0)).map(|_| Readback::new(device, bytes));
+        Ok(Self { free: Arc::new(Mutex::new(free.collect::<Result<_>>()?)), bytes, bound })
     }
 
-    /// Tells whether a step may be launched now.
-    pub(super) fn have_room(&self) -> bool {
-        !self.is_bounded || !self.lock().is_empty()
+    /// Refuses another step while all of a bounded number are on their way.
+    pub(super) fn check_room(&self) -> crate::Result<()> {
+        match self.bound.filter(|_| self.lock().is_empty()) {
+            Some(bound) => {
+                Err(crate::Error::batch("launched steps", format!("at most {bound} not collected"), bound + 1))
+            }
+            None => Ok(()),
+        }
     }
 
     /// Takes one for a step.

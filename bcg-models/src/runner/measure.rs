@@ -31,7 +31,7 @@ impl ModelRunner {
     /// # Errors
     /// The device's.
     pub fn fill_caches(&mut self) -> Result<()> {
-        self.on_each(|rank| {
+        self.stages.on_each(|rank| {
             let caches = Arc::clone(&rank.caches);
             rank.runtime.eager(&(), move |cx| {
                 let kv = caches.kv.layers().iter().flat_map(|layer| [&layer.k, &layer.v]);
@@ -70,7 +70,7 @@ impl ModelRunner {
 
     fn run_only(&mut self, step: StagedStep) -> Result<()> {
         self.command(Work::Run, &step)?;
-        self.on_ranks(step, |rank, step| rank.run(step).map(drop))
+        self.stages.on_ranks(step, |rank, step| rank.run(step).map(drop))
     }
 
     /// Sets how graphs are replayed from now on, by the ranks of this process.
@@ -78,7 +78,7 @@ impl ModelRunner {
     /// # Errors
     /// [`bcg_runtime::Error::RankLost`] if a rank is lost.
     pub fn set_replay_mode(&mut self, mode: ReplayMode) -> Result<()> {
-        self.on_each(move |rank| {
+        self.stages.on_each(move |rank| {
             rank.runtime.set_replay_mode(mode);
             Ok(())
         })?;
@@ -99,7 +99,7 @@ impl ModelRunner {
             return Err(bcg_runtime::Error::NotCaptured { name, reason }.into());
         }
         self.command(Work::Timeline, &step)?;
-        self.on_ranks(step, Rank::timeline)
+        self.stages.on_ranks(step, Rank::timeline)
     }
 
     /// Decides how a batch would be run, uploads it, and returns its phase and padded rows.
@@ -111,7 +111,7 @@ impl ModelRunner {
         let step = self.stage(batch);
         let of_step = (step.batch.phase(), step.batch.rows().padded);
         self.command(Work::Upload, &step)?;
-        self.on_ranks(step, |rank, step| rank.upload(step).map(drop))?;
+        self.stages.on_ranks(step, |rank, step| rank.upload(step).map(drop))?;
         Ok(of_step)
     }
 
@@ -135,6 +135,6 @@ impl ModelRunner {
     /// # Errors
     /// The first error of that work.
     pub fn synchronize(&mut self) -> Result<()> {
-        self.on_each(|rank| rank.runtime.synchronize()).map(drop)
+        self.stages.on_each(|rank| rank.runtime.synchronize()).map(drop)
     }
 }

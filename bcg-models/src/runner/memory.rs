@@ -6,7 +6,7 @@
 //! size and loads the kernels → a few graphs, captured and dropped, which tell what one takes → the KV cache with what
 //! is left of the fraction.
 //!
-//! Every rank of a world does all of it, and the KV caches have as many pages as fit on every device.
+//! Every rank of every stage does all of it, and the KV caches have as many pages as fit on every device.
 
 use std::sync::Arc;
 
@@ -19,7 +19,6 @@ use crate::batch::Phase;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::state::{CacheLayout, Caches, PagePool};
-use crate::weights::Shard;
 
 /// What a rank takes of its device, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -42,16 +41,16 @@ impl RankMemory {
 }
 
 /// What a device has, and what is taken of it beside weights and KV cache, in bytes.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Measured {
     /// What the device has.
     pub(super) memory: MemoryInfo,
-    /// The ranks that share the device.
-    pub(super) num_sharing: usize,
-    /// What the arena takes, for the activations of the largest step. It is mapped already, so it counts as used.
+    /// What the arena of a rank takes, for the activations of the largest step. It is mapped already, so it counts as used.
     pub(super) arena_bytes: usize,
-    /// What all graphs of a rank will take. None of them is captured yet.
+    /// What all graphs of the ranks that share the device will take. None of them is captured yet.
     pub(super) graph_bytes: usize,
+    /// The keys and values of one token, of the ranks that share the device.
+    pub(super) kv_bytes_per_token: usize,
 }
 
 /// Makes a KV cache of some pages, and states for as many sequences as can run.
@@ -77,10 +76,16 @@ pub(super) fn caches(
     Ok(Caches { kv, states })
 }
 
-/// Makes the pool of a cache's pages and states.
-pub(super) fn page_pool(caches: &Caches, options: &ModelRunnerOptions) -> PagePool {
-    let num_states = if caches.states.layers().is_empty() { 0 } else { options.max_running_requests };
-    PagePool::with_states(caches.kv.num_pages(), options.page_size, num_states)
+/// Makes the pool of the pages and states that the caches of all ranks have.
+pub(super) fn page_pool<'a>(caches: impl IntoIterator<Item = &'a Caches>, options: &ModelRunnerOptions) -> PagePool {
+    let (mut num_pages, mut num_states) = (usize::MAX, 0);
+    for caches in caches {
+        num_pages = num_pages.min(caches.kv.num_pages());
+        if !caches.states.layers().is_empty() {
+            num_states = options.max_running_requests;
+        }
+    }
+    PagePool::with_states(num_pages, options.page_size, num_states)
 }
 
 impl ModelRunner {
@@ -91,49 +96,56 @@ impl ModelRunner {
     pub(super) fn fit_kv_cache(&mut self, progress: &mut dyn FnMut(Progress)) -> Result<()> {
         progress(Progress { stage: Stage::KvCache, done: 0, total: 1 });
         let graph_bytes = self.measure_graphs()?;
-        // All ranks have shares of one size.
-        let shard = Shard { experts: self.options.experts, ..Shard::new(0, self.num_ranks()) };
-        let measured = self.on_each(|rank| {
+        let dtype = self.config.dtype;
+        let measured = self.stages.on_each(move |rank| {
             rank.runtime.synchronize()?; // graphs that still ran are gone then
-            Ok((rank.device().memory_info()?, rank.runtime.arena_stats().mapped_bytes))
+            Ok(Measured {
+                memory: rank.device().memory_info()?,
+                arena_bytes: rank.runtime.arena_stats().mapped_bytes,
+                graph_bytes,
+                kv_bytes_per_token: rank.layout.kv_bytes_per_token(dtype),
+            })
         })?;
         let mut options = self.options.clone();
-        for (rank, (memory, arena_bytes)) in measured.into_iter().enumerate() {
-            let measured = Measured { memory, num_sharing: self.num_sharing(rank), arena_bytes, graph_bytes };
-            options.fit_kv_cache(&self.config, shard, measured)?;
-            tracing::debug!(rank, ?measured, tokens = options.kv_cache_tokens, "the KV cache gets what is left");
+        for rank in 0..measured.len() {
+            let of_device = self.of_device(&measured, rank);
+            options.fit_kv_cache(of_device)?;
+            tracing::debug!(rank, ?of_device, tokens = options.kv_cache_tokens, "the KV cache gets what is left");
         }
         options.kv_cache_tokens = nodes::least(self.world(), "the size of the KV cache", options.kv_cache_tokens)?;
-        let (num_pages, page_size, dtype) = (options.num_pages(), options.page_size, self.config.dtype);
-        let layout = self.config.cache_layout(shard)?;
+        let (num_pages, page_size) = (options.num_pages(), options.page_size);
         let role = self.role.clone();
-        self.on_each(move |rank| {
-            let kv = role.kv_cache(rank.device(), dtype, &layout, [num_pages, page_size])?;
+        self.stages.on_each(move |rank| {
+            let kv = role.kv_cache(rank.device(), dtype, &rank.layout, [num_pages, page_size])?;
             rank.caches = Arc::new(Caches { kv, states: rank.caches.states.clone() });
             Ok(())
         })?;
-        self.pages = page_pool(&self.first().caches, &options);
+        self.pages = page_pool(self.stages.leaders().map(|rank| &*rank.caches), &options);
         self.options = options;
         progress(Progress { stage: Stage::KvCache, done: 1, total: 1 });
         Ok(())
     }
 
-    /// The ranks that share the device of this one, the first of this process being 0: GPUs of one name are one GPU, host devices have memory of their own.
-    fn num_sharing(&self, rank: usize) -> usize {
-        let (world, own) = (self.world(), self.world().device(rank));
-        let shares = |other: &usize| *other == rank || world.device(*other).name() == own.name();
-        match own.kind() {
-            DeviceKind::Host => 1,
-            DeviceKind::Cuda => (0..world.num_local()).filter(shares).count(),
-        }
+    /// What was measured of a rank, with what the other ranks take that share its device: GPUs of one name are one GPU, host
+    /// devices have memory of their own.
+    fn of_device(&self, measured: &[Measured], rank: usize) -> Measured {
+        let devices: Vec<&Device> = self.devices().collect();
+        let own = devices[rank];
+        let shares = |other: usize| own.kind() == DeviceKind::Cuda && devices[other].name() == own.name();
+        let others = (0..devices.len()).filter(|&other| other != rank && shares(other));
+        others.fold(measured[rank], |sum, other| Measured {
+            graph_bytes: sum.graph_bytes + measured[other].graph_bytes,
+            kv_bytes_per_token: sum.kv_bytes_per_token + measured[other].kv_bytes_per_token,
+            ..sum
+        })
     }
 
-    /// What each rank takes of its device, in the order of the ranks.
+    /// What each rank takes of its device, in the order of the devices.
     ///
     /// # Errors
     /// [`bcg_runtime::Error::RankLost`] if a rank is lost.
     pub fn rank_memory(&mut self) -> Result<Vec<RankMemory>> {
-        self.on_each(|rank| Ok(rank.memory()))
+        self.stages.on_each(|rank| Ok(rank.memory()))
     }
 
     /// Returns what all graphs will take, in bytes: what the largest ones take, for each size.
@@ -170,7 +182,7 @@ impl ModelRunner {
 
     /// Replaces the graphs of a phase by none yet, and returns what they took on each rank.
     fn replace_graphs(&mut self, phase: Phase, options: CacheOptions) -> Result<Vec<usize>> {
-        self.on_each(move |rank| {
+        self.stages.on_each(move |rank| {
             let (graphs, _) = rank.graphs_and_runtime(phase);
             let before = std::mem::replace(graphs, GraphCache::new(phase.name(), options.clone()));
             Ok(before.graph_bytes())
@@ -192,7 +204,7 @@ impl ModelRunner {
             }
             self.with_dummy((rows, decodes), DUMMY_SEQUENCE_TOKENS, |runner, dummy| {
                 let step = StagedStep { path: Path::Replay, ..runner.stage_dummy(dummy, phase, size) };
-                runner.on_ranks(step, |rank, step| rank.run(step).map(drop))
+                runner.stages.on_ranks(step, |rank, step| rank.run(step).map(drop))
             })?;
         }
         Ok(())
@@ -209,13 +221,15 @@ impl ModelRunnerOptions {
     ///
     /// # Errors
     /// [`Error::Option`] if not even one sequence of `context_length` fits.
-    pub(super) fn fit_kv_cache(&mut self, config: &ModelConfig, shard: Shard, measured: Measured) -> Result<()> {
+    pub(super) fn fit_kv_cache(&mut self, measured: Measured) -> Result<()> {
         let Some(fraction) = self.mem_fraction_static else { return Ok(()) };
-        let Measured { memory, num_sharing, arena_bytes, graph_bytes } = measured;
+        let Measured { memory, arena_bytes, graph_bytes, kv_bytes_per_token } = measured;
         let kept_free = (memory.total_bytes as f64 * (1.0 - fraction)).ceil() as usize;
-        let page_bytes = config.cache_layout(shard)?.kv_bytes_per_token(config.dtype) * self.page_size * num_sharing;
-        let taken = kept_free.saturating_add(graph_bytes * num_sharing);
-        let fits = memory.free_bytes.saturating_sub(taken) / page_bytes * self.page_size;
+        let page_bytes = kv_bytes_per_token * self.page_size;
+        let taken = kept_free.saturating_add(graph_bytes);
+        // A stage of a pipeline without attention keeps nothing.
+        let Some(pages) = memory.free_bytes.saturating_sub(taken).checked_div(page_bytes) else { return Ok(()) };
+        let fits = pages * self.page_size;
         if fits < self.context_length {
             let problem = format!(
                 "{fraction} leaves room for {fits} tokens beside the weights, {} MiB of activations and {} MiB of graphs, \
@@ -258,6 +272,7 @@ impl ModelRunnerOptions {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::weights::Shard;
 
     #[test]
     fn the_kv_cache_gets_what_the_others_leave() {
@@ -265,11 +280,15 @@ mod tests {
         let page_bytes = config.cache_layout(Shard::WHOLE).expect("a layout").kv_bytes_per_token(config.dtype) * 16;
         // 1,000 pages in all, of which weights and arena took 300, the graphs will take 100, and 200 stay free.
         let memory = MemoryInfo { free_bytes: 700 * page_bytes, total_bytes: 1000 * page_bytes };
-        let shared =
-            |num_sharing| Measured { memory, num_sharing, arena_bytes: 32 << 20, graph_bytes: 100 * page_bytes };
+        let shared = |num_sharing| Measured {
+            memory,
+            arena_bytes: 32 << 20,
+            graph_bytes: 100 * page_bytes * num_sharing,
+            kv_bytes_per_token: page_bytes / 16 * num_sharing,
+        };
         let fitted_beside = |options: ModelRunnerOptions, num_sharing| {
             let mut options = ModelRunnerOptions { mem_fraction_static: Some(0.8), ..options };
-            options.fit_kv_cache(&config, Shard::WHOLE, shared(num_sharing)).map(|()| options.kv_cache_tokens)
+            options.fit_kv_cache(shared(num_sharing)).map(|()| options.kv_cache_tokens)
         };
         let fitted = |options: ModelRunnerOptions| fitted_beside(options, 1);
         let tokens =

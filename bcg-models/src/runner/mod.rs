@@ -19,6 +19,7 @@
 mod check;
 mod choose;
 mod generate;
+mod links;
 mod load;
 mod measure;
 mod memory;
@@ -27,11 +28,12 @@ mod options;
 mod rank;
 mod role;
 mod staged;
+mod stages;
 
 use std::sync::Arc;
 use std::time::Instant;
 
-use bcg_runtime::{Decision, Description, Device, GraphCacheStats, RankThreads, World};
+use bcg_runtime::{Decision, Description, Device, GraphCacheStats, World};
 
 use crate::batch::{Phase, SequenceInput, StagedSampling};
 use crate::config::ModelConfig;
@@ -39,10 +41,11 @@ use crate::error::{Error, Result};
 use crate::sampling::SamplingParams;
 use crate::state::{Caches, KvCache, PagePool, StateCache};
 use crate::tokenizer::Tokenizer;
-use choose::{PENDING_MAX, Readbacks};
+use choose::Readbacks;
 use nodes::Work;
 use rank::Rank;
 use staged::{Path, StagedChoice, StagedStep};
+use stages::Stages;
 
 pub use choose::{PendingStep, TOP_LOGPROBS_MAX};
 pub use generate::{FinishReason, GenerateOptions, Generated};
@@ -78,16 +81,13 @@ const DUMMY_SEQUENCE_TOKENS: usize = 128;
 /// ```
 #[derive(Debug)]
 pub struct ModelRunner {
-    /// Rank 0 works on the caller's thread, each other one on a thread of its own.
-    ranks: RankThreads<Rank>,
+    stages: Stages,
     pages: PagePool,
     readbacks: Readbacks,
     tokenizer: Option<Tokenizer>,
     config: ModelConfig,
     options: ModelRunnerOptions,
     role: Role,
-    /// The number of sequences of the step that was launched last.
-    num_chosen: usize,
 }
 
 impl ModelRunner {
@@ -118,12 +118,17 @@ impl ModelRunner {
         let free_after = self.device().memory_info()?.free_bytes;
         let arena = self.first().runtime.arena_stats().mapped_bytes;
         let [prefill_sizes, decode_sizes] = sizes;
+        let of_stage = |rank: &Rank| {
+            let largest = prefill_sizes.last().and_then(|&size| rank.graphs(Phase::Prefill).describe(size));
+            largest.map_or((0, 0), |graph| (graph.segments.len(), graph.breaks.len()))
+        };
+        let (segments, breaks) = self.stages.leaders().map(of_stage).fold((0, 0), |a, b| (a.0 + b.0, a.1 + b.1));
         let largest = prefill_sizes.last().and_then(|&size| self.describe(Phase::Prefill, size)).unwrap_or_default();
         Ok(CaptureSummary {
             prefill_sizes,
             decode_sizes,
-            segments: largest.segments.len(),
-            breaks: largest.breaks.len(),
+            segments,
+            breaks,
             capture_time: begun.elapsed(),
             arena_bytes: largest.extent_bytes,
             graph_bytes: (free_before.saturating_sub(free_after)).saturating_sub(arena - arena_before),
@@ -137,7 +142,7 @@ impl ModelRunner {
         };
         self.with_dummy((size, 0), longest, |runner, dummy| {
             let step = runner.stage_dummy(dummy, phase, size);
-            runner.on_ranks(step, Rank::capture_ahead)
+            runner.stages.on_ranks(step, Rank::capture_ahead)
         })
     }
 
@@ -151,11 +156,12 @@ impl ModelRunner {
     }
 
     /// Enqueues a step and does not wait for it: the host can prepare the next one, which may take the tokens that this
-    /// one chooses ([`SequenceInput::chosen_row`]), while the device works.
+    /// one chooses ([`SequenceInput::chosen`]), while the device works. With a pipeline of S stages, S + 1 steps may be under
+    /// way, so that every stage has work.
     ///
     /// # Errors
-    /// [`Error::Batch`] or [`Error::Sampling`] for a batch that cannot be run, before anything is, and, with several ranks,
-    /// for a third step before one is collected; the runtime's.
+    /// [`Error::Batch`] or [`Error::Sampling`] for a batch that cannot be run, before anything is, and, with several ranks
+    /// or stages, for a step too many before one is collected; the runtime's.
     pub fn launch(&mut self, batch: &[SequenceInput<'_>]) -> Result<PendingStep> {
         let pending = self.enqueue(batch)?;
         commit_states(batch);
@@ -165,17 +171,12 @@ impl ModelRunner {
     /// As [`launch`](Self::launch), but the states of the sequences stay where they were.
     fn enqueue(&mut self, batch: &[SequenceInput<'_>]) -> Result<PendingStep> {
         self.check(batch)?;
-        if !self.readbacks.have_room() {
-            return Err(Error::batch(
-                "launched steps",
-                format!("at most {PENDING_MAX} not collected"),
-                PENDING_MAX + 1,
-            ));
-        }
+        self.readbacks.check_room()?;
         let step = self.stage_chosen(batch);
-        let launched = self.command(Work::Launch, &step).and_then(|()| self.on_ranks(step, Rank::launch));
-        let launched = launched.map_err(|error| self.ended(error))?;
-        self.num_chosen = batch.len();
+        let launched = self.command(Work::Launch, &step).and_then(|()| self.stages.on_ranks(step, Rank::launch));
+        let launched = launched.map_err(|error| self.stages.ended(error))?;
+        let launched = launched.ok_or_else(|| bcg_runtime::Error::other("the last stage chooses tokens"))?;
+        self.stages.first_mut().inputs.launched(batch.len());
         Ok(PendingStep::new(launched, self.readbacks.clone(), batch))
     }
 
@@ -185,9 +186,10 @@ impl ModelRunner {
     /// # Errors
     /// The first error of the step's work on the device; [`bcg_runtime::Error::Stale`] for logits after another launch.
     pub fn collect(&mut self, step: PendingStep) -> Result<StepOutput> {
-        let tokens = step.read(&mut self.ranks.first_mut().runtime);
+        let tokens = step.read(&mut self.stages.last_mut().runtime);
         drop(step); // its host memory serves the next one
-        Ok(StepOutput { tokens: tokens.map_err(|error| self.ended(error.into()))? })
+        let tokens = tokens.map_err(Error::from).and_then(|tokens| self.stages.check().map(|()| tokens));
+        Ok(StepOutput { tokens: tokens.map_err(|error| self.stages.ended(error))? })
     }
 
     /// Runs one sequence and returns the logits of every new token, not only of the last one.
@@ -198,25 +200,27 @@ impl ModelRunner {
         let batch = std::slice::from_ref(sequence);
         self.check(batch)?;
         let step = self.stage_as(batch, Phase::Prefill, (sequence.num_new(), Path::Eager), true);
-        let logits = self.command(Work::Score, &step).and_then(|()| self.on_ranks(step, Rank::score));
-        let logits = logits.map_err(|error| self.ended(error))?;
+        let logits = self.command(Work::Score, &step).and_then(|()| self.stages.on_ranks(step, Rank::score));
+        let logits = logits.map_err(|error| self.stages.ended(error))?;
         commit_states(batch);
         Ok(logits)
     }
 
-    /// Decides how a batch runs, and puts it together. The graphs of rank 0 decide for all ranks.
+    /// Decides how a batch runs, and puts it together. The graphs of rank 0 decide for all ranks of a stage, those of the first
+    /// stage for the rows of all stages.
     fn stage(&mut self, batch: &[SequenceInput<'_>]) -> StagedStep {
         let (phase, rows) = (self.role.phase_of(batch), num_rows(batch));
-        let (graphs, _) = self.ranks.first_mut().graphs_and_runtime(phase);
-        let run = match graphs.decide(rows) {
-            Decision::Replay { size } | Decision::Capture { size } if self.options.debug_cuda_graph => {
-                (size, Path::Eager)
-            }
+        let is_debugged = self.options.debug_cuda_graph;
+        let mut runs = self.stages.leaders_mut().map(|rank| match rank.graphs_and_runtime(phase).0.decide(rows) {
+            Decision::Replay { size } | Decision::Capture { size } if is_debugged => (size, Path::Eager),
             Decision::Replay { size } => (size, Path::Replay),
             Decision::Capture { size } => (size, Path::Capture),
             Decision::Eager(_) => (rows, Path::Eager),
-        };
-        self.stage_as(batch, phase, run, true)
+        });
+        let first = runs.next().unwrap_or((rows, Path::Eager));
+        // A stage without a graph of these rows, which a failed capture or a full budget explains, runs them eagerly.
+        let later_paths = runs.map(|(size, path)| if size == first.0 { path } else { Path::Eager }).collect();
+        StagedStep { later_paths, ..self.stage_as(batch, phase, first, true) }
     }
 
     /// As [`stage`](Self::stage), with what is asked of the next tokens.
@@ -238,64 +242,20 @@ impl ModelRunner {
         (rows, path): (usize, Path),
         write_kv: bool,
     ) -> StagedStep {
-        let batch = self.ranks.first_mut().inputs.stage(batch, phase, rows, write_kv);
-        StagedStep { path, batch, sampling: None, asked: StagedChoice::default() }
-    }
-
-    /// Runs a step on every rank of this process at once, and returns what the first of them returned.
-    fn on_ranks<R: Send + 'static>(
-        &mut self,
-        step: StagedStep,
-        f: fn(&mut Rank, &StagedStep) -> bcg_runtime::Result<R>,
-    ) -> Result<R> {
-        if self.num_ranks() == 1 {
-            let rank = self.ranks.first_mut();
-            let result = f(rank, &step);
-            rank.inputs.take_back(step.batch);
-            return Ok(result?);
+        let inputs = &mut self.stages.first_mut().inputs;
+        let newest = batch.iter().filter_map(|sequence| sequence.chosen).min_by_key(|chosen| chosen.steps_since);
+        let (slot, awaited) =
+            (inputs.chosen_slots().next(), newest.and_then(|chosen| inputs.chosen_slots().slot_of(chosen)));
+        let batch = inputs.stage(batch, phase, rows, write_kv);
+        StagedStep {
+            path,
+            later_paths: Vec::new(),
+            batch,
+            slot,
+            awaited,
+            sampling: None,
+            asked: StagedChoice::default(),
         }
-        let step = Arc::new(step);
-        let shared = Arc::clone(&step);
-        let results = self.on_each(move |rank| f(rank, &shared));
-        if let Some(step) = Arc::into_inner(step) {
-            self.ranks.first_mut().inputs.take_back(step.batch);
-        }
-        let first = results?.into_iter().next();
-        first.ok_or_else(|| bcg_runtime::Error::other("a world has at least one rank").into())
-    }
-
-    /// Calls `f` on every rank of this process at once, and returns what it returned, in the order of the ranks. If it fails on one of
-    /// several, the others may wait for that one: so the world is lost, and they stop to wait.
-    fn on_each<R: Send + 'static>(
-        &mut self,
-        f: impl Fn(&mut Rank) -> bcg_runtime::Result<R> + Send + Sync + 'static,
-    ) -> Result<Vec<R>> {
-        if self.num_ranks() == 1 {
-            return Ok(vec![f(self.ranks.first_mut())?]);
-        }
-        let world = self.world().clone();
-        if let Some(lost) = world.lost() {
-            return Err(lost.into());
-        }
-        let results = self.ranks.run(move |rank| {
-            f(rank).inspect_err(|error| {
-                world.lose(rank.runtime.rank(), error);
-            })
-        });
-        Ok(results?)
-    }
-
-    /// What a failed step says: that a rank is lost, if one is, unless the context of a device is, which no new world in
-    /// this process helps.
-    fn ended(&mut self, error: Error) -> Error {
-        let is_context_lost = matches!(&error, Error::Runtime(error) if error.is_context_lost());
-        let Some(lost) = self.world().lost().filter(|_| !is_context_lost) else { return error };
-        let lost_contexts = self.ranks.run(|rank| {
-            let synchronized = rank.device().synchronize();
-            Ok(synchronized.err().filter(bcg_runtime::Error::is_context_lost))
-        });
-        let first = lost_contexts.into_iter().flatten().flatten().next();
-        first.unwrap_or(lost).into()
     }
 
     /// Runs every kernel of a step once, at the largest captured size, so that no later capture has to grow the arena;
@@ -319,7 +279,7 @@ impl ModelRunner {
         {
             self.with_dummy((rows, decodes), longest, |runner, dummy| {
                 let step = runner.stage_dummy(dummy, phase, rows);
-                runner.on_ranks(StagedStep { sampling: Some(StagedSampling::new(dummy)), ..step }, Rank::warm_up)
+                runner.stages.on_ranks(StagedStep { sampling: Some(StagedSampling::new(dummy)), ..step }, Rank::warm_up)
             })?;
         }
         self.synchronize()
@@ -375,49 +335,65 @@ impl ModelRunner {
         self.tokenizer.as_ref().ok_or(Error::NoTokenizer)
     }
 
-    /// The ranks and their devices.
+    /// The ranks and their devices; with several stages, those of the first one.
     pub fn world(&self) -> &World {
-        self.ranks.world()
+        self.stages.first_world()
     }
 
-    /// The number of ranks, of all processes together.
+    /// The number of ranks of each stage, of all processes together.
     pub fn num_ranks(&self) -> usize {
         self.world().size()
     }
 
-    /// The device it runs on; with several ranks, that of rank 0.
+    /// The number of stages of the pipeline: 1 if there is none.
+    pub fn num_stages(&self) -> usize {
+        self.stages.len()
+    }
+
+    /// The devices of all ranks of all stages: that of rank r of stage s is number `s * num_ranks + r`.
+    pub fn devices(&self) -> impl Iterator<Item = &Device> {
+        self.stages.devices()
+    }
+
+    /// The device it runs on; with several, the first one.
     pub fn device(&self) -> &Device {
         self.first().device()
     }
 
-    /// The KV cache; with several ranks, rank 0's share of it.
+    /// Tells whether sequences have states, which state-space layers keep, in some stage.
+    pub fn has_states(&self) -> bool {
+        self.stages.leaders().any(|rank| !rank.caches.states.layers().is_empty())
+    }
+
+    /// The KV cache; with several ranks or stages, the share of the first one.
     pub fn kv_cache(&self) -> &KvCache {
         &self.first().caches.kv
     }
 
-    /// The KV cache and the states, for the [`Role`] that pushes to them; with several ranks, rank 0's share of them.
+    /// The KV cache and the states, for the [`Role`] that pushes to them; with several ranks or stages, the share of the
+    /// first one.
     pub fn caches(&self) -> &Arc<Caches> {
         &self.first().caches
     }
 
-    /// The states of state-space layers; with several ranks, rank 0's share of them.
+    /// The states of state-space layers; with several ranks or stages, the share of the first one.
     pub fn states(&self) -> &StateCache {
         &self.first().caches.states
     }
 
-    /// What the graphs of both phases did so far; all ranks do the same.
+    /// What the graphs of both phases did so far; all ranks of a stage do the same, and this is the first stage.
     pub fn stats(&self) -> GraphStats {
         let rank = self.first();
         rank.prefill_graphs.stats().merged(rank.decode_graphs.stats())
     }
 
     /// The device memory that the graphs of both phases take, in bytes, their shared activations not counted; with several
-    /// ranks, on rank 0's device.
+    /// ranks or stages, on the first device.
     pub fn graph_bytes(&self) -> usize {
         self.first().memory().graph_bytes
     }
 
-    /// How many launches and copies were enqueued so far; with several ranks, on rank 0.
+    /// How many launches and copies were enqueued so far; with several ranks or stages, on the first one.
     pub fn runtime_stats(&self) -> bcg_runtime::RunnerStats {
         self.first().runtime.stats()
     }
@@ -427,14 +403,14 @@ impl ModelRunner {
         self.first().graphs(phase).ladder().map_or(&[], bcg_runtime::Ladder::sizes)
     }
 
-    /// Describes the graph of a size, if it is captured; with several ranks, that of rank 0.
+    /// Describes the graph of a size, if it is captured; with several ranks or stages, that of the first one.
     pub fn describe(&self, phase: Phase, size: usize) -> Option<Description> {
         self.first().graphs(phase).describe(size)
     }
 
-    /// The rank that works on the caller's thread.
+    /// Rank 0 of the first stage.
     fn first(&self) -> &Rank {
-        self.ranks.first()
+        self.stages.first()
     }
 }
 

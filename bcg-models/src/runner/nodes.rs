@@ -56,18 +56,18 @@ impl ModelRunner {
                 let error = bcg_runtime::Error::other(format!("a command of node 0 cannot be read ({error})"));
                 self.world().lose(self.world().first_rank(), &error)
             })?;
-            self.follow_step(work, step).map_err(|error| self.ended(error))?;
+            self.follow_step(work, step).map_err(|error| self.stages.ended(error))?;
         }
         Ok(())
     }
 
     fn follow_step(&mut self, work: Work, step: StagedStep) -> Result<()> {
         match work {
-            Work::Launch => self.on_ranks(step, |rank, step| rank.launch(step).map(drop)),
-            Work::Score => self.on_ranks(step, |rank, step| rank.score(step).map(drop)),
-            Work::Run => self.on_ranks(step, |rank, step| rank.run(step).map(drop)),
-            Work::Upload => self.on_ranks(step, |rank, step| rank.upload(step).map(drop)),
-            Work::Timeline => self.on_ranks(step, |rank, step| rank.timeline(step).map(drop)),
+            Work::Launch => self.stages.on_ranks(step, |rank, step| rank.launch(step).map(drop)),
+            Work::Score => self.stages.on_ranks(step, |rank, step| rank.score(step).map(drop)),
+            Work::Run => self.stages.on_ranks(step, |rank, step| rank.run(step).map(drop)),
+            Work::Upload => self.stages.on_ranks(step, |rank, step| rank.upload(step).map(drop)),
+            Work::Timeline => self.stages.on_ranks(step, |rank, step| rank.timeline(step).map(drop)),
         }?;
         match self.device().kind() {
             // It works only while somebody waits for it, and node 0 waits for its own.
@@ -84,7 +84,7 @@ impl ModelRunner {
         }
         let own = if world.node() == 0 { self.device().matmul_choices() } else { Vec::new() };
         let choices = world.exchange("the timing of products", own, LOAD_PATIENCE)?.swap_remove(0);
-        self.on_each(move |rank: &mut Rank| match rank.runtime.rank() {
+        self.stages.on_each(move |rank: &mut Rank| match rank.runtime.rank() {
             0 => Ok(()),
             _ => rank.device().take_matmul_choices(&choices),
         })?;

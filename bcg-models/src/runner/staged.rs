@@ -18,8 +18,16 @@ pub(super) enum Path {
 /// One step: what it runs, what it reads, and what is asked of its tokens.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct StagedStep {
+    /// How it runs in the first stage.
     pub(super) path: Path,
+    /// How it runs in the stages after the first one; as in the first one where there is nothing said. All of them run the
+    /// same padded rows.
+    pub(super) later_paths: Vec<Path>,
     pub(super) batch: StagedBatch,
+    /// The slot for the tokens that it chooses.
+    pub(super) slot: usize,
+    /// The slot of the newest tokens that it takes and the host need not have read.
+    pub(super) awaited: Option<usize>,
     /// `None` chooses the most likely tokens.
     pub(super) sampling: Option<StagedSampling>,
     pub(super) asked: StagedChoice,
@@ -39,6 +47,14 @@ pub(super) struct StagedChoice {
     pub(super) logprob_rows: Vec<i32>,
     /// The most alternatives that one of them asks for.
     pub(super) most_logprobs: usize,
+}
+
+impl StagedStep {
+    /// How it runs in a stage.
+    pub(super) fn path(&self, stage: usize) -> Path {
+        let later = stage.checked_sub(1).and_then(|later| self.later_paths.get(later));
+        later.copied().unwrap_or(self.path)
+    }
 }
 
 impl StagedChoice {

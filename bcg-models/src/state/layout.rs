@@ -30,7 +30,24 @@ pub struct StateLayout {
     pub ssm_dtype: DType,
 }
 
+/// How many layers of a stage keep something between steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CachedLayers {
+    /// Layers with keys and values.
+    pub kv: usize,
+    /// State-space layers.
+    pub states: usize,
+}
+
 impl CacheLayout {
+    /// The layout of a stage of a pipeline: that of the model, with these layers only.
+    #[must_use]
+    pub fn with_layers(&self, layers: CachedLayers) -> Self {
+        let states = self.states.clone().filter(|_| layers.states > 0);
+        let states = states.map(|states| StateLayout { layers: layers.states, ..states });
+        Self { kv_layers: layers.kv, states, ..self.clone() }
+    }
+
     /// The bytes of keys and values that one token holds in all layers.
     pub fn kv_bytes_per_token(&self, dtype: DType) -> usize {
         self.kv_layers * (self.k[0] * self.k[1] + self.v[0] * self.v[1]) * dtype.size_bytes()

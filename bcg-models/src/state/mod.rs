@@ -10,7 +10,7 @@ mod state_lease;
 use bcg_runtime::{DType, Device, Result, Tensor};
 
 pub use kv_cache::{KvCache, LayerKv};
-pub use layout::{CacheLayout, StateLayout};
+pub use layout::{CacheLayout, CachedLayers, StateLayout};
 pub use page_pool::{PageLease, PagePool};
 pub use state_cache::{LayerState, StateCache};
 pub use state_lease::StateLease;

@@ -16,7 +16,9 @@ mod files;
 mod part;
 mod random;
 mod shard;
+mod stages;
 
+use std::ops::Range;
 use std::path::Path;
 
 use bcg_runtime::{DType, Device, Tensor, UploadOptions, Uploader};
@@ -28,6 +30,7 @@ use random::RandomWeights;
 pub use part::{Part, Section, Split};
 pub(crate) use shard::check as check_shard;
 pub use shard::{Divided, Experts, Shard};
+pub use stages::divide_layers;
 
 /// The checkpoint's tensors that were not taken yet.
 pub struct Weights<'a> {
@@ -35,6 +38,13 @@ pub struct Weights<'a> {
     device: &'a Device,
     dtype: DType,
     shard: Shard,
+    /// The layers that are taken; `None` takes all.
+    layers: Option<Range<usize>>,
+    taken_bytes: usize,
+    /// What was taken when each layer ended.
+    layer_ends: Vec<usize>,
+    /// What the last layer of a pipeline needs once more.
+    repeated_bytes: usize,
     progress: Option<&'a mut dyn FnMut(usize, usize)>,
 }
 
@@ -64,7 +74,7 @@ impl<'a> Weights<'a> {
     pub fn open(dir: &Path, device: &'a Device, dtype: DType, shard: Shard) -> Result<Self> {
         let uploader = Uploader::new(device, UploadOptions::default());
         let origin = Origin::Files { files: WeightFiles::open(dir)?, uploader };
-        Ok(Self { origin, device, dtype, shard, progress: None })
+        Ok(Self::new(origin, device, dtype, shard))
     }
 
     /// Makes up every tensor that is taken, the same ones each time: to measure a geometry without its checkpoint. What
@@ -74,13 +84,34 @@ impl<'a> Weights<'a> {
     /// The device's.
     pub fn random(device: &'a Device, dtype: DType, shard: Shard) -> Result<Self> {
         let origin = Origin::Random(Box::new(RandomWeights::new(device)?));
-        Ok(Self { origin, device, dtype, shard, progress: None })
+        Ok(Self::new(origin, device, dtype, shard))
     }
 
     /// Leaves every tensor that is taken undefined, for a dry run: on a host device such memory takes none.
-    #[cfg(test)]
     pub(crate) fn unfilled(device: &'a Device, dtype: DType, shard: Shard) -> Self {
-        Self { origin: Origin::Random(Box::new(RandomWeights::unfilled())), device, dtype, shard, progress: None }
+        Self::new(Origin::Random(Box::new(RandomWeights::unfilled())), device, dtype, shard)
+    }
+
+    fn new(origin: Origin, device: &'a Device, dtype: DType, shard: Shard) -> Self {
+        Self {
+            origin,
+            device,
+            dtype,
+            shard,
+            layers: None,
+            taken_bytes: 0,
+            layer_ends: Vec::new(),
+            repeated_bytes: 0,
+            progress: None,
+        }
+    }
+
+    /// Takes these layers only, with the embedding table if the first layer is among them, and with the final norm and the
+    /// LM head if the last one is: a stage of a pipeline. `None` takes all.
+    #[must_use]
+    pub fn with_layers(mut self, layers: Option<Range<usize>>) -> Self {
+        self.layers = layers;
+        self
     }
 
     /// Calls `progress(bytes done, bytes in all)` while [`finish`](Self::finish) writes the tensors.
@@ -98,6 +129,32 @@ impl<'a> Weights<'a> {
     /// The share of the model that is taken.
     pub fn shard(&self) -> Shard {
         self.shard
+    }
+
+    /// The layers that are taken of a model of `num_layers` layers.
+    pub fn layers(&self, num_layers: usize) -> Range<usize> {
+        self.layers.clone().unwrap_or(0..num_layers)
+    }
+
+    /// Notes that all tensors of the next layer were taken.
+    pub fn end_layer(&mut self) {
+        self.layer_ends.push(self.taken_bytes);
+    }
+
+    /// Notes that a tensor serves the last layer too, whose stage of a pipeline needs one of its own.
+    pub fn repeat(&mut self, tensor: &Tensor) {
+        self.repeated_bytes += tensor.size_bytes();
+    }
+
+    /// The bytes of each layer that was taken: the first one with what was taken before it, the last one with what was
+    /// taken after it or is [repeated](Self::repeat).
+    pub fn layer_bytes(&self) -> Vec<usize> {
+        let mut ends = self.layer_ends.clone();
+        if let Some(last) = ends.last_mut() {
+            *last = self.taken_bytes + self.repeated_bytes;
+        }
+        let begins = std::iter::once(0).chain(self.layer_ends.iter().copied());
+        ends.iter().zip(begins).map(|(end, begin)| end - begin).collect()
     }
 
     /// Takes the tensor `name`, which must have `shape`, undivided. Its elements are undefined before
@@ -142,6 +199,7 @@ impl<'a> Weights<'a> {
             last += part[0];
             last - part[0]..last
         });
+        self.taken_bytes += shape.iter().product::<usize>() * dtype.size_bytes();
         match &mut self.origin {
             Origin::Files { files, uploader } => {
                 // Before the memory, which a wrong shape may be too large for.

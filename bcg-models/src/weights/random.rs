@@ -27,7 +27,6 @@ impl RandomWeights {
     }
 
     /// Leaves all elements undefined.
-    #[cfg(test)]
     pub(super) fn unfilled() -> Self {
         Self { runner: None, seed: 0, bytes: 0 }
     }

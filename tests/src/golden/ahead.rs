@@ -1,6 +1,6 @@
 //! Steps that are launched before the tokens of the one before are read, and what is asked of the logits.
 
-use bcg_models::{GraphMode, ModelRunner, PendingStep, SamplingParams, SequenceInput};
+use bcg_models::{ChosenToken, GraphMode, ModelRunner, PendingStep, SamplingParams, SequenceInput};
 use bcg_runtime::Device;
 
 use super::checkpoint::{reference, tokens_of};
@@ -37,15 +37,15 @@ fn ahead(runner: &mut ModelRunner, prompts: &[Vec<u32>], late: bool) -> Vec<Vec<
         let batch: Vec<_> = order
             .iter()
             .map(|&at| {
-                let (chosen_row, tokens): (_, &[u32]) = match (launched[at], rows[at]) {
+                let (chosen, tokens): (_, &[u32]) = match (launched[at], rows[at]) {
                     (0, _) => (None, &prompts[at]),
-                    (_, Some(row)) if late => (Some(row), &[]),
+                    (_, Some(row)) if late => (Some(ChosenToken::of_last(row)), &[]),
                     _ => (None, &answers[at][answers[at].len() - 1..]),
                 };
                 let past_len = if launched[at] == 0 { 0 } else { prompts[at].len() + launched[at] - 1 };
                 let (state, num_drawn) = (leases[at].state(), launched[at] as u64);
                 let input = SequenceInput::new(tokens, past_len, leases[at].pages(), &sampling);
-                SequenceInput { chosen_row, state, num_drawn, ..input }
+                SequenceInput { chosen, state, num_drawn, ..input }
             })
             .collect();
         let pending = runner.launch(&batch).expect("launched");

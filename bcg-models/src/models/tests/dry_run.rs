@@ -5,14 +5,14 @@ use std::time::Duration;
 
 use bcg_kernels::DecodePlan;
 use bcg_runtime::{
-    BreakableCudaGraph, CommunicatorOptions, Device, HostOptions, RankThreads, Result, Runner, RunnerOptions, Tensor,
-    World, WorldOptions,
+    BreakableCudaGraph, CommunicatorOptions, Device, HostOptions, RankThreads, Result, Runner, RunnerOptions, World,
+    WorldOptions,
 };
 
 use super::folder;
 use crate::batch::{BatchLimits, ForwardBatch, InputBuffers, Phase, SequenceInput};
 use crate::config::ModelConfig;
-use crate::registry::{self, Model};
+use crate::registry::{self, Model, StageOutput};
 use crate::sampling::SamplingParams;
 use crate::state::{Caches, KvCache, StateCache};
 use crate::weights::{Shard, Weights};
@@ -62,7 +62,7 @@ impl Rank {
         let live = self.buffers.fill(&mut self.runner, &batch, phase, size, false)?;
         let inputs = self.buffers.token_inputs(phase, size)?;
         let (model, caches) = (Arc::clone(&self.model), Arc::clone(&self.caches));
-        let mut graph = BreakableCudaGraph::<ForwardBatch, Tensor>::new(format!("{} of {size}", phase.name()));
+        let mut graph = BreakableCudaGraph::<ForwardBatch, StageOutput>::new(format!("{} of {size}", phase.name()));
         graph.capture_ahead(&mut self.runner, &live, move |cx| model.forward(cx, &inputs, &caches))?;
         let made = graph.describe();
         Ok([made.segments.len(), made.breaks.len(), made.num_merged])

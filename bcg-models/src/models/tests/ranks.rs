@@ -78,7 +78,7 @@ impl Rank {
         }
         let (model, caches) = (&self.model, &self.caches);
         let (hidden, logits) = self.runner.eager(&live, |cx| {
-            let hidden = model.forward(cx, &inputs, caches)?;
+            let hidden = model.forward(cx, &inputs, caches)?.hidden;
             let logits = model.logits(cx, &hidden)?;
             Ok((hidden, logits))
         })?;
