@@ -7,6 +7,7 @@
 mod ahead;
 mod checkpoint;
 mod eval;
+mod pipeline;
 mod ranks;
 mod roles;
 mod states;
@@ -19,6 +20,7 @@ use bcg_runtime::Device;
 pub use ahead::*;
 pub use checkpoint::*;
 pub use eval::*;
+pub use pipeline::*;
 pub use ranks::*;
 pub use roles::*;
 pub use states::*;
