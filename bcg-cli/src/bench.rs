@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use bcg_benches::report::Report;
-use bcg_benches::{capture, decode, engine, kernels, lazy, prefill, replay, serve};
+use bcg_benches::{capture, decode, engine, kernels, lazy, prefill, prompt, replay, serve};
 use clap::{Args, Subcommand};
 
 use crate::args::{DeviceArgs, EngineArgs};
@@ -23,6 +23,8 @@ pub enum BenchCommand {
     Kernels(With<DeviceArgs, kernels::KernelsArgs>),
     /// The forward of one request, by its length
     Prefill(With<EngineArgs, prefill::PrefillArgs>),
+    /// The first token of one long prompt that the engine computes in chunks, by its length
+    Prompt(With<EngineArgs, prompt::PromptArgs>),
     /// The forward of a batch with one new token for each sequence, by the batch's size
     Decode(With<EngineArgs, decode::DecodeArgs>),
     /// The captures of all sizes, and the memory they take
@@ -59,10 +61,11 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
 }
 
 fn measure(command: &BenchCommand) -> anyhow::Result<(Report, &Option<PathBuf>)> {
-    use BenchCommand::{Capture, Decode, Engine, Kernels, Lazy, Prefill, Replay, Serve};
+    use BenchCommand::{Capture, Decode, Engine, Kernels, Lazy, Prefill, Prompt, Replay, Serve};
     Ok(match command {
         Kernels(With { timed, bench }) => (kernels::measure(timed.device, bench)?, &bench.rounds.json),
         Prefill(With { timed, bench }) => (prefill::measure(&timed.options(), bench)?, &bench.rounds.json),
+        Prompt(With { timed, bench }) => (prompt::measure(&timed.options(), bench)?, &bench.json),
         Decode(With { timed, bench }) => (decode::measure(&timed.options(), bench)?, &bench.rounds.json),
         Capture(With { timed, bench }) => (capture::measure(&timed.options())?, &bench.json),
         Lazy(With { timed, bench }) => (lazy::measure(&timed.options(), bench)?, &bench.json),
@@ -124,6 +127,19 @@ mod tests {
         assert_eq!(rows.iter().map(|row| &row["batch"]).collect::<Vec<_>>(), [3, 1]);
         rows.into_iter().for_each(|row| positive(row, &FORWARD));
         assert!(report["notes"][0].as_str().is_some_and(|note| note.contains("of 40 tokens")), "{report}");
+    }
+
+    #[test]
+    fn prompt_times_the_first_token_of_prompts_in_chunks() {
+        let flags = ["prompt", "--tokens", "50,90", "--rounds", "2", "--pp", "2"];
+        let report = bench(&[&flags[..], &["--max-running-requests", "4", "--chunked-prefill-size", "16"]].concat());
+        let report = report.expect("times");
+        let rows = rows(&report, "prompt");
+        assert_eq!(rows.iter().map(|row| &row["tokens"]).collect::<Vec<_>>(), [50, 90]);
+        rows.iter().for_each(|row| positive(row, &["first_token_ms_p50", "tokens_per_s"]));
+        assert_eq!((&rows[0]["pp"], &rows[0]["chunk"]), (&2.into(), &16.into()));
+        let error = bench(&["prompt", "--rounds", "0"]).expect_err("no round").to_string();
+        assert!(error.starts_with("--rounds"), "{error}");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Everything that measures: what `bcg bench` times, how it is timed, and how it is reported.
 //!
-//! - [`capture`], [`decode`], [`engine`], [`kernels`], [`lazy`], [`prefill`], [`replay`]: one bench of a model each;
+//! - [`capture`], [`decode`], [`engine`], [`kernels`], [`lazy`], [`prefill`], [`prompt`], [`replay`]: one bench of a model each;
 //!   [`serve`] alone runs no model: it asks a server.
 //! - [`program`], [`raw`]: the mechanism alone, against bare driver calls; the executables in `bin/` time it.
 //! - [`timing`], [`turns`], [`report`], [`progress`]: rounds, contestants in turns, tables and JSON, bars.
@@ -29,6 +29,7 @@ pub mod prefill;
 mod profile;
 pub mod program;
 pub mod progress;
+pub mod prompt;
 mod random;
 pub mod raw;
 pub mod replay;
