@@ -382,7 +382,11 @@ impl Queue {
             let text = self.failures.get(&id).map_or("a failure", |failure| &failure.text);
             return Err(collectives.fail(rank, launch, format!("its work was skipped after: {text}")));
         }
-        let gave = work::give(launch, memory).inspect_err(|error| {
+        let gave = {
+            let _turn = memory.turn();
+            work::give(launch, memory)
+        };
+        let gave = gave.inspect_err(|error| {
             collectives.fail(rank, launch, error.to_string());
         })?;
         let round = collectives.give(rank, launch, gave)?;
