@@ -193,6 +193,7 @@ ranks() {
     local devices=${RANK_DEVICES:-0,1} checkpoint geometry tp server port=30019 tokens
     local two=(--tp 2 --devices "$devices") seed=0
     step "collectives" 200 bin/gpu collectives --devices "$devices"
+    step "experts" 200 bin/gpu experts --devices "$devices"
     step "replays of all ranks" 200 bin/gpu world --devices "$devices" --replays "${RANK_REPLAYS:-1000000}" --delays
     step "replays of all ranks, host time" 60 bin/gpu world --devices "$devices" --replays 20000 --layers 36 --steady
     for checkpoint in $(cd models && echo tiny-*); do

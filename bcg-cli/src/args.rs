@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::ensure;
 use bcg_engine::{CaptureMode, DeviceChoice, EngineOptions};
 use bcg_models::LoadFormat;
+use bcg_models::weights::MoeA2a;
 use bcg_server::{ApiKey, HttpOptions};
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{ArgAction, Args, CommandFactory, Parser, ValueEnum};
@@ -25,6 +26,12 @@ const DEVICES: &Choices<DeviceChoice> = &[
 const CAPTURES: &Choices<CaptureMode> = &[
     ("ahead", "Every size of the ladder before the first request is served", CaptureMode::Ahead),
     ("lazy", "The exact size of each step, when it first runs", CaptureMode::Lazy),
+];
+
+const MOE_A2A_BACKENDS: &Choices<MoeA2a> = &[
+    ("none", "Not at all: every rank has all rows, and computes what its experts make of them", MoeA2a::None),
+    ("push", "Each is pushed to the ranks that own its experts, within the captured forward", MoeA2a::Push),
+    ("break", "In messages of one size for all ranks, in an eager break", MoeA2a::Break),
 ];
 
 const LOAD_FORMATS: &Choices<LoadFormat> = &[
@@ -89,6 +96,10 @@ pub struct EngineArgs {
     /// Expert parallelism: each of N ranks has a share of the experts, in place of a share of every expert
     #[arg(long, aliases = ["expert-parallel-size", "ep-size"], value_name = "N", default_value_t = 1)]
     pub ep: usize,
+
+    /// With --ep: how rows come to the experts of other ranks
+    #[arg(long, value_parser = one_of(MOE_A2A_BACKENDS), default_value = "none")]
+    pub moe_a2a_backend: MoeA2a,
 
     /// Pipeline parallelism: stages that the layers are divided among, each with the devices of --tp
     #[arg(long, aliases = ["pipeline-parallel-size", "pp-size"], value_name = "N", default_value_t = 1)]
@@ -341,6 +352,7 @@ impl EngineArgs {
         options.allow_special_tokens_in_content = self.allow_special_tokens_in_content;
         options.device = self.device.device;
         (options.tp, options.ep) = (self.tp.unwrap_or(self.ep.max(1)), self.ep);
+        options.moe_a2a_backend = self.moe_a2a_backend;
         (options.pp, options.dp) = (self.pp, self.dp);
         options.devices = self.devices.clone();
         (options.nnodes, options.node_rank) = (self.nnodes, self.node_rank);
@@ -535,6 +547,8 @@ mod tests {
             refused(flags, "--ep", "the same number");
         }
         refused(&["--ep", "0"], "--ep", "the same number");
+        assert_eq!(works(&["--ep", "2", "--moe-a2a-backend", "push"]).moe_a2a_backend, MoeA2a::Push);
+        refused(&["--tp", "2", "--moe-a2a-backend", "push"], "--moe-a2a-backend", "add --ep");
     }
 
     #[test]

@@ -120,6 +120,7 @@ fn settings(options: &EngineOptions, runner: &ModelRunner, has_prefix_cache: boo
         "tp": runner.num_ranks(),
         "pp": runner.num_stages(),
         "ep": options.ep,
+        "moe_a2a_backend": format!("{:?}", options.moe_a2a_backend).to_lowercase(),
         "dp": options.dp,
         "nnodes": runner.world().num_nodes(),
         "devices": runner.devices().map(Device::name).collect::<Vec<_>>(),

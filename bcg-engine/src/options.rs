@@ -6,7 +6,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use bcg_models::weights::Experts;
+use bcg_models::weights::{Experts, MoeA2a};
 use bcg_models::{GraphMode, LoadFormat, ModelRunnerOptions, OptionError};
 use bcg_runtime::RANKS_MAX;
 
@@ -79,6 +79,8 @@ pub struct EngineOptions {
     /// Expert parallelism: 1, or equal to `tp`; each rank then has a share of the experts, those whole, in place of a share of
     /// every expert.
     pub ep: usize,
+    /// With `ep`: how rows come to experts that other ranks own.
+    pub moe_a2a_backend: MoeA2a,
     /// Pipeline parallelism: the stages that the model's layers are divided among, each of which has `tp` ranks.
     pub pp: usize,
     /// Replicas: engines that share the requests, each with the whole model on `tp` times `pp` devices of its own.
@@ -153,6 +155,7 @@ impl Default for EngineOptions {
             device: DeviceChoice::Auto,
             tp: 1,
             ep: 1,
+            moe_a2a_backend: MoeA2a::None,
             pp: 1,
             dp: 1,
             devices: None,
@@ -393,10 +396,14 @@ impl EngineOptions {
 
     /// How several ranks divide the experts.
     pub(crate) fn experts(&self) -> Experts {
-        if self.ep > 1 { Experts::Whole } else { Experts::ByChannels }
+        if self.ep > 1 { Experts::Whole(self.moe_a2a_backend) } else { Experts::ByChannels }
     }
 
     fn check_experts(&self) -> Result<(), OptionError> {
+        if self.ep == 1 && self.moe_a2a_backend != MoeA2a::None {
+            let problem = "no rank has experts of its own";
+            return Err(OptionError::new("moe_a2a_backend", problem, "add `ep` or drop it"));
+        }
         if self.ep == 1 || self.ep == self.tp {
             return Ok(());
         }
@@ -616,6 +623,7 @@ mod tests {
         for (tp, ep) in [(1, 2), (2, 4), (4, 2), (2, 0)] {
             refused(|options| (options.tp, options.ep) = (tp, ep), "ep", "the same number");
         }
+        refused(|options| options.moe_a2a_backend = MoeA2a::Push, "moe_a2a_backend", "add `ep`");
     }
 
     #[test]

@@ -5,7 +5,7 @@
 template <typename T, bool WIDE> BCG_DEVICE void gather(const GatherArgs& a) {
     constexpr u32 N = WIDE ? 4 : 1;  // packs that a thread waits for together
     u32 step = gridDim.x * blockDim.x, mine = blockIdx.x * blockDim.x + threadIdx.x;
-    PackedRows<T, WIDE> x(a.x, a.x_stride, a.columns);
+    auto piece_for = [&](u32 rank) { return PackedRows<T, WIDE>((const T*)a.x + rank * a.x_step, a.x_stride, a.columns); };
     auto piece = [&](u32 rank) { return PackedRows<T, WIDE>((T*)a.out + rank * a.out_step, a.out_stride, a.columns); };
     wait_for_inputs();
     Collective c(a.communicator);
@@ -21,7 +21,9 @@ template <typename T, bool WIDE> BCG_DEVICE void gather(const GatherArgs& a) {
 #pragma unroll
         for (u32 k = 0; k < N; k++) {
             u32 item = first + k * step;
-            if (item < items && gives(c.rank_at(distance_of(item)))) packs[k] = x.load(a.first_pack + pack_of(item));
+            if (item >= items) continue;
+            u32 to = c.rank_at(distance_of(item));
+            if (gives(to)) packs[k] = piece_for(to).load(a.first_pack + pack_of(item));
         }
 #pragma unroll
         for (u32 k = 0; k < N; k++) {
@@ -40,7 +42,7 @@ template <typename T, bool WIDE> BCG_DEVICE void gather(const GatherArgs& a) {
     }
     send(mine);
     if (takes(c.c.rank)) {
-        PackedRows<T, WIDE> own = piece(c.c.rank);
+        PackedRows<T, WIDE> x = piece_for(c.c.rank), own = piece(c.c.rank);
 #pragma unroll 1
         for (u32 pack = mine; pack < a.packs; pack += step) own.store(a.first_pack + pack, as_sent(x.load(a.first_pack + pack)));
     }
@@ -75,7 +77,7 @@ template <typename T, bool WIDE> BCG_DEVICE void gather(const GatherArgs& a) {
 }
 
 template <typename T> BCG_DEVICE void gather(const GatherArgs& a) {
-    u64 low = (u64)a.x | (u64)a.out | (a.x_stride | a.out_stride | a.out_step | a.columns) * sizeof(T);
+    u64 low = (u64)a.x | (u64)a.out | (a.x_stride | a.x_step | a.out_stride | a.out_step | a.columns) * sizeof(T);
     if (low % 16 == 0) gather<T, true>(a);
     else gather<T, false>(a);
 }

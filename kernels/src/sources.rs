@@ -36,6 +36,8 @@ pub(crate) const HEADERS: &[Header] = &[
     ("latent_attention.cuh", include_str!("../include/latent_attention.cuh")),
     ("logits.cuh", include_str!("../include/logits.cuh")),
     ("mma.cuh", include_str!("../include/mma.cuh")),
+    ("moe_combine.cuh", include_str!("../include/moe_combine.cuh")),
+    ("moe_exchange.cuh", include_str!("../include/moe_exchange.cuh")),
     ("moe_permute.cuh", include_str!("../include/moe_permute.cuh")),
     ("paged_attention.cuh", include_str!("../include/paged_attention.cuh")),
     ("persistent_decode.cuh", include_str!("../include/persistent_decode.cuh")),

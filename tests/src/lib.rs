@@ -7,6 +7,7 @@ pub mod allocations;
 pub mod collectives;
 pub mod conformance;
 pub mod device_faults;
+pub mod experts;
 pub mod geometry;
 pub mod golden;
 pub mod ops;

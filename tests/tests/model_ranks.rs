@@ -1,6 +1,5 @@
 //! The rules of models that are divided among several ranks, on host devices.
 
-use bcg_models::weights::Experts;
 use bcg_runtime::Device;
 use bcg_tests::golden;
 
@@ -17,7 +16,7 @@ macro_rules! tests {
         $(
             #[test]
             fn $rule() {
-                super::golden::$rule(&super::hosts($num_ranks), $checkpoint, super::Experts::$experts);
+                super::golden::$rule(&super::hosts($num_ranks), $checkpoint, super::golden::$experts);
             }
         )*
     };

@@ -2,15 +2,20 @@
 //!
 //! Everything is captured: a router's choice stays on the device, and launches depend on the number of padded rows
 //! alone. Padded rows choose no expert.
+//!
+//! Of several ranks each has a share of every expert, or some experts, whole. All have all rows, so what a rank's experts
+//! make of them is a partial sum, and the next norm adds up those of all ranks. The ways in which rows are sent instead give
+//! the same bits as long as the router does, which on GPUs may depend on the number of rows that it is given at once.
 
 use std::ops::Range;
 
-use bcg_kernels::{self as ops, Scores, Scoring};
-use bcg_runtime::{OpStream, Result, Tensor};
+use bcg_kernels::{self as ops, Choices, Routing, Scores, Scoring};
+use bcg_runtime::{Context, Eager, OpStream, Result, Tensor, eager_on_graph};
 
 use super::{Linear, Mlp};
+use crate::batch::ForwardBatch;
 use crate::config::{Fields, ModelConfig};
-use crate::weights::{Divided, Experts, Part, Section, Split, Weights};
+use crate::weights::{Divided, Experts, MoeA2a, Part, Section, Split, Weights};
 
 /// The most experts that the kernels choose among, and the most that they choose for a token.
 const EXPERTS_MAX: usize = 512;
@@ -78,8 +83,8 @@ impl MoeConfig {
         let whole = Divided::new(self.num_experts_field, self.num_experts);
         match (experts, self.shared_inner) {
             (Experts::ByChannels, _) => vec![channels],
-            (Experts::Whole, None) => vec![whole],
-            (Experts::Whole, Some(_)) => vec![whole, channels],
+            (Experts::Whole(_), None) => vec![whole],
+            (Experts::Whole(_), Some(_)) => vec![whole, channels],
         }
     }
 
@@ -156,8 +161,10 @@ fn groups(fields: &Fields, is_sigmoid: bool) -> crate::Result<[usize; 2]> {
 pub struct Moe {
     gate: Linear,
     scoring: Scoring,
-    /// The experts that this rank has anything of.
+    /// The experts that this rank has anything of, of so many.
     own: Range<usize>,
+    num_experts: usize,
+    a2a: MoeA2a,
     /// `[E, 2 I, C]` of these E experts: of each the channels of this rank, first those of `gate_proj`, then those of
     /// `up_proj`.
     gate_up_proj: Tensor,
@@ -186,9 +193,9 @@ impl Moe {
         let shared = moe.shared_inner.map(|inner| Mlp::load_sized(weights, &shared_experts, hidden, inner));
         let shard = weights.shard();
         let channels = [Section { units: inner, rows: 1 }];
-        let (own, rows, columns) = match shard.experts {
-            Experts::ByChannels => (0..num_experts, Split::Rows(&channels), Split::Columns),
-            Experts::Whole => (shard.range(num_experts), Split::Whole, Split::Whole),
+        let (own, a2a, rows, columns) = match shard.experts {
+            Experts::ByChannels => (0..num_experts, MoeA2a::None, Split::Rows(&channels), Split::Columns),
+            Experts::Whole(a2a) => (shard.range(num_experts), a2a, Split::Whole, Split::Whole),
         };
         let mut take = |matrices: &[&str], shape, split| {
             take_experts(weights, name, (num_experts, &own), matrices, (shape, split))
@@ -199,6 +206,8 @@ impl Moe {
             gate,
             scoring: Scoring { scores, chosen: moe.chosen, groups, kept_groups, is_renormalised, scale },
             own,
+            num_experts,
+            a2a,
             gate_up_proj,
             down_proj,
             shared_experts: shared.transpose()?,
@@ -209,16 +218,111 @@ impl Moe {
     ///
     /// # Errors
     /// Those of the ops.
-    pub fn forward(&self, cx: &mut OpStream, x: &Tensor, num_valid: &Tensor) -> Result<Tensor> {
+    pub fn forward(&self, cx: &mut Context<'_, ForwardBatch>, x: &Tensor, num_valid: &Tensor) -> Result<Tensor> {
+        let (num_ranks, rows) = (cx.world_size(), x.dim(0));
+        if self.a2a == MoeA2a::None || num_ranks == 1 {
+            return self.forward_own(cx, x, num_valid);
+        }
+        // All ranks have equal shares of the rows: what is missing for that is padded.
+        let even = match rows.is_multiple_of(num_ranks) {
+            true => x.clone(),
+            false => {
+                let even = cx.empty(&[rows.next_multiple_of(num_ranks), x.dim(1)], x.dtype())?;
+                cx.copy(&even.rows(0..rows)?, x)?;
+                even
+            }
+        };
+        let sum = match self.a2a {
+            MoeA2a::Push => self.forward_pushed(cx, &even, num_valid)?,
+            _ => self.forward_in_break(cx, &even, num_valid)?,
+        };
+        sum.rows(0..rows)
+    }
+
+    /// What this rank's experts make of all rows, none of which is sent.
+    fn forward_own(&self, cx: &mut OpStream, x: &Tensor, num_valid: &Tensor) -> Result<Tensor> {
         let logits = self.gate.forward_f32(cx, x)?; // [T, E]
         let routing = ops::moe_route(cx, &logits, &self.scoring, num_valid, self.own.clone())?;
         drop(logits);
-        let gated = ops::grouped_gate_up(cx, x, &self.gate_up_proj, &routing.plan)?; // [T K, I]
-        let y = ops::grouped_linear(cx, &gated, &self.down_proj, &routing.plan)?; // [T K, C]
-        drop(gated);
-        let shared = self.shared_experts.as_ref().map(|mlp| mlp.forward(cx, x)).transpose()?; // [T, C]
+        let y = self.experts(cx, x, &routing)?; // [T K, C]
+        let shared = self.shared(cx, x)?;
         ops::moe_combine(cx, &y, &routing, shared.as_ref())
     }
+
+    /// Sends each row to the ranks that own its experts, and takes the sums that come back.
+    fn forward_pushed(&self, cx: &mut OpStream, x: &Tensor, num_valid: &Tensor) -> Result<Tensor> {
+        let (own_rows, sent) = self.choose_for_share(cx, x, num_valid)?;
+        let (rows, choices) = ops::moe_dispatch(cx, &own_rows, &sent, self.num_experts)?; // [T, C]
+        let routing = self.order(cx, choices, num_valid)?;
+        let y = self.experts(cx, &rows, &routing)?; // [T K, C]
+        drop(rows);
+        let shared = self.shared(cx, x)?;
+        ops::moe_return(cx, &y, &routing, &sent, shared.as_ref())
+    }
+
+    /// The same with two breaks, in each of which every rank sends every other one as much, whatever was chosen.
+    fn forward_in_break(&self, cx: &mut Context<'_, ForwardBatch>, x: &Tensor, num_valid: &Tensor) -> Result<Tensor> {
+        let (own_rows, sent) = self.choose_for_share(cx, x, num_valid)?;
+        let message = ops::moe_pack(cx, &own_rows, &sent, self.num_experts)?;
+        let came = exchange_rows(cx, &message)?;
+        drop(message);
+        let (rows, choices) = ops::moe_unpack(cx, &came, x.dim(1), self.scoring.chosen)?; // [T, C]
+        drop(came);
+        let routing = self.order(cx, choices, num_valid)?;
+        let y = self.experts(cx, &rows, &routing)?; // [T K, C]
+        drop(rows);
+        let shared = self.shared(cx, x)?;
+        let parts = ops::moe_combine(cx, &y, &routing, shared.as_ref())?; // [T, C]
+        drop(y);
+        let parts = exchange_rows(cx, &parts)?;
+        ops::moe_place(cx, &parts)
+    }
+
+    /// This rank's share of the rows, and the experts that these choose.
+    fn choose_for_share(&self, cx: &mut OpStream, x: &Tensor, num_valid: &Tensor) -> Result<(Tensor, Choices)> {
+        let share = x.dim(0) / cx.world_size();
+        let first = cx.rank() * share;
+        let rows = x.rows(first..first + share)?; // [T / W, C]
+        let logits = self.gate.forward_f32(cx, &rows)?; // [T / W, E]
+        let choices = ops::moe_choose(cx, &logits, &self.scoring, num_valid, first)?;
+        Ok((rows, choices))
+    }
+
+    /// Orders choices that came from all ranks.
+    fn order(&self, cx: &mut OpStream, choices: Choices, num_valid: &Tensor) -> Result<Routing> {
+        let plan = ops::moe_permute(cx, &choices.experts, self.num_experts, self.own.clone())?;
+        Ok(Routing { choices, plan, num_valid: num_valid.clone() })
+    }
+
+    /// What this rank's experts make of rows, in the order of the plan.
+    fn experts(&self, cx: &mut OpStream, x: &Tensor, routing: &Routing) -> Result<Tensor> {
+        let gated = ops::grouped_gate_up(cx, x, &self.gate_up_proj, &routing.plan)?; // [T K, I]
+        ops::grouped_linear(cx, &gated, &self.down_proj, &routing.plan)
+    }
+
+    /// This rank's part of what the shared experts make of all rows, `[T, C]`.
+    fn shared(&self, cx: &mut OpStream, x: &Tensor) -> Result<Option<Tensor>> {
+        self.shared_experts.as_ref().map(|mlp| mlp.forward(cx, x)).transpose()
+    }
+}
+
+/// Sends each rank its part of the rows `[W N, M]`, and returns those that come.
+fn exchange_rows(cx: &mut Context<'_, ForwardBatch>, rows: &Tensor) -> Result<Tensor> {
+    let [count, columns] = [rows.dim(0), rows.dim(1)];
+    exchange(cx, &rows.reshape(&[1, count, columns])?)?.reshape(&[count, columns])
+}
+
+/// Sends each rank its part of the rows `[1, W N, M]`, and returns those that come. They are not in the order of the batch, so
+/// what comes has a dimension ahead, lest the runtime zeroes the last of them as padded rows.
+#[eager_on_graph(rank_coupled, stub = undefined)]
+fn exchange(cx: &mut Eager<'_, ForwardBatch>, rows: &Tensor) -> Result<Tensor> {
+    let came = ops::all_to_all(cx, &rows.reshape(&rows.shape()[1..])?)?;
+    came.reshape(rows.shape())
+}
+
+/// What comes of an exchange, not yet defined: while ranks capture, nothing runs.
+fn undefined(cx: &mut Eager<'_, ForwardBatch>, rows: &Tensor) -> Result<Tensor> {
+    cx.empty(rows.shape(), rows.dtype())
 }
 
 /// Takes this rank's share of matrices of its `own` experts, those of one expert on top of each other, as

@@ -29,7 +29,7 @@ use random::RandomWeights;
 
 pub use part::{Part, Section, Split};
 pub(crate) use shard::check as check_shard;
-pub use shard::{Divided, Experts, Shard};
+pub use shard::{Divided, Experts, MoeA2a, Shard};
 pub use stages::divide_layers;
 
 /// The checkpoint's tensors that were not taken yet.

@@ -38,8 +38,22 @@ pub enum Experts {
     /// Each rank has a share of the channels of every expert.
     #[default]
     ByChannels,
-    /// Each rank has a share of the experts, those whole.
-    Whole,
+    /// Each rank has a share of the experts, those whole; rows come to them so.
+    Whole(MoeA2a),
+}
+
+/// How rows come to experts that other ranks own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum MoeA2a {
+    /// Not at all: every rank has all rows, and computes what its own experts make of them.
+    #[default]
+    None,
+    /// Each rank chooses experts for a share of the rows, and pushes each of these into the planes of the ranks that own its
+    /// experts; what they make of it comes back the same way. All of it is captured.
+    Push,
+    /// As [`MoeA2a::Push`], but in messages of one size for all ranks, whose exchange is an eager break: for an exchange through
+    /// a library.
+    Break,
 }
 
 impl Experts {
@@ -50,7 +64,7 @@ impl Experts {
     pub fn refuse_whole(self, config: &ModelConfig) -> Result<()> {
         match self {
             Self::ByChannels => Ok(()),
-            Self::Whole => {
+            Self::Whole(_) => {
                 let remedy = "give `ep` 1: no rank can have experts of its own";
                 let expected = "a mixture of experts";
                 Err(config.fields.error("architectures", expected, format!("{:?}", config.architecture), remedy))

@@ -1,7 +1,7 @@
 //! Mixture of experts: the products of the experts, each with the rows that chose it.
 
 use anyhow::Result;
-use bcg_kernels::{self as ops, ExpertPlan, Routing, Scores, Scoring};
+use bcg_kernels::{self as ops, Choices, ExpertPlan, Routing, Scores, Scoring};
 use bcg_runtime::DType;
 
 use super::KernelsArgs;
@@ -79,8 +79,8 @@ fn route(model: &Shapes, choice: &Choice) -> Case {
         let (scores, is_renormalised, scale) = (Scores::Softmax, true, 1.0);
         let scoring = Scoring { scores, chosen, groups, kept_groups, is_renormalised, scale };
         Ok(Box::new(move |cx| {
-            let Routing { experts, weights, plan } = ops::moe_route(cx, &logits, &scoring, &num_valid, 0..num_experts)?;
-            Ok(vec![experts, weights, plan.offsets, plan.rows, plan.places])
+            let Routing { choices, plan, .. } = ops::moe_route(cx, &logits, &scoring, &num_valid, 0..num_experts)?;
+            Ok(vec![choices.experts, choices.weights, plan.offsets, plan.rows, plan.places])
         }))
     });
     model.case("moe_route", format!("T={tokens}"), bytes, 0, prepare)
@@ -94,7 +94,8 @@ fn combine(model: &Shapes, choice: &Choice) -> Case {
         let y = lab.random(&[rows, hidden], dtype)?;
         let experts = lab.tensor(&as_i32(&choice.experts))?.reshape(&[tokens, choice.chosen])?;
         let weights = lab.random(&[tokens, choice.chosen], DType::F32)?;
-        let routing = Routing { experts, weights, plan: choice.plan(lab)? };
+        let num_valid = lab.tensor(&[tokens as i32])?;
+        let routing = Routing { choices: Choices { experts, weights }, plan: choice.plan(lab)?, num_valid };
         Ok(Box::new(move |cx| Ok(vec![ops::moe_combine(cx, &y, &routing, None)?])))
     });
     model.case("moe_combine", format!("T={tokens}"), bytes, 0, prepare)

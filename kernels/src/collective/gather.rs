@@ -1,21 +1,23 @@
 //! Rows handed on as they are: what [`all_gather_columns`](super::all_gather_columns), [`all_gather_rows`](super::all_gather_rows),
-//! [`broadcast`](super::broadcast()) and [`send_receive`](super::send_receive()) share.
+//! [`all_to_all`](super::all_to_all()), [`broadcast`](super::broadcast()) and [`send_receive`](super::send_receive()) share.
 
 use bcg_runtime::{CommunicatorArgs, DevicePtr, Dims, Given, HostMemory, Kernel, KernelArgs, OpStream, Result, Tensor};
 
 use super::message::{Message, give_row, given, grid, slot_packs};
 use crate::check::Check;
-use crate::float::{Float, row};
+use crate::float::Float;
 
 /// What `include/collective_gather.cuh` takes.
 #[repr(C)]
 #[derive(Clone, Copy, KernelArgs)]
 pub(super) struct GatherArgs {
     pub(super) communicator: CommunicatorArgs,
+    /// What goes to rank 0; to the others `x_step` elements apart, or the same to all if that is 0.
     pub(super) x: DevicePtr,
     /// What comes of rank 0; of the others `out_step` elements apart.
     pub(super) out: DevicePtr,
     pub(super) x_stride: i64,
+    pub(super) x_step: i64,
     pub(super) out_stride: i64,
     pub(super) out_step: i64,
     pub(super) rows: u32,
@@ -32,7 +34,10 @@ pub(super) struct GatherArgs {
 /// Rows that some ranks hand to others.
 pub(super) struct Gathering<'a> {
     pub(super) check: Check,
+    /// What goes to every rank, or to rank 0.
     pub(super) x: &'a Tensor,
+    /// Elements between what goes to one rank and to the next.
+    pub(super) x_step: usize,
     pub(super) out: &'a Tensor,
     /// Elements between what comes of one rank and of the next.
     pub(super) out_step: usize,
@@ -60,6 +65,7 @@ impl Gathering<'_> {
                 x,
                 out,
                 x_stride: self.x.row_stride() as i64,
+                x_step: self.x_step as i64,
                 out_stride: self.out.row_stride() as i64,
                 out_step: self.out_step as i64,
                 rows: message.rows,
@@ -74,12 +80,18 @@ impl Gathering<'_> {
     }
 }
 
-/// Gives the rows, if any rank takes them.
+/// Gives the rows, if any rank takes them, of all pieces where each rank takes another one.
 pub(super) fn give<T: Float>(a: &GatherArgs, _: &Dims, memory: &HostMemory<'_>) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    if a.to_ranks != 0 {
+    let num_pieces = match (a.to_ranks, a.x_step) {
+        (0, _) => 0,
+        (_, 0) => 1,
+        _ => a.communicator.num_ranks as usize,
+    };
+    for piece in 0..num_pieces {
         for t in 0..a.rows as usize {
-            give_row(&mut bytes, row::<T>(memory, a.x, a.x_stride, t, a.columns as usize)?);
+            let first = piece * a.x_step as usize + t * a.x_stride as usize;
+            give_row(&mut bytes, memory.view_at::<T>(a.x, first, a.columns as usize)?);
         }
     }
     Ok(bytes)
@@ -88,11 +100,12 @@ pub(super) fn give<T: Float>(a: &GatherArgs, _: &Dims, memory: &HostMemory<'_>) 
 /// Takes the rows of the ranks that are named.
 pub(super) fn take<T: Float>(a: &GatherArgs, _: &Dims, gave: &Given, memory: &HostMemory<'_>) -> Result<()> {
     let (rows, columns) = (a.rows as usize, a.columns as usize);
+    let piece = if a.x_step == 0 { 0 } else { a.communicator.rank as usize };
     for (rank, bytes) in gave.iter().enumerate().filter(|(rank, _)| a.from_ranks >> rank & 1 == 1) {
         for t in 0..rows {
             let first = rank * a.out_step as usize + t * a.out_stride as usize;
             for (c, out) in memory.view_at::<T>(a.out, first, columns)?.iter().enumerate() {
-                out.set(given(bytes, t * columns + c));
+                out.set(given(bytes, (piece * rows + t) * columns + c));
             }
         }
     }

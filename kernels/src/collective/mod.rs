@@ -47,7 +47,10 @@ ops! {
     all_gather,
     all_reduce,
     all_reduce_add_rms_norm,
+    all_to_all,
     broadcast,
+    moe_dispatch,
+    moe_return,
     reduce_scatter_rows,
     send_receive,
 }

@@ -2,6 +2,8 @@
 
 ops! {
     combine,
+    message,
     permute,
+    place,
     route,
 }

@@ -4,8 +4,8 @@
 //! none). `gpu --geometry DIR`: only the rules about the folder that `tests/geometry/reference.py` wrote. `BCG_ROOT` tells
 //! where the repository's `models` and `tests` lie, if not where it was built.
 //!
-//! `gpu collectives FLAGS` checks and times what several ranks sum, `gpu world FLAGS` replays a forward of theirs. `gpu serve
-//! FLAGS` is a `bcg-server` whose device a request can break, and `gpu bcg …` is `bcg`, so that a bundle needs one of the two
+//! `gpu collectives FLAGS` checks and times what several ranks sum, `gpu world FLAGS` replays a forward of theirs, `gpu
+//! experts FLAGS` checks and times experts that ranks own. `gpu serve FLAGS` is a `bcg-server` whose device a request can break, and `gpu bcg …` is `bcg`, so that a bundle needs one of the two
 //! only.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use bcg_runtime::{Device, ReplayMode};
 use bcg_tests::conformance::fixture::with_replay;
 use bcg_tests::geometry::Session;
-use bcg_tests::{collectives, conformance, device_faults, geometry, golden, ops, random, soak, world};
+use bcg_tests::{collectives, conformance, device_faults, experts, geometry, golden, ops, random, soak, world};
 use clap::Parser;
 
 struct Options {
@@ -148,6 +148,10 @@ fn main() -> ExitCode {
         Some("collectives") => {
             let args: Vec<String> = std::env::args().skip(2).collect();
             return bcg_cli::exit("gpu collectives", collectives::main(&args));
+        }
+        Some("experts") => {
+            let args: Vec<String> = std::env::args().skip(2).collect();
+            return bcg_cli::exit("gpu experts", experts::main(&args));
         }
         Some("bcg") => {
             let cli = bcg_cli::Cli::parse_from(std::env::args().skip(1));

@@ -11,6 +11,7 @@ pub(super) enum Op {
     AllReduceAddRmsNorm,
     AllGatherColumns,
     AllGatherRows,
+    AllToAll,
     ReduceScatterRows,
     Broadcast { root: usize },
     SendReceive { to_offset: usize },
@@ -34,9 +35,14 @@ impl Call {
         self.rows * self.stride() + self.columns
     }
 
+    /// Tells whether its rows are divided among the ranks.
+    pub(super) fn divides_rows(op: Op) -> bool {
+        matches!(op, Op::AllToAll | Op::ReduceScatterRows)
+    }
+
     /// Tells whether all ranks get the same.
     pub(super) fn is_replicated(&self) -> bool {
-        !matches!(self.op, Op::ReduceScatterRows | Op::SendReceive { .. })
+        !matches!(self.op, Op::AllToAll | Op::ReduceScatterRows | Op::SendReceive { .. })
     }
 
     pub(super) fn num_outputs(&self) -> usize {
@@ -70,6 +76,7 @@ impl Call {
             }
             Op::AllGatherColumns => vec![ops::all_gather_columns(cx, &x)?],
             Op::AllGatherRows => vec![ops::all_gather_rows(cx, &x)?],
+            Op::AllToAll => vec![ops::all_to_all(cx, &x)?],
             Op::ReduceScatterRows => vec![ops::reduce_scatter_rows(cx, &x)?],
             Op::Broadcast { root } => vec![ops::broadcast(cx, &x, root)?],
             Op::SendReceive { to_offset } => vec![ops::send_receive(cx, &x, to_offset)?],
@@ -100,6 +107,10 @@ impl Call {
                 self.compare(&outputs[0], rows, columns * num_ranks, |t, c| x(c / columns, t, c % columns))
             }
             Op::AllGatherRows => self.compare(&outputs[0], rows * num_ranks, columns, |t, c| x(t / rows, t % rows, c)),
+            Op::AllToAll => {
+                let share = rows / num_ranks;
+                self.compare(&outputs[0], rows, columns, |t, c| x(t / share, rank * share + t % share, c))
+            }
             Op::ReduceScatterRows => {
                 let share = rows / num_ranks;
                 self.compare(&outputs[0], share, columns, |t, c| sum(rank * share + t, c))

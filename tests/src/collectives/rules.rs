@@ -36,6 +36,7 @@ fn ops(num_ranks: usize) -> Vec<Op> {
         Op::AllReduceAddRmsNorm,
         Op::AllGatherColumns,
         Op::AllGatherRows,
+        Op::AllToAll,
         Op::ReduceScatterRows,
         Op::Broadcast { root: num_ranks - 1 },
         Op::SendReceive { to_offset: 1 },
@@ -56,7 +57,7 @@ pub fn collectives_match_plain_sums(world: &World, size: Size) -> Result<usize> 
     let mut num_checked = 0;
     for (at, (rows, columns)) in SHAPES.into_iter().enumerate() {
         for op in ops(num_ranks) {
-            let rows = if op == Op::ReduceScatterRows { rows * num_ranks } else { rows };
+            let rows = if Call::divides_rows(op) { rows * num_ranks } else { rows };
             for (dtype, gaps) in FLOATS.into_iter().flat_map(|dtype| GAPS.map(|gaps| (dtype, gaps))) {
                 let call = Call { op, dtype, input: at % INPUTS, rows, columns, gaps };
                 if call.elements() <= size.elements {
@@ -84,7 +85,7 @@ impl Calls {
     }
 
     fn next(&mut self) -> Call {
-        let op = ops(self.num_ranks)[self.below(7)];
+        let op = ops(self.num_ranks)[self.below(8)];
         let op = match op {
             Op::Broadcast { .. } => Op::Broadcast { root: self.below(self.num_ranks) },
             Op::SendReceive { .. } => Op::SendReceive { to_offset: self.below(2 * self.num_ranks) },
@@ -92,7 +93,7 @@ impl Calls {
         };
         let columns = [1, 8, 100, 256, 1024, 6144][self.below(6)];
         let rows = 1 + self.below(1 + 4096 / columns.max(256));
-        let rows = if op == Op::ReduceScatterRows { rows * self.num_ranks } else { rows };
+        let rows = if Call::divides_rows(op) { rows * self.num_ranks } else { rows };
         let call = Call {
             op,
             dtype: FLOATS[self.below(3)],

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use bcg_models::weights::Experts;
+use bcg_models::weights::{Experts, MoeA2a};
 use bcg_models::{GraphMode, ModelRunner, ModelRunnerOptions, SamplingParams, SequenceInput, registry};
 use bcg_runtime::{Device, ReplayMode};
 
@@ -14,6 +14,15 @@ use super::{Checkpoint, folder, load_ranks, options};
 /// after the other; `BCG_EVAL_PROBLEMS` says how many else, of the 200 that there are.
 const NUM_PROBLEMS: usize = 24;
 
+/// The ways to divide experts, and how rows come to them.
+pub const BY_CHANNELS: Experts = Experts::ByChannels;
+/// See [`BY_CHANNELS`].
+pub const WHOLE: Experts = Experts::Whole(MoeA2a::None);
+/// See [`BY_CHANNELS`].
+pub const PUSHED: Experts = Experts::Whole(MoeA2a::Push);
+/// See [`BY_CHANNELS`].
+pub const IN_BREAK: Experts = Experts::Whole(MoeA2a::Break);
+
 /// A rule for several ranks, each with a device.
 pub type RanksRule = (&'static str, fn(&[Device], Checkpoint, Experts));
 
@@ -23,16 +32,19 @@ macro_rules! ranks_rules {
     ($then:ident) => {
         $then! {
             worlds {
-                qwen3_2 = ("tiny-qwen3", 2, ByChannels),
-                qwen3_moe_2 = ("tiny-qwen3-moe", 2, ByChannels),
-                qwen3_moe_experts_2 = ("tiny-qwen3-moe", 2, Whole),
-                nemotron_h_2 = ("tiny-nemotron-h", 2, ByChannels),
-                deepseek_v3_2 = ("tiny-deepseek-v3", 2, ByChannels),
-                deepseek_v3_experts_2 = ("tiny-deepseek-v3", 2, Whole),
-                qwen3_4 = ("tiny-qwen3", 4, ByChannels),
-                qwen3_moe_4 = ("tiny-qwen3-moe", 4, ByChannels),
-                qwen3_moe_experts_4 = ("tiny-qwen3-moe", 4, Whole),
-                deepseek_v3_4 = ("tiny-deepseek-v3", 4, ByChannels),
+                qwen3_2 = ("tiny-qwen3", 2, BY_CHANNELS),
+                qwen3_moe_2 = ("tiny-qwen3-moe", 2, BY_CHANNELS),
+                qwen3_moe_experts_2 = ("tiny-qwen3-moe", 2, WHOLE),
+                qwen3_moe_pushed_2 = ("tiny-qwen3-moe", 2, PUSHED),
+                qwen3_moe_break_2 = ("tiny-qwen3-moe", 2, IN_BREAK),
+                nemotron_h_2 = ("tiny-nemotron-h", 2, BY_CHANNELS),
+                deepseek_v3_2 = ("tiny-deepseek-v3", 2, BY_CHANNELS),
+                deepseek_v3_experts_2 = ("tiny-deepseek-v3", 2, WHOLE),
+                deepseek_v3_pushed_2 = ("tiny-deepseek-v3", 2, PUSHED),
+                qwen3_4 = ("tiny-qwen3", 4, BY_CHANNELS),
+                qwen3_moe_4 = ("tiny-qwen3-moe", 4, BY_CHANNELS),
+                qwen3_moe_pushed_4 = ("tiny-qwen3-moe", 4, PUSHED),
+                deepseek_v3_4 = ("tiny-deepseek-v3", 4, BY_CHANNELS),
             }
             rules {
                 ranks_match_the_reference,
@@ -47,7 +59,7 @@ macro_rules! ranks_rules {
 macro_rules! lists {
     (worlds { $($module:ident = ($checkpoint:literal, $num_ranks:literal, $experts:ident),)* } rules { $($rule:ident,)* }) => {
         /// The tiny checkpoints, with the numbers of ranks that divide them, and how they divide experts.
-        pub const WORLDS: &[(Checkpoint, usize, Experts)] = &[$(($checkpoint, $num_ranks, Experts::$experts)),*];
+        pub const WORLDS: &[(Checkpoint, usize, Experts)] = &[$(($checkpoint, $num_ranks, $experts)),*];
 
         /// The rules of this group.
         pub const RANKS_RULES: &[RanksRule] =
@@ -105,7 +117,7 @@ pub fn ranks_solve_what_one_solves(devices: &[Device], checkpoint: Checkpoint, e
     let asked = std::env::var("BCG_EVAL_PROBLEMS").ok().and_then(|count| count.parse().ok());
     let problems = match experts {
         Experts::ByChannels => 2 * NUM_PROBLEMS,
-        Experts::Whole => NUM_PROBLEMS, // what is not experts is divided as before
+        Experts::Whole(_) => NUM_PROBLEMS, // what is not experts is divided as before
     };
     let count = asked.unwrap_or(problems / devices.len());
     let solve = |devices: &[Device]| {

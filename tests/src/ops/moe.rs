@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use bcg_kernels::{self as ops, ExpertPlan, Routing, Scores, Scoring};
+use bcg_kernels::{self as ops, Choices, ExpertPlan, Routing, Scores, Scoring};
 use bcg_runtime::{BreakableCudaGraph, DType, Device, OpStream, Result, Tensor};
 
 use super::fixture::{FLOATS, Fixture, Known, epsilon};
@@ -113,7 +113,8 @@ pub(super) fn moe_route_chooses_what_the_formula_chooses(device: &Device) {
             let own = some_range(&mut fixture, num_experts);
             let routing = fixture
                 .run(|cx| ops::moe_route(cx, &logits.columns(0..num_experts)?, &scoring, &num_valid, own.clone()));
-            let (experts, weights) = (fixture.read_i32(&routing.experts), fixture.read(&routing.weights));
+            let (experts, weights) =
+                (fixture.read_i32(&routing.choices.experts), fixture.read(&routing.choices.weights));
             assert!(experts[valid * chosen..].iter().all(|expert| *expert == -1), "padded rows: {experts:?}");
             assert!(weights[valid * chosen..].iter().all(|weight| *weight == 0.0), "padded rows: {weights:?}");
             for t in 0..valid {
@@ -164,7 +165,7 @@ pub(super) fn moe_route_takes_the_first_of_equals(device: &Device) {
         let what = format!("{scores:?}, {groups} groups");
         let scoring = Scoring { scores, groups, kept_groups, ..softmax(4) };
         let routing = fixture.run(|cx| ops::moe_route(cx, &logits, &scoring, &num_valid, 0..num_experts));
-        let experts = fixture.read_i32(&routing.experts);
+        let experts = fixture.read_i32(&routing.choices.experts);
         assert_eq!(experts[0..4], [0, 1, 2, 3], "{what}");
         // A group with one expert of 1 is as good as others where the best one counts, and worse where two do.
         let first = if groups == 8 && what.starts_with("Sigmoid") { 8 } else { 7 };
@@ -378,7 +379,8 @@ pub(super) fn moe_combine_matches_the_formula(device: &Device) {
                 y[in_use * columns..].fill(f64::NAN);
                 let y = fixture.floats(&[tokens * chosen, columns], dtype, &y);
                 let shared = padded_rows(&mut fixture, tokens, valid, columns, dtype);
-                let routing = Routing { experts, weights: weights.tensor, plan };
+                let choices = Choices { experts, weights: weights.tensor };
+                let routing = Routing { choices, plan, num_valid: fixture.ints(&[valid as i32]) };
                 for added in [None, Some(&shared)] {
                     let out = fixture.run(|cx| ops::moe_combine(cx, &y.tensor, &routing, added.map(|s| &s.tensor)));
                     let mut expected = vec![0.0; tokens * columns];
@@ -472,7 +474,7 @@ pub(super) fn the_parts_of_a_mixture_add_up(device: &Device) {
             let inputs = [logits, x.clone(), fixture.ints(&[rows as i32])];
             let scoring = softmax(chosen);
             let routing = fixture.run(|cx| ops::moe_route(cx, &inputs[0], &scoring, &inputs[2], 0..num_experts));
-            let experts = fixture.read_i32(&routing.experts);
+            let experts = fixture.read_i32(&routing.choices.experts);
             let (whole, shared) = (0..num_experts, fixture.read(&x));
             let whole = fixture.run(|cx| mixture(cx, &inputs, &weights, &scoring, whole)).0;
             let whole = fixture.read(&whole);

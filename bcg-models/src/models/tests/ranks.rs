@@ -19,7 +19,7 @@ use crate::registry::{self, Model};
 use crate::sampling::SamplingParams;
 use crate::state::{CacheLayout, Caches, KvCache, PageLease, PagePool, StateCache, StateLayout};
 use crate::testing::TempDir;
-use crate::weights::{Experts, Shard, Weights};
+use crate::weights::{Experts, MoeA2a, Shard, Weights};
 
 /// One rank of a tiny checkpoint on the host device, with two sequences.
 struct Rank {
@@ -122,14 +122,16 @@ fn ranks(dir: &Path, dtype: DType, num_ranks: usize, experts: Experts) -> RankTh
     RankThreads::start(&world, communicators.into_iter().enumerate().map(load).collect()).expect("threads")
 }
 
-/// The tiny checkpoints, each with the numbers of ranks that divide its heads, and those with experts in both ways.
-const RANKS: [(&str, &[usize], Experts); 6] = [
+/// The tiny checkpoints, each with the numbers of ranks that divide its heads, and those with experts in each way.
+const RANKS: [(&str, &[usize], Experts); 8] = [
     ("tiny-qwen3", &[2, 4], Experts::ByChannels),
     ("tiny-qwen3-moe", &[2, 4], Experts::ByChannels),
-    ("tiny-qwen3-moe", &[2, 4], Experts::Whole),
+    ("tiny-qwen3-moe", &[2, 4], Experts::Whole(MoeA2a::None)),
+    ("tiny-qwen3-moe", &[2, 4], Experts::Whole(MoeA2a::Push)),
     ("tiny-nemotron-h", &[2], Experts::ByChannels),
     ("tiny-deepseek-v3", &[2, 4], Experts::ByChannels),
-    ("tiny-deepseek-v3", &[2, 4], Experts::Whole),
+    ("tiny-deepseek-v3", &[2, 4], Experts::Whole(MoeA2a::None)),
+    ("tiny-deepseek-v3", &[2, 4], Experts::Whole(MoeA2a::Push)),
 ];
 
 /// The steps of one rank that has all of a tiny checkpoint.
@@ -243,6 +245,20 @@ fn several_ranks_round_no_worse_than_one() {
                     std::iter::zip(&got.logits, &expected.logits).map(|(got, expected)| (got - expected).powi(2));
                 let rms = (squares.sum::<f32>() / expected.logits.len() as f32).sqrt();
                 assert!(rms <= 0.1, "{name}, {num_ranks} ranks, step {at}: {rms} from f32");
+            }
+        }
+    }
+}
+
+/// However rows come to experts: as long as the router gives the same bits, as it does on host devices, so do the sums.
+#[test]
+fn rows_that_are_sent_to_experts_come_back_with_the_same_bits() {
+    for name in ["tiny-qwen3-moe", "tiny-deepseek-v3"] {
+        for num_ranks in [2, 4] {
+            let steps = |a2a| steps_of_ranks(&folder(name), DType::Bf16, num_ranks, Experts::Whole(a2a));
+            let expected = steps(MoeA2a::None);
+            for a2a in [MoeA2a::Push, MoeA2a::Break] {
+                assert!(steps(a2a) == expected, "{name}, {num_ranks} ranks, {a2a:?}: other bits");
             }
         }
     }
@@ -401,7 +417,8 @@ fn counts_that_the_ranks_cannot_divide_are_refused_by_name() {
 
 #[test]
 fn experts_that_the_ranks_cannot_share_are_refused_by_name() {
-    let check = |config: &ModelConfig, num_ranks| registry::check_shard(config, num_ranks, Experts::Whole);
+    let check =
+        |config: &ModelConfig, num_ranks| registry::check_shard(config, num_ranks, Experts::Whole(MoeA2a::None));
     for (name, field, value) in [
         ("tiny-qwen3-moe", "num_local_experts", 6),
         ("tiny-deepseek-v3", "n_routed_experts", 6),
@@ -432,6 +449,11 @@ fn the_published_geometries_are_divided_by_8_ranks() {
         }
         // Their names tell which are mixtures.
         let is_mixture = ["deepseek", "a3b", "a22b"].iter().any(|part| geometry.to_string_lossy().contains(part));
-        assert_eq!(registry::check_shard(&config, 8, Experts::Whole).is_ok(), is_mixture, "{}", geometry.display());
+        assert_eq!(
+            registry::check_shard(&config, 8, Experts::Whole(MoeA2a::None)).is_ok(),
+            is_mixture,
+            "{}",
+            geometry.display()
+        );
     }
 }

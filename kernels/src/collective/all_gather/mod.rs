@@ -87,6 +87,6 @@ fn all_gather(cx: &mut OpStream, check: Check, x: &Tensor, shape: &[usize], out_
     }
     let out = cx.empty(shape, x.dtype())?;
     let ranks = all_ranks(cx);
-    Gathering { check, x, out: &out, out_step, to_ranks: ranks, from_ranks: ranks }.launch(cx, kernel)?;
+    Gathering { check, x, x_step: 0, out: &out, out_step, to_ranks: ranks, from_ranks: ranks }.launch(cx, kernel)?;
     Ok(out)
 }

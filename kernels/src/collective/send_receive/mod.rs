@@ -53,7 +53,7 @@ pub fn send_receive(cx: &mut OpStream, x: &Tensor, to_offset: usize) -> Result<T
     }
     let out = cx.empty(x.shape(), x.dtype())?;
     let (to, from) = ((cx.rank() + offset) % num_ranks, (cx.rank() + num_ranks - offset) % num_ranks);
-    Gathering { check: CHECK, x, out: &out, out_step: 0, to_ranks: 1 << to, from_ranks: 1 << from }
+    Gathering { check: CHECK, x, x_step: 0, out: &out, out_step: 0, to_ranks: 1 << to, from_ranks: 1 << from }
         .launch(cx, kernel)?;
     Ok(out)
 }

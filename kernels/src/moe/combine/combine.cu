@@ -1,8 +1,6 @@
 // Rows in x, pieces of a row in y. Host reference: host.rs; shapes and geometry: mod.rs.
 #include "args.cuh"
-#include "bcg.cuh"
-
-constexpr u32 AT_ONCE = 4;  // rows that a thread loads ahead
+#include "moe_combine.cuh"
 
 template <typename T, bool WIDE> BCG_DEVICE void moe_combine(const MoeCombineArgs& a) {
     constexpr u32 LEN = Pack<T>::LEN;
@@ -12,31 +10,11 @@ template <typename T, bool WIDE> BCG_DEVICE void moe_combine(const MoeCombineArg
     release_dependents();
     const i32* places = a.places + (i64)blockIdx.x * a.chosen;
     const float* weights = a.weights + (i64)blockIdx.x * a.chosen;
-    const T* shared = a.shared && a.experts[(i64)blockIdx.x * a.chosen] >= 0 ? (const T*)a.shared + (i64)blockIdx.x * a.shared_stride : nullptr;
+    const T* shared = nullptr;
+    if (a.shared && (i32)blockIdx.x < *a.num_valid) shared = (const T*)a.shared + (i64)blockIdx.x * a.shared_stride;
     u32 step = gridDim.y * blockDim.x * LEN;
-    for (u32 c = (blockIdx.y * blockDim.x + threadIdx.x) * LEN; c < a.columns; c += step) {
-        Pack<T> last = {};
-        if (shared) last = load_pack<WIDE>(shared, c, a.columns);
-        float sums[LEN] = {};
-        for (u32 k = 0; k < a.chosen; k += AT_ONCE) {
-            Pack<T> packs[AT_ONCE];
-            float by[AT_ONCE];
-#pragma unroll
-            for (u32 u = 0; u < AT_ONCE; u++) {
-                i32 place = k + u < a.chosen ? places[k + u] : -1;
-                by[u] = place >= 0 ? weights[k + u] : 0.0f;
-                packs[u] = {};
-                if (place >= 0) packs[u] = load_pack<WIDE>(y + (i64)place * a.columns, c, a.columns);
-            }
-#pragma unroll
-            for (u32 u = 0; u < AT_ONCE; u++)
-#pragma unroll
-                for (u32 e = 0; e < LEN; e++) sums[e] += by[u] * get(packs[u], e);
-        }
-#pragma unroll
-        for (u32 e = 0; e < LEN; e++) sums[e] += get(last, e);
-        store_pack<WIDE>(out, c, a.columns, pack<T>(sums));
-    }
+    for (u32 c = (blockIdx.y * blockDim.x + threadIdx.x) * LEN; c < a.columns; c += step)
+        store_pack<WIDE>(out, c, a.columns, combined<WIDE>(y, places, weights, a.chosen, shared, c, a.columns));
 }
 
 template <typename T> BCG_DEVICE void moe_combine(const MoeCombineArgs& a) {

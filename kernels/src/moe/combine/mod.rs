@@ -2,9 +2,10 @@
 
 mod host;
 
-use bcg_runtime::{DType, DevicePtr, KernelArgs, OpStream, Result, Source, Tensor};
+use bcg_runtime::{DevicePtr, KernelArgs, OpStream, Result, Source, Tensor};
 
 use super::route::Routing;
+pub(crate) use host::combined;
 use crate::check::Check;
 use crate::float::{PerFloat, pack_len, per_float};
 use host::host;
@@ -18,13 +19,13 @@ const CHECK: Check = Check::new("moe_combine");
 #[derive(Clone, Copy, KernelArgs)]
 struct MoeCombineArgs {
     y: DevicePtr,
-    /// -1 in padded rows, which no place tells: a row's experts may all be without one.
-    #[points_to(const i32)]
-    experts: DevicePtr,
     #[points_to(const i32)]
     places: DevicePtr,
     #[points_to(const f32)]
     weights: DevicePtr,
+    /// Which rows are padded, no place tells: the choices of a row may all be without one.
+    #[points_to(const i32)]
+    num_valid: DevicePtr,
     /// Null without a shared expert.
     shared: DevicePtr,
     out: DevicePtr,
@@ -75,12 +76,7 @@ const THREADS: u32 = 128;
 /// ```
 pub fn moe_combine(cx: &mut OpStream, y: &Tensor, routing: &Routing, shared: Option<&Tensor>) -> Result<Tensor> {
     let places = &routing.plan.places;
-    CHECK.rank("y", y, &["T K", "C"])?;
-    CHECK.rank("places", places, &["T", "K"])?;
-    CHECK.dense("places", places, places.shape(), DType::I32)?;
-    CHECK.dense("experts", &routing.experts, places.shape(), DType::I32)?;
-    CHECK.dense("weights", &routing.weights, places.shape(), DType::F32)?;
-    CHECK.dense("y", y, &[places.num_elements(), y.dim(1)], y.dtype())?;
+    routing.check(CHECK, y)?;
     let shape = [places.dim(0), y.dim(1)];
     if let Some(shared) = shared {
         CHECK.shape("shared", shared, &shape)?;
@@ -94,9 +90,9 @@ pub fn moe_combine(cx: &mut OpStream, y: &Tensor, routing: &Routing, shared: Opt
     dims.grid[1] = packs.div_ceil(THREADS as usize).clamp(1, 65_535) as u32;
     let args = MoeCombineArgs {
         y: cx.addr(y)?,
-        experts: cx.addr(&routing.experts)?,
         places: cx.addr(places)?,
-        weights: cx.addr(&routing.weights)?,
+        weights: cx.addr(&routing.choices.weights)?,
+        num_valid: cx.addr(&routing.num_valid)?,
         shared: shared.map_or(Ok(DevicePtr::NULL), |shared| cx.addr(shared))?,
         out: cx.addr(&out)?,
         shared_stride: shared.map_or(0, |shared| shared.row_stride() as i64),
@@ -111,8 +107,8 @@ pub fn moe_combine(cx: &mut OpStream, y: &Tensor, routing: &Routing, shared: Opt
 mod tests {
     use super::*;
     use crate::check::testing::refusal;
-    use crate::moe::ExpertPlan;
-    use bcg_runtime::Device;
+    use crate::moe::{Choices, ExpertPlan};
+    use bcg_runtime::{DType, Device};
 
     #[test]
     fn wrong_tensors_are_refused_by_name() -> Result<()> {
@@ -120,7 +116,8 @@ mod tests {
         let zeros = |shape: &[usize], dtype| device.zeros(shape, dtype);
         let (places, rows) = (zeros(&[3, 2], DType::I32)?, zeros(&[6], DType::I32)?);
         let plan = ExpertPlan { offsets: zeros(&[5], DType::I32)?, rows, places: places.clone(), chosen_among: 4 };
-        let routing = Routing { experts: places, weights: zeros(&[3, 2], DType::F32)?, plan };
+        let choices = Choices { experts: places, weights: zeros(&[3, 2], DType::F32)? };
+        let routing = Routing { choices, plan, num_valid: zeros(&[1], DType::I32)? };
         let (y, shared) = (zeros(&[6, 8], DType::F16)?, zeros(&[2, 8], DType::F16)?);
         let says = |y: &Tensor, shared| refusal(&device, |cx| moe_combine(cx, y, &routing, shared));
         assert!(says(&y.rows(0..5)?, None).contains("`y` [6, 8], got [5, 8]"));

@@ -13,7 +13,7 @@ pub(super) fn host(a: &MoeRouteArgs, memory: &HostMemory<'_>) -> Result<Vec<i32>
     let mut experts = vec![-1; a.tokens as usize * chosen];
     let mut weights = vec![0.0; experts.len()];
     for t in 0..a.tokens as usize {
-        if t as i32 >= num_valid {
+        if (a.first_row as usize + t) as i32 >= num_valid {
             break;
         }
         let logits = row::<f32>(memory, a.logits, a.logits_stride, t, num_experts)?;

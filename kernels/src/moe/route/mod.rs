@@ -60,13 +60,57 @@ pub struct Scoring {
 
 /// The experts of each token.
 #[derive(Clone, Debug)]
-pub struct Routing {
+pub struct Choices {
     /// `[T, K]` i32, the best first; -1 in padded rows.
     pub experts: Tensor,
     /// `[T, K]` f32; 0 in padded rows.
     pub weights: Tensor,
+}
+
+/// The experts of each token, and the tokens of each expert.
+#[derive(Clone, Debug)]
+pub struct Routing {
+    /// The experts of each token.
+    pub choices: Choices,
     /// The choices in the order of the experts, of those experts that were asked for.
     pub plan: ExpertPlan,
+    /// `[1]` i32: rows from there on are padded.
+    pub num_valid: Tensor,
+}
+
+impl Choices {
+    fn empty(cx: &mut OpStream, shape: &[usize]) -> Result<Self> {
+        Ok(Self { experts: cx.empty(shape, DType::I32)?, weights: cx.empty(shape, DType::F32)? })
+    }
+
+    /// Refuses choices that are not those of so many tokens.
+    pub(crate) fn check(&self, check: Check, tokens: usize) -> Result<()> {
+        check.rank("experts", &self.experts, &["T", "K"])?;
+        let shape = [tokens, self.experts.dim(1)];
+        check.dense("experts", &self.experts, &shape, DType::I32)?;
+        check.dense("weights", &self.weights, &shape, DType::F32)
+    }
+}
+
+impl Routing {
+    /// Refuses a routing whose tensors do not fit together, and what experts made of other rows than those of the plan.
+    pub(crate) fn check(&self, check: Check, y: &Tensor) -> Result<()> {
+        let places = &self.plan.places;
+        check.rank("y", y, &["T K", "C"])?;
+        check.rank("places", places, &["T", "K"])?;
+        check.dense("places", places, places.shape(), DType::I32)?;
+        check.dense("weights", &self.choices.weights, places.shape(), DType::F32)?;
+        check.dense("num_valid", &self.num_valid, &[1], DType::I32)?;
+        check.dense("y", y, &[places.num_elements(), y.dim(1)], y.dtype())
+    }
+}
+
+/// How many experts each rank owns.
+pub(crate) fn experts_of_rank(check: Check, num_experts: usize, num_ranks: usize) -> Result<usize> {
+    if num_experts == 0 || !num_experts.is_multiple_of(num_ranks) {
+        return Err(check.error(format!("experts that {num_ranks} ranks divide"), num_experts));
+    }
+    Ok(num_experts / num_ranks)
 }
 
 #[repr(C)]
@@ -92,7 +136,8 @@ struct MoeRouteArgs {
     kept_groups: u32,
     is_renormalised: u32,
     scale: f32,
-    _padding: u32,
+    /// Where the rows stand among those that `num_valid` counts.
+    first_row: u32,
 }
 
 // SAFETY: `moe_route` has checked the shapes when it launches, and the source indexes by these alone.
@@ -131,8 +176,8 @@ static MOE_ROUTE_AND_PERMUTE: Kernel<MoeRouteArgs> =
 /// let scoring =
 ///     Scoring { scores: Scores::Softmax, chosen: 2, groups: 1, kept_groups: 1, is_renormalised: true, scale: 1.0 };
 /// let routing = runner.eager(&(), |cx| bcg_kernels::moe_route(cx, &logits, &scoring, &num_valid, 0..3))?;
-/// assert_eq!(runner.read::<i32>(&routing.experts)?, [2, 1, -1, -1]);
-/// let weights = runner.read::<f32>(&routing.weights)?;
+/// assert_eq!(runner.read::<i32>(&routing.choices.experts)?, [2, 1, -1, -1]);
+/// let weights = runner.read::<f32>(&routing.choices.weights)?;
 /// assert!((weights[0] - 0.75).abs() < 1e-6 && (weights[1] - 0.25).abs() < 1e-6);
 /// assert_eq!(runner.read::<i32>(&routing.plan.offsets)?, [0, 0, 1, 2]);
 /// # Ok::<(), bcg_runtime::Error>(())
@@ -144,20 +189,66 @@ pub fn moe_route(
     num_valid: &Tensor,
     own: Range<usize>,
 ) -> Result<Routing> {
+    let (choices, mut args) = route_args(cx, logits, scoring, num_valid, 0)?;
+    let (shape, num_experts) = (choices.experts.shape(), logits.dim(1));
+    let plan = if choices.experts.num_elements() <= FUSED_PAIRS_MAX {
+        let plan = ExpertPlan::empty(cx, CHECK, shape, num_experts, &own)?;
+        args.plan = PlanOut::new(cx, &plan, &own)?;
+        let dims = fused_dims(shape[0], own.len(), choices.experts.num_elements());
+        cx.launch(&MOE_ROUTE_AND_PERMUTE, dims, args)?;
+        plan
+    } else {
+        cx.launch(&MOE_ROUTE, dims(args.tokens), args)?;
+        moe_permute(cx, &choices.experts, num_experts, own)?
+    };
+    Ok(Routing { choices, plan, num_valid: num_valid.clone() })
+}
+
+/// Chooses K experts for each token, as [`moe_route`] does, and orders nothing.
+///
+/// The tokens are some of those that `num_valid` counts: row `t` is padded if `first_row + t` is not below it.
+///
+/// # Shapes
+/// As [`moe_route`].
+///
+/// # Capture
+/// Enqueues one kernel. Frozen: shapes, addresses, `first_row`, the numbers of `scoring`. Read again at each replay:
+/// `logits`, `num_valid`, the bias.
+///
+/// # Errors
+/// As [`moe_route`].
+pub fn moe_choose(
+    cx: &mut OpStream,
+    logits: &Tensor,
+    scoring: &Scoring,
+    num_valid: &Tensor,
+    first_row: usize,
+) -> Result<Choices> {
+    let (choices, args) = route_args(cx, logits, scoring, num_valid, first_row)?;
+    cx.launch(&MOE_ROUTE, dims(args.tokens), args)?;
+    Ok(choices)
+}
+
+/// The choices to be made, and what makes them, without a plan.
+fn route_args(
+    cx: &mut OpStream,
+    logits: &Tensor,
+    scoring: &Scoring,
+    num_valid: &Tensor,
+    first_row: usize,
+) -> Result<(Choices, MoeRouteArgs)> {
     CHECK.rank("logits", logits, &["T", "E"])?;
     CHECK.dtype("logits", logits, DType::F32)?;
     CHECK.dense("num_valid", num_valid, &[1], DType::I32)?;
     let (tokens, num_experts) = (logits.dim(0), logits.dim(1));
     let bias = scoring.check(cx, num_experts)?;
-    let shape = [tokens, scoring.chosen];
-    let experts = cx.empty(&shape, DType::I32)?;
-    let weights = cx.empty(&shape, DType::F32)?;
-    let mut args = MoeRouteArgs {
+    let choices = Choices::empty(cx, &[tokens, scoring.chosen])?;
+    let args = MoeRouteArgs {
         logits: cx.addr(logits)?,
         bias,
         num_valid: cx.addr(num_valid)?,
-        experts: cx.addr(&experts)?,
-        weights: cx.addr(&weights)?,
+        experts: cx.addr(&choices.experts)?,
+        weights: cx.addr(&choices.weights)?,
         plan: PlanOut::NULL,
         logits_stride: logits.row_stride() as i64,
         tokens: CHECK.u32("T", tokens)?,
@@ -167,18 +258,14 @@ pub fn moe_route(
         kept_groups: scoring.kept_groups as u32,
         is_renormalised: scoring.is_renormalised.into(),
         scale: scoring.scale,
-        _padding: 0,
+        first_row: CHECK.u32("the first row", first_row)?,
     };
-    let plan = if experts.num_elements() <= FUSED_PAIRS_MAX {
-        let plan = ExpertPlan::empty(cx, CHECK, &shape, num_experts, &own)?;
-        args.plan = PlanOut::new(cx, &plan, &own)?;
-        cx.launch(&MOE_ROUTE_AND_PERMUTE, fused_dims(tokens, own.len(), experts.num_elements()), args)?;
-        plan
-    } else {
-        cx.launch(&MOE_ROUTE, Dims::linear(args.tokens.div_ceil(WARPS), 32 * WARPS), args)?;
-        moe_permute(cx, &experts, num_experts, own)?
-    };
-    Ok(Routing { experts, weights, plan })
+    Ok((choices, args))
+}
+
+/// A warp for each row.
+fn dims(tokens: u32) -> Dims {
+    Dims::linear(tokens.div_ceil(WARPS), 32 * WARPS)
 }
 
 impl Scoring {

@@ -130,7 +130,7 @@ template <u32 SLOTS> BCG_DEVICE void route_row(const MoeRouteArgs& a, u32 t, u32
 template <u32 SLOTS> BCG_DEVICE void write_row(const MoeRouteArgs& a, u32 t, i32* experts) {
     u32 lane = threadIdx.x % 32, expert = NONE;
     float weight = 0.0f;
-    if ((i32)t < *a.num_valid) route_row<SLOTS>(a, t, expert, weight);
+    if ((i32)(a.first_row + t) < *a.num_valid) route_row<SLOTS>(a, t, expert, weight);
     if (lane >= a.chosen) return;
     u32 pair = t * a.chosen + lane;
     a.experts[pair] = (i32)expert;
