@@ -5,6 +5,7 @@ mod client;
 mod clients;
 mod native;
 mod ranks;
+mod replicas;
 mod scripted;
 mod tools;
 mod whole;
