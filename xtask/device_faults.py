@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
 """What a server does whose GPU is broken by a request: a kernel that traps, and one that runs for 30 seconds.
 
-    device_faults.py GPU_BINARY MODEL_FOLDER CACHE_FOLDER FIGURES.json [--device host]
+    device_faults.py GPU_BINARY MODEL_FOLDER CACHE_FOLDER FIGURES.json [--device host] [--replicas [GPU,GPU]]
 
 GPU_BINARY is the bundle's `bin/gpu`, whose `serve` breaks its device for prompts that begin with known tokens. Each fault is
 met with `--supervise`, which must replace the worker, and without, where the process must end with an error. At the end a
-fresh process must still be able to use the device. Exits with 1 if something was not as it must be.
+fresh process must still be able to use the device. With `--replicas` the same faults meet one of two replicas instead: the
+other one must go on, and the process end only with the last. Exits with 1 if something was not as it must be.
 """
 
+import argparse
+import concurrent.futures
 import json
 import os
 import signal
@@ -23,7 +26,21 @@ WATCHDOG_SECONDS = 5
 # From the trap to the next answer; for the long kernel the watchdog's time comes before.
 REPLACED_SECONDS = 5
 PATIENCE_SECONDS = 90
+# From a trap until /health names the replica.
+TOLD_SECONDS = 2
 TRAP, SPIN, GOOD = [7, 7, 7, 7], [8, 8, 8, 8], [1, 2, 3, 4]
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ["binary", "model", "cache", "figures"]:
+        parser.add_argument(name)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--replicas", nargs="?", const="", help="the GPUs of two replicas, separated by a comma")
+    return parser.parse_args()
+
+
+ARGS = arguments()
 
 
 def call(path, body=None, seconds=2.0):
@@ -55,13 +72,11 @@ def wait_until(what, condition):
 class Server:
     def __init__(self, flags):
         self.log = tempfile.TemporaryFile("w+")
-        binary, model, cache = sys.argv[1:4]
-        device = sys.argv[6] if len(sys.argv) > 6 else "cuda"
-        command = [binary, "serve", "--model", model, "--load-format", "dummy", "--skip-tokenizer-init"]
-        command += ["--device", device, "--port", str(PORT), "--enable-breakable-cuda-graph", "--context-length", "2048"]
+        command = [ARGS.binary, "serve", "--model", ARGS.model, "--load-format", "dummy", "--skip-tokenizer-init"]
+        command += ["--device", ARGS.device, "--port", str(PORT), "--enable-breakable-cuda-graph", "--context-length", "2048"]
         command += ["--watchdog-timeout", str(WATCHDOG_SECONDS), "--shutdown-deadline", "2", *flags]
         begun = time.monotonic()
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=self.log, env={**os.environ, "BCG_CACHE_DIR": cache})
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=self.log, env={**os.environ, "BCG_CACHE_DIR": ARGS.cache})
         wait_until("the server is ready", lambda: call("/health")[0] == 200 or self.process.poll() is not None)
         self.ready = time.monotonic() - begun
 
@@ -117,7 +132,55 @@ def alone(prompt):
     return time.monotonic() - begun, code
 
 
-def main():
+def one_replica(prompt):
+    """Breaks one of two replicas under load, then the other one: seconds until /health told, how many of the eight answers
+    that ran were whole, how many of eight later ones, seconds until the process had ended, and its status."""
+    server = Server(["--dp", "2", *(["--devices", ARGS.replicas] if ARGS.replicas else [])])
+    try:
+        long_answer = {"prompt": GOOD, "max_tokens": 1024, "ignore_eos": True}
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            ask = lambda body: pool.submit(call, "/v1/completions", body, PATIENCE_SECONDS)
+            # The first step of a size may take ten times as long; one by one, the replicas take turns.
+            assert all(complete(GOOD, 30)[0] == 200 for _ in range(4))
+            assert all(asked.result()[0] == 200 for asked in [ask({**long_answer, "max_tokens": 64}) for _ in range(8)])
+            # The long kernel comes first, in a step of a size that is known.
+            running = [] if prompt is SPIN else [ask(long_answer) for _ in range(8)]
+            time.sleep(0.5)
+            begun = time.monotonic()
+            ask({"prompt": prompt, "max_tokens": 4})
+            time.sleep(0.1)
+            running = running or [ask(long_answer) for _ in range(8)]
+            is_degraded = lambda: '"degraded"' in call("/health")[1]
+            wait_until("/health names a replica", is_degraded)
+            told = time.monotonic() - begun
+            whole = sum(asked.result()[0] == 200 for asked in running)
+            later = sum(asked.result()[0] == 200 for asked in [ask({**long_answer, "max_tokens": 8}) for _ in range(8)])
+            assert is_degraded() and server.process.poll() is None, "the process goes on"
+            begun = time.monotonic()
+            ask({"prompt": prompt, "max_tokens": 4})
+            code = server.process.wait(timeout=PATIENCE_SECONDS)
+        return told, whole, later, time.monotonic() - begun, code
+    except BaseException:
+        print(server.text()[-4000:], file=sys.stderr)
+        server.process.kill()
+        raise
+
+
+def replicas():
+    figures, problems = {}, []
+    for fault, prompt, most in [("trap", TRAP, TOLD_SECONDS), ("long kernel", SPIN, WATCHDOG_SECONDS + TOLD_SECONDS)]:
+        told, whole, later, ended, code = one_replica(prompt)
+        figures[fault] = {"told_s": told, "whole": whole, "later": later, "ended_s": ended, "status": code}
+        if told > most:
+            problems.append(f"{fault}: /health named the replica after {told:.1f} s, at most {most} s are right")
+        if whole < 4 or later != 8:
+            problems.append(f"{fault}: {whole} of 8 answers were whole, 4 must be; {later} of 8 later ones")
+        if code in (0, None):
+            problems.append(f"{fault}: the process ended with status {code}")
+    return figures, problems
+
+
+def faults():
     figures, problems = {}, []
     for fault, prompt, most in [("trap", TRAP, REPLACED_SECONDS), ("long kernel", SPIN, WATCHDOG_SECONDS + REPLACED_SECONDS)]:
         ready, told, answered, text = replaced(fault, prompt)
@@ -134,7 +197,12 @@ def main():
     figures["afterwards"] = {"ready_s": server.ready, "status": status}
     if status != 200 or server.stop() != 0:
         problems.append(f"afterwards: {status} {text}")
-    with open(sys.argv[4], "w") as file:
+    return figures, problems
+
+
+def main():
+    figures, problems = faults() if ARGS.replicas is None else replicas()
+    with open(ARGS.figures, "w") as file:
         json.dump(figures, file, indent=1)
     for fault, row in figures.items():
         print(f"{fault:12}", "  ".join(f"{name} {value:.2f}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()))

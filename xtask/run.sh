@@ -9,6 +9,9 @@
 #   run.sh serve [GEOMETRY…]   the server under load, over HTTP: throughput, time to first token, rates up to saturation
 #   run.sh ranks [GEOMETRY…]   two ranks, on the GPUs that RANK_DEVICES names (0,1; 0,0 puts both on one): correctness first,
 #                              then figures beside those of one GPU
+#   run.sh replicas [GEOMETRY…]
+#                              two replicas, on the GPUs that RANK_DEVICES names: correctness first, then load on them beside
+#                              the same load on two processes, half of it each
 #   run.sh standing            the standing figures, in at most STANDING_SECONDS (240): standing.json, which
 #                              `cargo xtask figures` reads. BCG_DEVICE=host runs the same steps with tiny checkpoints and
 #                              without a GPU, to try the script: its figures say nothing
@@ -24,8 +27,8 @@ log=$out/run.log
 
 export BCG_ROOT=$here BCG_CACHE_DIR=${BCG_CACHE_DIR:-$work/cache} RUST_BACKTRACE=1 RUST_LOG=info,bcg_runtime=warn
 mode=${1:-test}
-case $mode in test | bench | serve | ranks | standing) ;; *)
-    echo "run.sh: no mode $mode; there are test (without argument), bench, serve, ranks and standing" >&2
+case $mode in test | bench | serve | ranks | replicas | standing) ;; *)
+    echo "run.sh: no mode $mode; there are test (without argument), bench, serve, ranks, replicas and standing" >&2
     exit 1
     ;;
 esac
@@ -229,6 +232,60 @@ ranks() {
         --skip-tokenizer-init --device cuda "${two[@]}" --rounds 60 --seconds 2 --sizes 16,256
 }
 
+# Waits until servers answer.
+ready() { # name, port, process…
+    # shellcheck disable=SC2016 # the inner shell expands these
+    step "start $1" 180 bash -c 'until curl -sf "http://127.0.0.1:$0/health" >/dev/null; do kill -0 "$1" || exit 1; sleep 0.05; done' \
+        "$2" "$3"
+}
+
+# Two replicas in one process, and two processes, each with half of the load at the same time.
+replicas() {
+    local devices=${RANK_DEVICES:-0,1} cache=() checkpoint=tiny-qwen3 geometry port=30020 seed=0 half round first second
+    # Replicas on one GPU divide its memory by hand.
+    if [ "${devices%,*}" = "${devices#*,}" ]; then cache=(--kv-cache-tokens "${REPLICA_TOKENS:-200000}"); fi
+    evaluate $checkpoint chat alone "${graphs[@]}"
+    evaluate $checkpoint chat replicas "${graphs[@]}" --dp 2 --devices "$devices" --kv-cache-tokens 4096
+    same_tokens $checkpoint chat alone replicas
+    for geometry in $(pick qwen3-0.6b qwen3-8b); do
+        local flags=(--model "models/geometries/$geometry" --load-format dummy --skip-tokenizer-init --device cuda
+            "${graphs[@]}" --context-length 2048 --max-running-requests 512 --max-queued-requests 2048
+            --chunked-prefill-size "${CHUNK:-8192}" "${cache[@]}")
+        bin/bcg serve "${flags[@]}" --port "$port" --dp 2 --devices "$devices" >>"$log" 2>&1 &
+        first=$!
+        ready "$geometry, two replicas" "$port" "$first"
+        for round in 1 2 3; do
+            load "$geometry" "replicas-burst-$round" --num-prompts 1024 --warmup-requests 256 --input-len 1024 --output-len 128
+        done
+        load "$geometry" replicas-shared-prefix --num-prompts 1024 --input-len 64 --shared-prefix-len 960 --num-prefixes 16 \
+            --output-len 128
+        curl -s "http://127.0.0.1:$port/metrics" >"$out/metrics-$geometry-replicas.txt"
+        kill "$first"
+        step "stop $geometry, two replicas" 40 tail --pid="$first" -f /dev/null
+        bin/bcg serve "${flags[@]}" --port "$port" --devices "${devices%,*}" >>"$log" 2>&1 &
+        first=$!
+        bin/bcg serve "${flags[@]}" --port "$((port + 1))" --devices "${devices#*,}" >>"$log" 2>&1 &
+        second=$!
+        ready "$geometry, first process" "$port" "$first"
+        ready "$geometry, second process" "$((port + 1))" "$second"
+        for round in 1 2 3; do
+            half=(bin/bcg bench serve --vocab-size 100000 --num-prompts 512 --warmup-requests 128 --input-len 1024 --output-len 128)
+            "${half[@]}" --base-url "http://127.0.0.1:$((port + 1))" --seed "$((seed += 1))" \
+                --json "$out/serve-$geometry-processes-$round-second.json" >>"$log" 2>&1 &
+            load "$geometry" "processes-$round-first" --num-prompts 512 --warmup-requests 128 --input-len 1024 --output-len 128
+            wait $!
+        done
+        kill "$first" "$second"
+        step "stop $geometry, first process" 40 tail --pid="$first" -f /dev/null
+        step "stop $geometry, second process" 40 tail --pid="$second" -f /dev/null
+    done
+    # Last, because it breaks the devices of its processes; on one GPU both replicas would be lost.
+    if [ ${#cache[@]} = 0 ]; then
+        step "replica faults" 300 python3 device_faults.py bin/gpu models/geometries/qwen3-0.6b "$BCG_CACHE_DIR" \
+            "$out/replica_faults.json" --replicas "$devices"
+    fi
+}
+
 # Random weights and random token ids, so that no two runs share a prompt.
 load() { # geometry, name, flags…
     local geometry=$1 name=$2
@@ -372,7 +429,7 @@ standing() {
     exit "$failed"
 }
 
-case $mode in bench) benches ;; serve) serving ;; ranks) ranks ;; standing) standing ;; test) correctness ;; esac
+case $mode in bench) benches ;; serve) serving ;; ranks) ranks ;; replicas) replicas ;; standing) standing ;; test) correctness ;; esac
 
 echo
 awk '/^(ceilings|kernels|prefill|replay|lazy|decode|profile|capture|serve)$/ { shown = 1 } /^$/ { shown = 0 } shown' "$log"
