@@ -85,8 +85,8 @@ impl ModelRunner {
         Ok(())
     }
 
-    /// Times the steps of a batch's replay, without upload, logits and tokens; with several ranks, those of rank 0. It replays
-    /// the batch several times.
+    /// Times the steps of a batch's replay, without upload, logits and tokens; with several ranks or stages, those of the first
+    /// one. It replays the batch several times.
     ///
     /// # Errors
     /// As [`step`](Self::step); [`bcg_runtime::Error::NotCaptured`] if no graph is captured for this batch.
@@ -99,7 +99,7 @@ impl ModelRunner {
             return Err(bcg_runtime::Error::NotCaptured { name, reason }.into());
         }
         self.command(Work::Timeline, &step)?;
-        self.stages.on_ranks(step, Rank::timeline)
+        self.stages.on_first(step, Rank::timeline)
     }
 
     /// Decides how a batch would be run, uploads it, and returns its phase and padded rows.

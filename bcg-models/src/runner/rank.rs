@@ -44,14 +44,15 @@ pub(super) struct Rank {
     pub(super) inputs: InputBuffers,
     /// The stage of the pipeline that it is a rank of.
     pub(super) stage: usize,
-    /// What joins it to the same rank of other stages.
-    pub(super) links: Links,
     /// What its layers keep between steps.
     pub(super) layout: CacheLayout,
     pub(super) caches: Arc<Caches>,
     pub(super) model: Arc<dyn Model>,
     /// The stream and the memory that forwards run with, eagerly or as graphs.
     pub(super) runtime: Runner,
+    /// What joins it to the same rank of other stages: other devices may free its memory once this rank's stream, above, has
+    /// run all work on it.
+    pub(super) links: Links,
     /// The bytes of its weights.
     pub(super) weight_bytes: usize,
     /// Where chosen tokens go on the host, on the rank whose tokens the host reads: rank 0 of the last stage.

@@ -79,14 +79,32 @@ impl Stages {
         self.others.last_mut().unwrap_or(&mut self.first).first_mut()
     }
 
-    /// Runs a step on every rank of this process, stage by stage, and returns what rank 0 of the last stage returned. A stage that fails
-    /// keeps the step from those after it.
+    /// Runs a step on every rank of this process, stage by stage, and returns what rank 0 of the last stage returned. A stage
+    /// that fails keeps the step from those after it.
     pub(super) fn on_ranks<R: Send + 'static>(
         &mut self,
         step: StagedStep,
         f: fn(&mut Rank, &StagedStep) -> bcg_runtime::Result<R>,
     ) -> Result<R> {
-        if self.others.is_empty() && self.first.world().size() == 1 {
+        self.on_stages(self.len(), step, f)
+    }
+
+    /// As [`on_ranks`](Self::on_ranks), on the ranks of the first stage alone.
+    pub(super) fn on_first<R: Send + 'static>(
+        &mut self,
+        step: StagedStep,
+        f: fn(&mut Rank, &StagedStep) -> bcg_runtime::Result<R>,
+    ) -> Result<R> {
+        self.on_stages(1, step, f)
+    }
+
+    fn on_stages<R: Send + 'static>(
+        &mut self,
+        num_stages: usize,
+        step: StagedStep,
+        f: fn(&mut Rank, &StagedStep) -> bcg_runtime::Result<R>,
+    ) -> Result<R> {
+        if num_stages == 1 && self.first.world().size() == 1 {
             let rank = self.first.first_mut();
             let result = f(rank, &step);
             rank.inputs.take_back(step.batch);
@@ -94,7 +112,7 @@ impl Stages {
         }
         let step = Arc::new(step);
         let mut last = Err(bcg_runtime::Error::other("a world has at least one rank").into());
-        for ranks in self.iter_mut() {
+        for ranks in self.iter_mut().take(num_stages) {
             let shared = Arc::clone(&step);
             match on_world(ranks, move |rank| f(rank, &shared)) {
                 Ok(results) => last = results.into_iter().next().map_or(last, Ok),
@@ -110,9 +128,9 @@ impl Stages {
         last
     }
 
-    /// Calls `f` on every rank of this process, at once on those of a stage, and returns what it returned, in the order of the devices. If it
-    /// fails on one rank of several of a stage, the others may wait for that one: so their world is lost, and they stop to
-    /// wait.
+    /// Calls `f` on every rank of this process, at once on those of a stage, and returns what it returned, in the order of the
+    /// devices. If it fails on one rank of several of a stage, the others may wait for that one: so their world is lost, and
+    /// they stop to wait.
     pub(super) fn on_each<R: Send + 'static>(
         &mut self,
         f: impl Fn(&mut Rank) -> bcg_runtime::Result<R> + Send + Sync + 'static,
