@@ -12,6 +12,8 @@
 #   run.sh replicas [GEOMETRY…]
 #                              two replicas, on the GPUs that RANK_DEVICES names: correctness first, then load on them beside
 #                              the same load on two processes, half of it each
+#   run.sh stages [GEOMETRY…]  a pipeline of two stages, on the GPUs that RANK_DEVICES names: correctness first, then figures
+#                              beside those of one GPU, and the first token of a prompt of 32,768 tokens
 #   run.sh standing            the standing figures, in at most STANDING_SECONDS (240): standing.json, which
 #                              `cargo xtask figures` reads. BCG_DEVICE=host runs the same steps with tiny checkpoints and
 #                              without a GPU, to try the script: its figures say nothing
@@ -27,8 +29,8 @@ log=$out/run.log
 
 export BCG_ROOT=$here BCG_CACHE_DIR=${BCG_CACHE_DIR:-$work/cache} RUST_BACKTRACE=1 RUST_LOG=info,bcg_runtime=warn
 mode=${1:-test}
-case $mode in test | bench | serve | ranks | replicas | standing) ;; *)
-    echo "run.sh: no mode $mode; there are test (without argument), bench, serve, ranks, replicas and standing" >&2
+case $mode in test | bench | serve | ranks | replicas | stages | standing) ;; *)
+    echo "run.sh: no mode $mode; there are test (without argument), bench, serve, ranks, replicas, stages and standing" >&2
     exit 1
     ;;
 esac
@@ -286,6 +288,42 @@ replicas() {
     fi
 }
 
+# A pipeline of two stages: the tokens of one GPU on every path, and what it gains.
+stages() {
+    local devices=${RANK_DEVICES:-0,1} checkpoint geometry name pp chunk server port=30020
+    local two=(--pp 2 --devices "$devices") seed=0
+    for checkpoint in $(cd models && echo tiny-*); do
+        evaluate "$checkpoint" chat eager
+        evaluate "$checkpoint" chat stages-eager "${two[@]}"
+        evaluate "$checkpoint" chat stages-healed "${two[@]}" "${graphs[@]}"
+        evaluate "$checkpoint" chat stages-verified "${two[@]}" "${graphs[@]}" --capture lazy --verify-graph 1 --poison-graph-memory
+        for name in stages-eager stages-healed stages-verified; do same_tokens "$checkpoint" chat eager "$name"; done
+    done
+    for geometry in $(pick qwen3-30b-a3b qwen3-8b); do
+        local flags=(--model "models/geometries/$geometry" --load-format dummy --skip-tokenizer-init --device cuda)
+        for pp in 1 2; do
+            if [ "$pp" = 2 ]; then flags+=("${two[@]}"); fi
+            step "prefill $geometry pp $pp" 100 bin/bcg bench prefill "${flags[@]}" --rounds 12 --seconds 1 \
+                --sizes 16,256,1024,4096 --json "$out/prefill-$geometry-pp$pp.json"
+            step "decode $geometry pp $pp" 100 bin/bcg bench decode "${flags[@]}" --rounds 12 --seconds 1 \
+                --batches 1,64,256 --context 1024 --json "$out/decode-$geometry-pp$pp.json"
+            for chunk in 1024 2048 4096; do
+                step "prompt $geometry pp $pp, chunks of $chunk" 120 bin/bcg bench prompt "${flags[@]}" "${graphs[@]}" \
+                    --tokens 32768 --chunked-prefill-size "$chunk" --json "$out/prompt-$geometry-pp$pp-$chunk.json"
+            done
+            bin/bcg serve "${flags[@]}" --port "$port" "${graphs[@]}" --context-length 8192 --max-running-requests 512 \
+                --max-queued-requests 1024 >>"$log" 2>&1 &
+            server=$!
+            # shellcheck disable=SC2016 # the inner shell expands these
+            step "start $geometry pp $pp" 120 bash -c 'until curl -sf "http://127.0.0.1:$0/health" >/dev/null; do kill -0 "$1" || exit 1; sleep 0.05; done' \
+                "$port" "$server"
+            load "$geometry" "pp$pp-burst" --num-prompts 512 --warmup-requests 128 --input-len 1024 --output-len 128
+            kill "$server"
+            step "stop $geometry pp $pp" 20 tail --pid="$server" -f /dev/null
+        done
+    done
+}
+
 # Random weights and random token ids, so that no two runs share a prompt.
 load() { # geometry, name, flags…
     local geometry=$1 name=$2
@@ -429,10 +467,10 @@ standing() {
     exit "$failed"
 }
 
-case $mode in bench) benches ;; serve) serving ;; ranks) ranks ;; replicas) replicas ;; standing) standing ;; test) correctness ;; esac
+case $mode in bench) benches ;; serve) serving ;; ranks) ranks ;; replicas) replicas ;; stages) stages ;; standing) standing ;; test) correctness ;; esac
 
 echo
-awk '/^(ceilings|kernels|prefill|replay|lazy|decode|profile|capture|serve)$/ { shown = 1 } /^$/ { shown = 0 } shown' "$log"
+awk '/^(ceilings|kernels|prefill|prompt|replay|lazy|decode|profile|capture|serve)$/ { shown = 1 } /^$/ { shown = 0 } shown' "$log"
 grep -hE '^(accuracy|FAILED|[0-9]+ passed)|captured prefill' "$log" | uniq
 printf '%s\n' "${table[@]}" | tee -a "$log"
 exit "$failed"
