@@ -157,10 +157,10 @@ pub fn load_runner(options: &EngineOptions, progress: &mut dyn FnMut(Progress)) 
 /// # Errors
 /// As [`start`]; that a rank of any node is lost: what runs here cannot go on, and node 0 waits for a new process.
 pub fn follow(options: &EngineOptions, mut progress: impl FnMut(Progress)) -> anyhow::Result<()> {
-    options.check()?;
-    let mut runner = load_replica(options, 0, &mut progress)?;
+    let ends = || format!("node {} ends", options.node_rank);
+    let mut runner = load_replica(options, 0, &mut progress).with_context(ends)?;
     tracing::info!(node = options.node_rank, nodes = options.nnodes, "following node 0");
-    runner.follow().with_context(|| format!("node {} ends", options.node_rank))
+    runner.follow().with_context(ends)
 }
 
 fn load_replica(
