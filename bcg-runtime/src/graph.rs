@@ -326,6 +326,7 @@ fn capture<L: LiveBatch, O: Freeze>(
         arena,
         capture_time: begun.elapsed(),
         _retained: retained,
+        _transport: stream.transport().cloned(),
         _pinned: pinned,
     };
     tracing::debug!(

@@ -268,6 +268,17 @@ pub(crate) enum Part<'a> {
     Op(&'a Op),
 }
 
+/// What carries data between devices of several processes, as one rank has it.
+pub(crate) trait Transport: fmt::Debug + Send + Sync {
+    /// Enqueues the gathering of `bytes` at `src` of every rank to `dst`, one after the other in the order of the ranks. All
+    /// of it is device memory that outlives the work.
+    fn gather(&self, stream: StreamHandle, src: DevicePtr, dst: DevicePtr, bytes: usize) -> Result<()>;
+    /// Checks that no transfer has failed so far.
+    fn check(&self) -> Result<()>;
+    /// Makes what is enqueued end, whatever comes of it, and refuses what is enqueued later.
+    fn abort(&self);
+}
+
 /// A device as a rank of a world.
 pub(crate) trait RankBackend {
     /// Returns the device's number among those whose memory it can reach, and nothing on the host device, where ranks send
@@ -277,6 +288,12 @@ pub(crate) trait RankBackend {
     fn share(&self, base: DevicePtr, bytes: usize, with: &[i32]) -> Result<()>;
     /// Joins the place where collectives of this device meet those of others, as rank `rank`, and returns its number.
     fn join(&self, collectives: &Arc<Collectives>, rank: usize) -> PlaneId;
+    /// Makes what the ranks of several processes find each other by; nothing on the host device, where they meet in
+    /// [`Collectives`].
+    fn transport_id(&self) -> Result<Option<Vec<u8>>>;
+    /// Connects this device, as rank `rank`, with those of all other ranks, which come at the same time. Waits for them, so
+    /// the caller does so on a thread that nobody needs.
+    fn join_transport(&self, id: &[u8], rank: usize, num_ranks: usize) -> Result<Box<dyn Transport>>;
     /// Adds parts of this device, each after the one before, to a merged graph of another device of the same kind, beside
     /// what is there, and returns the node of each piece of work. Returns nothing where a graph holds the work of one device
     /// only, or if a captured graph has a node that cannot be copied.

@@ -8,6 +8,7 @@ use super::healer::Healer;
 use crate::arena::Arena;
 use crate::capture::step::Step;
 use crate::device::PinnedBuffer;
+use crate::device::traits::Transport;
 use crate::frozen::FrozenTensor;
 use crate::generation::Stamp;
 use crate::stream::work_list::Span;
@@ -26,6 +27,8 @@ pub(crate) struct Tape<L, O: Freeze> {
     pub(crate) arena: Arena,
     pub(crate) capture_time: Duration,
     pub(crate) _retained: Vec<Arc<PersistentBuffer>>,
+    /// What carries data to other nodes outlives the graphs that use it.
+    pub(crate) _transport: Option<Arc<dyn Transport>>,
     pub(crate) _pinned: Vec<Arc<PinnedBuffer>>,
 }
 

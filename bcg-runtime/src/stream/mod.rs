@@ -7,6 +7,7 @@
 //! [`probe`] watch a run, [`options`] says how a stream is set up.
 
 mod first_use;
+mod gather;
 mod options;
 pub(crate) mod probe;
 mod rows;
@@ -263,6 +264,9 @@ impl OpStream {
         }
         if !kernel.is_collective() {
             return refuse("is no collective: use OpStream::launch");
+        }
+        if self.has_transport() {
+            return refuse("cannot reach the GPUs of other nodes: use OpStream::gather_from_all");
         }
         if !Arc::ptr_eq(&self.current, &self.main) {
             return refuse("is on a side stream, but a communicator has one order: enqueue it on the main stream");

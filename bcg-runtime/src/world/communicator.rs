@@ -9,10 +9,13 @@
 //!   after a bound; it then says in that memory which rank it waited for (law L18).
 
 use std::fmt;
+use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use super::{RANKS_MAX, Ranks, World};
 use crate::device::host::collectives::Collectives;
+use crate::device::traits::Transport;
 use crate::device::{Allocation, Reservation};
 use crate::launch::{PlaneId, SEGMENT_AT};
 use crate::{Device, DeviceKind, DevicePtr, Error, KernelArgs, PinnedBuffer, Result};
@@ -46,11 +49,14 @@ pub struct CommunicatorOptions {
     pub plane_bytes: usize,
     /// What epochs begin at. A test begins just below 2³².
     pub first_epoch: u32,
+    /// Whether sums are made of what was gathered, as between GPUs of several nodes, where one kernel could do both. A test
+    /// wants it.
+    pub sums_gathered: bool,
 }
 
 impl Default for CommunicatorOptions {
     fn default() -> Self {
-        Self { plane_bytes: 64 << 20, first_epoch: 0 }
+        Self { plane_bytes: 64 << 20, first_epoch: 0, sums_gathered: false }
     }
 }
 
@@ -103,6 +109,9 @@ pub struct Communicator {
     args: CommunicatorArgs,
     blocks_max: usize,
     told: Arc<Told>,
+    sums_gathered: bool,
+    /// What carries data to ranks that kernels cannot reach.
+    transport: Option<Arc<dyn Transport>>,
     _epochs: Allocation,
     /// All ranks' planes: others write into this one's as long as they live.
     _planes: Arc<[Reservation]>,
@@ -153,8 +162,10 @@ impl Communicator {
             *place = plane.base();
         }
         let blocks_max = blocks_max(world);
+        // What a rank gives finds a place on every node from here on.
+        let transports = transports(world)?;
         let mut all = Vec::with_capacity(world.num_local());
-        for (device, rank) in world.0.devices.iter().zip(first_rank..) {
+        for ((device, rank), transport) in world.0.devices.iter().zip(first_rank..).zip(transports) {
             let epochs = Allocation::new(device, COLLECTIVE_BLOCKS_MAX * size_of::<u32>())?;
             let stream = device.own_stream()?;
             stream.backend.fill_u32(stream.handle, epochs.ptr(), options.first_epoch, COLLECTIVE_BLOCKS_MAX)?;
@@ -167,14 +178,14 @@ impl Communicator {
                 plane: device.backend().join(&collectives, rank),
                 args: CommunicatorArgs { epochs: epochs.ptr(), words: words.ptr(), rank: rank as u32, ..args },
                 blocks_max,
+                sums_gathered: options.sums_gathered || transport.is_some(),
+                transport,
                 told: Arc::new(Told { world: world.clone(), rank, words, names: Mutex::default() }),
                 _epochs: epochs,
                 _planes: Arc::clone(&planes),
             });
             device.synchronize()?;
         }
-        // What a rank gives finds a place on every node from here on.
-        world.exchange("the making of communicators", Vec::new(), timeout)?;
         Ok(all)
     }
 
@@ -203,6 +214,16 @@ impl Communicator {
     /// whole one, and what a collective waits for must run beside it. The same on all ranks.
     pub fn blocks_max(&self) -> usize {
         self.blocks_max
+    }
+
+    /// Whether sums are made of what was gathered.
+    pub(crate) fn sums_gathered(&self) -> bool {
+        self.sums_gathered
+    }
+
+    /// What carries data to ranks that kernels cannot reach, if there are such.
+    pub(crate) fn transport(&self) -> Option<&Arc<dyn Transport>> {
+        self.transport.as_ref()
     }
 
     pub(crate) fn plane(&self) -> PlaneId {
@@ -268,10 +289,45 @@ fn blocks_max(world: &World) -> usize {
     blocks.clamp(1, COLLECTIVE_BLOCKS_MAX)
 }
 
+/// Connects the ranks of this process with those of other nodes, through a library where they are GPUs: one for each, and none
+/// in a world of one process.
+fn transports(world: &World) -> Result<Vec<Option<Arc<dyn Transport>>>> {
+    let num_local = world.num_local();
+    if world.num_nodes() == 1 {
+        return Ok(vec![None; num_local]);
+    }
+    let id = if world.node() == 0 { world.device(0).backend().transport_id()? } else { None };
+    let ids = world.exchange("the making of communicators", id.unwrap_or_default(), world.timeout())?;
+    let id: Arc<[u8]> = ids[0].as_slice().into();
+    if id.is_empty() {
+        return Ok(vec![None; num_local]);
+    }
+    let (sender, joined) = sync_channel(num_local);
+    for local in 0..num_local {
+        let (world, id, sender) = (world.clone(), Arc::clone(&id), sender.clone());
+        let join = move || {
+            let rank = world.first_rank() + local;
+            let transport = world.device(local).backend().join_transport(&id, rank, world.size());
+            let _ = sender.send((local, transport)); // nobody waits any more, if it came too late
+        };
+        std::thread::Builder::new().name("node join".into()).spawn(join).map_err(Error::other)?;
+    }
+    let (mut transports, deadline) = (vec![None; num_local], Instant::now() + world.timeout());
+    while transports.iter().any(Option::is_none) {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let late = |_| Error::Nodes(format!("their GPUs did not connect within {:?}", world.timeout()));
+        let (local, transport) = joined.recv_timeout(left).map_err(late)?;
+        let transport: Arc<dyn Transport> = Arc::from(transport?);
+        world.0.transports.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(&transport));
+        transports[local] = Some(transport);
+    }
+    Ok(transports)
+}
+
 /// Maps a plane on each GPU, which all others can write, and fills it with the word that stands for "not yet written".
 fn planes(world: &World, bytes: usize) -> Result<Arc<[Reservation]>> {
     let ordinals: Option<Vec<i32>> = world.0.devices.iter().map(|device| device.backend().ordinal()).collect();
-    let Some(ordinals) = ordinals else { return Ok(Arc::new([])) };
+    let Some(ordinals) = ordinals.filter(|_| world.num_nodes() == 1) else { return Ok(Arc::new([])) };
     let mut planes = Vec::with_capacity(world.size());
     for device in &world.0.devices {
         let mut plane = Reservation::new(device, bytes)?;

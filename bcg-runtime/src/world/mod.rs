@@ -24,6 +24,7 @@ pub use threads::RankThreads;
 
 use crate::device::host::collectives::Collectives;
 use crate::device::ranks::{Lost, LostRank};
+use crate::device::traits::Transport;
 use crate::{Device, DeviceKind, Error, PinnedBuffer, Result};
 use meeting::Meeting;
 use span::Span;
@@ -69,6 +70,8 @@ struct Shared {
     /// The words that kernels of each rank poll while they wait: see `communicator.rs`.
     abort_words: Mutex<Vec<Arc<PinnedBuffer>>>,
     is_sealed: AtomicBool,
+    /// What carries data to ranks of other processes that kernels cannot reach.
+    transports: Mutex<Vec<Weak<dyn Transport>>>,
     /// The other processes that have ranks of this world.
     span: Option<Arc<Span>>,
 }
@@ -84,6 +87,23 @@ impl Shared {
                 tracing::warn!(%error, "telling a device that its world is lost");
             }
         }
+        for transport in self.transports() {
+            // It may wait for kernels, and this thread may be one that others wait for.
+            let abort = move || transport.abort();
+            if let Err(error) = std::thread::Builder::new().name("node abort".into()).spawn(abort) {
+                tracing::warn!(%error, "no thread to end what goes on between nodes");
+            }
+        }
+    }
+
+    fn transports(&self) -> Vec<Arc<dyn Transport>> {
+        let transports = self.transports.lock().unwrap_or_else(PoisonError::into_inner);
+        transports.iter().filter_map(Weak::upgrade).collect()
+    }
+
+    /// Checks that what carries data to other nodes has not failed.
+    fn check_transports(&self) -> Result<()> {
+        self.transports().iter().try_for_each(|transport| transport.check())
     }
 }
 
@@ -149,6 +169,7 @@ impl World {
             collectives: Mutex::default(),
             abort_words: Mutex::default(),
             is_sealed: AtomicBool::new(false),
+            transports: Mutex::default(),
             span,
         };
         Ok(Self(Arc::new(shared)))

@@ -7,8 +7,10 @@
 //! - They are for floats only. On GPUs a 32-bit word of all ones stands for "not yet written", so a payload word of all ones,
 //!   which is one NaN in f32 and two in bf16 and f16, is sent as the NaN just below it.
 //!
+//! Where a kernel cannot reach all ranks, [`far`] says what an op is made of instead.
 //! [`message`] cuts a message into parts and chooses the grid; [`reduce`] and [`gather`] are what several ops share.
 
+mod far;
 mod gather;
 mod message;
 mod reduce;
@@ -53,4 +55,5 @@ ops! {
     moe_return,
     reduce_scatter_rows,
     send_receive,
+    sum_parts,
 }

@@ -20,6 +20,7 @@ mod matmul;
 mod memory;
 mod merge;
 mod module;
+mod nccl;
 mod plans;
 mod ranks;
 mod stream;

@@ -13,9 +13,9 @@ use std::time::{Duration, Instant};
 use super::collectives::{Collectives, Peer};
 use super::queue::{OpRef, Parked};
 use super::{HostBackend, Shared, State};
-use crate::device::traits::{GraphHandle, NodeHandle, Part, RankBackend};
+use crate::device::traits::{GraphHandle, NodeHandle, Part, RankBackend, Transport};
 use crate::launch::PlaneId;
-use crate::{DevicePtr, Result};
+use crate::{DevicePtr, Error, Result};
 
 /// How many operations of another rank's device are run before it is asked again whether that helped.
 const HELP_MAX: usize = 16;
@@ -32,6 +32,14 @@ impl RankBackend for HostBackend {
     /// Host devices have a queue each, and a graph is launched on one of them.
     fn add_chain(&self, _graph: GraphHandle, _parts: &[Part<'_>]) -> Result<Option<Vec<NodeHandle>>> {
         Ok(None)
+    }
+
+    fn transport_id(&self) -> Result<Option<Vec<u8>>> {
+        Ok(None)
+    }
+
+    fn join_transport(&self, _id: &[u8], _rank: usize, _num_ranks: usize) -> Result<Box<dyn Transport>> {
+        Err(Error::other("host devices of several processes need no library"))
     }
 
     fn join(&self, collectives: &Arc<Collectives>, rank: usize) -> PlaneId {

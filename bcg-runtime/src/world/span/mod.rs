@@ -34,6 +34,10 @@ const PROTOCOL: &str = "bcg nodes 1";
 const BEAT: Duration = Duration::from_secs(1);
 /// Commands that a node has not begun, at most: node 0 waits for the results of its steps.
 const COMMANDS_MAX: usize = 64;
+/// How long a node may still work on what node 0 wanted done before that one left.
+const LAST_STEP: Duration = Duration::from_secs(5);
+/// Why a node is lost whose connection is closed.
+const GONE: &str = "its process has ended";
 /// Bytes of a text that is sent, at most.
 const TEXT_BYTES_MAX: usize = 4 << 10;
 
@@ -89,10 +93,17 @@ struct Commands {
     waiting: VecDeque<Vec<u8>>,
     /// Node 0 has left in order.
     is_over: bool,
+    /// This node knows it, and waits for nothing more.
+    is_done: bool,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn is_gone(error: &std::io::Error) -> bool {
+    use ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof)
 }
 
 impl Span {
@@ -190,7 +201,8 @@ impl Span {
             if let Some(link) = link
                 && let Err(error) = frame::send(&mut *lock(link), kind, parts)
             {
-                self.lose(node, format!("it cannot be reached ({error})"));
+                let cause = if is_gone(&error) { GONE.to_owned() } else { format!("it cannot be reached ({error})") };
+                self.lose(node, cause);
             }
         }
     }
@@ -256,6 +268,8 @@ impl Span {
                 return self.lost.check().map(|()| Some(command));
             }
             if commands.is_over {
+                commands.is_done = true;
+                self.commanded.notify_all();
                 return Ok(None);
             }
             self.lost.check()?;
@@ -280,7 +294,12 @@ impl Span {
                     self.tell_all(Kind::Lost, &[&write_lost(lost)], None);
                 }
                 Some(_) => {}
-                None => self.tell_all(Kind::Alive, &[], None),
+                None => {
+                    self.tell_all(Kind::Alive, &[], None);
+                    if let Some(Err(error)) = world.upgrade().map(|world| world.check_transports()) {
+                        self.lose(self.node, error.to_string());
+                    }
+                }
             }
             if has_told || self.lost.rank().is_none() {
                 std::thread::park_timeout(every);
@@ -297,17 +316,26 @@ impl Span {
                     Some(()) => continue,
                     None => format!("it sent {kind:?} of {} bytes, which cannot be read", body.len()),
                 },
-                Err(error) if error.kind() == ErrorKind::UnexpectedEof => "its process has ended".to_owned(),
+                Err(error) if is_gone(&error) => GONE.to_owned(),
                 Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
                     format!("it said nothing for {:?}", self.timeout)
                 }
                 Err(error) => format!("its connection broke ({error})"),
             };
-            if !self.is_over.load(Ordering::Acquire) {
+            if !self.is_over.load(Ordering::Acquire) && !self.ends_in_order() {
                 self.lose(node, cause);
             }
             return;
         }
+    }
+
+    /// Tells whether node 0 has left in order, once this node has done what that one wanted done. All that it needs for it
+    /// has come.
+    fn ends_in_order(&self) -> bool {
+        let commands = lock(&self.commands);
+        let is_busy = |commands: &mut Commands| commands.is_over && !commands.is_done;
+        let waited = self.commanded.wait_timeout_while(commands, self.timeout.min(LAST_STEP), is_busy);
+        waited.unwrap_or_else(PoisonError::into_inner).0.is_done
     }
 
     /// Takes one frame; `None` if a node sends no such thing.

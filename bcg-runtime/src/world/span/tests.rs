@@ -4,7 +4,8 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-use super::SpanOptions;
+use super::frame::{Kind, Writer, send};
+use super::{PROTOCOL, SpanOptions, join};
 use crate::{Device, Error, Result, World, WorldOptions};
 
 /// Longer than anything here takes.
@@ -23,9 +24,32 @@ fn options(num_nodes: usize, node: usize, address: &str) -> SpanOptions {
 }
 
 fn world(span: &SpanOptions) -> Result<World> {
+    world_within(span, Duration::from_secs(4))
+}
+
+fn world_within(span: &SpanOptions, timeout: Duration) -> Result<World> {
     let mut options = WorldOptions::default();
-    options.timeout = Duration::from_secs(4);
+    options.timeout = timeout;
     World::spanning(vec![Device::host()], options, span)
+}
+
+/// Node 0, and the other end of its connection to a node 1 that does nothing on its own.
+fn node_and_stranger(timeout: Duration) -> (World, TcpStream) {
+    let address = free_address();
+    let rows = [
+        ("version of the protocol", PROTOCOL),
+        ("number of nodes", "2"),
+        ("number of ranks on each node", "1"),
+        ("kind of devices", &crate::world::describe(&Device::host())),
+        ("model", "tiny"),
+    ];
+    let rows = rows.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
+    std::thread::scope(|scope| {
+        let (first, second) = (options(2, 0, &address), options(2, 1, &address));
+        let node = scope.spawn(move || world_within(&first, timeout).expect("they come together"));
+        let stranger = join::join(&second, &rows).expect("they come together").swap_remove(0).expect("a connection");
+        (node.join().expect("no panic"), stranger)
+    })
 }
 
 /// Makes the nodes of these options at once.
@@ -196,4 +220,37 @@ fn a_node_that_does_not_come_to_a_meeting_is_lost_in_time() {
     let worlds = together(2);
     let error = worlds[1].exchange("a turn", Vec::new(), Duration::from_millis(50)).unwrap_err().to_string();
     assert!(error.contains("rank 0 is lost"), "{error}");
+}
+
+#[test]
+fn a_node_that_is_silent_is_lost_in_time() {
+    let (node, _stranger) = node_and_stranger(Duration::from_millis(300));
+    eventually_lost(&node, 1, "node 1: it said nothing for 300ms");
+}
+
+#[test]
+fn a_node_that_sends_what_it_must_not_is_lost() {
+    let (node, mut stranger) = node_and_stranger(PATIENCE);
+    stranger.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+    eventually_lost(&node, 1, "no frame of a node");
+    let head = |communicator: u32, rank: u32| Writer::default().u32(communicator).u32(rank).text("k", 9);
+    let give = |communicator, rank| (0..8).fold(head(communicator, rank), |body, number| body.u32(number)).0;
+    let lost = Writer::default().u32(7).u32(0).text("", 9).text("a rank that is none", 99).0;
+    let twice = Writer::default().text("a turn", 9).bytes(b"1").0;
+    let wrong = [
+        (Kind::Give, give(0, 1), "Give of"),    // there is no communicator
+        (Kind::Give, give(0, 0), "Give of"),    // the rank is not its own
+        (Kind::Give, vec![1, 2, 3], "Give of"), // there is not even a rank
+        (Kind::Command, vec![1], "Command of"), // node 0 commands
+        (Kind::Met, Vec::new(), "Met of"),      // node 0 says who met
+        (Kind::Lost, lost, "Lost of"),          // the rank is none
+        (Kind::Meet, vec![255; 4], "Meet of"),  // the text ends beyond the body
+        (Kind::Meet, twice, "before the meeting that it is in had ended"),
+    ];
+    for (kind, body, why) in wrong {
+        let (node, mut stranger) = node_and_stranger(PATIENCE);
+        send(&mut stranger, kind, &[&body]).unwrap();
+        send(&mut stranger, kind, &[&body]).unwrap();
+        eventually_lost(&node, 1, why);
+    }
 }

@@ -2,6 +2,7 @@
 
 use bcg_runtime::{COLLECTIVE_BLOCKS_MAX, OpStream, Result, Source, Tensor};
 
+use super::far;
 use super::gather::{GatherArgs, Gathering, all_ranks, give, take};
 use crate::check::Check;
 use crate::float::PerFloat;
@@ -46,6 +47,10 @@ static ALL_GATHER: PerFloat<GatherArgs> = per_float_collective!("all_gather", SO
 pub fn all_gather_columns(cx: &mut OpStream, x: &Tensor) -> Result<Tensor> {
     COLUMNS_CHECK.rank("x", x, &["T", "N"])?;
     let columns = x.dim(1);
+    if cx.sums_gathered() {
+        ALL_GATHER.get(COLUMNS_CHECK, "x", x.dtype())?;
+        return far::all_gather_columns(cx, COLUMNS_CHECK, x);
+    }
     all_gather(cx, COLUMNS_CHECK, x, &[x.dim(0), columns * cx.world_size()], columns)
 }
 
@@ -76,8 +81,14 @@ pub fn all_gather_columns(cx: &mut OpStream, x: &Tensor) -> Result<Tensor> {
 /// ```
 pub fn all_gather_rows(cx: &mut OpStream, x: &Tensor) -> Result<Tensor> {
     ROWS_CHECK.rank("x", x, &["T", "N"])?;
+    ALL_GATHER.get(ROWS_CHECK, "x", x.dtype())?;
+    if cx.sums_gathered() { far::gather(cx, ROWS_CHECK, x) } else { gather_rows(cx, ROWS_CHECK, x) }
+}
+
+/// As [`all_gather_rows`], by a kernel.
+pub(super) fn gather_rows(cx: &mut OpStream, check: Check, x: &Tensor) -> Result<Tensor> {
     let (rows, columns) = (x.dim(0), x.dim(1));
-    all_gather(cx, ROWS_CHECK, x, &[rows * cx.world_size(), columns], rows * columns)
+    all_gather(cx, check, x, &[rows * cx.world_size(), columns], rows * columns)
 }
 
 fn all_gather(cx: &mut OpStream, check: Check, x: &Tensor, shape: &[usize], out_step: usize) -> Result<Tensor> {

@@ -2,6 +2,7 @@
 
 use bcg_runtime::{COLLECTIVE_BLOCKS_MAX, OpStream, Result, Source, Tensor};
 
+use super::far;
 use super::message::{grid, slot_packs};
 use super::reduce::{ReduceArgs, Reduction, give, take};
 use crate::check::Check;
@@ -66,6 +67,9 @@ pub fn all_reduce(cx: &mut OpStream, x: &Tensor) -> Result<Tensor> {
     let kernel = if is_two_shot { &TWO_SHOT } else { &ONE_SHOT }.get(CHECK, "x", x.dtype())?;
     if num_ranks == 1 {
         return Ok(x.clone());
+    }
+    if cx.sums_gathered() {
+        return far::all_reduce(cx, CHECK, x);
     }
     let out = cx.empty(x.shape(), x.dtype())?;
     let sums = Reduction { check: CHECK, x, out: &out, x_step: 0 };

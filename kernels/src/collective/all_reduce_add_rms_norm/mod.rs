@@ -92,7 +92,7 @@ pub fn all_reduce_add_rms_norm(
     let row_packs = x.dim(1).div_ceil(pack_len(x.dtype()));
     let rows_max = slot_packs(cx) as usize / row_packs.max(1);
     let is_two_shot = is_two_shot(cx.world_size(), x.size_bytes());
-    if cx.world_size() == 1 || is_two_shot || rows_max == 0 || row_packs == 0 {
+    if cx.world_size() == 1 || cx.sums_gathered() || is_two_shot || rows_max == 0 || row_packs == 0 {
         let reduced = all_reduce(cx, x)?;
         return add_rms_norm(cx, &reduced, residual, weight, eps);
     }

@@ -2,6 +2,7 @@
 
 use bcg_runtime::{COLLECTIVE_BLOCKS_MAX, OpStream, Result, Source, Tensor};
 
+use super::far;
 use super::gather::{GatherArgs, Gathering, all_ranks, give, take};
 use crate::check::Check;
 use crate::float::PerFloat;
@@ -51,6 +52,9 @@ pub fn broadcast(cx: &mut OpStream, x: &Tensor, root: usize) -> Result<Tensor> {
     }
     if num_ranks == 1 {
         return Ok(x.clone());
+    }
+    if cx.sums_gathered() {
+        return far::rows_of(cx, CHECK, x, root);
     }
     let out = cx.empty(x.shape(), x.dtype())?;
     let to_ranks = if cx.rank() == root { all_ranks(cx) } else { 0 };

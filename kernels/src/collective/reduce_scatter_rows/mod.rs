@@ -2,6 +2,7 @@
 
 use bcg_runtime::{COLLECTIVE_BLOCKS_MAX, OpStream, Result, Source, Tensor};
 
+use super::far;
 use super::message::{grid, slot_packs};
 use super::reduce::{ReduceArgs, Reduction, give, take};
 use crate::check::Check;
@@ -54,6 +55,9 @@ pub fn reduce_scatter_rows(cx: &mut OpStream, x: &Tensor) -> Result<Tensor> {
     }
     if !x.dim(0).is_multiple_of(num_ranks) {
         return Err(CHECK.error(format!("T a multiple of the {num_ranks} ranks"), format!("T = {}", x.dim(0))));
+    }
+    if cx.sums_gathered() {
+        return far::reduce_scatter_rows(cx, CHECK, x);
     }
     let rows = x.dim(0) / num_ranks;
     let out = cx.empty(&[rows, x.dim(1)], x.dtype())?;
