@@ -10,6 +10,7 @@ pub mod device_faults;
 pub mod experts;
 pub mod geometry;
 pub mod golden;
+pub mod nodes;
 pub mod ops;
 pub mod random;
 pub mod soak;

@@ -125,24 +125,33 @@ pub struct HostTimes {
 /// # Errors
 /// The first error of a rank, or a result that is wrong.
 pub fn run(devices: Vec<Device>, options: &Options) -> Result<HostTimes> {
-    let world = World::new(devices, WorldOptions::default())?;
+    run_in(&World::new(devices, WorldOptions::default())?, options)
+}
+
+/// As [`run`], in a world that is there: on each of its nodes at once.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_in(world: &World, options: &Options) -> Result<HostTimes> {
     let num_ranks = world.size();
-    let communicators = world.communicators(CommunicatorOptions::default())?;
-    let weights: Vec<_> = (0..num_ranks)
-        .map(|rank| world.device(rank).tensor(&[COLUMNS], &[1.0f32; COLUMNS]))
+    let (first, local) = (world.first_rank(), 0..world.num_local());
+    let weights: Vec<_> = local
+        .map(|local| world.device(local).tensor(&[COLUMNS], &[1.0f32; COLUMNS]))
         .collect::<bcg_runtime::Result<_>>()?;
     let mut lanes = Vec::new();
-    for (rank, communicator) in communicators.into_iter().enumerate() {
-        let input = world.device(rank).tensor(&[ROWS, COLUMNS], &vec![(rank + 1) as f32; ROWS * COLUMNS])?;
+    for communicator in world.communicators(CommunicatorOptions::default())? {
+        let rank = communicator.rank();
+        let value = vec![(rank + 1) as f32; ROWS * COLUMNS];
+        let input = world.device(rank - first).tensor(&[ROWS, COLUMNS], &value)?;
         let mut runner_options = RunnerOptions::default();
         runner_options.replay = options.mode;
         let runner = Runner::in_world(communicator, runner_options)?;
         lanes.push(Lane { runner, graph: BreakableCudaGraph::new("world"), input, rng: rank as u64 + 1 });
     }
-    let mut ranks = RankThreads::start(&world, lanes)?;
+    let mut ranks = RankThreads::start(world, lanes)?;
     let layers = options.layers;
     ranks.run(move |lane: &mut Lane| {
-        let (x, weight) = (lane.input.clone(), weights[lane.runner.rank()].clone());
+        let (x, weight) = (lane.input.clone(), weights[lane.runner.rank() - first].clone());
         let forward = move |cx: &mut Context<'_, Batch>| {
             let mut h = all_reduce(cx, &x)?;
             for _ in 0..layers {

@@ -93,11 +93,11 @@ pub(super) struct Lane {
 }
 
 impl Lane {
-    /// Makes the lanes of all ranks.
+    /// Makes the lanes of all ranks of this process.
     pub(super) fn all(world: &World, options: CommunicatorOptions, elements: usize) -> Result<Vec<Self>> {
         let known = Arc::new(Known::new(world.size(), elements));
-        let inputs: Vec<_> =
-            (0..world.size()).map(|rank| inputs(world.device(rank), &known, rank)).collect::<Result<_>>()?;
+        let of_rank = |local| inputs(world.device(local), &known, world.first_rank() + local);
+        let inputs: Vec<_> = (0..world.num_local()).map(of_rank).collect::<Result<_>>()?;
         let mut lanes = Vec::new();
         for (communicator, inputs) in world.communicators(options)?.into_iter().zip(inputs) {
             let rng = communicator.rank() as u64 + 1;

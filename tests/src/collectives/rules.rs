@@ -17,6 +17,8 @@ pub struct Size {
     pub calls: usize,
     /// How long a rank dawdles, at most, before it comes to some of these.
     pub max_delay: Duration,
+    /// Whether sums are made of what was gathered.
+    pub gathered: bool,
 }
 
 /// Rows and columns: one of either, none, widths of no whole 16 bytes, rows wider than the registers of a block, more rows than
@@ -53,6 +55,7 @@ pub fn collectives_match_plain_sums(world: &World, size: Size) -> Result<usize> 
     let mut options = CommunicatorOptions::default();
     options.plane_bytes = 2 << 20;
     options.first_epoch = u32::MAX - 3;
+    options.sums_gathered = size.gathered;
     let mut ranks = RankThreads::start(world, Lane::all(world, options, size.elements)?)?;
     let mut num_checked = 0;
     for (at, (rows, columns)) in SHAPES.into_iter().enumerate() {

@@ -67,11 +67,11 @@ fn forward(cx: &mut Context<'_, ()>, kind: Kind, x: &Tensor, weight: &Tensor) ->
 }
 
 /// Times the sums, and prints a table.
-pub(super) fn run(world: &World) -> Result<()> {
+pub(crate) fn run(world: &World) -> Result<()> {
     let largest = BYTES.iter().copied().max().unwrap_or(0).max(ROWS[ROWS.len() - 1] * COLUMNS * 2);
-    let inputs = (0..world.size())
-        .map(|rank| {
-            let device = world.device(rank);
+    let inputs = (0..world.num_local())
+        .map(|local| {
+            let device = world.device(local);
             Ok((device.zeros(&[largest / 2], DType::Bf16)?, device.zeros(&[COLUMNS], DType::Bf16)?))
         })
         .collect::<bcg_runtime::Result<Vec<_>>>()?;
@@ -91,6 +91,9 @@ pub(super) fn run(world: &World) -> Result<()> {
             let times = time(&mut ranks, kind, rows, COLUMNS)?;
             lines.push(line(&format!("{name}, {rows} x {COLUMNS}"), &times));
         }
+    }
+    if world.node() > 0 {
+        return Ok(());
     }
     println!("{} ranks, bf16, us of one of {SUMS} in a row in a graph:", world.size());
     println!("{:<42} {:>8} {:>8} {:>8}", "", "p10", "p50", "p90");
@@ -125,6 +128,10 @@ fn time(ranks: &mut RankThreads<Lane>, kind: Kind, rows: usize, columns: usize) 
     slowest(ranks, 3)?;
     let one = slowest(ranks, 10)? * SUMS as f64 * 1e-6;
     let replays = (SAMPLE.as_secs_f64() / one).ceil().clamp(1.0, 200.0) as u32;
+    // All nodes replay as often, whatever each has measured.
+    let world = ranks.world().clone();
+    let said = world.exchange("a number of replays", replays.to_le_bytes().to_vec(), world.timeout())?;
+    let replays = said[0].as_slice().try_into().map_or(replays, u32::from_le_bytes);
     let mut times = (0..SAMPLES).map(|_| slowest(ranks, replays)).collect::<Result<Vec<_>>>()?;
     times.sort_by(f64::total_cmp);
     Ok(times)

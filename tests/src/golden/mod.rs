@@ -7,6 +7,7 @@
 mod ahead;
 mod checkpoint;
 mod eval;
+mod nodes;
 mod pipeline;
 mod ranks;
 mod roles;
@@ -20,6 +21,7 @@ use bcg_runtime::Device;
 pub use ahead::*;
 pub use checkpoint::*;
 pub use eval::*;
+pub use nodes::*;
 pub use pipeline::*;
 pub use ranks::*;
 pub use roles::*;

@@ -3,13 +3,14 @@
 //!
 //! The server is this executable in a process of its own ([`process`]), so that its memory can be measured, and its end.
 //! [`requests`] and [`bodies`] attack over HTTP, [`checkpoints`] with files, [`signals`] with signals and faults of the
-//! device. Arguments choose rows by a part of their name.
+//! device, [`nodes`] what runs as two processes. Arguments choose rows by a part of their name.
 
 mod bodies;
 mod checkpoints;
 mod client;
 mod fairness;
 mod neighbour;
+mod nodes;
 mod process;
 mod requests;
 mod signals;
@@ -58,7 +59,7 @@ fn main() -> ExitCode {
     }
     args.retain(|arg| !arg.starts_with('-'));
     let mut report = Report { filter: args, passed: 0, failed: 0, slowest: Vec::new() };
-    for group in [requests::run, bodies::run, fairness::run, checkpoints::run, signals::run] {
+    for group in [requests::run, bodies::run, fairness::run, checkpoints::run, signals::run, nodes::run] {
         group(&mut report);
     }
     report.slowest.sort_by_key(|(took, _)| std::cmp::Reverse(*took));
