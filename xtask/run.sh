@@ -14,6 +14,7 @@
 #                              the same load on two processes, half of it each
 #   run.sh stages [GEOMETRY…]  a pipeline of two stages, on the GPUs that RANK_DEVICES names: correctness first, then figures
 #                              beside those of one GPU, and the first token of a prompt of 32,768 tokens
+#   run.sh nodes [GEOMETRY…]   as ranks, with a process for each of the two GPUs, which NCCL connects
 #   run.sh standing            the standing figures, in at most STANDING_SECONDS (240): standing.json, which
 #                              `cargo xtask figures` reads. BCG_DEVICE=host runs the same steps with tiny checkpoints and
 #                              without a GPU, to try the script: its figures say nothing
@@ -29,8 +30,8 @@ log=$out/run.log
 
 export BCG_ROOT=$here BCG_CACHE_DIR=${BCG_CACHE_DIR:-$work/cache} RUST_BACKTRACE=1 RUST_LOG=info,bcg_runtime=warn
 mode=${1:-test}
-case $mode in test | bench | serve | ranks | replicas | stages | standing) ;; *)
-    echo "run.sh: no mode $mode; there are test (without argument), bench, serve, ranks, replicas, stages and standing" >&2
+case $mode in test | bench | serve | ranks | replicas | stages | nodes | standing) ;; *)
+    echo "run.sh: no mode $mode; there are test (without argument), bench, serve, ranks, replicas, stages, nodes and standing" >&2
     exit 1
     ;;
 esac
@@ -324,6 +325,40 @@ stages() {
     done
 }
 
+# Two processes with a rank each: what `ranks` does, and the same tokens as both ranks in one process.
+nodes() {
+    local devices=${RANK_DEVICES:-0,1} checkpoint geometry server other port=30019 seed=0 tokens
+    local first=${devices%,*} second=${devices#*,} meet=(--tp 2 --nnodes 2 --dist-init-addr 127.0.0.1:30021)
+    step "nodes" 300 bin/gpu nodes --devices "$devices"
+    for checkpoint in $(cd models && echo tiny-*); do
+        evaluate "$checkpoint" chat one-process --tp 2 --devices "$devices" "${graphs[@]}"
+        bin/bcg serve --model "models/$checkpoint" --device cuda "${meet[@]}" --node-rank 1 --devices "$second" "${graphs[@]}" \
+            >>"$log" 2>&1 &
+        other=$!
+        evaluate "$checkpoint" chat two-processes "${meet[@]}" --devices "$first" "${graphs[@]}"
+        step "the other node of $checkpoint ends in order" 20 tail --pid="$other" -f /dev/null
+        same_tokens "$checkpoint" chat one-process two-processes
+    done
+    for geometry in $(pick qwen3-8b); do
+        local flags=(--model "models/geometries/$geometry" --load-format dummy --skip-tokenizer-init --device cuda "${meet[@]}" "${graphs[@]}"
+            --context-length 8192 --max-running-requests 512 --max-queued-requests 1024)
+        bin/bcg serve "${flags[@]}" --node-rank 1 --devices "$second" >>"$log" 2>&1 &
+        other=$!
+        bin/bcg serve "${flags[@]}" --devices "$first" --port "$port" >>"$log" 2>&1 &
+        server=$!
+        # shellcheck disable=SC2016 # the inner shell expands these
+        step "start $geometry, two nodes" 180 bash -c 'until curl -sf "http://127.0.0.1:$0/health" >/dev/null; do kill -0 "$1" || exit 1; sleep 0.05; done' \
+            "$port" "$server"
+        for tokens in 16 256 1024 4096; do
+            load "$geometry" "nodes-first-token-$tokens" --num-prompts 20 --max-concurrency 1 --input-len "$tokens" --output-len 4
+        done
+        load "$geometry" nodes-burst --num-prompts 512 --warmup-requests 128 --input-len 1024 --output-len 128
+        kill "$server"
+        step "stop $geometry, two nodes" 20 tail --pid="$server" -f /dev/null
+        step "the other node of $geometry ends in order" 20 tail --pid="$other" -f /dev/null
+    done
+}
+
 # Random weights and random token ids, so that no two runs share a prompt.
 load() { # geometry, name, flags…
     local geometry=$1 name=$2
@@ -467,7 +502,7 @@ standing() {
     exit "$failed"
 }
 
-case $mode in bench) benches ;; serve) serving ;; ranks) ranks ;; replicas) replicas ;; stages) stages ;; standing) standing ;; test) correctness ;; esac
+case $mode in bench) benches ;; serve) serving ;; ranks) ranks ;; replicas) replicas ;; stages) stages ;; nodes) nodes ;; standing) standing ;; test) correctness ;; esac
 
 echo
 awk '/^(ceilings|kernels|prefill|prompt|replay|lazy|decode|profile|capture|serve)$/ { shown = 1 } /^$/ { shown = 0 } shown' "$log"
