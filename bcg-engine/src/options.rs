@@ -344,6 +344,10 @@ impl EngineOptions {
                 let problem = "replicas do not span several processes";
                 Err(OptionError::new("nnodes", problem, "drop `dp`, and put a gateway before several servers"))
             }
+            (Some(_), _) if self.moe_a2a_backend == MoeA2a::Push => {
+                let problem = "ranks of another process cannot be pushed rows";
+                Err(OptionError::new("moe_a2a_backend", problem, "give `break`, or drop it"))
+            }
             (Some(_), nodes) if !self.tp.is_multiple_of(nodes) => {
                 let problem = format!("the {} ranks of `tp` cannot be divided among {nodes} nodes", self.tp);
                 Err(OptionError::new("nnodes", problem, "give a divisor of `tp`"))
@@ -591,6 +595,11 @@ mod tests {
         refused(nodes(2, 2, 0, None), "dist_init_addr", "HOST:PORT");
         refused(nodes(2, 1, 0, Some("host:1")), "dist_init_addr", "drop it");
         refused(nodes(3, 2, 0, Some("host:1")), "nnodes", "a divisor of `tp`");
+        let pushed = |options: &mut EngineOptions| {
+            nodes(2, 2, 0, Some("host:1"))(options);
+            (options.ep, options.moe_a2a_backend) = (2, MoeA2a::Push);
+        };
+        refused(pushed, "moe_a2a_backend", "give `break`");
     }
 
     #[test]

@@ -49,3 +49,14 @@ pub(super) fn all_gather_columns(cx: &mut OpStream, check: Check, x: &Tensor) ->
 pub(super) fn rows_of(cx: &mut OpStream, check: Check, x: &Tensor, rank: usize) -> Result<Tensor> {
     gather(cx, check, x)?.rows(rank * x.dim(0)..(rank + 1) * x.dim(0))
 }
+
+/// Part r of what each rank has, on rank r, one below the other.
+pub(super) fn all_to_all(cx: &mut OpStream, check: Check, x: &Tensor) -> Result<Tensor> {
+    let (parts, rows) = (gather(cx, check, x)?, x.dim(0) / cx.world_size());
+    let out = cx.empty(x.shape(), x.dtype())?;
+    for rank in 0..cx.world_size() {
+        let first = rank * x.dim(0) + cx.rank() * rows;
+        cx.copy(&out.rows(rank * rows..(rank + 1) * rows)?, &parts.rows(first..first + rows)?)?;
+    }
+    Ok(out)
+}

@@ -2,6 +2,7 @@
 
 use bcg_runtime::{COLLECTIVE_BLOCKS_MAX, OpStream, Result, Source, Tensor};
 
+use super::far;
 use super::gather::{GatherArgs, Gathering, all_ranks, give, take};
 use crate::check::Check;
 use crate::float::PerFloat;
@@ -53,6 +54,9 @@ pub fn all_to_all(cx: &mut OpStream, x: &Tensor) -> Result<Tensor> {
         return Err(CHECK.error(format!("rows for {num_ranks} ranks"), x.dim(0)));
     }
     let rows = x.dim(0) / num_ranks;
+    if cx.sums_gathered() {
+        return far::all_to_all(cx, CHECK, x);
+    }
     let out = cx.empty(x.shape(), x.dtype())?;
     let (first, ranks) = (x.rows(0..rows)?, all_ranks(cx));
     let (x_step, out_step) = (rows * x.row_stride(), rows * x.dim(1));
