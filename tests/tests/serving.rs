@@ -109,6 +109,30 @@ fn many_at_once_have_the_tokens_of_one_at_a_time_with_two_ranks() {
     assert_eq!(engine.server_info()["settings"]["tp"], 2);
 }
 
+/// With the layers divided among two stages, and steps under way in both: the tokens of one device, for one request at a time
+/// and for many, in chunks, and where pages are few.
+#[test]
+fn many_at_once_have_the_tokens_of_one_at_a_time_with_a_pipeline() {
+    let (graphs, prompts) = ("--enable-breakable-cuda-graph", &prompts()[..5]);
+    let alone = engine(&["--disable-radix-cache"]);
+    let expected: Vec<Vec<u32>> = prompts.iter().map(|prompt| tokens(submit(&alone, prompt))).collect();
+    drop(alone);
+    for flags in [
+        &["--pp", "2", "--chunked-prefill-size", "128", graphs, "--capture", "lazy"][..],
+        &["--pp", "2", "--kv-cache-tokens", "704", "--page-size", "4"],
+    ] {
+        let engine = engine(flags);
+        assert_eq!(tokens(submit(&engine, &prompts[0])), expected[0], "{flags:?}");
+        assert_eq!(all_at_once(&engine, prompts), expected, "{flags:?}");
+        let metrics = engine.metrics();
+        assert_eq!((metrics.ranks.get(), metrics.failed_steps.get()), (2, 0));
+        assert_eq!(
+            (&engine.server_info()["settings"]["pp"], metrics.cached_prompt_tokens.get() > 0),
+            (&2.into(), true)
+        );
+    }
+}
+
 /// Fails each step with this token in it.
 const POISON: u32 = 460;
 
