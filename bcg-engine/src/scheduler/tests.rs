@@ -85,6 +85,58 @@ fn a_step_takes_the_token_that_the_one_before_chooses() {
 }
 
 #[test]
+fn a_pipeline_decodes_in_turn_with_a_step_in_each_stage() {
+    let mut scheduler = scheduler(16, 32).with_stages(2);
+    (1..=3).for_each(|id| scheduler.add(sequence(id, 2)));
+    let mut under_way = VecDeque::new();
+    let mut seen = Vec::new();
+    for _ in 0..6 {
+        let plan = scheduler.plan().expect("work");
+        let since: Vec<_> = plan.entries.iter().map(|entry| entry.chosen.map(|token| token.steps_since)).collect();
+        seen.push((ids(&plan), since));
+        scheduler.launch(&plan);
+        scheduler.check();
+        under_way.push_back(plan);
+        if under_way.len() > 2 {
+            let plan = under_way.pop_front().expect("a step");
+            scheduler.collect(&plan, &vec![7; plan.entries.len()]);
+        }
+    }
+    // All prompts run at once; what they choose is awaited by the next step, since nothing else can run.
+    let (prompts, first) = ((vec![1, 2, 3], vec![None; 3]), (vec![1, 2], vec![Some(0); 2]));
+    let [one, two] = [(vec![3], vec![Some(1)]), (vec![1, 2], vec![Some(1); 2])];
+    assert_eq!(seen, [prompts, first, one.clone(), two.clone(), one, two]);
+}
+
+#[test]
+fn the_only_sequence_of_a_pipeline_runs_one_step_ahead() {
+    let mut scheduler = scheduler(16, 32).with_stages(3);
+    scheduler.add(sequence(1, 2));
+    let first = scheduler.plan().expect("work");
+    scheduler.launch(&first);
+    let second = scheduler.plan().expect("it waits for its token on the device");
+    assert_eq!(second.entries[0].chosen, Some(ChosenToken::of_last(0)));
+    scheduler.launch(&second);
+    assert_eq!(scheduler.plan(), None, "a prompt that comes now would wait for more steps");
+    scheduler.add(sequence(2, 2));
+    assert_eq!(ids(&scheduler.plan().expect("a prompt waits for no token")), [2]);
+}
+
+#[test]
+fn the_chunks_of_a_prompt_fill_a_pipeline() {
+    let mut scheduler = scheduler(16, 64).with_stages(2);
+    scheduler.add(sequence(1, 40));
+    let chunks: Vec<_> = (0..3)
+        .map(|_| {
+            let plan = scheduler.plan().expect("a chunk");
+            scheduler.launch(&plan);
+            (plan.entries[0].past_len, plan.entries[0].num_tokens)
+        })
+        .collect();
+    assert_eq!(chunks, [(0, 16), (16, 16), (32, 8)]);
+}
+
+#[test]
 fn who_must_know_its_token_waits_for_it_and_nobody_runs_beyond_the_last_token() {
     let mut scheduler = scheduler(8, 32);
     scheduler.add(Sequence::new(SequenceId(1), vec![1, 2], 9, true));
