@@ -188,7 +188,11 @@ impl<'a, M: StepModel> Worker<'a, M> {
                 if self.in_flight.len() <= self.model.steps_ahead() { Ok(()) } else { self.collect_oldest() }
             }
             Ok(None) => self.collect_oldest(),
-            Err((plan, error)) if error.damage != Damage::Nothing => self.step_failed(&plan, error),
+            Err((plan, error)) if error.damage != Damage::Nothing => {
+                // Those under way fail with all others, who lost the device at work.
+                self.in_flight.clear();
+                self.step_failed(&plan, error)
+            }
             Err((plan, error)) => {
                 self.collect_all()?;
                 self.step_failed(&plan, error)
