@@ -199,21 +199,22 @@ impl<'a> Weights<'a> {
             last += part[0];
             last - part[0]..last
         });
-        self.taken_bytes += shape.iter().product::<usize>() * dtype.size_bytes();
-        match &mut self.origin {
+        let tensor = match &mut self.origin {
             Origin::Files { files, uploader } => {
                 // Before the memory, which a wrong shape may be too large for.
                 let sources = parts.iter().map(|part| files.take(part, shard, dtype)).collect::<Result<Vec<_>>>()?;
                 let tensor = self.device.empty(&shape, dtype)?;
                 ranges.zip(sources).try_for_each(|(rows, source)| uploader.add(&tensor.rows(rows)?, source))?;
-                Ok(tensor)
+                tensor
             }
             Origin::Random(random) => {
                 let tensor = self.device.empty(&shape, dtype)?;
                 ranges.zip(parts).try_for_each(|(rows, part)| random.fill(&tensor.rows(rows)?, part.number(shard)))?;
-                Ok(tensor)
+                tensor
             }
-        }
+        };
+        self.taken_bytes += tensor.size_bytes();
+        Ok(tensor)
     }
 
     /// Tells whether the tensor `name` can be taken.
