@@ -196,7 +196,7 @@ benches() {
 
 # Two ranks: what they compute together, models that are divided among them, and what that gains.
 ranks() {
-    local devices=${RANK_DEVICES:-0,1} checkpoint geometry tp server port=30019 tokens
+    local devices=${RANK_DEVICES:-0,1} checkpoint geometry backend tp server port=30019 tokens
     local two=(--tp 2 --devices "$devices") seed=0
     step "collectives" 200 bin/gpu collectives --devices "$devices"
     step "experts" 200 bin/gpu experts --devices "$devices"
@@ -209,6 +209,11 @@ ranks() {
         same_tokens "$checkpoint" chat two-eager two-healed
         same_tokens "$checkpoint" chat two-eager two-verified
     done
+    for checkpoint in tiny-qwen3-moe tiny-deepseek-v3; do
+        for backend in none push break; do
+            evaluate "$checkpoint" chat "two-experts-$backend" "${two[@]}" --ep 2 --moe-a2a-backend "$backend" "${graphs[@]}"
+        done
+    done
     for geometry in $(pick qwen3-8b qwen3-30b-a3b nemotron-h-8b); do
         local flags=(--model "models/geometries/$geometry" --load-format dummy --skip-tokenizer-init --device cuda)
         for tp in 1 2; do
@@ -217,6 +222,14 @@ ranks() {
                 --sizes 16,256,1024,4096 --json "$out/prefill-$geometry-tp$tp.json"
             step "decode $geometry tp $tp" 100 bin/bcg bench decode "${flags[@]}" --rounds 12 --seconds 1 \
                 --batches 1,64,256 --context 1024 --json "$out/decode-$geometry-tp$tp.json"
+        done
+        for backend in none push; do
+            if [ "$geometry" != qwen3-30b-a3b ]; then continue; fi
+            local owned=("${flags[@]}" --ep 2 --moe-a2a-backend "$backend")
+            step "prefill $geometry ep 2 $backend" 100 bin/bcg bench prefill "${owned[@]}" --rounds 12 --seconds 1 \
+                --sizes 16,256,1024,4096 --json "$out/prefill-$geometry-ep2-$backend.json"
+            step "decode $geometry ep 2 $backend" 100 bin/bcg bench decode "${owned[@]}" --rounds 12 --seconds 1 \
+                --batches 1,64,256 --context 1024 --json "$out/decode-$geometry-ep2-$backend.json"
         done
         bin/bcg serve "${flags[@]}" --port "$port" "${graphs[@]}" --context-length 8192 --max-running-requests 512 \
             --max-queued-requests 1024 >>"$log" 2>&1 &

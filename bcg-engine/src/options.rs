@@ -625,17 +625,6 @@ mod tests {
     }
 
     #[test]
-    fn every_rank_has_experts_of_its_own_or_none_has() {
-        for (tp, ep) in [(1, 1), (4, 1), (4, 4)] {
-            EngineOptions { tp, ep, ..EngineOptions::new("m") }.check().expect("these work");
-        }
-        for (tp, ep) in [(1, 2), (2, 4), (4, 2), (2, 0)] {
-            refused(|options| (options.tp, options.ep) = (tp, ep), "ep", "the same number");
-        }
-        refused(|options| options.moe_a2a_backend = MoeA2a::Push, "moe_a2a_backend", "add `ep`");
-    }
-
-    #[test]
     fn rules_of_the_runner_are_those_of_the_engine() {
         refused(|options| options.page_size = 0, "page_size", "at least 1");
         refused(|options| options.mem_fraction_static = Some(90.0), "mem_fraction_static", "such as 0.9");

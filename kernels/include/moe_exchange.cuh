@@ -8,6 +8,7 @@ BCG_DEVICE u32 owner_of(i32 expert, u32 experts_of_rank) { return (u32)expert / 
 // A bit for each rank that owns experts of a token.
 BCG_DEVICE u32 owners_of(const i32* experts, u32 chosen, u32 experts_of_rank, u32 num_ranks) {
     u32 owners = 0;
+#pragma unroll 1
     for (u32 k = 0; k < chosen; k++)
         if (u32 owner = owner_of(experts[k], experts_of_rank); owner < num_ranks) owners |= 1u << owner;
     return owners;

@@ -219,24 +219,14 @@ impl Moe {
     /// # Errors
     /// Those of the ops.
     pub fn forward(&self, cx: &mut Context<'_, ForwardBatch>, x: &Tensor, num_valid: &Tensor) -> Result<Tensor> {
-        let (num_ranks, rows) = (cx.world_size(), x.dim(0));
-        if self.a2a == MoeA2a::None || num_ranks == 1 {
-            return self.forward_own(cx, x, num_valid);
+        let num_ranks = cx.world_size();
+        // Rows that the ranks cannot share evenly are not pushed: they are few, or the last ones of a prompt.
+        let is_shared = num_ranks > 1 && x.dim(0).is_multiple_of(num_ranks);
+        match self.a2a {
+            MoeA2a::Push if is_shared => self.forward_pushed(cx, x, num_valid),
+            MoeA2a::Break => self.forward_in_break(cx, x, num_valid),
+            _ => self.forward_own(cx, x, num_valid),
         }
-        // All ranks have equal shares of the rows: what is missing for that is padded.
-        let even = match rows.is_multiple_of(num_ranks) {
-            true => x.clone(),
-            false => {
-                let even = cx.empty(&[rows.next_multiple_of(num_ranks), x.dim(1)], x.dtype())?;
-                cx.copy(&even.rows(0..rows)?, x)?;
-                even
-            }
-        };
-        let sum = match self.a2a {
-            MoeA2a::Push => self.forward_pushed(cx, &even, num_valid)?,
-            _ => self.forward_in_break(cx, &even, num_valid)?,
-        };
-        sum.rows(0..rows)
     }
 
     /// What this rank's experts make of all rows, none of which is sent.
@@ -260,9 +250,18 @@ impl Moe {
         ops::moe_return(cx, &y, &routing, &sent, shared.as_ref())
     }
 
-    /// The same with two breaks, in each of which every rank sends every other one as much, whatever was chosen.
+    /// The same with two breaks, in each of which every rank sends every other one as much, whatever was chosen. Every number of
+    /// rows has them, since the graphs of all sizes must have the same breaks: rows are added that the ranks can share.
     fn forward_in_break(&self, cx: &mut Context<'_, ForwardBatch>, x: &Tensor, num_valid: &Tensor) -> Result<Tensor> {
-        let (own_rows, sent) = self.choose_for_share(cx, x, num_valid)?;
+        let num_rows = x.dim(0);
+        let wide = num_rows.next_multiple_of(cx.world_size());
+        let mut x = x.clone();
+        if wide > num_rows {
+            let added = cx.empty(&[wide, x.dim(1)], x.dtype())?;
+            cx.copy(&added.rows(0..num_rows)?, &x)?;
+            x = added;
+        }
+        let (own_rows, sent) = self.choose_for_share(cx, &x, num_valid)?;
         let message = ops::moe_pack(cx, &own_rows, &sent, self.num_experts)?;
         let came = exchange_rows(cx, &message)?;
         drop(message);
@@ -271,11 +270,11 @@ impl Moe {
         let routing = self.order(cx, choices, num_valid)?;
         let y = self.experts(cx, &rows, &routing)?; // [T K, C]
         drop(rows);
-        let shared = self.shared(cx, x)?;
+        let shared = self.shared(cx, &x)?;
         let parts = ops::moe_combine(cx, &y, &routing, shared.as_ref())?; // [T, C]
         drop(y);
         let parts = exchange_rows(cx, &parts)?;
-        ops::moe_place(cx, &parts)
+        ops::moe_place(cx, &parts)?.rows(0..num_rows)
     }
 
     /// This rank's share of the rows, and the experts that these choose.

@@ -35,15 +35,12 @@ macro_rules! ranks_rules {
                 qwen3_2 = ("tiny-qwen3", 2, BY_CHANNELS),
                 qwen3_moe_2 = ("tiny-qwen3-moe", 2, BY_CHANNELS),
                 qwen3_moe_experts_2 = ("tiny-qwen3-moe", 2, WHOLE),
-                qwen3_moe_pushed_2 = ("tiny-qwen3-moe", 2, PUSHED),
                 qwen3_moe_break_2 = ("tiny-qwen3-moe", 2, IN_BREAK),
                 nemotron_h_2 = ("tiny-nemotron-h", 2, BY_CHANNELS),
                 deepseek_v3_2 = ("tiny-deepseek-v3", 2, BY_CHANNELS),
-                deepseek_v3_experts_2 = ("tiny-deepseek-v3", 2, WHOLE),
                 deepseek_v3_pushed_2 = ("tiny-deepseek-v3", 2, PUSHED),
                 qwen3_4 = ("tiny-qwen3", 4, BY_CHANNELS),
                 qwen3_moe_4 = ("tiny-qwen3-moe", 4, BY_CHANNELS),
-                qwen3_moe_pushed_4 = ("tiny-qwen3-moe", 4, PUSHED),
                 deepseek_v3_4 = ("tiny-deepseek-v3", 4, BY_CHANNELS),
             }
             rules {

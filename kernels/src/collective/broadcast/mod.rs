@@ -58,7 +58,8 @@ pub fn broadcast(cx: &mut OpStream, x: &Tensor, root: usize) -> Result<Tensor> {
     }
     let out = cx.empty(x.shape(), x.dtype())?;
     let to_ranks = if cx.rank() == root { all_ranks(cx) } else { 0 };
-    Gathering { check: CHECK, x, x_step: 0, out: &out, out_step: 0, to_ranks, from_ranks: 1 << root }.launch(cx, kernel)?;
+    Gathering { check: CHECK, x, x_step: 0, out: &out, out_step: 0, to_ranks, from_ranks: 1 << root }
+        .launch(cx, kernel)?;
     Ok(out)
 }
 

@@ -54,8 +54,7 @@ struct DispatchArgs {
 
 // SAFETY: `moe_dispatch` has checked the shapes when it launches, and the source indexes by these alone, within tokens of
 // which a slot of the plane holds as many as a launch sends.
-static MOE_DISPATCH: PerFloat<DispatchArgs> =
-    per_float_collective!("moe_dispatch", SOURCE, give, take).programmatic();
+static MOE_DISPATCH: PerFloat<DispatchArgs> = per_float_collective!("moe_dispatch", SOURCE, give, take).programmatic();
 
 /// Sends rows to the ranks that own the experts which they chose, and returns what comes to this one: of every rank as many
 /// rows as it gives, in the order of the ranks, and the choices among this rank's experts.
@@ -90,12 +89,7 @@ static MOE_DISPATCH: PerFloat<DispatchArgs> =
 /// assert_eq!(runner.read::<f32>(&rows)?, [1.0, 2.0], "one rank alone");
 /// # Ok::<(), bcg_runtime::Error>(())
 /// ```
-pub fn moe_dispatch(
-    cx: &mut OpStream,
-    x: &Tensor,
-    choices: &Choices,
-    num_experts: usize,
-) -> Result<(Tensor, Choices)> {
+pub fn moe_dispatch(cx: &mut OpStream, x: &Tensor, choices: &Choices, num_experts: usize) -> Result<(Tensor, Choices)> {
     CHECK.rank("x", x, &["S", "C"])?;
     choices.check(CHECK, x.dim(0))?;
     let kernel = MOE_DISPATCH.get(CHECK, "x", x.dtype())?;

@@ -25,6 +25,7 @@ template <typename T, bool WIDE> struct Dispatch {
         const i32* experts = a.experts + t * a.chosen;
         const float* weights = a.weights + t * a.chosen;
         u32 owners = owners_of(experts, a.chosen, a.experts_of_rank, c.c.num_ranks);
+#pragma unroll 1
         for (u32 i = threadIdx.x; i < c.c.num_ranks * choice_packs; i += blockDim.x) {
             u32 to = c.rank_at(i / choice_packs), at = i % choice_packs, k = at * CHOICES_OF_PACK;
             Pack<float> p = pack_choices(experts, weights, k, a.chosen, to, a.experts_of_rank);
@@ -33,6 +34,7 @@ template <typename T, bool WIDE> struct Dispatch {
             else c.send(to, token * choice_packs + at, p);
         }
         const T* x = (const T*)a.x + t * a.x_stride;
+#pragma unroll 1
         for (u32 p = threadIdx.x; p < a.row_packs && owners != 0; p += blockDim.x) {
             Pack<T> v = load_pack<WIDE>(x, p * LEN, a.columns);
 #pragma unroll 1
@@ -45,6 +47,7 @@ template <typename T, bool WIDE> struct Dispatch {
     BCG_DEVICE void receive(u32 from, u32 token) {
         i64 row = row_of(from, token);
         bool has = false;
+#pragma unroll 1
         for (u32 i = threadIdx.x; i < choice_packs; i += blockDim.x) {
             Pack<float> p[1];
             c.receive(p, [&](u32, u32& rank, u32& at) {
@@ -56,6 +59,7 @@ template <typename T, bool WIDE> struct Dispatch {
         }
         if (!__syncthreads_or(has)) return;
         T* out = out_row(row);
+#pragma unroll 1
         for (u32 first = threadIdx.x; first < a.row_packs; first += N * blockDim.x) {
             Pack<T> packs[N];
             c.receive(packs, [&](u32 k, u32& rank, u32& at) {
@@ -70,6 +74,7 @@ template <typename T, bool WIDE> struct Dispatch {
     }
 
     BCG_DEVICE void run() {
+#pragma unroll 1
         for (u32 token = blockIdx.x; token < a.tokens; token += gridDim.x) send(token);
         u32 items = (c.c.num_ranks - 1) * a.tokens;
 #pragma unroll 1

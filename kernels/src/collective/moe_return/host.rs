@@ -16,7 +16,8 @@ pub(super) fn give<T: Float>(a: &ReturnArgs, _: &Dims, memory: &HostMemory<'_>) 
     for rank in 0..a.communicator.num_ranks {
         for t in rows_of(a, rank) {
             let places = row::<i32>(memory, a.places, i64::from(a.chosen), t, a.chosen as usize)?;
-            let has_part = is_valid(a, memory, t)? && (!a.shared.is_null() || places.iter().any(|place| place.get() >= 0));
+            let has_part =
+                is_valid(a, memory, t)? && (!a.shared.is_null() || places.iter().any(|place| place.get() >= 0));
             bytes.push(PARTS[usize::from(has_part)]);
             let sums = if has_part { part::<T>(a, memory, t)? } else { vec![0.0; a.columns as usize] };
             sums.into_iter().for_each(|sum| bytes.extend_from_slice(bytemuck::bytes_of(&T::from_f32(sum))));

@@ -12,9 +12,8 @@ use crate::float::{PerFloat, pack_len};
 use crate::moe::{Choices, Routing, experts_of_rank, moe_combine};
 use host::{give, take};
 
-static SOURCE: Source = source!("collective/moe_return/moe_return.cu")
-    .takes::<ReturnArgs>()
-    .define("BLOCKS_MAX", COLLECTIVE_BLOCKS_MAX);
+static SOURCE: Source =
+    source!("collective/moe_return/moe_return.cu").takes::<ReturnArgs>().define("BLOCKS_MAX", COLLECTIVE_BLOCKS_MAX);
 pub(super) const SOURCES: &[&Source] = &[&SOURCE];
 
 const CHECK: Check = Check::new("moe_return");

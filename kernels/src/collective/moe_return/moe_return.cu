@@ -23,6 +23,7 @@ template <typename T, bool WIDE, u32 RANKS> struct Return {
         if (!is_valid(row)) return false;
         if (a.shared) return true;
         bool has = false;
+#pragma unroll 1
         for (u32 k = 0; k < a.chosen; k++) has |= a.places[row * a.chosen + k] >= 0;
         return has;
     }
@@ -42,6 +43,7 @@ template <typename T, bool WIDE, u32 RANKS> struct Return {
         float nothing[LEN];  // zeros that change no sum, not even of zeros below zero
 #pragma unroll
         for (u32 e = 0; e < LEN; e++) nothing[e] = -0.0f;
+#pragma unroll 1
         for (u32 p = threadIdx.x; p < a.row_packs; p += blockDim.x) {
             if (has) c.send(to, token * a.row_packs + p, part(row, p));
             store(row, p, pack<T>(nothing));
@@ -55,6 +57,7 @@ template <typename T, bool WIDE, u32 RANKS> struct Return {
             const i32* experts = a.experts + (i64)(a.first_token + token) * a.chosen;
             ranks = a.shared ? (1u << c.c.num_ranks) - 1 : owners_of(experts, a.chosen, a.experts_of_rank, c.c.num_ranks);
         }
+#pragma unroll 1
         for (u32 p = threadIdx.x; p < a.row_packs; p += blockDim.x) {
             Pack<T> own = {}, packs[SLOTS<RANKS>] = {};
             if (ranks >> c.c.rank & 1) own = part(row, p);

@@ -5,9 +5,9 @@ mod host;
 use bcg_runtime::{DevicePtr, KernelArgs, OpStream, Result, Source, Tensor};
 
 use super::route::Routing;
-pub(crate) use host::combined;
 use crate::check::Check;
 use crate::float::{PerFloat, pack_len, per_float};
+pub(crate) use host::combined;
 use host::host;
 
 static SOURCE: Source = source!("moe/combine/combine.cu").takes::<MoeCombineArgs>();

@@ -136,10 +136,8 @@ pub fn moe_unpack(cx: &mut OpStream, message: &Tensor, columns: usize, chosen: u
     let (len, choice_packs) = (pack_len(message.dtype()), chosen.div_ceil(CHOICES_OF_PACK));
     let (rows, row_packs) = (message.dim(0), columns.div_ceil(len));
     UNPACK.dense("message", message, &[rows, (choice_packs + row_packs) * len], message.dtype())?;
-    let choices = Choices {
-        experts: cx.empty(&[rows, chosen], DType::I32)?,
-        weights: cx.empty(&[rows, chosen], DType::F32)?,
-    };
+    let choices =
+        Choices { experts: cx.empty(&[rows, chosen], DType::I32)?, weights: cx.empty(&[rows, chosen], DType::F32)? };
     let args = UnpackArgs {
         message: cx.addr(message)?,
         experts: cx.addr(&choices.experts)?,
