@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::device::traits::Transport;
-use crate::{Error, OpStream, Result, Tensor};
+use crate::{Communicator, Error, OpStream, Result, Tensor};
 
 const OP: &str = "OpStream::gather_from_all";
 
@@ -17,7 +17,7 @@ impl OpStream {
     /// Tells whether sums over the ranks are to be made of what was gathered: with a transport, or because
     /// [`CommunicatorOptions::sums_gathered`](crate::CommunicatorOptions::sums_gathered) asks for it.
     pub fn sums_gathered(&self) -> bool {
-        self.communicator.as_ref().is_some_and(|communicator| communicator.sums_gathered())
+        self.communicator.as_ref().is_some_and(Communicator::sums_gathered)
     }
 
     pub(crate) fn transport(&self) -> Option<&Arc<dyn Transport>> {

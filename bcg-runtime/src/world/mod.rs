@@ -404,7 +404,7 @@ impl Ranks {
         number: impl FnOnce(&R) -> u64,
     ) -> Result<R> {
         self.agree_through(purpose, result, number, |said| {
-            let own = said.iter().fold(Vec::new(), |bytes, said| Said::write(bytes, said));
+            let own = said.iter().fold(Vec::new(), Said::write);
             let all = self.world.exchange(purpose, own, self.world.timeout())?;
             all.iter()
                 .map(|node| Said::read_all(node))

@@ -9,7 +9,7 @@ use crate::client::{Reply, post};
 use crate::process::{Server, free_address, signal};
 
 /// Small, so that it loads at once, with two ranks.
-const SMALL: [&str; 6] = ["--tp", "2", "--context-length", "512", "--kv-cache-tokens", "2048"];
+const SMALL: [&str; 8] = ["--tp", "2", "--context-length", "512", "--kv-cache-tokens", "2048", "--shutdown-grace", "0"];
 const GRAPHS: [&str; 3] = ["--enable-breakable-cuda-graph", "--cuda-graph-sizes", "8,32"];
 /// How soon the loss of a node is told to whom it concerns.
 const TOLD: Duration = Duration::from_secs(2);

@@ -130,8 +130,8 @@ impl Collectives {
     ///
     /// # Errors
     /// As those of a rank of this process.
-    pub(crate) fn give_from_afar(&self, rank: usize, called: Called, gave: &[u8]) -> Result<()> {
-        self.put(&mut self.lock(), rank, &called, gave.into()).map(drop)
+    pub(crate) fn give_from_afar(&self, rank: usize, called: &Called, gave: &[u8]) -> Result<()> {
+        self.put(&mut self.lock(), rank, called, gave.into()).map(drop)
     }
 
     fn put(&self, rounds: &mut Rounds, rank: usize, called: &Called, gave: Arc<[u8]>) -> Result<u64> {

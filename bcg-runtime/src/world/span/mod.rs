@@ -202,13 +202,13 @@ impl Span {
                 && let Err(error) = frame::send(&mut *lock(link), kind, parts)
             {
                 let cause = if is_gone(&error) { GONE.to_owned() } else { format!("it cannot be reached ({error})") };
-                self.lose(node, cause);
+                self.lose(node, &cause);
             }
         }
     }
 
     /// Loses a node, by its first rank.
-    fn lose(&self, node: usize, cause: String) -> Error {
+    fn lose(&self, node: usize, cause: &str) -> Error {
         let cause = format!("node {node}: {cause}");
         self.lost.set(LostRank { rank: node * self.num_local, collective: String::new(), segment: None, cause })
     }
@@ -228,7 +228,7 @@ impl Span {
         }
         self.exchange.wait(timeout, || self.lost.error().is_some()).map_err(|missing| {
             let cause = || format!("it did not come to `{purpose}` within {timeout:?}");
-            let late = missing.map(|node| self.lose(node, cause()));
+            let late = missing.map(|node| self.lose(node, &cause()));
             late.or_else(|| self.lost.error()).unwrap_or_else(|| Error::other("a meeting of the nodes has no end"))
         })
     }
@@ -242,7 +242,7 @@ impl Span {
                 self.tell_all(Kind::Met, &[&body.0], None);
             }
             Err((node, cause)) => {
-                self.lose(node, cause);
+                self.lose(node, &cause);
             }
         }
     }
@@ -297,7 +297,7 @@ impl Span {
                 None => {
                     self.tell_all(Kind::Alive, &[], None);
                     if let Some(Err(error)) = world.upgrade().map(|world| world.check_transports()) {
-                        self.lose(self.node, error.to_string());
+                        self.lose(self.node, &error.to_string());
                     }
                 }
             }
@@ -323,7 +323,7 @@ impl Span {
                 Err(error) => format!("its connection broke ({error})"),
             };
             if !self.is_over.load(Ordering::Acquire) && !self.ends_in_order() {
-                self.lose(node, cause);
+                self.lose(node, &cause);
             }
             return;
         }
@@ -374,7 +374,7 @@ impl Span {
                 self.commanded.notify_all();
             }
             Kind::Bye => {
-                self.lose(node, "it left its world".to_owned());
+                self.lose(node, "it left its world");
             }
             _ => return None,
         }
@@ -397,7 +397,7 @@ impl Span {
         let collectives = lock(&self.collectives).get(communicator)?.upgrade();
         if let Some(collectives) = collectives {
             // An error is that of a lost world, which all learn of.
-            let _ = collectives.give_from_afar(rank, Called { kernel: kernel.into(), dims, segment }, reader.0);
+            let _ = collectives.give_from_afar(rank, &Called { kernel: kernel.into(), dims, segment }, reader.0);
         }
         Some(())
     }

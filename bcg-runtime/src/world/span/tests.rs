@@ -28,9 +28,7 @@ fn world(span: &SpanOptions) -> Result<World> {
 }
 
 fn world_within(span: &SpanOptions, timeout: Duration) -> Result<World> {
-    let mut options = WorldOptions::default();
-    options.timeout = timeout;
-    World::spanning(vec![Device::host()], options, span)
+    World::spanning(vec![Device::host()], WorldOptions { timeout }, span)
 }
 
 /// Node 0, and the other end of its connection to a node 1 that does nothing on its own.
@@ -234,7 +232,7 @@ fn a_node_that_sends_what_it_must_not_is_lost() {
     stranger.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
     eventually_lost(&node, 1, "no frame of a node");
     let head = |communicator: u32, rank: u32| Writer::default().u32(communicator).u32(rank).text("k", 9);
-    let give = |communicator, rank| (0..8).fold(head(communicator, rank), |body, number| body.u32(number)).0;
+    let give = |communicator, rank| (0..8).fold(head(communicator, rank), Writer::u32).0;
     let lost = Writer::default().u32(7).u32(0).text("", 9).text("a rank that is none", 99).0;
     let twice = Writer::default().text("a turn", 9).bytes(b"1").0;
     let wrong = [
