@@ -3,7 +3,7 @@
 //! Invariants, checked by [`PagePool::check`]: a page or a pair of slots is either free or in exactly one lease; a
 //! lease that drops gives them back. They are handed out lowest first, so that a run is reproducible.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::StateLease;
@@ -38,10 +38,45 @@ struct Shared {
     free: Mutex<Free>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 struct Free {
     pages: BTreeSet<u32>,
     states: BTreeSet<u32>,
+    /// Of these, what was given back while steps were under way that may still use it, and how many were launched then.
+    recent_pages: BTreeMap<u32, u64>,
+    recent_states: BTreeMap<u32, u64>,
+    /// Steps that were launched, and those that have ended, if the owner says.
+    launched: u64,
+    ended: u64,
+}
+
+impl Free {
+    fn take_page(&mut self) -> Option<u32> {
+        let page = self.pages.pop_first()?;
+        self.recent_pages.remove(&page);
+        Some(page)
+    }
+
+    fn take_state(&mut self) -> Option<u32> {
+        let pair = self.states.pop_first()?;
+        self.recent_states.remove(&pair);
+        Some(pair)
+    }
+
+    fn give_back(&mut self, pages: impl Iterator<Item = u32>, state: Option<u32>) {
+        for page in pages {
+            self.pages.insert(page);
+            if self.ended < self.launched {
+                self.recent_pages.insert(page, self.launched);
+            }
+        }
+        if let Some(pair) = state {
+            self.states.insert(pair);
+            if self.ended < self.launched {
+                self.recent_states.insert(pair, self.launched);
+            }
+        }
+    }
 }
 
 impl Shared {
@@ -67,7 +102,8 @@ impl PagePool {
     pub fn with_states(num_pages: usize, page_size: usize, num_states: usize) -> Self {
         assert!(page_size > 0, "a page holds at least one token");
         let numbers = |count: usize| (0..i32::try_from(count).expect("numbers fit an i32").cast_unsigned()).collect();
-        let free = Mutex::new(Free { pages: numbers(num_pages), states: numbers(num_states) });
+        let free = Free { pages: numbers(num_pages), states: numbers(num_states), ..Free::default() };
+        let free = Mutex::new(free);
         Self { shared: Arc::new(Shared { num_pages, page_size, num_states, free }) }
     }
 
@@ -78,12 +114,47 @@ impl PagePool {
     pub fn lease(&self, count: usize) -> Result<PageLease> {
         let mut lease = PageLease { shared: Arc::clone(&self.shared), pages: Vec::new(), state: None };
         if self.shared.num_states > 0 {
-            let pair = self.shared.free().states.pop_first();
+            let pair = self.shared.free().take_state();
             let pair = pair.ok_or(Error::OutOfStates { total: self.shared.num_states })?;
             lease.state = Some(StateLease::new(pair));
         }
         lease.grow(count)?;
         Ok(lease)
+    }
+
+    /// As [`lease`](Self::lease), for one whose work is not ordered behind the steps of the pool's owner: takes nothing that
+    /// was given back while steps were under way that have not ended since. `None` if there is too little; nothing was taken
+    /// then.
+    pub fn lease_settled(&self, count: usize) -> Option<PageLease> {
+        let mut free = self.shared.free();
+        let settled = |free: &BTreeSet<u32>, recent: &BTreeMap<u32, u64>, count: usize| -> Vec<u32> {
+            free.iter().copied().filter(|number| !recent.contains_key(number)).take(count).collect()
+        };
+        let pages = settled(&free.pages, &free.recent_pages, count);
+        let state = settled(&free.states, &free.recent_states, 1).first().copied();
+        if pages.len() < count || (self.shared.num_states > 0 && state.is_none()) {
+            return None;
+        }
+        for page in &pages {
+            free.pages.remove(page);
+        }
+        if let Some(pair) = &state {
+            free.states.remove(pair);
+        }
+        Some(PageLease { shared: Arc::clone(&self.shared), pages, state: state.map(StateLease::new) })
+    }
+
+    /// Notes that the pool's owner launches its step of this number; numbers grow.
+    pub fn launching(&self, number: u64) {
+        self.shared.free().launched = number;
+    }
+
+    /// Notes that the step of this number has ended, and all before it.
+    pub fn ended(&self, number: u64) {
+        let mut free = self.shared.free();
+        free.ended = number;
+        free.recent_pages.retain(|_, launched| *launched > number);
+        free.recent_states.retain(|_, launched| *launched > number);
     }
 
     /// Pages that `tokens` tokens need.
@@ -154,7 +225,7 @@ impl PageLease {
         if free.pages.len() < count {
             return Err(Error::OutOfPages { wanted: count, free: free.pages.len(), total: self.shared.num_pages });
         }
-        self.pages.extend((0..count).filter_map(|_| free.pages.pop_first()));
+        self.pages.extend((0..count).filter_map(|_| free.take_page()));
         Ok(())
     }
 
@@ -178,8 +249,7 @@ impl PageLease {
 impl Drop for PageLease {
     fn drop(&mut self) {
         let mut free = self.shared.free();
-        free.pages.extend(self.pages.drain(..));
-        free.states.extend(self.state.take().map(|state| state.pair()));
+        free.give_back(self.pages.drain(..), self.state.take().map(|state| state.pair()));
     }
 }
 
@@ -208,6 +278,27 @@ mod tests {
         pool.lease(5).expect_err("too many pages");
         pool.check(&[]);
         assert!(PagePool::new(4, 16).lease(1).expect("a page").state().is_none());
+    }
+
+    #[test]
+    fn what_a_step_may_still_use_is_given_to_its_owner_only() {
+        let pool = PagePool::with_states(3, 16, 2);
+        let lease = pool.lease(2).expect("two of three");
+        pool.launching(1);
+        pool.launching(2);
+        drop(lease);
+        assert!(pool.lease_settled(2).is_none(), "one page was never used");
+        let settled = pool.lease_settled(1).expect("that one");
+        assert_eq!((settled.pages(), settled.state().map(StateLease::pair)), (&[2][..], Some(1)));
+        pool.ended(1);
+        assert!(pool.lease_settled(0).is_none(), "no state");
+        let own = pool.lease(1).expect("the owner's steps follow each other");
+        assert_eq!(own.pages(), [0]);
+        drop(own);
+        pool.ended(2);
+        drop(settled);
+        let all = pool.lease_settled(3).expect("nothing is under way");
+        pool.check([&all]);
     }
 
     #[test]
