@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::ensure;
+use bcg_engine::roles::RoleDevice;
 use bcg_engine::{CaptureMode, DeviceChoice, EngineOptions};
 use bcg_models::LoadFormat;
 use bcg_models::weights::MoeA2a;
@@ -125,6 +126,11 @@ pub struct EngineArgs {
     /// Where node 0 listens until all nodes are there, on a network that is trusted
     #[arg(long, value_name = "HOST:PORT")]
     pub dist_init_addr: Option<String>,
+
+    /// Prefill apart from decode, each on a GPU: prefill:0,decode:1. Requests go from the first one to the second one with
+    /// their first token, and their keys and values ahead of them
+    #[arg(long, value_name = "ROLE:GPU", value_delimiter = ',', num_args = 1..=2)]
+    pub disaggregation: Vec<RoleDevice>,
 
     /// Replay prefills as breakable CUDA graphs, and decodes as full ones
     #[arg(long)]
@@ -355,6 +361,7 @@ impl EngineArgs {
         options.moe_a2a_backend = self.moe_a2a_backend;
         (options.pp, options.dp) = (self.pp, self.dp);
         options.devices = self.devices.clone();
+        options.disaggregation = self.disaggregation.clone();
         (options.nnodes, options.node_rank) = (self.nnodes, self.node_rank);
         options.dist_init_addr = self.dist_init_addr.clone();
         options.enable_breakable_cuda_graph = self.enable_breakable_cuda_graph;

@@ -6,6 +6,8 @@
 //!
 //! [`replicas`] puts several engines behind one front door.
 //!
+//! [`roles`] puts a model that prefills and one that decodes behind one front door.
+//!
 //! Reading order: [`scheduler`] decides what runs next, [`sequence`] is what it moves around, [`prefix_cache`] holds its
 //! pages, [`output`] turns tokens into text, [`worker`] is the thread that ties them to a [`model::StepModel`]. Beside it,
 //! [`compilers`] and [`masks`] are the threads of grammars.
@@ -45,6 +47,7 @@ mod options;
 pub mod output;
 pub mod prefix_cache;
 pub mod replicas;
+pub mod roles;
 pub mod scheduler;
 pub mod sequence;
 pub mod stop;

@@ -16,6 +16,7 @@ use super::local::{LocalEngine, LocalOptions};
 use super::model::StepModel;
 use super::options::{DeviceChoice, EngineOptions};
 use super::prefix_cache::PrefixCache;
+use super::roles;
 use super::scheduler::{Limits, Scheduler};
 
 /// The part of a GPU's memory for weights, activations, graphs and KV cache. The rest is left to kernels that are loaded
@@ -38,7 +39,7 @@ pub fn start(options: &EngineOptions, progress: impl FnMut(Progress) + Send + 's
 ///
 /// # Errors
 /// As [`start`]; what `model` returns.
-pub fn start_with<M: StepModel>(
+pub fn start_with<M: StepModel + Send>(
     options: &EngineOptions,
     mut progress: impl FnMut(Progress) + Send + 'static,
     mut model: impl FnMut(ModelRunner) -> anyhow::Result<M> + Send + 'static,
@@ -46,6 +47,9 @@ pub fn start_with<M: StepModel>(
     options.check()?;
     options.check_only_replica()?;
     let loader = Loader::new(options, 0);
+    if let Some(gpus) = options.role_gpus() {
+        return roles::start_with(loader, gpus, progress, model);
+    }
     LocalEngine::start(move || loader.load(&mut progress, &mut model))
 }
 
@@ -72,8 +76,20 @@ impl Loader {
         progress: &mut dyn FnMut(Progress),
         model: &mut dyn FnMut(ModelRunner) -> anyhow::Result<M>,
     ) -> anyhow::Result<(M, Scheduler, LocalOptions)> {
+        let runner = load_replica(&self.options, self.replica, progress)?;
+        let (limits, has_prefix_cache, local) = self.describe(&runner)?;
+        let cache = PrefixCache::new(runner.pages().clone(), has_prefix_cache);
+        let scheduler = Scheduler::new(limits, cache).with_stages(runner.num_stages());
+        Ok((model(runner)?, scheduler, local))
+    }
+
+    pub(crate) fn options(&self) -> &EngineOptions {
+        &self.options
+    }
+
+    /// The bounds of a runner's scheduler, whether it has a prefix cache, and what the front door knows of it.
+    pub(crate) fn describe(&self, runner: &ModelRunner) -> anyhow::Result<(Limits, bool, LocalOptions)> {
         let options = &self.options;
-        let runner = load_replica(options, self.replica, progress)?;
         let chat = if options.skip_tokenizer_init { None } else { ChatTemplate::load(&options.model)? };
         let limits = Limits {
             max_running_requests: runner.options().max_running_requests,
@@ -103,11 +119,9 @@ impl Loader {
             queue: options.queue(),
             watchdog: options.watchdog(),
             prefix_cache_tokens: if has_prefix_cache { runner.pages().num_pages() * options.page_size } else { 0 },
-            settings: settings(options, &runner, has_prefix_cache),
+            settings: settings(options, runner, has_prefix_cache),
         };
-        let cache = PrefixCache::new(runner.pages().clone(), has_prefix_cache);
-        let scheduler = Scheduler::new(limits, cache).with_stages(runner.num_stages());
-        Ok((model(runner)?, scheduler, local))
+        Ok((limits, has_prefix_cache, local))
     }
 }
 
@@ -168,7 +182,16 @@ fn load_replica(
     replica: usize,
     progress: &mut dyn FnMut(Progress),
 ) -> anyhow::Result<ModelRunner> {
-    let mut runner = load_replica_uncaptured(options, replica, progress)?;
+    let runner = load_replica_uncaptured(options, replica, progress)?;
+    captured(options, runner, progress)
+}
+
+/// Captures what the options say.
+pub(crate) fn captured(
+    options: &EngineOptions,
+    mut runner: ModelRunner,
+    progress: &mut dyn FnMut(Progress),
+) -> anyhow::Result<ModelRunner> {
     // With debug_cuda_graph the sizes of the ladder run eagerly, and nothing is captured.
     if options.graph_mode() == GraphMode::Ahead && !options.debug_cuda_graph {
         let mut stages = Stages::new(progress);
@@ -197,10 +220,21 @@ fn load_replica_uncaptured(
     progress: &mut dyn FnMut(Progress),
 ) -> anyhow::Result<ModelRunner> {
     options.check()?;
-    let began = Instant::now();
-    let mut stages = Stages::new(progress);
+    let refused = "`disaggregation`: what runs one model alone has no roles; drop it";
+    anyhow::ensure!(options.disaggregation.is_empty(), refused);
     let devices = open_devices(options, replica)?;
-    stages.ended("opening the devices");
+    let fitted = checked(options, devices[0].kind())?;
+    logged(progress, |report| match &options.dist_init_addr {
+        Some(at) => {
+            let span = SpanOptions::new(options.nnodes, options.node_rank, at);
+            ModelRunner::load_nodes(&devices, Some(span), &options.model, fitted, report)
+        }
+        None => ModelRunner::load_pipeline(&devices, options.pp, &options.model, fitted, report),
+    })
+}
+
+/// Reads the model's configuration, refuses what does not fit it, and returns the runner's options.
+pub(crate) fn checked(options: &EngineOptions, device: DeviceKind) -> anyhow::Result<ModelRunnerOptions> {
     let (folder, is_text) = (&options.model, !options.skip_tokenizer_init);
     let config = ModelConfig::load(folder)
         .with_context(|| format!("`model` {}: not a usable checkpoint folder", folder.display()))?;
@@ -214,15 +248,17 @@ fn load_replica_uncaptured(
         ep => format!("`ep` {ep}: the model cannot be divided so"),
     };
     registry::check_shard(&config, options.tp, options.experts()).with_context(refused)?;
-    let fitted = fit(options, &config, devices[0].kind())?;
-    let mut report = |done| stages.update(done);
-    let runner = match &options.dist_init_addr {
-        Some(at) => {
-            let span = SpanOptions::new(options.nnodes, options.node_rank, at);
-            ModelRunner::load_nodes(&devices, Some(span), folder, fitted, &mut report)?
-        }
-        None => ModelRunner::load_pipeline(&devices, options.pp, folder, fitted, &mut report)?,
-    };
+    fit(options, &config, device)
+}
+
+/// Loads a runner, with a log line for each stage and one for all of it.
+pub(crate) fn logged(
+    progress: &mut dyn FnMut(Progress),
+    load: impl FnOnce(&mut dyn FnMut(Progress)) -> bcg_models::Result<ModelRunner>,
+) -> anyhow::Result<ModelRunner> {
+    let began = Instant::now();
+    let mut stages = Stages::new(progress);
+    let runner = load(&mut |done| stages.update(done))?;
     tracing::info!(
         device = runner.device().name(),
         stages = runner.num_stages(),

@@ -1,6 +1,6 @@
 //! Prometheus metrics of the engine. Whoever serves them adds others beside them, see [`Metrics::encode`].
 //!
-//! Of several replicas each has its own, with the label `replica`; what concerns their one queue is counted once, for the
+//! Of several replicas each has its own, with the label `replica`, and of two roles with the label `role`; what concerns their one queue is counted once, for the
 //! whole server ([`QueueMetrics`]).
 //!
 //! Handles are cheap to clone and lock-free to write, so the worker updates them between steps.
@@ -105,6 +105,10 @@ pub struct Metrics {
     pub graph_memory: Gauge,
     /// Forwards that ran eagerly.
     pub eager_forwards: Family<ReasonLabel, Counter>,
+    /// Requests that went from the prefill role to the decode role.
+    pub moved_requests: Counter,
+    /// Bytes of keys, values and states that were pushed for them.
+    pub moved_bytes: Counter,
     /// Ranks that the model is divided among.
     pub ranks: Gauge,
     /// Device memory that each rank took when the model had been loaded, in bytes.
@@ -125,11 +129,11 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// Makes those of an engine behind the queue that `queue` counts, with the label `replica` if it is one of several.
-    pub fn new(queue: QueueMetrics, replica: Option<usize>) -> Self {
-        let label = |index: usize| (Cow::from("replica"), Cow::from(index.to_string()));
+    /// Makes those of an engine behind the queue that `queue` counts, with a label, such as `replica`, if it is one of several.
+    pub fn new(queue: QueueMetrics, label: Option<(&'static str, String)>) -> Self {
+        let label = label.map(|(name, value)| (Cow::from(name), Cow::from(value)));
         let mut metrics = Self {
-            registry: Registry::with_prefix_and_labels("bcg", replica.map(label).into_iter()),
+            registry: Registry::with_prefix_and_labels("bcg", label.into_iter()),
             of_server: Registry::with_prefix("bcg"),
             queue_depth: queue.depth,
             queued_answers: queue.answers,
@@ -155,6 +159,8 @@ impl Metrics {
             graph_evictions: Counter::default(),
             graph_memory: Gauge::default(),
             eager_forwards: Family::default(),
+            moved_requests: Counter::default(),
+            moved_bytes: Counter::default(),
             ranks: Gauge::default(),
             rank_memory: Family::default(),
             lost_ranks: Family::default(),
@@ -191,6 +197,10 @@ impl Metrics {
         let help = "Device memory of the graphs held";
         registry.register_with_unit("graph_memory", help, Unit::Bytes, self.graph_memory.clone());
         registry.register("eager_forwards", "Forwards that ran eagerly, by reason", self.eager_forwards.clone());
+        let help = "Requests that went from the prefill role to the decode role";
+        registry.register("moved_requests", help, self.moved_requests.clone());
+        let help = "Keys, values and states that were pushed for them";
+        registry.register_with_unit("moved", help, Unit::Bytes, self.moved_bytes.clone());
         registry.register("ranks", "Ranks that the model is divided among", self.ranks.clone());
         let help = "Device memory that each rank took when the model had been loaded";
         registry.register_with_unit("rank_memory", help, Unit::Bytes, self.rank_memory.clone());
@@ -341,7 +351,7 @@ mod tests {
     #[test]
     fn replicas_have_one_text_with_every_family_once() {
         let queue = QueueMetrics::default();
-        let replicas = [0, 1].map(|index| Metrics::new(queue.clone(), Some(index)));
+        let replicas = [0, 1].map(|index| Metrics::new(queue.clone(), Some(("replica", index.to_string()))));
         replicas[0].count_refused(&SubmitError::ShuttingDown);
         replicas[1].count_refused(&SubmitError::ShuttingDown);
         replicas[1].count_finished("stop");

@@ -81,6 +81,14 @@ pub trait StepModel {
         true
     }
 
+    /// Waits until nothing that was launched runs any more.
+    ///
+    /// # Errors
+    /// As [`launch`](Self::launch).
+    fn settle(&mut self) -> Result<(), StepError> {
+        Ok(())
+    }
+
     /// Returns the counters.
     fn stats(&self) -> GraphCounters;
 
@@ -103,6 +111,10 @@ impl StepModel for ModelRunner {
 
     fn steps_ahead(&self) -> usize {
         self.num_stages()
+    }
+
+    fn settle(&mut self) -> Result<(), StepError> {
+        self.synchronize().map_err(StepError::from)
     }
 
     fn overlaps(&self) -> bool {

@@ -10,6 +10,7 @@ use bcg_models::weights::{Experts, MoeA2a};
 use bcg_models::{GraphMode, LoadFormat, ModelRunnerOptions, OptionError};
 use bcg_runtime::RANKS_MAX;
 
+use super::roles::{RoleDevice, RoleName};
 use super::watchdog::WatchdogOptions;
 
 /// The most replicas of one process.
@@ -95,6 +96,8 @@ pub struct EngineOptions {
     pub node_rank: usize,
     /// Where node 0 listens until all nodes are there, `HOST:PORT`, on a network that is trusted.
     pub dist_init_addr: Option<String>,
+    /// Prefill apart from decode: each of the two roles, and its GPU. Without any, one engine does both.
+    pub disaggregation: Vec<RoleDevice>,
     /// Replays prefills as breakable CUDA graphs and decodes as full ones.
     pub enable_breakable_cuda_graph: bool,
     /// The largest token count of a prefill that gets a graph; `None` takes `chunked_prefill_size`.
@@ -162,6 +165,7 @@ impl Default for EngineOptions {
             nnodes: 1,
             node_rank: 0,
             dist_init_addr: None,
+            disaggregation: Vec::new(),
             enable_breakable_cuda_graph: false,
             cuda_graph_max_tokens: None,
             cuda_graph_sizes: None,
@@ -227,6 +231,7 @@ impl EngineOptions {
         self.check_ranks()?;
         self.check_replicas()?;
         self.check_experts()?;
+        self.check_roles()?;
         self.check_graphs()
     }
 
@@ -427,6 +432,33 @@ impl EngineOptions {
             return Err(OptionError::new("pp", problem, "give at most 16 devices, `tp` times `pp`"));
         }
         Ok(())
+    }
+
+    /// The GPUs of the prefill role and of the decode role; `None` if one engine does both.
+    pub(crate) fn role_gpus(&self) -> Option<[usize; 2]> {
+        let gpu = |role| self.disaggregation.iter().find(|device| device.role == role).map(|device| device.gpu);
+        Some([gpu(RoleName::Prefill)?, gpu(RoleName::Decode)?])
+    }
+
+    fn check_roles(&self) -> Result<(), OptionError> {
+        if self.disaggregation.is_empty() {
+            return Ok(());
+        }
+        if self.disaggregation.len() != 2 || self.role_gpus().is_none() {
+            let given: Vec<String> = self.disaggregation.iter().map(ToString::to_string).collect();
+            let problem = format!("`{}` does not name one GPU for each of two roles", given.join(","));
+            return Err(OptionError::new("disaggregation", problem, "give prefill:0,decode:1, or other GPUs"));
+        }
+        let others = [
+            ("tp", self.tp != 1),
+            ("pp", self.pp != 1),
+            ("dp", self.dp != 1),
+            ("ep", self.ep != 1),
+            ("nnodes", self.nnodes != 1),
+            ("devices", self.devices.is_some()),
+        ];
+        let problem = "is not built together with `disaggregation`, where each role has one GPU that it names";
+        refuse(true, &others, problem, "drop one of the two options")
     }
 
     fn check_graphs(&self) -> Result<(), OptionError> {

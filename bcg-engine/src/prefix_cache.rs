@@ -50,6 +50,12 @@ impl SequencePages {
         self.path.len() * cache.pool.page_size()
     }
 
+    /// The pages of a sequence that were filled for it elsewhere.
+    pub fn filled(own: PageLease) -> Self {
+        let pages = own.pages().to_vec();
+        Self { path: Vec::new(), own, pages }
+    }
+
     /// The sequence's state, for a model that has one.
     pub fn state(&self) -> Option<&StateLease> {
         self.own.state()

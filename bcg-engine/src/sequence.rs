@@ -3,10 +3,12 @@
 use std::fmt;
 use std::sync::Arc;
 
+use bcg_models::batch::Push;
 use bcg_models::state::StateLease;
 
 use super::ClientId;
 use super::prefix_cache::SequencePages;
+use super::roles::{DecodePlace, Destination};
 use super::scheduler::ClientIdx;
 
 /// Identity of a sequence; a later sequence has a greater one.
@@ -62,6 +64,8 @@ pub struct Sequence {
     pub(super) num_prompt: usize,
     /// Prompt and answer together have no more tokens.
     pub(super) max_len: usize,
+    /// The tokens up to which its scheduler runs it: all, or in the prefill role those up to the first of the answer.
+    pub(super) runs_to: usize,
     /// Whether the host must know a token before the next step can be prepared: for a grammar, or penalties.
     pub(super) waits_for_tokens: bool,
     /// Whether no step takes it along for now, because what its next token may be is not known yet.
@@ -79,6 +83,12 @@ pub struct Sequence {
     pub(super) num_cached: Option<usize>,
     /// `None` while it waits.
     pub(super) pages: Option<SequencePages>,
+    /// In the prefill role, where it will decode, while it runs and until it moves.
+    pub(super) destination: Option<Arc<Destination>>,
+    /// Tokens that launched steps pushed there.
+    pub(super) pushed: usize,
+    /// In the decode role, its place there.
+    pub(super) place: Option<DecodePlace>,
 }
 
 impl Sequence {
@@ -99,6 +109,7 @@ impl Sequence {
             tokens: Tokens::Shared(prompt),
             num_prompt,
             max_len: num_prompt.saturating_add(max_tokens),
+            runs_to: num_prompt.saturating_add(max_tokens),
             waits_for_tokens,
             is_held: false,
             lane: Lane::Open,
@@ -108,6 +119,9 @@ impl Sequence {
             under_way: 0,
             num_cached: None,
             pages: None,
+            destination: None,
+            pushed: 0,
+            place: None,
         }
     }
 
@@ -193,12 +207,22 @@ impl Sequence {
     /// known.
     pub(super) fn is_ready(&self, lane: Lane) -> bool {
         let unread_max = usize::from(!self.waits_for_tokens);
-        self.lane == lane && self.len() < self.max_len && !self.is_held && self.unread <= unread_max
+        self.lane == lane && self.len() < self.runs_to && !self.is_held && self.unread <= unread_max
     }
 
-    /// Gives everything up that it holds, to be computed again.
+    /// In the prefill role, where the rows of its next step go.
+    pub(super) fn goes_to(&self, ends_prompt: bool) -> Option<Push<'_>> {
+        self.destination.as_ref().map(|destination| destination.push(self.pushed, ends_prompt))
+    }
+
+    /// Whether it goes on elsewhere when its scheduler is done with it.
+    pub(super) fn moves(&self) -> bool {
+        self.runs_to < self.max_len
+    }
+
+    /// Gives its pages up, to be computed again.
     pub(super) fn rewind(&mut self) -> Option<SequencePages> {
-        (self.launched, self.chosen) = (0, None);
+        (self.launched, self.chosen, self.pushed) = (0, None, 0);
         self.pages.take()
     }
 }

@@ -1,6 +1,5 @@
 //! The engine that runs a model in this process: tokenizes, checks lengths, queues, and hands requests to the worker.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,14 +17,16 @@ use super::masks::Masks;
 use super::metrics::{Metrics, QueueMetrics};
 use super::model::StepModel;
 use super::output::{Output, OutputOptions};
+use super::roles::{RoleName, Roles};
 use super::scheduler::Scheduler;
 use super::stop::StopStrings;
 use super::watchdog::{Watchdog, WatchdogOptions};
-use super::worker::{Accepted, EngineEnd, Exit, MessageSender, QueuePlaces, Requests, Shared, Worker, channel};
+use super::worker::{Accepted, EngineEnd, MessageSender, QueuePlaces, Shared};
 use super::{
     ClientId, Engine, EventStream, FairPlaces, GenerationRequest, Health, ModelInfo, Place, Prompt, QueueOptions,
     Submission, SubmitError,
 };
+use thread::{Ready, work, work_in_roles};
 
 /// How long an engine that is dropped waits for its thread to end the step that it is at.
 const STOP_WAIT_MAX: Duration = Duration::from_secs(30);
@@ -40,6 +41,7 @@ pub use self::siblings::{Replica, Siblings};
 
 mod length;
 mod siblings;
+mod thread;
 
 /// What a [`LocalEngine`] knows of its model besides the runner.
 #[derive(Debug)]
@@ -77,13 +79,15 @@ pub struct LocalEngine {
     compilers: Option<Arc<Compilers>>,
     masks: Masks,
     shared: Arc<Shared>,
+    /// That of the decode role's worker, in a pair; `shared` is then that of the prefill role's.
+    decode: Option<Arc<Shared>>,
     draining: AtomicBool,
     next_seed: AtomicU64,
     thread: Mutex<Option<JoinHandle<()>>>,
     /// Disconnected once the thread has nothing left to do.
     thread_ended: Mutex<Receiver<()>>,
-    /// `None` if nobody watches. It ends before the thread is waited for.
-    watchdog: Option<Watchdog>,
+    /// One for each worker; none if nobody watches. They end before the thread is waited for.
+    watchdogs: Vec<Watchdog>,
 }
 
 impl LocalEngine {
@@ -121,44 +125,77 @@ impl LocalEngine {
         let span = index.map_or_else(tracing::Span::none, |index| tracing::error_span!("replica", index));
         let _entered = span.clone().entered();
         let queue = replica.as_ref().map_or_else(QueueMetrics::default, |replica| replica.siblings.metrics.clone());
-        let shared = Arc::new(Shared::new(Metrics::new(queue, index)));
+        let label = index.map(|index| ("replica", index.to_string()));
+        let shared = Arc::new(Shared::new(Metrics::new(queue, label)));
+        let siblings = replica.map(|replica| replica.siblings);
+        Self::start_thread(siblings, (shared.clone(), None), move |ready| {
+            let _entered = span.entered();
+            work(load, ready, &shared);
+        })
+    }
+
+    /// As [`start`](Self::start), with prefill apart from decode: each of the two roles has metrics of its own.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn start_roles<M, F>(load: F) -> anyhow::Result<Self>
+    where
+        M: StepModel + Send,
+        F: FnMut() -> anyhow::Result<(Roles<M>, LocalOptions)> + Send + 'static,
+    {
+        let queue = QueueMetrics::default();
+        let shared = [RoleName::Prefill, RoleName::Decode].map(|role| {
+            let label = ("role", role.name().to_owned());
+            Arc::new(Shared::new(Metrics::new(queue.clone(), Some(label))))
+        });
+        let [prefill, decode] = shared.clone();
+        Self::start_thread(None, (prefill, Some(decode)), move |ready| work_in_roles(load, ready, &shared))
+    }
+
+    fn start_thread(
+        siblings: Option<Siblings>,
+        (shared, decode): (Arc<Shared>, Option<Arc<Shared>>),
+        work: impl FnOnce(&Ready) + Send + 'static,
+    ) -> anyhow::Result<Self> {
         let (ready, loaded) = sync_channel(1);
-        let worker_shared = shared.clone();
         let thread = std::thread::Builder::new().name("bcg-engine".into());
         let (ending, thread_ended) = sync_channel(0);
         let thread = thread.spawn(move || {
             // Dropped last: whoever waits for the thread hears of its end.
             let _ending: SyncSender<()> = ending;
-            let _entered = span.entered();
-            work(load, &ready, &worker_shared);
+            work(&ready);
         })?;
-        let (worker, options) = match loaded.recv() {
+        let (workers, options) = match loaded.recv() {
             Ok(loaded) => loaded?,
             Err(_) => {
                 let _ = thread.join();
                 anyhow::bail!("the engine's thread panicked while the model was loaded");
             }
         };
-        let siblings = replica.map_or_else(|| Siblings::new(options.queue), |replica| replica.siblings);
+        let siblings = siblings.unwrap_or_else(|| Siblings::new(options.queue));
         let compilers = siblings.compilers(&options)?;
-        let woken = worker.clone();
-        let stuck = shared.clone();
-        let watch = |timeout| Watchdog::start(shared.pulse.clone(), timeout, move |why| stuck.end_stuck(&why));
-        let watchdog = options.watchdog.timeout.map(watch).transpose()?;
+        let Some(worker) = workers.first().cloned() else { anyhow::bail!("the engine has no worker") };
+        let watched = std::iter::once(&shared).chain(&decode).zip(options.watchdog.timeout.into_iter().cycle());
+        let watch = |(watched, timeout): (&Arc<Shared>, Duration)| {
+            let stuck = shared.clone();
+            Watchdog::start(watched.pulse.clone(), timeout, move |why| stuck.end_stuck(&why))
+        };
+        let watchdogs = watched.map(watch).collect::<Result<_, _>>()?;
         Ok(Self {
             eos: Arc::from(options.eos.as_slice()),
             siblings,
             probes: FairPlaces::new(PROBES_MAX),
             compilers,
-            masks: Masks::start(move || woken.wake())?,
+            masks: Masks::start(move || workers.iter().for_each(MessageSender::wake))?,
             options,
             worker,
             shared,
+            decode,
             draining: AtomicBool::new(false),
             next_seed: AtomicU64::new(0),
             thread: Mutex::new(Some(thread)),
             thread_ended: Mutex::new(thread_ended),
-            watchdog,
+            watchdogs,
         })
     }
 
@@ -167,7 +204,7 @@ impl LocalEngine {
         self.shared.given_up().await
     }
 
-    /// Returns the engine's metrics.
+    /// Returns the engine's metrics; in two roles, those of the prefill role, which has the queue.
     pub fn metrics(&self) -> &Metrics {
         // What waits holds its places, whether or not the worker has seen it yet.
         let metrics = &self.shared.metrics;
@@ -365,61 +402,6 @@ fn refuse_unknown(tokens: &[u32], vocab_size: usize) -> Result<(), SubmitError> 
     }
 }
 
-/// The worker's thread: makes a model and works with it, and once more if it is lost.
-fn work<M, F>(mut load: F, ready: &SyncSender<anyhow::Result<(MessageSender, LocalOptions)>>, shared: &Arc<Shared>)
-where
-    M: StepModel,
-    F: FnMut() -> anyhow::Result<(M, Scheduler, LocalOptions)>,
-{
-    let (runner, scheduler, options) = match load() {
-        Ok(loaded) => loaded,
-        Err(error) => return drop(ready.send(Err(error))),
-    };
-    let (sender, receiver) = channel();
-    let (queue_timeout, captures_lazily) = (options.queue.queue_timeout, options.watchdog.captures_lazily);
-    if ready.send(Ok((sender, options))).is_err() {
-        return;
-    }
-    let mut requests = Requests::new(receiver, queue_timeout, captures_lazily);
-    let worked = catch_unwind(AssertUnwindSafe(|| {
-        let first = Worker::new(runner, scheduler, &mut requests, shared.clone()).run();
-        go_on(first, &mut load, &mut requests, shared)
-    }));
-    let error = match worked {
-        Ok(Ok(())) => return,
-        Ok(Err(error)) => error,
-        Err(_) => "the engine's thread panicked; see the log".to_owned(),
-    };
-    tracing::error!(error, "the engine gives up");
-    shared.end_with(EngineEnd::GaveUp(error.clone()));
-    requests.fail_all(&shared.metrics, &error);
-}
-
-/// Loads the model again if that can help, and works on. An error says why the engine gives up.
-fn go_on<M, F>(exit: Exit, load: &mut F, requests: &mut Requests, shared: &Arc<Shared>) -> Result<(), String>
-where
-    M: StepModel,
-    F: FnMut() -> anyhow::Result<(M, Scheduler, LocalOptions)>,
-{
-    let context_lost = |error| format!("the device's context is lost ({error}): only a new process can use the device");
-    let error = match exit {
-        Exit::Stopped => return Ok(()),
-        Exit::ContextLost(error) => return Err(context_lost(error)),
-        Exit::ModelLost(error) => error,
-    };
-    tracing::error!(error, "the device is lost: loading the model again");
-    shared.set_failure(Some(format!("the device is lost ({error}); the model is being loaded again")));
-    let (runner, scheduler, _) = load()
-        .map_err(|again| format!("the device is lost ({error}), and the model cannot be loaded again: {again:#}"))?;
-    tracing::info!("the model is loaded again");
-    shared.set_failure(None);
-    match Worker::new(runner, scheduler, requests, shared.clone()).run() {
-        Exit::Stopped => Ok(()),
-        Exit::ContextLost(error) => Err(context_lost(error)),
-        Exit::ModelLost(error) => Err(format!("the device is lost a second time: {error}")),
-    }
-}
-
 /// Returns a seed for a request that names none; each call gives another one.
 fn fresh_seed(counter: &AtomicU64) -> u64 {
     use std::hash::{BuildHasher, Hasher, RandomState};
@@ -465,7 +447,8 @@ impl Engine for LocalEngine {
     }
 
     fn num_steps(&self) -> u64 {
-        self.shared.num_steps.load(Ordering::Relaxed)
+        let workers = std::iter::once(&self.shared).chain(&self.decode);
+        workers.map(|shared| shared.num_steps.load(Ordering::Relaxed)).sum()
     }
 
     fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, SubmitError> {
@@ -516,7 +499,7 @@ impl Engine for LocalEngine {
     }
 
     fn replica_metrics(&self) -> Vec<&Metrics> {
-        vec![self.metrics()]
+        std::iter::once(self.metrics()).chain(self.decode.iter().map(|decode| &decode.metrics)).collect()
     }
 
     fn drain(&self) {
@@ -526,7 +509,7 @@ impl Engine for LocalEngine {
 
 impl Drop for LocalEngine {
     fn drop(&mut self) {
-        self.watchdog = None;
+        self.watchdogs.clear();
         self.shared.stop.store(true, Ordering::Relaxed);
         self.worker.wake();
         let Some(thread) = self.thread.get_mut().unwrap_or_else(PoisonError::into_inner).take() else { return };

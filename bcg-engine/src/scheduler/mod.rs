@@ -38,11 +38,13 @@
 use bcg_models::ChosenToken;
 
 use super::prefix_cache::PrefixCache;
+use super::roles::DecodeRoom;
 use super::sequence::{Lane, Sequence, SequenceId};
 use queue::FairQueue;
 
 pub(crate) use queue::ClientIdx;
 
+mod moves;
 mod queue;
 
 /// The bounds of a scheduler.
@@ -138,6 +140,8 @@ pub struct Scheduler {
     num_launched: u64,
     /// Those of them that are neither collected nor forgotten.
     num_under_way: usize,
+    /// In the prefill role, where sequences go after the first token of their answers.
+    room: Option<DecodeRoom>,
 }
 
 impl Scheduler {
@@ -155,7 +159,9 @@ impl Scheduler {
         );
         assert!(pool.pages_for(limits.context_length) <= pool.num_pages(), "the cache holds one full sequence");
         let (waiting, running) = (FairQueue::default(), Vec::new());
-        Self { limits, waiting, running, cache, newest: None, num_stages: 1, num_launched: 0, num_under_way: 0 }
+        let (num_stages, num_launched, num_under_way) = (1, 0, 0);
+        let (newest, room) = (None, None);
+        Self { limits, waiting, running, cache, newest, num_stages, num_launched, num_under_way, room }
     }
 
     /// Spreads those that decode over as many steps as the model's pipeline has stages.
@@ -188,6 +194,10 @@ impl Scheduler {
         let before = self.newest.replace(sequence.id);
         assert!(before < Some(sequence.id), "sequences arrive in order");
         sequence.max_len = sequence.max_len.min(self.limits.context_length);
+        sequence.runs_to = match &self.room {
+            Some(_) => sequence.max_len.min(sequence.num_prompt + 1),
+            None => sequence.max_len,
+        };
         self.waiting.push(sequence);
     }
 
@@ -258,6 +268,7 @@ impl Scheduler {
         if let Some(sequence) = self.waiting.get_mut(id) {
             (sequence.unread, sequence.under_way) = (0, 0);
         }
+        self.leave_room(id);
     }
 
     /// Forgets all steps that were launched and are not collected: they never will be. Their sequences are to be
@@ -374,6 +385,7 @@ impl Scheduler {
         let (id, client) = (sequence.id, sequence.client_idx);
         self.waiting.push(sequence);
         self.waiting.end(client);
+        self.leave_room(id);
         id
     }
 
@@ -381,9 +393,15 @@ impl Scheduler {
     fn admit(&mut self, budget: &mut usize, plan: &mut StepPlan) {
         loop {
             let Some((client, id)) = self.waiting.next(plan.lane, *budget) else { return };
-            let is_full = self.running.len() == self.limits.max_running_requests;
-            if (is_full || !self.begin(id, plan)) && !self.give_way(client, id, is_full, budget, plan) {
+            if !self.take_room(id) {
                 return;
+            }
+            let is_full = self.running.len() == self.limits.max_running_requests;
+            if is_full || !self.begin(id, plan) {
+                self.leave_room(id);
+                if !self.give_way(client, id, is_full, budget, plan) {
+                    return;
+                }
             }
         }
     }
@@ -463,6 +481,7 @@ impl Scheduler {
             let sequence = &mut self.running[at];
             sequence.launched += entry.num_tokens;
             sequence.under_way += 1;
+            sequence.pushed = sequence.launched;
             if entry.samples {
                 sequence.unread += 1;
                 sequence.chosen = Some((self.num_launched, row));
@@ -519,6 +538,7 @@ impl Scheduler {
         let mut waiting: Vec<Sequence> = ids.into_iter().filter_map(|id| self.waiting.remove(id)).collect();
         for sequence in &mut waiting {
             (sequence.unread, sequence.under_way, sequence.lane) = (0, 0, Lane::Open);
+            sequence.destination = None;
         }
         waiting
     }

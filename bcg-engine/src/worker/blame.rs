@@ -11,6 +11,7 @@ impl<M: StepModel> Worker<'_, M> {
     /// something, all of them fail.
     pub(super) fn step_failed(&mut self, plan: &StepPlan, error: StepError) -> Result<(), Broken> {
         self.shared.metrics.failed_steps.inc();
+        let error = self.settle(error);
         let phase = plan.kind().name();
         let is_trial = plan.lane == Lane::Trial;
         tracing::error!(phase, requests = plan.entries.len(), is_trial, error = error.message, "a step failed");

@@ -27,6 +27,7 @@ use super::RequestError;
 use super::choice::Choice;
 use super::metrics::PhaseLabel;
 use super::model::{Damage, GraphCounters, StepError, StepModel};
+use super::roles::{Destination, Moved, Partner, RoleName};
 use super::scheduler::{Scheduler, StepPlan};
 use super::sequence::{Lane, SequenceId};
 use super::watchdog::{Doing, StepName};
@@ -34,6 +35,7 @@ use pace::Pace;
 use trials::Trials;
 
 mod blame;
+mod moves;
 mod open;
 mod pace;
 mod requests;
@@ -55,6 +57,8 @@ struct InFlight<P> {
     name: StepName,
     /// Whether it may capture a graph or load kernels.
     may_capture: bool,
+    /// In the prefill role, where its rows go.
+    destinations: Vec<Arc<Destination>>,
 }
 
 /// Why a worker ended.
@@ -103,6 +107,8 @@ pub struct Worker<'a, M: StepModel> {
     held: Vec<SequenceId>,
     /// With how many tokens each of them is held, and since when.
     held_since: HashMap<SequenceId, (usize, Instant)>,
+    /// The other role, in a pair.
+    partner: Option<Partner>,
 }
 
 impl<'a, M: StepModel> Worker<'a, M> {
@@ -129,8 +135,15 @@ impl<'a, M: StepModel> Worker<'a, M> {
             last_look: last_step,
             held,
             held_since: HashMap::new(),
+            partner: None,
             requests,
         }
+    }
+
+    /// Makes it the worker of one role of a pair.
+    #[must_use]
+    pub fn beside(self, partner: Partner) -> Self {
+        Self { partner: Some(partner), ..self }
     }
 
     /// Works until every handle is gone and nothing is left, until it is told to stop, or until the device is lost.
@@ -143,6 +156,9 @@ impl<'a, M: StepModel> Worker<'a, M> {
     fn work(&mut self) -> Exit {
         self.take_stats();
         while !self.shared.stop.load(Ordering::Relaxed) {
+            if let Some(exit) = self.partner.as_ref().and_then(Partner::ended) {
+                return self.end_as_partner(exit);
+            }
             let early = self.collect_early();
             let open = self.take_arrived();
             self.reap();
@@ -154,7 +170,7 @@ impl<'a, M: StepModel> Worker<'a, M> {
             self.publish();
             let is_done = !open && self.scheduler.is_idle() && self.in_flight.is_empty();
             if let Err(Broken { damage, message }) = early.and_then(|()| self.turn()) {
-                self.requests.kept = self.scheduler.take_waiting();
+                self.keep_waiting();
                 self.fail_all_but_kept(&format!("the device was lost while it worked on this request: {message}"));
                 return if damage == Damage::Context { Exit::ContextLost(message) } else { Exit::ModelLost(message) };
             }
@@ -263,7 +279,11 @@ impl<'a, M: StepModel> Worker<'a, M> {
     }
 
     fn take(&mut self, message: Message) {
-        let Message::Requests(requests) = message else { return };
+        let requests = match message {
+            Message::Requests(requests) => requests,
+            Message::Moved(moved) => return self.adopt(*moved),
+            Message::Wake => return,
+        };
         let now = Instant::now();
         for request in requests {
             if !request.is_probe {
@@ -354,13 +374,15 @@ impl<'a, M: StepModel> Worker<'a, M> {
         let name = StepName { number: self.num_launched, kind, sequences: plan.entries.len(), tokens };
         let may_capture = self.captures_lazily || !self.pace.knows(kind, tokens);
         self.shared.pulse.beat(Doing::Launching(name), may_capture);
+        self.partner.iter().for_each(|partner| partner.launching(name.number));
+        let destinations = self.destinations(&plan);
         let pending = self.try_launch(&plan);
         self.shared.pulse.beat(Doing::Between, false);
         match pending {
             Ok(pending) => {
                 self.pace.launched(launched.elapsed());
                 self.scheduler.launch(&plan);
-                Ok(Some(InFlight { plan, pending, launched, name, may_capture }))
+                Ok(Some(InFlight { plan, pending, launched, name, may_capture, destinations }))
             }
             Err(error) => {
                 self.shared.pulse.ended(name, launched.elapsed(), false);
@@ -387,6 +409,7 @@ impl<'a, M: StepModel> Worker<'a, M> {
                 logit_bias: choice.map_or(&[], Choice::bias),
                 token_mask: choice.and_then(Choice::mask),
                 top_logprobs: active.top_logprobs.filter(|_| entry.samples),
+                push: sequence.goes_to(entry.samples),
                 ..SequenceInput::new(tokens, entry.past_len, sequence.pages(), &active.sampling)
             });
         }
@@ -396,7 +419,7 @@ impl<'a, M: StepModel> Worker<'a, M> {
 
     /// Waits for a step and hands out what it chose.
     fn collect(&mut self, step: InFlight<M::Pending>) -> Result<(), Broken> {
-        let InFlight { plan, pending, launched, name, may_capture } = step;
+        let InFlight { plan, pending, launched, name, may_capture, destinations } = step;
         self.shared.pulse.beat(Doing::Collecting(name), may_capture);
         let model = &mut self.model;
         let sampled = caught(|| model.collect(pending)).unwrap_or_else(|panic| Err(StepError::harmless(panic)));
@@ -414,6 +437,8 @@ impl<'a, M: StepModel> Worker<'a, M> {
         self.take_stats();
         match sampled {
             Ok(sampled) => {
+                drop(destinations);
+                self.steps_ended(name.number);
                 self.pace.ended(name.kind, name.tokens, took);
                 self.shared.num_steps.fetch_add(1, Ordering::Relaxed);
                 self.deliver(&plan, &sampled);
@@ -446,6 +471,9 @@ impl<'a, M: StepModel> Worker<'a, M> {
                 Ok(reason)
             });
             match pushed.unwrap_or_else(Err) {
+                Ok(None) if self.partner.as_ref().is_some_and(|partner| partner.role() == RoleName::Prefill) => {
+                    self.move_away(entry.id);
+                }
                 Ok(None) if active.choice.has_grammar() => {
                     self.scheduler.set_held(entry.id, true);
                     self.held.push(entry.id);
@@ -495,6 +523,7 @@ impl<'a, M: StepModel> Worker<'a, M> {
         metrics.running.set(gauge(scheduler.num_running()));
         metrics.kv_pages_used.set(gauge(scheduler.num_used_pages()));
         metrics.kv_pages_cached.set(gauge(scheduler.cache().num_cached()));
+        self.update_room();
     }
 }
 

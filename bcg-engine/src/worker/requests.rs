@@ -80,6 +80,14 @@ impl Requests {
         sequence
     }
 
+    /// Takes a request that the prefill role is done with, and returns its number here.
+    pub(super) fn take_moved(&mut self, request: Accepted) -> SequenceId {
+        self.next_id += 1;
+        let id = SequenceId(self.next_id);
+        self.active.insert(id, request);
+        id
+    }
+
     /// Returns the sequences whose clients left.
     pub(super) fn cancelled(&self) -> Vec<SequenceId> {
         self.active.iter().filter(|(_, active)| active.output.is_cancelled()).map(|(&id, _)| id).collect()
@@ -97,8 +105,10 @@ impl Requests {
     pub fn fail_all(&mut self, metrics: &Metrics, message: &str) {
         let mut left: Vec<Accepted> = self.active.drain().map(|(_, active)| active).collect();
         while let Ok(message) = self.arriving.try_recv() {
-            if let Message::Requests(requests) = message {
-                left.extend(requests);
+            match message {
+                Message::Requests(requests) => left.extend(requests),
+                Message::Moved(moved) => left.push(moved.request),
+                Message::Wake => {}
             }
         }
         for request in left {

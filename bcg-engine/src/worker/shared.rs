@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 
 use super::super::metrics::Metrics;
+use super::super::roles::Moved;
 use super::super::watchdog::Pulse;
 use super::open::OpenAnswers;
 use super::requests::Accepted;
@@ -17,13 +18,16 @@ use super::requests::Accepted;
 pub enum Message {
     /// Accepted requests, all those of a submission.
     Requests(Vec<Accepted>),
+    /// A request that the prefill role is done with.
+    Moved(Box<Moved>),
     /// Nothing but the news that something else changed, so that an idle worker looks.
     Wake,
 }
 
 /// The sending end of the worker's channel.
 ///
-/// The channel holds no more answers than may wait, and one wake-up; so it needs no bound of its own.
+/// The channel holds no more answers than may wait, or than the decode role has places for, and one wake-up; so it needs no
+/// bound of its own.
 #[derive(Debug, Clone)]
 pub struct MessageSender {
     sender: Sender<Message>,
@@ -39,6 +43,12 @@ impl MessageSender {
             // Without a worker there is nobody to wake.
             let _ = self.sender.send(Message::Wake);
         }
+    }
+
+    /// Gives a request to the decode role.
+    pub(crate) fn hand_over(&self, moved: Box<Moved>) {
+        // Without a receiver, the end of its output tells the client.
+        let _ = self.sender.send(Message::Moved(moved));
     }
 }
 

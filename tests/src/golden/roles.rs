@@ -42,6 +42,11 @@ macro_rules! lists {
 
 roles_rules!(lists);
 
+/// Options with few graphs.
+fn sizes(graph: GraphMode) -> ModelRunnerOptions {
+    ModelRunnerOptions { cuda_graph_sizes: Some(vec![1, 8, 40]), ..options(graph) }
+}
+
 /// Two runners: the prefill role pushes to the decode role.
 struct Pair {
     prefill: ModelRunner,
@@ -57,9 +62,9 @@ impl Pair {
             runner
         };
         // Another number of pages, so that no page has the same place in both.
-        let few = ModelRunnerOptions { kv_cache_tokens: 2048, ..options(graph) };
+        let few = ModelRunnerOptions { kv_cache_tokens: 2048, ..sizes(graph) };
         let decode = load(far, few, Role::Decode { prefill: near.clone() });
-        let prefill = load(near, options(graph), Role::Prefill { decode: decode.caches().clone() });
+        let prefill = load(near, sizes(graph), Role::Prefill { decode: decode.caches().clone() });
         Self { prefill, decode }
     }
 

@@ -20,7 +20,8 @@ pub(super) fn host(a: &PushRowsArgs, _dims: &Dims, memory: &HostMemory<'_>) -> R
         for (from, to, row_bytes) in
             [(a.first_source, a.first_target, a.first_bytes), (a.second_source, a.second_target, a.second_bytes)]
         {
-            let view = |ptr, row: i64| memory.view_at::<u8>(ptr, (row * row_bytes) as usize, (rows * row_bytes) as usize);
+            let view =
+                |ptr, row: i64| memory.view_at::<u8>(ptr, (row * row_bytes) as usize, (rows * row_bytes) as usize);
             copy_cells(view(to, target)?, view(from, source)?);
         }
     }

@@ -98,9 +98,10 @@ pub struct PushRows<'a> {
 /// ```
 pub fn push_rows(cx: &mut OpStream, push: &PushRows<'_>) -> Result<()> {
     let PushRows { sources, targets, runs, count, rows_max } = *push;
-    for (names, [source, target]) in
-        [(["sources[0]", "targets[0]"], [sources[0], targets[0]]), (["sources[1]", "targets[1]"], [sources[1], targets[1]])]
-    {
+    for (names, [source, target]) in [
+        (["sources[0]", "targets[0]"], [sources[0], targets[0]]),
+        (["sources[1]", "targets[1]"], [sources[1], targets[1]]),
+    ] {
         for (name, tensor, first) in [(names[0], source, sources[0]), (names[1], target, targets[0])] {
             CHECK.contiguous(name, tensor)?;
             CHECK.dtype(name, tensor, source.dtype())?;

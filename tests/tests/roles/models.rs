@@ -1,4 +1,4 @@
-//! The rules of a pair of which one device prefills and the other one decodes, on host devices.
+//! The rules of a pair of models, on host devices.
 
 use bcg_runtime::Device;
 use bcg_tests::golden;
