@@ -100,7 +100,7 @@ mod tests {
         for device in [&near, &far] {
             device.host_control().expect("a host device").reseed(seed);
         }
-        let shared = far.zeros_shared(&[near.clone()], &[2], DType::I32)?;
+        let shared = far.zeros_shared(std::slice::from_ref(&near), &[2], DType::I32)?;
         let runner = |device| Runner::new(device, RunnerOptions::default());
         Ok((runner(&near)?, runner(&far)?, shared))
     }
