@@ -9,6 +9,7 @@ use super::super::load::Loader;
 use super::super::local::{LocalEngine, Replica, Siblings};
 use super::super::model::StepModel;
 use super::super::options::EngineOptions;
+use super::super::roles;
 use super::Replicas;
 
 /// Loads `dp` replicas at once and returns them once all serve. `progress` sees how far they are together; it is called
@@ -27,12 +28,16 @@ pub fn start(
 ///
 /// # Errors
 /// As [`start`]; what `model` returns.
-pub fn start_with<M: StepModel>(
+pub fn start_with<M: StepModel + Send>(
     options: &EngineOptions,
     progress: impl FnMut(Progress) + Send + 'static,
     model: impl Fn(usize, ModelRunner) -> anyhow::Result<M> + Send + Sync + 'static,
 ) -> anyhow::Result<Replicas<LocalEngine>> {
     options.check()?;
+    if let Some(gpus) = options.role_gpus() {
+        let pair = roles::start_with(Loader::new(options, 0), gpus, progress, move |runner| model(0, runner))?;
+        return Ok(Replicas::new(vec![pair]));
+    }
     let (model, dp) = (Arc::new(model), options.dp);
     let progress = Arc::new(Mutex::new(Joined::new(dp, Box::new(progress))));
     let siblings = Siblings::new(options.queue());
