@@ -112,7 +112,9 @@ def replaced(fault, prompt):
         assert code == 0, f"the supervisor ended with {code}"
         return server.ready, told, answered, server.text()
     except BaseException:
-        print(server.text()[-4000:], file=sys.stderr)
+        # Of a lost context every release is a line of its own.
+        lines = [line for line in server.text().splitlines() if "a release failed" not in line]
+        print("\n".join(lines)[-6000:], f"\n/health: {call('/health')}, status: {server.process.poll()}", file=sys.stderr)
         server.process.kill()
         raise
 
@@ -161,7 +163,9 @@ def one_replica(prompt):
             code = server.process.wait(timeout=PATIENCE_SECONDS)
         return told, whole, later, time.monotonic() - begun, code
     except BaseException:
-        print(server.text()[-4000:], file=sys.stderr)
+        # Of a lost context every release is a line of its own.
+        lines = [line for line in server.text().splitlines() if "a release failed" not in line]
+        print("\n".join(lines)[-6000:], f"\n/health: {call('/health')}, status: {server.process.poll()}", file=sys.stderr)
         server.process.kill()
         raise
 
