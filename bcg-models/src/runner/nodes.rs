@@ -38,9 +38,13 @@ pub(super) enum Work {
 
 impl ModelRunner {
     /// Tells the other nodes, if there are any, to do a step that this one is about to do.
-    pub(super) fn command(&self, work: Work, step: &StagedStep) -> Result<()> {
+    pub(super) fn command(&mut self, work: Work, step: &StagedStep) -> Result<()> {
         if self.world().num_nodes() == 1 {
             return Ok(());
+        }
+        if self.device().kind() == DeviceKind::Host {
+            // It works only while somebody waits for it, and before another node has its part of a step it meets nobody.
+            self.synchronize()?;
         }
         let command = postcard::to_allocvec(&(work, step)).map_err(bcg_runtime::Error::other)?;
         Ok(self.world().command(&command)?)
