@@ -76,6 +76,14 @@ pub trait StepModel {
         1
     }
 
+    /// Says whether the model is still whole, while no step is under way.
+    ///
+    /// # Errors
+    /// [`StepError`] of a part of it that was lost meanwhile.
+    fn check(&mut self) -> Result<(), StepError> {
+        Ok(())
+    }
+
     /// Whether a step runs while the host does something else, so that a launch ahead saves time.
     fn overlaps(&self) -> bool {
         true
@@ -115,6 +123,10 @@ impl StepModel for ModelRunner {
 
     fn settle(&mut self) -> Result<(), StepError> {
         self.synchronize().map_err(StepError::from)
+    }
+
+    fn check(&mut self) -> Result<(), StepError> {
+        self.world().lost().map_or(Ok(()), |lost| Err(bcg_models::Error::from(lost).into()))
     }
 
     fn overlaps(&self) -> bool {

@@ -1,8 +1,9 @@
-//! The thread of an engine: loads its model, or both of a pair, works with it, and loads it once more if it is lost.
+//! The thread of an engine: loads its model, or both of a pair, works with it, and loads it again if it is lost.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
+use std::time::{Duration, Instant};
 
 use super::super::model::StepModel;
 use super::super::roles::{PairThread, Roles};
@@ -13,7 +14,7 @@ use super::LocalOptions;
 /// Where an engine's thread says what it has loaded: the senders of its workers, to the first of which requests are sent.
 pub(super) type Ready = SyncSender<anyhow::Result<(Vec<MessageSender>, LocalOptions)>>;
 
-/// The worker's thread: makes a model and works with it, and once more if it is lost.
+/// The worker's thread: makes a model and works with it, and again if it is lost.
 pub(super) fn work<M, F>(mut load: F, ready: &Ready, shared: &Arc<Shared>)
 where
     M: StepModel,
@@ -57,7 +58,7 @@ where
     }
 }
 
-/// Works with what was loaded, and once more with what `load` makes if it is lost. Returns why the engine gives up, if it
+/// Works with what was loaded, and with what `load` makes if it is lost. Returns why the engine gives up, if it
 /// does.
 fn work_with<T>(
     first: T,
@@ -79,28 +80,36 @@ fn work_with<T>(
     Some(error)
 }
 
+/// A model that is lost again sooner than this after it was loaded is not loaded once more.
+const RELOADS_APART: Duration = Duration::from_secs(60);
+
 /// Loads the model again if that can help, and works on. An error says why the engine gives up.
 fn go_on<T>(
-    exit: Exit,
+    mut exit: Exit,
     load: &mut impl FnMut() -> anyhow::Result<T>,
     run: &mut impl FnMut(T) -> Exit,
     shared: &Shared,
 ) -> Result<(), String> {
-    let context_lost = |error| format!("the device's context is lost ({error}): only a new process can use the device");
-    let error = match exit {
-        Exit::Stopped => return Ok(()),
-        Exit::ContextLost(error) => return Err(context_lost(error)),
-        Exit::ModelLost(error) => error,
-    };
-    tracing::error!(error, "the device is lost: loading the model again");
-    shared.set_failure(Some(format!("the device is lost ({error}); the model is being loaded again")));
-    let loaded = load()
-        .map_err(|again| format!("the device is lost ({error}), and the model cannot be loaded again: {again:#}"))?;
-    tracing::info!("the model is loaded again");
-    shared.set_failure(None);
-    match run(loaded) {
-        Exit::Stopped => Ok(()),
-        Exit::ContextLost(error) => Err(context_lost(error)),
-        Exit::ModelLost(error) => Err(format!("the device is lost a second time: {error}")),
+    let mut loaded_at: Option<Instant> = None;
+    loop {
+        let error = match exit {
+            Exit::Stopped => return Ok(()),
+            Exit::ContextLost(error) => {
+                return Err(format!("the device's context is lost ({error}): only a new process can use the device"));
+            }
+            Exit::ModelLost(error) => error,
+        };
+        if loaded_at.is_some_and(|at| at.elapsed() < RELOADS_APART) {
+            return Err(format!("the device is lost a second time: {error}"));
+        }
+        tracing::error!(error, "the device is lost: loading the model again");
+        shared.set_failure(Some(format!("the device is lost ({error}); the model is being loaded again")));
+        let loaded = load().map_err(|again| {
+            format!("the device is lost ({error}), and the model cannot be loaded again: {again:#}")
+        })?;
+        tracing::info!("the model is loaded again");
+        shared.set_failure(None);
+        loaded_at = Some(Instant::now());
+        exit = run(loaded);
     }
 }

@@ -169,7 +169,7 @@ impl<'a, M: StepModel> Worker<'a, M> {
             }
             self.publish();
             let is_done = !open && self.scheduler.is_idle() && self.in_flight.is_empty();
-            if let Err(Broken { damage, message }) = early.and_then(|()| self.turn()) {
+            if let Err(Broken { damage, message }) = early.and_then(|()| self.check()).and_then(|()| self.turn()) {
                 self.keep_waiting();
                 self.fail_all_but_kept(&format!("the device was lost while it worked on this request: {message}"));
                 return if damage == Damage::Context { Exit::ContextLost(message) } else { Exit::ModelLost(message) };
@@ -180,6 +180,19 @@ impl<'a, M: StepModel> Worker<'a, M> {
         }
         self.fail_all_but_kept("the engine was stopped before the answer was complete");
         Exit::Stopped
+    }
+
+    /// Looks, while it rests, whether the model was lost meanwhile: what has just arrived need not fail for that.
+    fn check(&mut self) -> Result<(), Broken> {
+        if !self.is_resting || !self.in_flight.is_empty() {
+            return Ok(());
+        }
+        let Err(StepError { message, damage }) = self.model.check() else { return Ok(()) };
+        tracing::error!(error = message, "the model was lost while it rested");
+        if let Damage::Rank(rank) = damage {
+            self.shared.metrics.count_lost_rank(rank);
+        }
+        Err(Broken { damage, message })
     }
 
     /// Ends the steps under way before the next one is planned, where several clients share a device that does nothing while

@@ -10,6 +10,7 @@ use crate::process::{Server, free_address, signal};
 
 /// Small, so that it loads at once, with two ranks.
 const SMALL: [&str; 8] = ["--tp", "2", "--context-length", "512", "--kv-cache-tokens", "2048", "--shutdown-grace", "0"];
+const LAZY: [&str; 3] = ["--enable-breakable-cuda-graph", "--capture", "lazy"];
 const GRAPHS: [&str; 3] = ["--enable-breakable-cuda-graph", "--cuda-graph-sizes", "8,32"];
 /// How soon the loss of a node is told to whom it concerns.
 const TOLD: Duration = Duration::from_secs(2);
@@ -70,7 +71,7 @@ fn ended(server: &mut Server, ok: bool, why: &str) -> Result<(), String> {
 
 fn same_answers() -> Result<(), String> {
     let alone = answers(&Server::start(&SMALL, &[]))?;
-    for flags in [&[][..], &GRAPHS] {
+    for flags in [&LAZY, &GRAPHS] {
         let (mut leader, mut follower, _) = two(flags)?;
         let together = answers(&leader)?;
         if together != alone {
@@ -107,7 +108,7 @@ fn killed_follower() -> Result<(), String> {
         return Err(format!("told after {took:?}: {}", leader.log()));
     }
     // The leader loads the model anew, and waits for a process in the place of the one that is lost.
-    let _successor = node("1", "2", &at, &GRAPHS);
+    let successor = node("1", "2", &at, &GRAPHS);
     let deadline = Instant::now() + END;
     while leader.health()?.status != 200 {
         if Instant::now() > deadline {
@@ -116,7 +117,19 @@ fn killed_follower() -> Result<(), String> {
         std::thread::sleep(Duration::from_millis(20));
     }
     let after = answers(&leader)?;
-    if after == before { Ok(()) } else { Err(format!("{after:?}, not {before:?}")) }
+    if after != before {
+        return Err(format!("{after:?}, not {before:?}"));
+    }
+    // Lost while nothing runs, and so soon again that the leader ends.
+    signal(successor.pid(), "KILL");
+    let began = Instant::now();
+    while matches!(leader.health(), Ok(reply) if reply.status == 200) {
+        if began.elapsed() > TOLD {
+            return Err(format!("healthy {TOLD:?} after the loss of an idle node: {}", leader.log()));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
 }
 
 fn killed_leader() -> Result<(), String> {
