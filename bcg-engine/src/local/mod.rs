@@ -436,7 +436,9 @@ impl Engine for LocalEngine {
         }
         let prompt: Arc<[u32]> = Arc::from([0]);
         let request = GenerationRequest::greedy(Prompt::Tokens(prompt.to_vec()));
-        let request = GenerationRequest { max_tokens: Some(1), ignore_eos: true, ..request };
+        // Of a pair, the decode role makes the second token.
+        let max_tokens = if self.decode.is_some() { 2 } else { 1 };
+        let request = GenerationRequest { max_tokens: Some(max_tokens), ignore_eos: true, ..request };
         let client = ClientId::new("probe");
         let full = SubmitError::QueueFull { max_queued_requests: PROBES_MAX };
         let places = QueuePlaces { submission: None, answer: self.probes.try_take(&client, 1).ok_or(full)? };

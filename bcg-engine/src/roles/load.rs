@@ -2,7 +2,7 @@
 
 use anyhow::Context as _;
 use bcg_models::weights::Shard;
-use bcg_models::{ModelRunner, ModelRunnerOptions, Progress, Role};
+use bcg_models::{ModelRunner, ModelRunnerOptions, Phase, Progress, Role};
 use bcg_runtime::{Device, DeviceKind, HostOptions};
 use serde_json::json;
 
@@ -27,6 +27,8 @@ pub(crate) fn start_with<M: StepModel + Send>(
             (name, json!({ "device": runner.device().name(), "kv_cache_pages": runner.pages().num_pages() }))
         });
         local.settings["roles"] = roles.into_iter().collect();
+        local.settings["devices"] = json!([prefill.device().name(), decode.device().name()]);
+        local.settings["decode_graph_sizes"] = json!(decode.graph_sizes(Phase::Decode));
         let layout = prefill.config().cache_layout(Shard::WHOLE)?;
         let dtype = prefill.config().dtype;
         let bytes = MovedBytes {

@@ -79,12 +79,17 @@ impl PairThread {
         let (of_prefill, of_decode) = (partner(RoleName::Prefill, to_decode), partner(RoleName::Decode, to_prefill));
         let ([arriving, moving], [shared, decode_shared]) = (&mut self.requests, self.shared.clone());
         let exits = std::thread::scope(|scope| {
-            let decoding = scope.spawn(move || work(decode, moving, decode_shared, &of_decode));
+            let metrics = &self.shared[0].metrics;
+            let decoding = scope.spawn(move || {
+                let exit = work(decode, moving, decode_shared, &of_decode);
+                moving.fail_all(metrics, &not_taken(&exit)); // those that moved meanwhile wait for nobody
+                exit
+            });
             let prefilled = work(prefill, arriving, shared, &of_prefill);
             [prefilled, decoding.join().unwrap_or_else(|panic| resume_unwind(panic))]
         });
         let [_, decode_requests] = &mut self.requests;
-        decode_requests.fail_all(&self.shared[0].metrics, "the engine ended before the answer was complete");
+        decode_requests.fail_all(&self.shared[0].metrics, &not_taken(&exits[1]));
         // A context that is lost in one of them is lost for the process; else both say how the first one ended.
         let [first, second] = exits;
         if matches!(second, Exit::ContextLost(_)) { second } else { first }
@@ -94,6 +99,16 @@ impl PairThread {
     pub(crate) fn fail_all(&mut self, message: &str) {
         for requests in &mut self.requests {
             requests.fail_all(&self.shared[0].metrics, message);
+        }
+    }
+}
+
+/// What is said to a request that the decode role has not taken before it ended.
+fn not_taken(exit: &Exit) -> String {
+    match exit {
+        Exit::Stopped => "the engine was stopped before the answer was complete".to_owned(),
+        Exit::ModelLost(why) | Exit::ContextLost(why) => {
+            format!("the device was lost before the decode role took this request: {why}")
         }
     }
 }
