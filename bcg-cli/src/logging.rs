@@ -11,7 +11,9 @@ use crate::args::LogFormat;
 
 /// Starts logging for the process; a second call does nothing.
 pub fn init(format: LogFormat) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,bcg_runtime=warn"));
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| {
+        EnvFilter::new("info,bcg_runtime=warn,bcg_runtime::world=info,bcg_runtime::device::cuda::nccl=info")
+    });
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

@@ -45,6 +45,7 @@ pub fn start_with<M: StepModel + Send>(
     mut model: impl FnMut(ModelRunner) -> anyhow::Result<M> + Send + 'static,
 ) -> anyhow::Result<LocalEngine> {
     options.check()?;
+    options.check_first_node()?;
     options.check_only_replica()?;
     let loader = Loader::new(options, 0);
     if let Some(gpus) = options.role_gpus() {
@@ -157,11 +158,7 @@ fn settings(options: &EngineOptions, runner: &ModelRunner, has_prefix_cache: boo
 /// # Errors
 /// As [`start`]; that of `node_rank` for a node that only follows.
 pub fn load_runner(options: &EngineOptions, progress: &mut dyn FnMut(Progress)) -> anyhow::Result<ModelRunner> {
-    anyhow::ensure!(
-        options.node_rank == 0,
-        "`node_rank` {}: only the server runs as another node than 0; start it there with these options",
-        options.node_rank
-    );
+    options.check_first_node()?;
     options.check_only_replica()?;
     load_replica(options, 0, progress)
 }

@@ -76,6 +76,10 @@ impl EngineOptions {
                 let problem = "is needed where `nnodes` is more than 1";
                 Err(OptionError::new("dist_init_addr", problem, "give HOST:PORT at which node 0 can listen"))
             }
+            (Some(address), _) if address.ends_with(":0") => {
+                let problem = format!("{address} is no port at which other nodes find node 0");
+                Err(OptionError::new("dist_init_addr", problem, "give the same port to all nodes"))
+            }
             (Some(_), _) if self.dp > 1 => {
                 let problem = "replicas do not span several processes";
                 Err(OptionError::new("nnodes", problem, "drop `dp`, and put a gateway before several servers"))
@@ -90,6 +94,18 @@ impl EngineOptions {
             }
             (Some(_), _) => Ok(()),
         }
+    }
+
+    /// Refuses a node that only follows, for what decides what runs.
+    ///
+    /// # Errors
+    /// [`OptionError`] names `node_rank`.
+    pub(crate) fn check_first_node(&self) -> Result<(), OptionError> {
+        if self.node_rank == 0 {
+            return Ok(());
+        }
+        let problem = format!("{}, where only the server follows node 0", self.node_rank);
+        Err(OptionError::new("node_rank", problem, "start the server there with these options"))
     }
 
     /// Devices of all ranks of all replicas in this process.
@@ -140,6 +156,7 @@ impl EngineOptions {
     }
 
     fn check_experts(&self) -> Result<(), OptionError> {
+        OptionError::positive("ep", self.ep)?;
         if self.ep == 1 && self.moe_a2a_backend != MoeA2a::None {
             let problem = "no rank has experts of its own";
             return Err(OptionError::new("moe_a2a_backend", problem, "add `ep` or drop it"));
@@ -236,6 +253,7 @@ mod tests {
         assert!(options.check().expect_err("too few").to_string().contains("the 4 ranks of `tp` on each of `nnodes`"));
         refused(nodes(2, 0, 0, None), "nnodes", "at least 1");
         refused(nodes(2, 2, 2, Some("host:1")), "node_rank", "one less than `nnodes`");
+        refused(nodes(2, 2, 0, Some("host:0")), "dist_init_addr", "the same port");
         refused(nodes(2, 2, 0, None), "dist_init_addr", "HOST:PORT");
         refused(nodes(2, 1, 0, Some("host:1")), "dist_init_addr", "drop it");
         refused(nodes(3, 2, 0, Some("host:1")), "nnodes", "a divisor of `tp`");

@@ -34,6 +34,7 @@ pub fn start_with<M: StepModel + Send>(
     model: impl Fn(usize, ModelRunner) -> anyhow::Result<M> + Send + Sync + 'static,
 ) -> anyhow::Result<Replicas<LocalEngine>> {
     options.check()?;
+    options.check_first_node()?;
     if let Some(gpus) = options.role_gpus() {
         let pair = roles::start_with(Loader::new(options, 0), gpus, progress, move |runner| model(0, runner))?;
         return Ok(Replicas::new(vec![pair]));
