@@ -12,8 +12,8 @@ use crate::fields::BodyFields;
 const FIELDS: [&str; 3] = ["bootstrap_room", "bootstrap_host", "bootstrap_port"];
 
 /// What to do instead.
-const REMEDY: &str = "it computes prompts and answers both and has no role of prefill or decode, so start the gateway \
-                      without `--pd-disaggregation` and name this server in `--worker-urls`";
+const REMEDY: &str = "it answers whole requests, also where its two roles of prefill and decode have a GPU each, so start the \
+                      gateway without `--pd-disaggregation` and name this server in `--worker-urls`";
 
 /// Refuses a request that is meant for a worker with a role.
 ///
