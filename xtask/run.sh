@@ -12,6 +12,8 @@
 #   run.sh replicas [GEOMETRY…]
 #                              two replicas, on the GPUs that RANK_DEVICES names: correctness first, then load on them beside
 #                              the same load on two processes, half of it each
+#   run.sh roles [GEOMETRY…]   prefill apart from decode, on the GPUs that RANK_DEVICES names: correctness first, then rates up
+#                              to saturation beside two replicas
 #   run.sh stages [GEOMETRY…]  a pipeline of two stages, on the GPUs that RANK_DEVICES names: correctness first, then figures
 #                              beside those of one GPU, and the first token of a prompt of 32,768 tokens
 #   run.sh nodes [GEOMETRY…]   as ranks, with a process for each of the two GPUs, which NCCL connects
@@ -30,8 +32,8 @@ log=$out/run.log
 
 export BCG_ROOT=$here BCG_CACHE_DIR=${BCG_CACHE_DIR:-$work/cache} RUST_BACKTRACE=1 RUST_LOG=info,bcg_runtime=warn
 mode=${1:-test}
-case $mode in test | bench | serve | ranks | replicas | stages | nodes | standing) ;; *)
-    echo "run.sh: no mode $mode; there are test (without argument), bench, serve, ranks, replicas, stages, nodes and standing" >&2
+case $mode in test | bench | serve | ranks | replicas | roles | stages | nodes | standing) ;; *)
+    echo "run.sh: no mode $mode; there are test (without argument), bench, serve, ranks, replicas, roles, stages, nodes and standing" >&2
     exit 1
     ;;
 esac
@@ -302,6 +304,41 @@ replicas() {
     fi
 }
 
+# Prefill apart from decode: rows and models in two roles against one, and their load beside that of two mixed replicas.
+roles() {
+    local devices=${RANK_DEVICES:-0,1} cache=() pair layout checkpoint geometry name rate server port=30020 seed=0
+    pair=(--disaggregation "prefill:${devices%,*},decode:${devices#*,}")
+    # Roles on one GPU divide its memory by hand.
+    if [ "${devices%,*}" = "${devices#*,}" ]; then cache=(--kv-cache-tokens "${ROLE_TOKENS:-150000}"); fi
+    step "roles" 300 bin/gpu roles --devices "$devices"
+    for checkpoint in $(cd models && echo tiny-*); do
+        evaluate "$checkpoint" chat eager
+        evaluate "$checkpoint" chat roles-eager "${pair[@]}" --kv-cache-tokens 4096
+        evaluate "$checkpoint" chat roles-healed "${pair[@]}" --kv-cache-tokens 4096 "${graphs[@]}"
+        evaluate "$checkpoint" chat roles-verified "${pair[@]}" --kv-cache-tokens 4096 "${graphs[@]}" --capture lazy \
+            --verify-graph 1 --poison-graph-memory
+        for name in roles-eager roles-healed roles-verified; do same_tokens "$checkpoint" chat eager "$name"; done
+    done
+    for geometry in $(pick qwen3-8b); do
+        local flags=(--model "models/geometries/$geometry" --load-format dummy --skip-tokenizer-init --device cuda
+            "${graphs[@]}" --context-length 8192 --max-running-requests 256 --max-queued-requests 2048
+            --chunked-prefill-size "${CHUNK:-4096}" --disable-radix-cache "${cache[@]}")
+        for name in roles replicas; do
+            case $name in roles) layout=("${pair[@]}") ;; *) layout=(--dp 2 --devices "$devices") ;; esac
+            bin/bcg serve "${flags[@]}" "${layout[@]}" --port "$port" >>"$log" 2>&1 &
+            server=$!
+            ready "$geometry, $name" "$port" "$server"
+            for rate in 4 6 8 10 12 inf; do
+                load "$geometry" "$name-rate-$rate" --num-prompts 256 --warmup-requests 32 --input-len 4096 --output-len 256 \
+                    --request-rate "$rate"
+            done
+            curl -s "http://127.0.0.1:$port/metrics" >"$out/metrics-$geometry-$name.txt"
+            kill "$server"
+            step "stop $geometry, $name" 40 tail --pid="$server" -f /dev/null
+        done
+    done
+}
+
 # A pipeline of two stages: the tokens of one GPU on every path, and what it gains.
 stages() {
     local devices=${RANK_DEVICES:-0,1} checkpoint geometry name pp chunk server port=30020
@@ -515,7 +552,7 @@ standing() {
     exit "$failed"
 }
 
-case $mode in bench) benches ;; serve) serving ;; ranks) ranks ;; replicas) replicas ;; stages) stages ;; nodes) nodes ;; standing) standing ;; test) correctness ;; esac
+case $mode in bench) benches ;; serve) serving ;; ranks) ranks ;; replicas) replicas ;; roles) roles ;; stages) stages ;; nodes) nodes ;; standing) standing ;; test) correctness ;; esac
 
 echo
 awk '/^(ceilings|kernels|prefill|prompt|replay|lazy|decode|profile|capture|serve)$/ { shown = 1 } /^$/ { shown = 0 } shown' "$log"

@@ -13,6 +13,7 @@ pub mod golden;
 pub mod nodes;
 pub mod ops;
 pub mod random;
+pub mod roles;
 pub mod soak;
 pub mod world;
 

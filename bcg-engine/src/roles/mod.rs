@@ -21,7 +21,7 @@ use std::str::FromStr;
 
 pub(crate) use load::start_with;
 pub(crate) use pair::PairThread;
-pub use pair::{OneRole, Roles};
+pub use pair::Roles;
 pub use partner::{Moved, MovedBytes, Partner};
 pub use room::{DecodePlace, DecodeRoom, Destination};
 

@@ -14,7 +14,7 @@ use super::{DecodeRoom, MovedBytes, Partner, RoleName};
 
 /// What one role runs.
 #[derive(Debug)]
-pub struct OneRole<M> {
+struct OneRole<M> {
     model: M,
     scheduler: Scheduler,
 }
@@ -79,7 +79,7 @@ impl PairThread {
         let (of_prefill, of_decode) = (partner(RoleName::Prefill, to_decode), partner(RoleName::Decode, to_prefill));
         let ([arriving, moving], [shared, decode_shared]) = (&mut self.requests, self.shared.clone());
         let exits = std::thread::scope(|scope| {
-            let metrics = &self.shared[0].metrics;
+            let metrics = &self.shared[1].metrics;
             let decoding = scope.spawn(move || {
                 let exit = work(decode, moving, decode_shared, &of_decode);
                 moving.fail_all(metrics, &not_taken(&exit)); // those that moved meanwhile wait for nobody
@@ -88,11 +88,12 @@ impl PairThread {
             let prefilled = work(prefill, arriving, shared, &of_prefill);
             [prefilled, decoding.join().unwrap_or_else(|panic| resume_unwind(panic))]
         });
-        let [_, decode_requests] = &mut self.requests;
-        decode_requests.fail_all(&self.shared[0].metrics, &not_taken(&exits[1]));
         // A context that is lost in one of them is lost for the process; else both say how the first one ended.
         let [first, second] = exits;
-        if matches!(second, Exit::ContextLost(_)) { second } else { first }
+        let exit = if matches!(second, Exit::ContextLost(_)) { second } else { first };
+        // Those that were on their way between the two.
+        self.requests[1].fail_all(&self.shared[1].metrics, &not_taken(&exit));
+        exit
     }
 
     /// Ends every request, also those that were not taken yet.
@@ -108,7 +109,7 @@ fn not_taken(exit: &Exit) -> String {
     match exit {
         Exit::Stopped => "the engine was stopped before the answer was complete".to_owned(),
         Exit::ModelLost(why) | Exit::ContextLost(why) => {
-            format!("the device was lost before the decode role took this request: {why}")
+            format!("the device was lost under this request: {why}")
         }
     }
 }

@@ -5,7 +5,8 @@
 //! where the repository's `models` and `tests` lie, if not where it was built.
 //!
 //! `gpu collectives FLAGS` checks and times what several ranks sum, `gpu world FLAGS` replays a forward of theirs, `gpu
-//! experts FLAGS` checks and times experts that ranks own, and `gpu nodes FLAGS` runs ranks in several processes. `gpu serve
+//! experts FLAGS` checks and times experts that ranks own, `gpu roles FLAGS` checks and times what one GPU prefills and another
+//! one decodes, and `gpu nodes FLAGS` runs ranks in several processes. `gpu serve
 //! FLAGS` is a `bcg-server` whose device a request can break, and `gpu bcg …` is `bcg`, so that a bundle needs one of the two
 //! only.
 
@@ -18,7 +19,9 @@ use std::time::{Duration, Instant};
 use bcg_runtime::{Device, ReplayMode};
 use bcg_tests::conformance::fixture::with_replay;
 use bcg_tests::geometry::Session;
-use bcg_tests::{collectives, conformance, device_faults, experts, geometry, golden, nodes, ops, random, soak, world};
+use bcg_tests::{
+    collectives, conformance, device_faults, experts, geometry, golden, nodes, ops, random, roles, soak, world,
+};
 use clap::Parser;
 
 struct Options {
@@ -153,6 +156,10 @@ fn main() -> ExitCode {
         Some("collectives") => {
             let args: Vec<String> = std::env::args().skip(2).collect();
             return bcg_cli::exit("gpu collectives", collectives::main(&args));
+        }
+        Some("roles") => {
+            let args: Vec<String> = std::env::args().skip(2).collect();
+            return bcg_cli::exit("gpu roles", roles::main(&args));
         }
         Some("experts") => {
             let args: Vec<String> = std::env::args().skip(2).collect();

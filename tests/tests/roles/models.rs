@@ -28,3 +28,8 @@ fn devices() -> [Device; 2] {
         device
     })
 }
+
+#[test]
+fn rows_arrive() {
+    bcg_tests::roles::rows_arrive(&devices(), 50).expect("every row is right");
+}
