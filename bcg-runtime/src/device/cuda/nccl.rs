@@ -11,7 +11,8 @@ use std::ffi::{CStr, c_char};
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use libloading::Library;
 
@@ -28,6 +29,8 @@ const IN_PROGRESS: u32 = 7;
 /// The oldest version that is used: communicators of several threads, and captures of their work, as 10000 times the first
 /// number and 100 times the second.
 const VERSION_MIN: i32 = 21800;
+/// A call that takes longer than this hangs, because another process does not come: only an abort ends it.
+const CALL_TIME_MAX: Duration = Duration::from_secs(1);
 
 /// `ncclUniqueId`: by what the ranks of one communicator find each other.
 #[repr(C)]
@@ -125,6 +128,20 @@ struct Communicator {
     driver: &'static Driver,
     /// 0 once it is aborted.
     raw: AtomicU64,
+    /// Calls that have the communicator in their hands.
+    num_calls: AtomicUsize,
+}
+
+/// A communicator in the hands of one call.
+struct Held<'a> {
+    raw: u64,
+    num_calls: &'a AtomicUsize,
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.num_calls.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 impl CudaBackend {
@@ -147,40 +164,46 @@ impl CudaBackend {
         // passed by value, as the C function takes it.
         let status = unsafe { (nccl.ncclCommInitRank)(&raw mut raw, num_ranks as i32, UniqueId(id), rank as i32) };
         nccl.check("ncclCommInitRank", status)?;
-        Ok(Box::new(Communicator { driver: self.driver, raw: AtomicU64::new(raw) }))
+        Ok(Box::new(Communicator { driver: self.driver, raw: AtomicU64::new(raw), num_calls: AtomicUsize::new(0) }))
     }
 }
 
 impl Communicator {
-    fn raw(&self) -> Result<u64> {
-        match self.raw.load(Ordering::Acquire) {
-            0 => Err(Error::other("the NCCL communicator was aborted")),
-            raw => Ok(raw),
-        }
+    /// Takes the communicator for a call.
+    fn hold(&self) -> Result<Held<'_>> {
+        // Counted first: whoever aborts has taken the communicator out before it looks at the count.
+        self.num_calls.fetch_add(1, Ordering::SeqCst);
+        let held = Held { raw: self.raw.load(Ordering::SeqCst), num_calls: &self.num_calls };
+        if held.raw == 0 { Err(Error::other("the NCCL communicator was aborted")) } else { Ok(held) }
     }
 }
 
 impl Transport for Communicator {
     fn gather(&self, stream: StreamHandle, src: DevicePtr, dst: DevicePtr, bytes: usize) -> Result<()> {
         let _relaxed = self.driver.relax()?; // it may allocate when it meets a kind of message for the first time
-        let (nccl, raw) = (Nccl::get()?, self.raw()?);
-        // SAFETY: the communicator is live, or is being aborted by another thread, which NCCL allows during a call. The
-        // caller says that `bytes` at `src` and as many for each rank at `dst` are device memory until the work has run.
-        let status = unsafe { (nccl.ncclAllGather)(src.0, dst.0, bytes, TYPE_U8, raw, stream.0) };
+        let (nccl, held) = (Nccl::get()?, self.hold()?);
+        // SAFETY: the communicator is live: `abort` waits for `held`, or, if this call hangs, aborts it, which NCCL allows
+        // during a call. The caller says that `bytes` at `src` and as many for each rank at `dst` are device memory until the work has run.
+        let status = unsafe { (nccl.ncclAllGather)(src.0, dst.0, bytes, TYPE_U8, held.raw, stream.0) };
         nccl.check("ncclAllGather", status)
     }
 
     fn check(&self) -> Result<()> {
-        let (nccl, raw, mut status) = (Nccl::get()?, self.raw()?, SUCCESS);
+        let (nccl, held, mut status) = (Nccl::get()?, self.hold()?, SUCCESS);
         // SAFETY: as in `gather`; the out-pointer is writable for the call.
-        nccl.check("ncclCommGetAsyncError", unsafe { (nccl.ncclCommGetAsyncError)(raw, &raw mut status) })?;
+        nccl.check("ncclCommGetAsyncError", unsafe { (nccl.ncclCommGetAsyncError)(held.raw, &raw mut status) })?;
         if status == IN_PROGRESS { Ok(()) } else { nccl.check("a transfer between nodes", status) }
     }
 
     fn abort(&self) {
-        let raw = self.raw.swap(0, Ordering::AcqRel);
+        let raw = self.raw.swap(0, Ordering::SeqCst);
+        let begun = Instant::now();
+        while self.num_calls.load(Ordering::SeqCst) > 0 && begun.elapsed() < CALL_TIME_MAX {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         if let (Ok(nccl), 1..) = (Nccl::get(), raw) {
-            // SAFETY: the communicator was live, and nobody else aborts it: it was taken out (line above).
+            // SAFETY: the communicator was live, nobody else aborts it, and no call begins any more: it was taken out (line
+            // above). A call that is still under way hangs in NCCL.
             if let Err(error) = nccl.check("ncclCommAbort", unsafe { (nccl.ncclCommAbort)(raw) }) {
                 tracing::warn!(%error, "aborting what carries data between nodes; going on");
             }
