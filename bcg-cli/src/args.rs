@@ -480,10 +480,10 @@ mod tests {
         assert_eq!((options.tp, options.ep), (4, 4), "the flag alone makes the ranks, too");
         assert_eq!(works(&["--tp", "2"]).ep, 1);
         works(&["--tp", "2", "--ep-size", "2"]);
-        for flags in [&["--tp", "4", "--ep", "2"], &["--tp", "1", "--ep", "2"], &["--tp", "1", "--ep", "0"]] {
-            refused(flags, "--ep", "the same number");
+        for flags in [["--tp", "4", "--ep", "2"], ["--tp", "1", "--ep", "2"]] {
+            refused(&flags, "--ep", "the same number");
         }
-        refused(&["--ep", "0"], "--ep", "the same number");
+        refused(&["--ep", "0"], "--ep", "at least 1");
         assert_eq!(works(&["--ep", "2", "--moe-a2a-backend", "push"]).moe_a2a_backend, MoeA2a::Push);
         refused(&["--tp", "2", "--moe-a2a-backend", "push"], "--moe-a2a-backend", "add --ep");
     }
