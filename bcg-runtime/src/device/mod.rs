@@ -20,7 +20,7 @@ pub(crate) use guard::{Allocation, Graph, GraphExec, Reservation, StreamRef};
 pub use guard::{Event, LiveObjects, PinnedBuffer, Stream};
 pub(crate) use info::KernelTrace;
 pub use info::{DeviceKind, KernelRun, MemoryInfo};
-pub(crate) use peer::SharedMemory;
+pub(crate) use peer::{SharedMemory, map_for};
 
 use crate::launch::AnyKernel;
 use crate::{Arch, Error, Result};

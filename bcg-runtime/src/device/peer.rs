@@ -34,28 +34,9 @@ impl SharedMemory {
                 memory.host = Some(control.alloc_shared(bytes, &others)?);
                 device.counters().add_memory(bytes);
             }
-            DeviceKind::Cuda => memory.mapping = Some(memory.map()?),
+            DeviceKind::Cuda => memory.mapping = Some(map_for(device, &memory.with, bytes)?),
         }
         Ok(memory)
-    }
-
-    /// Maps memory of a GPU for all.
-    fn map(&self) -> Result<Reservation> {
-        let mut mapping = Reservation::new(&self.device, self.bytes)?;
-        mapping.grow(self.bytes)?;
-        for other in &self.with {
-            let Some(ordinal) = other.backend().ordinal() else { continue };
-            let shared = self.device.backend().share(mapping.base(), mapping.mapped_bytes(), &[ordinal]);
-            shared.map_err(|error| match error {
-                Error::Driver { .. } => Error::NoDevice(format!(
-                    "{}: its memory cannot be reached by {} ({error}); choose GPUs with a link",
-                    self.device.name(),
-                    other.name()
-                )),
-                error => error,
-            })?;
-        }
-        Ok(mapping)
     }
 
     pub(crate) fn ptr(&self) -> DevicePtr {
@@ -69,6 +50,28 @@ impl SharedMemory {
     pub(crate) fn is_reachable_from(&self, device: &Device) -> bool {
         self.device.is(device) || self.with.iter().any(|other| other.is(device))
     }
+}
+
+/// Maps memory of a GPU that those of `with` may read and write too.
+///
+/// # Errors
+/// [`Error::NoDevice`] names a GPU that cannot reach it; [`Error::OutOfMemory`]; the driver's.
+pub(crate) fn map_for(device: &Device, with: &[Device], bytes: usize) -> Result<Reservation> {
+    let mut mapping = Reservation::new(device, bytes)?;
+    mapping.grow(bytes)?;
+    for other in with {
+        let Some(ordinal) = other.backend().ordinal() else { continue };
+        let shared = device.backend().share(mapping.base(), mapping.mapped_bytes(), &[ordinal]);
+        shared.map_err(|error| match error {
+            Error::Driver { .. } => Error::NoDevice(format!(
+                "{}: its memory cannot be reached by {} ({error}); choose GPUs with a link",
+                device.name(),
+                other.name()
+            )),
+            error => error,
+        })?;
+    }
+    Ok(mapping)
 }
 
 impl Drop for SharedMemory {

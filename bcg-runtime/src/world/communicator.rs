@@ -16,7 +16,7 @@ use std::time::Instant;
 use super::{RANKS_MAX, Ranks, World};
 use crate::device::host::collectives::Collectives;
 use crate::device::traits::Transport;
-use crate::device::{Allocation, Reservation};
+use crate::device::{Allocation, Reservation, map_for};
 use crate::launch::{PlaneId, SEGMENT_AT};
 use crate::{Device, DeviceKind, DevicePtr, Error, KernelArgs, PinnedBuffer, Result};
 
@@ -326,22 +326,14 @@ fn transports(world: &World) -> Result<Vec<Option<Arc<dyn Transport>>>> {
 
 /// Maps a plane on each GPU, which all others can write, and fills it with the word that stands for "not yet written".
 fn planes(world: &World, bytes: usize) -> Result<Arc<[Reservation]>> {
-    let ordinals: Option<Vec<i32>> = world.0.devices.iter().map(|device| device.backend().ordinal()).collect();
-    let Some(ordinals) = ordinals.filter(|_| world.num_nodes() == 1) else { return Ok(Arc::new([])) };
+    if world.kind() == DeviceKind::Host || world.num_nodes() > 1 {
+        return Ok(Arc::new([]));
+    }
     let mut planes = Vec::with_capacity(world.size());
     for device in &world.0.devices {
-        let mut plane = Reservation::new(device, bytes)?;
-        plane.grow(bytes)?;
-        let backend = device.backend();
-        backend.share(plane.base(), plane.mapped_bytes(), &ordinals).map_err(|error| match error {
-            Error::Driver { .. } => Error::NoDevice(format!(
-                "{}: its memory cannot be reached by the other GPUs of the world ({error}); choose GPUs with a link",
-                device.name()
-            )),
-            error => error,
-        })?;
+        let plane = map_for(device, &world.0.devices, bytes)?;
         let stream = device.own_stream()?;
-        backend.fill_u32(stream.handle, plane.base(), u32::MAX, plane.mapped_bytes() / size_of::<u32>())?;
+        stream.backend.fill_u32(stream.handle, plane.base(), u32::MAX, plane.mapped_bytes() / size_of::<u32>())?;
         device.synchronize()?;
         planes.push(plane);
     }
