@@ -1,5 +1,4 @@
-//! Raw binding of cuBLASLt, CUDA's library of matrix products: beside `sys.rs` the only file that calls into NVIDIA's
-//! code.
+//! Raw binding of cuBLASLt, CUDA's library of matrix products.
 //!
 //! - The library is looked for once per process and never unloaded; its absence is an error that says what was looked
 //!   for.
@@ -13,8 +12,7 @@ use std::ffi::{CStr, c_char, c_void};
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
-use libloading::Library;
-
+use super::bindings::bindings;
 use crate::compile::{library_candidates, open_library};
 use crate::device::traits::{Matmul, MatmulShape};
 use crate::{DType, Error, Result};
@@ -48,35 +46,10 @@ pub(super) struct Heuristic {
     reserved: [i32; 4],
 }
 
-macro_rules! cublaslt {
-    ($($symbol:ident($($arg:ty),*) -> $out:ty;)*) => {
-        /// The library's entry points.
-        #[allow(non_snake_case)] // the fields carry the library's own names
-        pub(super) struct CublasLt {
-            $($symbol: unsafe extern "C" fn($($arg),*) -> $out,)*
-            // Keeps the functions above mapped; lives in a static, so it is never unloaded.
-            _library: Library,
-        }
-
-        impl CublasLt {
-            fn bind(library: Library) -> Result<Self, &'static str> {
-                Ok(Self {
-                    $($symbol: {
-                        // SAFETY: the signature is that of the symbol in cublasLt.h of CUDA 12 and 13. The copied
-                        // pointer stays valid because `_library` lives as long as it does.
-                        let found = unsafe {
-                            library.get::<unsafe extern "C" fn($($arg),*) -> $out>(concat!(stringify!($symbol), "\0").as_bytes())
-                        };
-                        *found.map_err(|_| concat!("it has no ", stringify!($symbol)))?
-                    },)*
-                    _library: library,
-                })
-            }
-        }
-    };
-}
-
-cublaslt! {
+// SAFETY: the signatures are those of cublasLt.h of CUDA 12 and 13.
+bindings! {
+    /// The library's entry points.
+    pub(super) struct CublasLt;
     cublasLtGetVersion() -> usize;
     cublasLtGetStatusName(u32) -> *const c_char;
     cublasLtCreate(*mut u64) -> u32;

@@ -12,6 +12,7 @@
 //!   captures: they wait for every GPU that shares memory with theirs (law L17).
 //! - No call panics, whatever the driver says.
 
+mod bindings;
 mod cublaslt;
 mod cupti;
 mod event;

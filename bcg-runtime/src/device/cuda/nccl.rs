@@ -14,9 +14,8 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use libloading::Library;
-
 use super::CudaBackend;
+use super::bindings::bindings;
 use super::sys::Driver;
 use crate::compile::{library_candidates, open_library};
 use crate::device::traits::{StreamHandle, Transport};
@@ -37,35 +36,10 @@ const CALL_TIME_MAX: Duration = Duration::from_secs(1);
 #[derive(Clone, Copy, Debug)]
 pub(super) struct UniqueId([u8; 128]);
 
-macro_rules! nccl {
-    ($($symbol:ident($($arg:ty),*) -> $out:ty;)*) => {
-        /// The library's entry points.
-        #[allow(non_snake_case)] // the fields carry the library's own names
-        struct Nccl {
-            $($symbol: unsafe extern "C" fn($($arg),*) -> $out,)*
-            // Keeps the functions above mapped; lives in a static, so it is never unloaded.
-            _library: Library,
-        }
-
-        impl Nccl {
-            fn bind(library: Library) -> Result<Self, &'static str> {
-                Ok(Self {
-                    $($symbol: {
-                        // SAFETY: the signature is that of the symbol in nccl.h of version 2. The copied pointer stays
-                        // valid because `_library` lives as long as it does.
-                        let found = unsafe {
-                            library.get::<unsafe extern "C" fn($($arg),*) -> $out>(concat!(stringify!($symbol), "\0").as_bytes())
-                        };
-                        *found.map_err(|_| concat!("it has no ", stringify!($symbol)))?
-                    },)*
-                    _library: library,
-                })
-            }
-        }
-    };
-}
-
-nccl! {
+// SAFETY: the signatures are those of nccl.h of version 2.
+bindings! {
+    /// The library's entry points.
+    struct Nccl;
     ncclGetVersion(*mut i32) -> u32;
     ncclGetErrorString(u32) -> *const c_char;
     ncclGetUniqueId(*mut UniqueId) -> u32;
