@@ -9,7 +9,7 @@ use bcg_runtime::{
 use super::message::slot_packs;
 use crate::check::Check;
 use crate::float::{PerFloat, pack_len};
-use crate::moe::{Choices, experts_of_rank};
+use crate::moe::{CHOICES_OF_PACK, Choices, experts_of_rank};
 use host::{give, take};
 
 static SOURCE: Source = source!("collective/moe_dispatch/moe_dispatch.cu")
@@ -21,8 +21,6 @@ const CHECK: Check = Check::new("moe_dispatch");
 
 /// Threads of a block.
 const THREADS: u32 = 256;
-/// Choices that a pack of 16 bytes holds: of each the expert, and the weight.
-const CHOICES_OF_PACK: usize = 2;
 
 #[repr(C)]
 #[derive(Clone, Copy, KernelArgs)]

@@ -17,8 +17,8 @@ const PACK: Check = Check::new("moe_pack");
 const UNPACK: Check = Check::new("moe_unpack");
 
 const PACK_BYTES: usize = 16;
-/// Choices that a pack holds: of each the expert and 1, and the weight.
-const CHOICES_OF_PACK: usize = 2;
+/// Choices that a pack holds: of each the expert and 1, and the weight. `moe_exchange.cuh` has it too.
+pub(crate) const CHOICES_OF_PACK: usize = 2;
 const THREADS: u32 = 128;
 
 #[repr(C)]
