@@ -14,6 +14,7 @@ pub mod nodes;
 pub mod ops;
 pub mod random;
 pub mod roles;
+mod several;
 pub mod soak;
 pub mod world;
 

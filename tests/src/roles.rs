@@ -6,11 +6,12 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use bcg_kernels::{PushRows, push_rows};
 use bcg_runtime::{BreakableCudaGraph, Context, DType, Device, Eager, Runner, RunnerOptions, Tensor, eager_on_graph};
 
 use super::golden;
+use super::several::SeveralArgs;
 
 /// What the keys, and the values, of Qwen3-8B have in a layer: 8 heads of 128 dimensions. And its layers.
 const COLUMNS: usize = 1024;
@@ -27,26 +28,13 @@ const SAMPLES: usize = 40;
 /// # Errors
 /// For an argument that is none of its own, a rule that is broken, or an error of a device.
 pub fn main(args: &[String]) -> Result<()> {
-    let (mut numbers, mut checks, mut timing) = (vec![0, 1], true, true);
-    let mut args = args.iter();
-    while let Some(arg) = args.next() {
-        let mut value = || args.next().with_context(|| format!("{arg} needs a value"));
-        match arg.as_str() {
-            "--devices" => numbers = value()?.split(',').map(str::parse).collect::<Result<_, _>>()?,
-            "--only" => match value()?.as_str() {
-                "checks" => timing = false,
-                "timing" => checks = false,
-                other => bail!("--only {other}: expected checks or timing"),
-            },
-            other => bail!("unknown option {other}"),
-        }
-    }
-    let devices = numbers.iter().map(|&number| Device::cuda(number)).collect::<Result<Vec<_>, _>>()?;
+    let options = SeveralArgs::parse(args, None)?;
+    let devices = options.open()?;
     let devices: [Device; 2] = devices
         .try_into()
         .ok()
-        .with_context(|| format!("--devices {numbers:?}: expected one for each of two roles"))?;
-    if checks {
+        .with_context(|| format!("--devices {:?}: expected one for each of two roles", options.devices))?;
+    if options.checks {
         let begun = Instant::now();
         rows_arrive(&devices, 2000)?;
         println!("rows arrive, {:.1} s", begun.elapsed().as_secs_f64());
@@ -57,7 +45,7 @@ pub fn main(args: &[String]) -> Result<()> {
             }
         }
     }
-    if timing { time(&devices) } else { Ok(()) }
+    if options.timing { time(&devices) } else { Ok(()) }
 }
 
 /// Rows of two tensors, and where they go.

@@ -12,6 +12,7 @@ use bcg_runtime::{
     RunnerOptions, Tensor, World, WorldOptions, eager_on_graph,
 };
 
+use crate::several;
 /// Rows and columns of the stream of activations.
 const ROWS: usize = 4;
 const COLUMNS: usize = 1024;
@@ -217,7 +218,7 @@ fn check(values: &[f32], keep: usize, value: f32) -> bcg_runtime::Result<()> {
 /// As [`run`].
 pub fn main(args: &[String]) -> Result<()> {
     let options = Options::parse(args)?;
-    let devices = options.devices.iter().map(|&ordinal| Device::cuda(ordinal)).collect::<Result<Vec<_>, _>>()?;
+    let devices = several::open(&options.devices)?;
     let begun = Instant::now();
     let mut times = run(devices, &options)?;
     println!("{} replays in {:.1} s, all right: {options:?}", options.replays, begun.elapsed().as_secs_f64());
