@@ -196,6 +196,13 @@ benches() {
     fi
 }
 
+# Waits until a server answers.
+ready() { # name, seconds at most, port, process
+    # shellcheck disable=SC2016 # the inner shell expands these
+    step "start $1" "$2" bash -c 'until curl -sf "http://127.0.0.1:$0/health" >/dev/null; do kill -0 "$1" || exit 1; sleep 0.05; done' \
+        "$3" "$4"
+}
+
 # Two ranks: what they compute together, models that are divided among them, and what that gains.
 ranks() {
     local devices=${RANK_DEVICES:-0,1} checkpoint geometry backend tp server port=30019 tokens
@@ -236,9 +243,7 @@ ranks() {
         bin/bcg serve "${flags[@]}" --port "$port" "${graphs[@]}" --context-length 8192 --max-running-requests 512 \
             --max-queued-requests 1024 >>"$log" 2>&1 &
         server=$!
-        # shellcheck disable=SC2016 # the inner shell expands these
-        step "start $geometry tp 2" 120 bash -c 'until curl -sf "http://127.0.0.1:$0/health" >/dev/null; do kill -0 "$1" || exit 1; sleep 0.05; done' \
-            "$port" "$server"
+        ready "$geometry tp 2" 120 "$port" "$server"
         for tokens in 16 256 1024 4096; do
             load "$geometry" "tp2-first-token-$tokens" --num-prompts 20 --max-concurrency 1 --input-len "$tokens" --output-len 4
         done
@@ -248,13 +253,6 @@ ranks() {
     done
     step "replay qwen3-8b tp 2" 60 bin/bcg bench replay --model models/geometries/qwen3-8b --load-format dummy \
         --skip-tokenizer-init --device cuda "${two[@]}" --rounds 60 --seconds 2 --sizes 16,256
-}
-
-# Waits until servers answer.
-ready() { # name, port, process…
-    # shellcheck disable=SC2016 # the inner shell expands these
-    step "start $1" 180 bash -c 'until curl -sf "http://127.0.0.1:$0/health" >/dev/null; do kill -0 "$1" || exit 1; sleep 0.05; done' \
-        "$2" "$3"
 }
 
 # Two replicas in one process, and two processes, each with half of the load at the same time.
@@ -271,7 +269,7 @@ replicas() {
             --chunked-prefill-size "${CHUNK:-8192}" "${cache[@]}")
         bin/bcg serve "${flags[@]}" --port "$port" --dp 2 --devices "$devices" >>"$log" 2>&1 &
         first=$!
-        ready "$geometry, two replicas" "$port" "$first"
+        ready "$geometry, two replicas" 180 "$port" "$first"
         for round in 1 2 3; do
             load "$geometry" "replicas-burst-$round" --num-prompts 1024 --warmup-requests 256 --input-len 1024 --output-len 128
         done
@@ -284,8 +282,8 @@ replicas() {
         first=$!
         bin/bcg serve "${flags[@]}" --port "$((port + 1))" --devices "${devices#*,}" >>"$log" 2>&1 &
         second=$!
-        ready "$geometry, first process" "$port" "$first"
-        ready "$geometry, second process" "$((port + 1))" "$second"
+        ready "$geometry, first process" 180 "$port" "$first"
+        ready "$geometry, second process" 180 "$((port + 1))" "$second"
         for round in 1 2 3; do
             half=(bin/bcg bench serve --vocab-size 100000 --num-prompts 512 --warmup-requests 128 --input-len 1024 --output-len 128)
             "${half[@]}" --base-url "http://127.0.0.1:$((port + 1))" --seed "$((seed += 1))" \
@@ -327,7 +325,7 @@ roles() {
             case $name in roles) layout=("${pair[@]}") ;; *) layout=(--dp 2 --devices "$devices") ;; esac
             bin/bcg serve "${flags[@]}" "${layout[@]}" --port "$port" >>"$log" 2>&1 &
             server=$!
-            ready "$geometry, $name" "$port" "$server"
+            ready "$geometry, $name" 180 "$port" "$server"
             for rate in 4 6 8 10 12 inf; do
                 load "$geometry" "$name-rate-$rate" --num-prompts 256 --warmup-requests 32 --input-len 4096 --output-len 256 \
                     --request-rate "$rate"
@@ -365,9 +363,7 @@ stages() {
             bin/bcg serve "${flags[@]}" --port "$port" "${graphs[@]}" --context-length 8192 --max-running-requests 512 \
                 --max-queued-requests 1024 >>"$log" 2>&1 &
             server=$!
-            # shellcheck disable=SC2016 # the inner shell expands these
-            step "start $geometry pp $pp" 120 bash -c 'until curl -sf "http://127.0.0.1:$0/health" >/dev/null; do kill -0 "$1" || exit 1; sleep 0.05; done' \
-                "$port" "$server"
+            ready "$geometry pp $pp" 120 "$port" "$server"
             load "$geometry" "pp$pp-burst" --num-prompts 512 --warmup-requests 128 --input-len 1024 --output-len 128
             kill "$server"
             step "stop $geometry pp $pp" 20 tail --pid="$server" -f /dev/null
@@ -396,9 +392,7 @@ nodes() {
         other=$!
         bin/bcg serve "${flags[@]}" --devices "$first" --port "$port" >>"$log" 2>&1 &
         server=$!
-        # shellcheck disable=SC2016 # the inner shell expands these
-        step "start $geometry, two nodes" 180 bash -c 'until curl -sf "http://127.0.0.1:$0/health" >/dev/null; do kill -0 "$1" || exit 1; sleep 0.05; done' \
-            "$port" "$server"
+        ready "$geometry, two nodes" 180 "$port" "$server"
         for tokens in 16 256 1024 4096; do
             load "$geometry" "nodes-first-token-$tokens" --num-prompts 20 --max-concurrency 1 --input-len "$tokens" --output-len 4
         done
